@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of a Perceiver IO that merges its latents as it runs.
+
+Letters: L self-attention layers (``num_blocks * num_self_attends_per_block``), N latents (``num_latents``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PerceiverConfig
+
+# A stock checkpoint is loaded as it is; anything else is another architecture.
+LOADABLE_MODEL_TYPES = ("perceiver", "tome_perceiver")
+
+
+class ToMePerceiverConfig(PerceiverConfig):
+    r"""Upstream's `PerceiverConfig` with the merging settings of Bolya et al. (2023), "Token Merging".
+
+    Modifications: six fields, their validation, and what they mean for each layer. Every field of
+    [`~transformers.PerceiverConfig`] keeps its name and its default.
+
+    Args:
+        r (`int` or `list[int]`, *optional*, defaults to 0):
+            Latents merged away in each self-attention layer. A list has one entry for each of the L layers. What a
+            layer cannot do is capped: at most half of its latents, and never below `min_latents`.
+        r_inflection (`float`, *optional*, defaults to 0.0):
+            Shape of the schedule in [-1, 1] for an integer `r`: -1 falls linearly from 2r to 0, 0 is constant, +1
+            rises from 0 to 2r. The sum over the layers is `r * L` before the caps.
+        min_latents (`int`, *optional*, defaults to 1):
+            Merging never leaves fewer latents than this; from 1 to `num_latents`.
+        proportional_attention (`bool`, *optional*, defaults to `True`):
+            Add the log of a merged latent's size to its attention scores wherever latents are keys: in
+            self-attention and in the decoder's cross-attention.
+        merge_method (`str`, *optional*, defaults to `"bipartite"`):
+            How latents are matched: a name in `MERGE_METHODS` of `merging_tome_perceiver.py`. A model checks it when
+            it is built.
+        merge_groups (`list[list[int] | None]`, *optional*):
+            Fixed groups instead of matching, one entry for each layer: `None` where nothing merges, otherwise the
+            group (0, 1, ..., M - 1) that each latent left there joins. Not together with `r`.
+
+    Raises:
+        ValueError: for a value out of its range, in one line naming the field, the value and what is allowed.
+    """
+
+    model_type = "tome_perceiver"
+
+    r: int | list[int] = 0
+    r_inflection: float = 0.0
+    min_latents: int = 1
+    proportional_attention: bool = True
+    merge_method: str = "bipartite"
+    merge_groups: list[list[int] | None] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.check_merging()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """Upstream's, after a check that the checkpoint is a Perceiver's.
+
+        Raises:
+            ValueError: if `model_type` is another architecture's.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type not in LOADABLE_MODEL_TYPES:
+            raise ValueError(
+                f"model_type = {model_type!r}: this checkpoint is of another architecture; "
+                f"allowed are {' and '.join(map(repr, LOADABLE_MODEL_TYPES))}"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def num_self_attention_layers(self) -> int:
+        """L: layers in the order in which they run, weight-shared blocks counted each time."""
+        return self.num_blocks * self.num_self_attends_per_block
+
+    @property
+    def merge_schedule(self) -> list[int]:
+        """Latents removed in each of the L layers, after the caps.
+
+        Raises:
+            ValueError: if `r` or `merge_groups` does not fit the layers.
+        """
+        removed, left = [], self.num_latents
+        if self.merge_groups is None:
+            for requested in self._requested_r():
+                removed.append(max(0, min(requested, left // 2, left - self.min_latents)))
+                left -= removed[-1]
+        else:
+            for groups in self.merge_groups:
+                removed.append(left - max(groups) - 1 if groups else 0)
+                left -= removed[-1]
+        return removed
+
+    @property
+    def latents_per_layer(self) -> list[int]:
+        """Latents left after each of the L layers; the last entry is M, what the decoder reads."""
+        left, remaining = [], self.num_latents
+        for removed in self.merge_schedule:
+            remaining -= removed
+            left.append(remaining)
+        return left
+
+    def _requested_r(self) -> list[int]:
+        """`r` as one entry for each layer, before the caps."""
+        self._check_r()
+        if isinstance(self.r, (list, tuple)):
+            return list(self.r)
+        # ToMe's linear ramp from r (1 - inflection) to r (1 + inflection), rounded so that opposite layers still sum
+        # to 2r: the inflection moves merging about and leaves its total alone.
+        layers = self.num_self_attention_layers
+        ramp = [self.r] * layers
+        for i in range(layers // 2):
+            distance_from_middle = 1 - 2 * i / (layers - 1)
+            ramp[i] = int(self.r * (1 - self.r_inflection * distance_from_middle) + 0.5)
+            ramp[layers - 1 - i] = 2 * self.r - ramp[i]
+        return ramp
+
+    def check_merging(self) -> None:
+        """Check the merging fields against each other and against the layers.
+
+        Raises:
+            ValueError: in one line naming the field, the value and what is allowed.
+        """
+        if not _is_integer(self.min_latents) or not 1 <= self.min_latents <= self.num_latents:
+            raise ValueError(
+                f"min_latents = {self.min_latents!r}: allowed is an integer from 1 to num_latents = {self.num_latents}"
+            )
+        if not isinstance(self.proportional_attention, bool):
+            raise ValueError(f"proportional_attention = {self.proportional_attention!r}: allowed are true and false")
+        if not isinstance(self.merge_method, str):
+            raise ValueError(f"merge_method = {self.merge_method!r}: allowed is the name of a merging method")
+        self._check_r()
+        if self.merge_groups is not None:
+            self._check_merge_groups()
+
+    def _check_r(self) -> None:
+        layers = self.num_self_attention_layers
+        if isinstance(self.r, (list, tuple)):
+            if len(self.r) != layers:
+                raise ValueError(
+                    f"r = {self.r!r}: a list needs one entry for each of the {layers} self-attention layers, "
+                    f"not {len(self.r)}"
+                )
+            if not all(_is_integer(entry) and entry >= 0 for entry in self.r):
+                raise ValueError(f"r = {self.r!r}: every entry of a list must be an integer of 0 or more")
+        elif not _is_integer(self.r) or self.r < 0:
+            raise ValueError(
+                f"r = {self.r!r}: allowed is an integer of 0 or more, or a list of {layers} of them, one a layer"
+            )
+        inflection = self.r_inflection
+        if isinstance(inflection, bool) or not isinstance(inflection, (int, float)) or not -1 <= inflection <= 1:
+            raise ValueError(f"r_inflection = {inflection!r}: allowed is a number from -1 to 1")
+        if inflection and isinstance(self.r, (list, tuple)):
+            raise ValueError(
+                f"r_inflection = {inflection!r}: allowed only with an integer r; a list says what each layer does"
+            )
+
+    def _check_merge_groups(self) -> None:
+        layers, left = self.num_self_attention_layers, self.num_latents
+        if self.r != 0:
+            raise ValueError(f"merge_groups: fixed groups take the place of r, so r must be 0, not {self.r!r}")
+        if not isinstance(self.merge_groups, (list, tuple)) or len(self.merge_groups) != layers:
+            raise ValueError(
+                f"merge_groups: allowed is a list with one entry for each of the {layers} self-attention layers, "
+                f"not {_summary(self.merge_groups)}"
+            )
+        for layer, groups in enumerate(self.merge_groups):
+            if groups is None:
+                continue
+            if not isinstance(groups, (list, tuple)) or len(groups) != left or not all(map(_is_integer, groups)):
+                raise ValueError(
+                    f"merge_groups[{layer}]: allowed is null or a list of {left} integers, one for each latent that "
+                    f"reaches this layer, not {_summary(groups)}"
+                )
+            numbers = sorted(set(groups))
+            count = len(numbers)
+            if numbers != list(range(count)):
+                raise ValueError(
+                    f"merge_groups[{layer}]: groups must be numbered 0, 1, ... with none left out, not {numbers}"
+                )
+            if count < self.min_latents:
+                raise ValueError(
+                    f"merge_groups[{layer}]: leaves {count} latents, fewer than min_latents = {self.min_latents}"
+                )
+            left = count
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _summary(value: object) -> str:
+    return f"a {type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else repr(value)
+
+
+ToMePerceiverConfig.register_for_auto_class()
