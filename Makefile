@@ -1,0 +1,33 @@
+# `make demo` and `make test` each set up .venv on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := outputs/demo
+
+.PHONY: demo test lint types clean
+.DELETE_ON_ERROR:
+
+.venv/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# The main job on real images that scikit-learn brings along: train, merge, measure, retrain, report.
+demo: export HF_HUB_OFFLINE = 1
+demo: .venv/installed
+	rm -rf $(DEMO)
+	$(BIN)/python examples/digits_dataset.py --output_dir $(DEMO)/digits
+	$(BIN)/python run_image.py examples/demo_finetune.yaml
+	$(BIN)/python eval_sweep.py examples/demo_sweep.yaml
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv outputs

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a command line, or a single JSON or YAML file, to dataclasses of arguments."""
+
+from __future__ import annotations
+
+import sys
+from argparse import RawDescriptionHelpFormatter
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from experiments.bad_input import naming
+
+
+def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]:
+    """Parse the command line as the official example scripts do.
+
+    Args:
+        description: what `--help` begins with.
+        dataclass_types: whose fields are the arguments.
+
+    Returns:
+        An instance of each. `SCRIPT.py FILE.json` or `FILE.yaml` reads the arguments from that file.
+
+    Raises:
+        BadInput: for a file that is not there or values that the dataclasses refuse. What argparse refuses exits with
+            code 2 by itself.
+    """
+    parser = HfArgumentParser(
+        dataclass_types, description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    with naming("arguments", OSError, ValueError):
+        if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
+            return parser.parse_yaml_file(sys.argv[1])
+        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+            return parser.parse_json_file(sys.argv[1])
+        return parser.parse_args_into_dataclasses()

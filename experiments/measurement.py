@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast a model is, and on what machine that was measured.
+
+Letters: B batch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+Variant = TypeVar("Variant")
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Median and quartiles of repeated measurements."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        lower, median, upper = np.percentile(values, [25, 50, 75])
+        return cls(median=float(median), lower=float(lower), upper=float(upper))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one variant.
+
+    Attributes:
+        latency_ms: milliseconds of one call.
+        speedup: baseline's time / this variant's time in the same round, so that what slows the machine for a while
+            slows both.
+    """
+
+    latency_ms: Quartiles
+    speedup: Quartiles
+
+
+def time_interleaved(
+    run: Callable[[Variant], object], variants: Sequence[Variant], baseline: Variant, rounds: int, desc: str = "timing"
+) -> list[Timing]:
+    """Time variants in alternating rounds within this process.
+
+    Every variant runs once in every round, each round starting with another one. A first round is not counted.
+
+    Args:
+        run: called with a variant; its time is what is measured.
+        variants: what to compare.
+        baseline: what the speed-ups are against, timed in every round too.
+        rounds: counted rounds, at least 1.
+        desc: what the progress bar says.
+
+    Returns:
+        A timing for each variant, in their order.
+    """
+    everything = [baseline, *variants]
+    seconds = np.empty((rounds + 1, len(everything)))
+    for round_index in tqdm(range(rounds + 1), desc=desc):
+        for offset in range(len(everything)):
+            index = (round_index + offset) % len(everything)
+            _wait_for_device()
+            start = time.perf_counter()
+            run(everything[index])
+            _wait_for_device()
+            seconds[round_index, index] = time.perf_counter() - start
+    counted = seconds[1:]
+    return [
+        Timing(
+            latency_ms=Quartiles.of(counted[:, index] * 1e3), speedup=Quartiles.of(counted[:, 0] / counted[:, index])
+        )
+        for index in range(1, len(everything))
+    ]
+
+
+def describe_environment() -> dict[str, str | int]:
+    """Date, machine and versions, to stand beside every figure."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "processor": _processor_name(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
