@@ -28,8 +28,8 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 # Inside a package (a Hub checkpoint's code) only the relative import may answer: a broken module there must not be
 # replaced in silence by another copy on the path.
 try:
-    from .configuration_tome_perceiver import ToMePerceiverConfig
-    from .merging_tome_perceiver import (
+    from .configuration_tome_perceiver import ToMePerceiverConfig  # type: ignore[import-not-found]
+    from .merging_tome_perceiver import (  # type: ignore[import-not-found]
         MERGE_METHODS,
         Match,
         MergeMethod,
@@ -364,8 +364,8 @@ class ToMePerceiverImagePreprocessor(upstream.PerceiverImagePreprocessor):
         return torch.cat([inputs, positions], dim=-1), inputs
 
 
-class ToMePerceiverMixin:
-    """What every ToMe Perceiver has beyond its upstream class.
+class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
+    """What every ToMe Perceiver has beyond its upstream class, which comes after this one in the order of bases.
 
     Modifications:
     - upstream's parts take the classes of this module
@@ -413,7 +413,7 @@ class ToMePerceiverMixin:
             raise
 
 
-class ToMePerceiverModel(ToMePerceiverMixin, upstream.PerceiverModel):
+class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
     """Upstream's `PerceiverModel`: preprocessor, encoder, decoder, postprocessor, each but the encoder optional.
 
     Modifications: merges by `config.r` or `config.merge_groups`; the decoder's attention weighs latents by their
@@ -528,34 +528,38 @@ def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
 
 
-class ToMePerceiverForSequenceClassification(ToMePerceiverMixin, upstream.PerceiverForSequenceClassification):
-    """Upstream's text classification. Modifications: see `ToMePerceiverMixin` and `ToMePerceiverModel`."""
+class ToMePerceiverForSequenceClassification(ToMePerceiverPreTrainedModel, upstream.PerceiverForSequenceClassification):
+    """Upstream's text classification. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
 
-class ToMePerceiverForMaskedLM(ToMePerceiverMixin, upstream.PerceiverForMaskedLM):
-    """Upstream's masked language model. Modifications: see `ToMePerceiverMixin` and `ToMePerceiverModel`."""
+class ToMePerceiverForMaskedLM(ToMePerceiverPreTrainedModel, upstream.PerceiverForMaskedLM):
+    """Upstream's masked language model. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
 
-class ToMePerceiverForImageClassificationLearned(ToMePerceiverMixin, upstream.PerceiverForImageClassificationLearned):
-    """Upstream's image classification with learned positions. Modifications: see `ToMePerceiverMixin`."""
+class ToMePerceiverForImageClassificationLearned(
+    ToMePerceiverPreTrainedModel, upstream.PerceiverForImageClassificationLearned
+):
+    """Upstream's image classification with learned positions. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
 
-class ToMePerceiverForImageClassificationFourier(ToMePerceiverMixin, upstream.PerceiverForImageClassificationFourier):
-    """Upstream's image classification with Fourier positions. Modifications: see `ToMePerceiverMixin`."""
+class ToMePerceiverForImageClassificationFourier(
+    ToMePerceiverPreTrainedModel, upstream.PerceiverForImageClassificationFourier
+):
+    """Upstream's image classification with Fourier positions. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
 
 class ToMePerceiverForImageClassificationConvProcessing(
-    ToMePerceiverMixin, upstream.PerceiverForImageClassificationConvProcessing
+    ToMePerceiverPreTrainedModel, upstream.PerceiverForImageClassificationConvProcessing
 ):
-    """Upstream's image classification with a convolution first. Modifications: see `ToMePerceiverMixin`."""
+    """Upstream's image classification with a convolution first. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
 
-class ToMePerceiverForOpticalFlow(ToMePerceiverMixin, upstream.PerceiverForOpticalFlow):
-    """Upstream's optical flow. Modifications: see `ToMePerceiverMixin` and `ToMePerceiverModel`."""
+class ToMePerceiverForOpticalFlow(ToMePerceiverPreTrainedModel, upstream.PerceiverForOpticalFlow):
+    """Upstream's optical flow. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
 
-class ToMePerceiverForMultimodalAutoencoding(ToMePerceiverMixin, upstream.PerceiverForMultimodalAutoencoding):
-    """Upstream's multimodal autoencoding. Modifications: see `ToMePerceiverMixin` and `ToMePerceiverModel`."""
+class ToMePerceiverForMultimodalAutoencoding(ToMePerceiverPreTrainedModel, upstream.PerceiverForMultimodalAutoencoding):
+    """Upstream's multimodal autoencoding. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
 
 _TOME_CLASSES: dict[type[nn.Module], type[nn.Module]] = {

@@ -6,7 +6,6 @@ Letters: B batch, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,7 +141,7 @@ def _column(dataset: Dataset, kind: type, argument: str, name: str | None) -> st
     fitting = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
     if name is None and len(fitting) == 1:
         return fitting[0]
-    if name not in fitting:
+    if name is None or name not in fitting:
         raise BadInput(f"--{argument} {name}: allowed are the columns of type {kind.__name__}, here {fitting}")
     return name
 
@@ -153,6 +152,3 @@ def _first(dataset: Dataset, argument: str, count: int | None) -> Dataset:
     if len(dataset) == 0:
         raise BadInput(f"--dataset_name: a split is empty, so --{argument} leaves nothing")
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
-
-
-MetricFunction = Callable[[EvalPrediction], dict[str, float]]

@@ -32,7 +32,7 @@ class Quartiles:
     upper: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Quartiles:
+    def of(cls, values: np.ndarray) -> Quartiles:
         lower, median, upper = np.percentile(values, [25, 50, 75])
         return cls(median=float(median), lower=float(lower), upper=float(upper))
 

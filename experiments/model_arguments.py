@@ -62,7 +62,11 @@ class MergeArguments:
 
     def config_fields(self) -> dict[str, Any]:
         """The fields that were given, as the config takes them."""
-        given = {"r_inflection": self.r_inflection, "min_latents": self.min_latents, "merge_method": self.merge_method}
+        given: dict[str, Any] = {
+            "r_inflection": self.r_inflection,
+            "min_latents": self.min_latents,
+            "merge_method": self.merge_method,
+        }
         if self.r is not None:
             given["r"] = parse_r(self.r)
         return {name: value for name, value in given.items() if value is not None}
@@ -98,7 +102,7 @@ def apply_merging(config: ToMePerceiverConfig, fields: dict[str, Any]) -> None:
 
 def load_image_model(
     arguments: ModelArguments, merging: dict[str, Any], labels: list[str]
-) -> modeling.ToMePerceiverMixin:
+) -> modeling.ToMePerceiverPreTrainedModel:
     """The image classifier that the arguments mean, with its labels and merging set.
 
     Args:
@@ -186,7 +190,7 @@ def _download_options(arguments: ModelArguments) -> dict[str, Any]:
     return {"cache_dir": arguments.cache_dir, "revision": arguments.model_revision, "token": arguments.token}
 
 
-def _image_model_class(config: ToMePerceiverConfig) -> type:
+def _image_model_class(config: ToMePerceiverConfig) -> type[modeling.ToMePerceiverPreTrainedModel]:
     """The class that the checkpoint was saved from, ours for a stock one; for none, convolution first."""
     name = (config.architectures or ["PerceiverForImageClassificationConvProcessing"])[0]
     name = name if name.startswith("ToMe") else f"ToMe{name}"

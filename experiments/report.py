@@ -12,8 +12,8 @@ import matplotlib
 
 from experiments.sweep import Row, SweepResults
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend first: there may be no screen)
+matplotlib.use("Agg")  # there may be no screen
+from matplotlib import pyplot as plt
 
 CSV_COLUMNS = (
     "name", "gflops", "flops_ratio", "latents_left", "throughput", "speedup", "speedup_lower", "speedup_upper",
@@ -21,7 +21,7 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
-def flat_row(row: Row, metric: str) -> dict[str, float | str | None]:
+def flat_row(row: Row, metric: str) -> dict[str, Any]:
     """A row of `sweep_results.json` with one number for each of `CSV_COLUMNS`; `None` for what was not measured."""
     flat = {column: row.get(column) for column in CSV_COLUMNS}
     for stage in ("merged", "retrained"):

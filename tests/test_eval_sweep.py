@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""eval_sweep.py, really run: what it writes, that it continues, and what it says of bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import PerceiverImageProcessorPil
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
+from tests.script_run import bad_input_line, call_script, run_script
+from tests.tiny_images import LABELS, MODEL, write_images
+
+R = ("0", "1", "2,0,1,0")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[object, ...]:
+    """A checkpoint, which itself merges, and images."""
+    folder = tmp_path_factory.mktemp("inputs")
+    config = ToMePerceiverConfig(**MODEL | {"model_type": "tome_perceiver", "num_labels": len(LABELS), "r": 3})
+    ToMePerceiverForImageClassificationConvProcessing(config).save_pretrained(folder / "model")
+    PerceiverImageProcessorPil(do_center_crop=False, size={"height": 16, "width": 16}).save_pretrained(folder / "model")
+    images = write_images(folder / "images", {"train": 24, "test": 20})
+    return (
+        "--model_name_or_path", folder / "model", "--dataset_name", images, "--use_cpu",
+        "--timing_rounds", 2, "--timing_batch_size", 2, "--save_strategy", "no",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sweep(inputs, tmp_path_factory) -> Path:
+    """A sweep with retraining, in a process of its own."""
+    output_dir = tmp_path_factory.mktemp("outputs") / "sweep"
+    result = run_script("eval_sweep.py", *inputs, "--r", *R, "--retrain_epochs", 1, "--output_dir", output_dir)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "| r=2,0,1,0 |" in result.stdout
+    return output_dir
+
+
+def read(output_dir: Path) -> dict:
+    return json.loads((output_dir / "sweep_results.json").read_text())
+
+
+def test_every_cell_is_measured(sweep):
+    results = read(sweep)
+    assert [row["name"] for row in results["rows"]] == ["r=0", "r=1", "r=2,0,1,0"]
+    assert [row["r"] for row in results["rows"]] == [[0] * 4, [1] * 4, [2, 0, 1, 0]]
+    assert [row["latents_left"] for row in results["rows"]] == [8, 4, 5]
+    assert results["evaluated_on"] == 20
+    for row in results["rows"]:
+        for stage in ("merged", "retrained"):
+            # Of 20 images: a multiple of a twentieth.
+            assert row[stage]["accuracy"] * 20 == pytest.approx(round(row[stage]["accuracy"] * 20))
+            assert 0 <= row[stage]["accuracy_stderr"] < 0.12
+        assert row["throughput"] > 0 and row["latency_ms"]["median"] > 0
+        assert row["speedup"]["lower"] <= row["speedup"]["median"] <= row["speedup"]["upper"]
+
+
+def test_cost_falls_with_merging(sweep):
+    ratios = [row["flops_ratio"] for row in read(sweep)["rows"]]
+    assert ratios[0] == 1
+    assert all(ratio < 1 for ratio in ratios[1:])
+
+
+def test_table_csv_and_picture(sweep):
+    with (sweep / "sweep_results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["merged"]) for row in rows] == [row["merged"]["accuracy"] for row in read(sweep)["rows"]]
+    with Image.open(sweep / "sweep.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 10
+    report = (sweep / "sweep_report.md").read_text()
+    assert "python eval_sweep.py" in report and "torch" in report and "sweep.png" in report
+
+
+def test_retrained_checkpoints_are_kept_and_merge(sweep):
+    model = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(sweep / "retrained" / "r2_0_1_0")
+    assert model.r == [2, 0, 1, 0]
+
+
+def test_the_same_command_continues(inputs, sweep, tmp_path):
+    """A cell that is there stays as it is, a missing one is measured again."""
+    output_dir = tmp_path / "sweep"
+    shutil.copytree(sweep, output_dir)
+    results = read(output_dir)
+    results["rows"][0]["merged"] = {"accuracy": 0.123, "accuracy_stderr": 0.01}
+    lost = results["rows"][1].pop("merged")
+    (output_dir / "sweep_results.json").write_text(json.dumps(results))
+    call_script("eval_sweep.py", *inputs, "--r", *R, "--retrain_epochs", 1, "--output_dir", output_dir)
+    assert read(output_dir)["rows"][0]["merged"]["accuracy"] == 0.123
+    assert read(output_dir)["rows"][1]["merged"] == pytest.approx(lost)
+
+
+def test_another_sweep_in_the_folder_is_named_and_stays(inputs, sweep, capsys):
+    before = (sweep / "sweep_results.json").read_bytes()
+    line = bad_input_line(capsys, "eval_sweep.py", *inputs, "--r", "1", "--output_dir", sweep)
+    assert "another sweep" in line and str(sweep) in line
+    assert (sweep / "sweep_results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--r", "0", "-2"), ("r = -2", "0 or more")),
+        (("--r", "x"), ("--r x", "integer")),
+        (("--r", "1,1"), ("r = [1, 1]", "4")),
+        (("--r", "1", "--timing_rounds", "-1"), ("--timing_rounds -1", "0 or more")),
+        (("--r", "1", "--timing_batch_size", "0"), ("--timing_batch_size 0", "1 or more")),
+        (("--r", "1", "--merge_method", "glue"), ("'glue'", "'bipartite'")),
+        (("--r", "1", "--min_latents", "99"), ("min_latents = 99", "8")),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(inputs, tmp_path, capsys, arguments, says):
+    line = bad_input_line(capsys, "eval_sweep.py", *inputs, *arguments, "--output_dir", tmp_path / "out")
+    assert all(part in line for part in says), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_needed(tmp_path, capsys):
+    line = bad_input_line(capsys, "eval_sweep.py", "--r", "1", "--output_dir", tmp_path / "out")
+    assert "--model_name_or_path" in line
