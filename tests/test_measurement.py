@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interleaved timing: who runs when, and what the ratios are of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from experiments import measurement
+from experiments.measurement import Quartiles, describe_environment, time_interleaved
+
+
+class Clock:
+    """A clock that only moves when a variant runs."""
+
+    def __init__(self) -> None:
+        self.now, self.ran = 0.0, []
+
+    def run(self, seconds: float) -> None:
+        self.ran.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(measurement.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_speedup_is_the_baselines_time_over_the_variants(clock):
+    fast, slow = time_interleaved(clock.run, [1.0, 8.0], baseline=4.0, rounds=3)
+    assert fast.speedup == Quartiles(4.0, 4.0, 4.0)
+    assert slow.speedup == Quartiles(0.5, 0.5, 0.5)
+    assert fast.latency_ms.median == pytest.approx(1000)
+
+
+def test_every_round_runs_everything_and_starts_with_another(clock):
+    time_interleaved(clock.run, [1.0, 2.0], baseline=3.0, rounds=2)
+    rounds = [clock.ran[start : start + 3] for start in range(0, 9, 3)]
+    assert all(sorted(ran) == [1.0, 2.0, 3.0] for ran in rounds)
+    assert {ran[0] for ran in rounds} == {1.0, 2.0, 3.0}
+
+
+def test_the_first_round_does_not_count(clock):
+    """A variant that is slow once, at first, is as fast as the others."""
+    first = iter([100.0])
+    (timing,) = time_interleaved(
+        lambda name: clock.run(next(first, 1.0) if name == "variant" else 1.0), ["variant"], "baseline", rounds=3
+    )
+    assert timing.speedup.median == 1.0
+
+
+def test_environment_names_the_versions():
+    environment = describe_environment()
+    assert environment["torch"] == torch.__version__
+    assert environment["processor"]
+    assert len(environment["date"]) == 10
