@@ -58,10 +58,10 @@ class ToMePerceiverConfig(PerceiverConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """Upstream's, after a check that the checkpoint is a Perceiver's.
+        """Upstream's, with a check that the checkpoint is a Perceiver's and of what `kwargs` change.
 
         Raises:
-            ValueError: if `model_type` is another architecture's.
+            ValueError: if `model_type` is another architecture's, or for a merging field out of its range.
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in LOADABLE_MODEL_TYPES:
@@ -69,7 +69,10 @@ class ToMePerceiverConfig(PerceiverConfig):
                 f"model_type = {model_type!r}: this checkpoint is of another architecture; "
                 f"allowed are {' and '.join(map(repr, LOADABLE_MODEL_TYPES))}"
             )
-        return super().from_dict(config_dict, **kwargs)
+        loaded = super().from_dict(config_dict, **kwargs)
+        # Upstream sets the fields in `kwargs` after construction; with `return_unused_kwargs` it returns a pair.
+        (loaded[0] if isinstance(loaded, tuple) else loaded).check_merging()
+        return loaded
 
     @property
     def num_self_attention_layers(self) -> int:

@@ -11,63 +11,24 @@ of a head's keys.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
+from torch import Tensor
 from transformers.models.perceiver import modeling_perceiver as upstream
-from transformers.pytorch_utils import apply_chunking_to_forward
 
-# Inside a package (a Hub checkpoint's code) only the relative import may answer: a broken module there must not be
-# replaced in silence by another copy on the path.
+# As in the module of the layers, which says why.
 try:
     from .configuration_tome_perceiver import ToMePerceiverConfig  # type: ignore[import-not-found]
-    from .merging_tome_perceiver import (  # type: ignore[import-not-found]
-        MERGE_METHODS,
-        Match,
-        MergeMethod,
-        check_merge_method,
-        follow_latents,
-        log_size_bias,
-        match_groups,
-        merge_latents,
-        source_matrix,
-    )
+    from .layers_tome_perceiver import take_tome_classes  # type: ignore[import-not-found]
+    from .merging_tome_perceiver import check_merge_method, log_size_bias  # type: ignore[import-not-found]
 except ImportError:
     if __package__:
         raise
     from configuration_tome_perceiver import ToMePerceiverConfig
-    from merging_tome_perceiver import (
-        MERGE_METHODS,
-        Match,
-        MergeMethod,
-        check_merge_method,
-        follow_latents,
-        log_size_bias,
-        match_groups,
-        merge_latents,
-        source_matrix,
-    )
-
-
-@dataclass
-class ToMePerceiverEncoderOutput(BaseModelOutputWithCrossAttentions):
-    """Upstream's encoder output with what became of the latents.
-
-    Args:
-        latent_sizes: (B, M) in float32 how many of the N latents each one left stands for, or `None` if none merged.
-        latent_sources: (B, M, N) of 0 and 1, if asked for.
-    """
-
-    latent_sizes: Tensor | None = None
-    latent_sources: Tensor | None = None
+    from layers_tome_perceiver import take_tome_classes
+    from merging_tome_perceiver import check_merge_method, log_size_bias
 
 
 @dataclass
@@ -85,290 +46,11 @@ class ToMePerceiverModelOutput(upstream.PerceiverModelOutput):
     latent_sources: Tensor | None = None
 
 
-class AttentionOutput(NamedTuple):
-    """What attention hands on: its output (B, Q, C), its keys (B, H, N, D) and, if asked for, its weights."""
-
-    hidden_states: Tensor
-    keys: Tensor
-    weights: Tensor | None
-
-
-class LayerOutput(NamedTuple):
-    """What a layer hands on: latents (B, M, C), their sizes (B, M), the merge it did and, if asked for, its weights."""
-
-    hidden_states: Tensor
-    sizes: Tensor | None
-    match: Match | None
-    attention_weights: Tensor | None
-
-
-class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
-    """Upstream's multi-head attention.
-
-    Modifications:
-    - `scaled_dot_product_attention`, unless the weights are asked for or `attn_implementation="eager"`
-    - an additive bias (B or 1, 1, 1, N) instead of a mask
-    - also returns the keys, which are the metric of matching
-    """
-
-    def forward(
-        self, hidden_states: Tensor, inputs: Tensor | None, bias: Tensor | None, output_attentions: bool
-    ) -> AttentionOutput:
-        hidden_states = self.layernorm1(hidden_states)
-        inputs = hidden_states if inputs is None else self.layernorm2(inputs)
-        queries = self.transpose_for_scores(self.query(hidden_states), self.qk_channels_per_head)
-        keys = self.transpose_for_scores(self.key(inputs), self.qk_channels_per_head)
-        values = self.transpose_for_scores(self.value(inputs), self.v_channels_per_head)
-        weights = None
-        if output_attentions or self.config._attn_implementation == "eager":
-            scores = queries @ keys.transpose(-1, -2) / math.sqrt(self.qk_channels_per_head)
-            weights = self.dropout((scores if bias is None else scores + bias).softmax(dim=-1))
-            context = weights @ values
-        else:
-            dropout = self.dropout.p if self.training else 0.0
-            bias = None if bias is None else bias.to(queries.dtype)
-            context = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout)
-        return AttentionOutput(context.transpose(1, 2).flatten(2), keys, weights if output_attentions else None)
-
-
-class ToMePerceiverAttention(upstream.PerceiverAttention):
-    """Upstream's attention with output projection and residual.
-
-    Modifications: passes the bias and hands on the keys.
-    """
-
-    def forward(
-        self, hidden_states: Tensor, inputs: Tensor | None, bias: Tensor | None, output_attentions: bool
-    ) -> AttentionOutput:
-        attended = self.self(hidden_states, inputs, bias, output_attentions)
-        projected = self.output(attended.hidden_states)
-        if self.use_query_residual:
-            projected = projected + hidden_states
-        return attended._replace(hidden_states=projected)
-
-
-class ToMePerceiverLayer(GradientCheckpointingLayer, upstream.PerceiverLayer):
-    """Upstream's layer: attention, then an MLP.
-
-    Modifications:
-    - merges between the two, so that the MLP already runs on the latents that are left
-    - can be checkpointed; the merge is an argument, so that a recomputed layer merges the same latents
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        sizes: Tensor | None = None,
-        match_latents: Callable[[Tensor], Match] | None = None,
-        inputs: Tensor | None = None,
-        bias: Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> LayerOutput:
-        """
-        Args:
-            hidden_states: (B, N, C), or a decoder's queries (B, Q, C).
-            sizes: (B, N), or `None` for 1 each.
-            match_latents: from the keys (B, H, N, D) to what merges; `None` if nothing does.
-            inputs: (B, S, C'), what cross-attention attends to; `None` for self-attention.
-            bias: (B or 1, 1, 1, S) or (B, 1, 1, N), added to the scores.
-            output_attentions: return the weights too.
-        """
-        attention = self.attention(hidden_states, inputs, bias, output_attentions)
-        hidden_states, match = attention.hidden_states, None
-        if match_latents is not None:
-            match = match_latents(attention.keys.detach())
-            hidden_states, sizes = merge_latents(hidden_states, sizes, match)
-        hidden_states = hidden_states + apply_chunking_to_forward(
-            self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
-        )
-        return LayerOutput(hidden_states, sizes, match, attention.weights)
-
-
-class ToMePerceiverEncoder(upstream.PerceiverEncoder):
-    """Upstream's encoder.
-
-    Modifications: threads the sizes through the layers and gives each its merge. Layer modules are shared between
-    blocks, so what a layer merges is an argument of its call, never a state of it.
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        inputs: Tensor,
-        bias: Tensor | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        output_latent_sources: bool = False,
-    ) -> ToMePerceiverEncoderOutput:
-        """
-        Args:
-            hidden_states: (B, N, C), the latents.
-            inputs: (B, S, C'), preprocessed.
-            bias: (B, 1, 1, S), the padding mask as scores.
-            output_attentions, output_hidden_states, output_latent_sources: return them too.
-        """
-        all_hidden_states, all_attentions, cross_attentions = [], [], []
-        batch, num_latents = hidden_states.shape[:2]
-        layer = self.cross_attention(hidden_states, inputs=inputs, bias=bias, output_attentions=output_attentions)
-        hidden_states, sizes = layer.hidden_states, None
-        cross_attentions.append(layer.attention_weights)
-        # Where each of the first latents stands now.
-        positions = torch.arange(num_latents, device=hidden_states.device).expand(batch, -1)
-        for index, match_latents in enumerate(layer_matchers(self.config)):
-            all_hidden_states.append(hidden_states)
-            bias = None
-            if sizes is not None and self.config.proportional_attention:
-                bias = log_size_bias(sizes, hidden_states.dtype)
-            module = self.self_attends[index % len(self.self_attends)]
-            layer = module(hidden_states, sizes, match_latents, bias=bias, output_attentions=output_attentions)
-            hidden_states, sizes = layer.hidden_states, layer.sizes
-            all_attentions.append(layer.attention_weights)
-            if output_latent_sources and layer.match is not None:
-                positions = follow_latents(positions, layer.match)
-            # As upstream: the state that ends a block stands twice, also as the one that starts the next.
-            if (index + 1) % len(self.self_attends) == 0:
-                all_hidden_states.append(hidden_states)
-        return ToMePerceiverEncoderOutput(
-            last_hidden_state=hidden_states,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_attentions) if output_attentions else None,
-            cross_attentions=tuple(cross_attentions) if output_attentions else None,
-            latent_sizes=sizes,
-            latent_sources=source_matrix(positions, hidden_states.shape[1]) if output_latent_sources else None,
-        )
-
-
-def layer_matchers(config: ToMePerceiverConfig) -> list[Callable[[Tensor], Match] | None]:
-    """For each of the L layers what decides its merge: from the keys (B, H, N, D) to a match, `None` for none.
-
-    Matching at run time (`config.r`) and fixed groups (`config.merge_groups`) meet here and are one from here on.
-    """
-    if config.merge_groups is not None:
-        return [None if groups is None else partial(_match_fixed, groups=groups) for groups in config.merge_groups]
-    method = MERGE_METHODS[config.merge_method]
-    return [partial(_match_by_keys, method=method, r=r) if r else None for r in config.merge_schedule]
-
-
-def _match_by_keys(keys: Tensor, method: MergeMethod, r: int) -> Match:
-    # The mean over heads is ToMe's metric (section 3, "token similarity").
-    return method(keys.mean(dim=1), r)
-
-
-def _match_fixed(keys: Tensor, groups: list[int]) -> Match:
-    return match_groups(groups, keys.device)
-
-
-class ToMePerceiverBasicDecoder(upstream.PerceiverBasicDecoder):
-    """Upstream's cross-attention decoder.
-
-    Modifications: a bias (B, 1, 1, M) on the scores, so that a merged latent counts as often as it stands for.
-    Upstream drops every mask on the way here.
-    """
-
-    def forward(
-        self, query: Tensor, z: Tensor, bias: Tensor | None = None, output_attentions: bool = False
-    ) -> upstream.PerceiverDecoderOutput:
-        layer = self.decoding_cross_attention(query, inputs=z, bias=bias, output_attentions=output_attentions)
-        return upstream.PerceiverDecoderOutput(
-            logits=self.final_layer(layer.hidden_states),
-            cross_attentions=(layer.attention_weights,) if output_attentions else None,
-        )
-
-
-class ToMePerceiverClassificationDecoder(upstream.PerceiverClassificationDecoder):
-    """Upstream's classification decoder. Modifications: passes the bias on."""
-
-    def forward(
-        self, query: Tensor, z: Tensor, bias: Tensor | None = None, output_attentions: bool = False
-    ) -> upstream.PerceiverDecoderOutput:
-        decoded = self.decoder(query, z, bias, output_attentions)
-        decoded.logits = decoded.logits[:, 0, :]
-        return decoded
-
-
-class ToMePerceiverOpticalFlowDecoder(upstream.PerceiverOpticalFlowDecoder):
-    """Upstream's optical flow decoder. Modifications: passes the bias on."""
-
-    def forward(
-        self, query: Tensor, z: Tensor, bias: Tensor | None = None, output_attentions: bool = False
-    ) -> upstream.PerceiverDecoderOutput:
-        decoded = self.decoder(query, z, bias, output_attentions)
-        flow = decoded.logits / self.rescale_factor
-        decoded.logits = flow.reshape(flow.shape[0], *self.output_image_shape, flow.shape[-1])
-        return decoded
-
-
-class ToMePerceiverMultimodalDecoder(upstream.PerceiverMultimodalDecoder):
-    """Upstream's multimodal decoder. Modifications: passes the bias on."""
-
-    def forward(
-        self, query: Tensor, z: Tensor, bias: Tensor | None = None, output_attentions: bool = False
-    ) -> upstream.PerceiverDecoderOutput:
-        return self.decoder(query, z, bias, output_attentions)
-
-
-class ToMePerceiverFourierPositionEncoding(upstream.PerceiverFourierPositionEncoding):
-    """Upstream's Fourier features (Jaegle et al., 2022, appendix D).
-
-    Modifications: shapes by `math` instead of NumPy, which breaks the graph of `torch.compile`.
-    """
-
-    def forward(
-        self,
-        index_dims: list[int],
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        pos: Tensor | None = None,
-    ) -> Tensor:
-        if pos is None:
-            pos = upstream.build_linear_positions(index_dims, device=device).flatten(0, -2).expand(batch_size, -1, -1)
-        bands = torch.stack(
-            [torch.linspace(1.0, size / 2, self.num_bands, device=pos.device) for size in self.max_resolution]
-        )
-        # Positions are the same in every row of the batch.
-        phase = math.pi * (pos[0, :, :, None] * bands).flatten(1)
-        features = phase.sin() if self.sine_only else torch.cat([phase.sin(), phase.cos()], dim=-1)
-        features = features.expand(batch_size, -1, -1)
-        return (torch.cat([pos, features], dim=-1) if self.concat_pos else features).to(dtype)
-
-
-class ToMePerceiverImagePreprocessor(upstream.PerceiverImagePreprocessor):
-    """Upstream's image preprocessing.
-
-    Modifications: shapes without NumPy, which breaks the graph of `torch.compile`; an image whose size does not fit
-    learned positions is an error of one line.
-    """
-
-    def _build_network_inputs(
-        self, inputs: Tensor, network_input_is_1d: bool = True, interpolate_pos_encoding: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        batch_size, index_dims = inputs.shape[0], inputs.shape[1:-1]
-        if network_input_is_1d:
-            inputs = inputs.flatten(1, -2)
-        if self.position_encoding_type == "trainable":
-            positions = self.position_embeddings(batch_size, interpolate_pos_encoding, index_dims)
-        else:
-            positions = self.position_embeddings(index_dims, batch_size, device=inputs.device, dtype=inputs.dtype)
-        positions = self.positions_projection(positions)
-        if not network_input_is_1d:
-            positions = positions.unflatten(1, index_dims)
-        elif positions.shape[1] != inputs.shape[1]:
-            side = math.isqrt(positions.shape[1])
-            raise ValueError(
-                f"inputs: an image of {' x '.join(map(str, index_dims))} positions; allowed is {side} x {side} "
-                f"(config.image_size), or another size with interpolate_pos_encoding=True"
-            )
-        if self.concat_or_add_pos == "add":
-            return inputs + positions, inputs
-        return torch.cat([inputs, positions], dim=-1), inputs
-
-
 class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
     """What every ToMe Perceiver has beyond its upstream class, which comes after this one in the order of bases.
 
     Modifications:
-    - upstream's parts take the classes of this module
+    - upstream's parts take the classes of `layers_tome_perceiver.py`
     - `r`, settable at any time
     - `scaled_dot_product_attention` and activation checkpointing are supported
     """
@@ -389,7 +71,9 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         attn_implementation = config._attn_implementation
         config._attn_implementation = "eager"
         super().__init__(config, *args, **kwargs)
-        _take_tome_classes(self)
+        take_tome_classes(self, config)
+        if type(self.base_model) is upstream.PerceiverModel:
+            self.base_model.__class__ = ToMePerceiverModel
         config._attn_implementation = self._check_and_adjust_attn_implementation(
             attn_implementation, is_init_check=True
         )
@@ -458,9 +142,9 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
             output_hidden_states=output_hidden_states,
             output_latent_sources=output_latent_sources,
         )
-        latents, sizes, cross_attentions = encoded.last_hidden_state, encoded.latent_sizes, encoded.cross_attentions
+        latents, sizes = encoded.last_hidden_state, encoded.latent_sizes
 
-        logits = None
+        logits, decoder_attentions = None, ()
         if self.decoder is not None:
             query = self.decoder.decoder_query(
                 inputs, modality_sizes, inputs_without_pos, subsampled_points=subsampled_output_points
@@ -470,8 +154,7 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
                 bias = log_size_bias(sizes, latents.dtype)
             decoded = self.decoder(query, latents, bias, output_attentions)
             logits = decoded.logits
-            if output_attentions:
-                cross_attentions = cross_attentions + decoded.cross_attentions
+            decoder_attentions = decoded.cross_attentions or ()
             if self.output_postprocessor is not None:
                 if subsampled_output_points is not None:
                     modality_sizes = {
@@ -483,14 +166,14 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
 
         if not return_dict:
             # Upstream's tuple: its heads, and whoever counts its places, know nothing of sizes.
-            outputs = (logits, latents, encoded.hidden_states, encoded.attentions, cross_attentions)
-            return tuple(output for output in outputs if output is not None)
+            outputs = (logits, latents, encoded.hidden_states, encoded.attentions, encoded.cross_attentions)
+            return tuple(output for output in outputs if output is not None) + decoder_attentions
         return ToMePerceiverModelOutput(
             logits=logits,
             last_hidden_state=latents,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
-            cross_attentions=cross_attentions,
+            cross_attentions=encoded.cross_attentions + decoder_attentions if output_attentions else None,
             latent_sizes=latents.new_ones(latents.shape[:2], dtype=torch.float32) if sizes is None else sizes,
             latent_sources=encoded.latent_sources,
         )
@@ -560,35 +243,6 @@ class ToMePerceiverForOpticalFlow(ToMePerceiverPreTrainedModel, upstream.Perceiv
 
 class ToMePerceiverForMultimodalAutoencoding(ToMePerceiverPreTrainedModel, upstream.PerceiverForMultimodalAutoencoding):
     """Upstream's multimodal autoencoding. Modifications: see `ToMePerceiverPreTrainedModel`."""
-
-
-_TOME_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    upstream.PerceiverSelfAttention: ToMePerceiverSelfAttention,
-    upstream.PerceiverAttention: ToMePerceiverAttention,
-    upstream.PerceiverLayer: ToMePerceiverLayer,
-    upstream.PerceiverEncoder: ToMePerceiverEncoder,
-    upstream.PerceiverModel: ToMePerceiverModel,
-    upstream.PerceiverBasicDecoder: ToMePerceiverBasicDecoder,
-    upstream.PerceiverClassificationDecoder: ToMePerceiverClassificationDecoder,
-    upstream.PerceiverOpticalFlowDecoder: ToMePerceiverOpticalFlowDecoder,
-    upstream.PerceiverMultimodalDecoder: ToMePerceiverMultimodalDecoder,
-    upstream.PerceiverFourierPositionEncoding: ToMePerceiverFourierPositionEncoding,
-    upstream.PerceiverImagePreprocessor: ToMePerceiverImagePreprocessor,
-}
-
-
-def _take_tome_classes(model: nn.Module) -> None:
-    """Give the parts that upstream's constructors made the classes of this module, once, while the model is built.
-
-    Upstream's constructors name their parts' classes themselves, in seven heads and four decoders; to build ours
-    beside them would copy all of their arguments and keep them in step with every release. The classes of this module
-    change behaviour only (no constructor, no attribute but `config` on attention), stand at the top level of it, and
-    so pickle and copy as any other.
-    """
-    for module in model.modules():
-        module.__class__ = _TOME_CLASSES.get(type(module), type(module))
-        if isinstance(module, ToMePerceiverSelfAttention):
-            module.config = model.config
 
 
 for _model_class, _auto_class in (

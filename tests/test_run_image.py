@@ -64,7 +64,7 @@ def test_learns(finetuned):
 
 def test_checkpoint_carries_code_and_image_processor(finetuned):
     assert "AutoModelForImageClassification" in json.loads((finetuned / "config.json").read_text())["auto_map"]
-    for module in ("configuration", "merging", "modeling"):
+    for module in ("configuration", "layers", "merging", "modeling"):
         assert (finetuned / f"{module}_tome_perceiver.py").exists()
     assert AutoImageProcessor.from_pretrained(finetuned).size["height"] == 16
 

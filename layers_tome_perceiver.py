@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a Perceiver that merging changes: attention, layer, encoder, decoders, image preprocessing.
+
+Every class is a subclass of the one in `transformers.models.perceiver.modeling_perceiver`; upstream's constructors
+build the parts, and `take_tome_classes` gives them the classes of this module.
+
+Letters: B batch, S inputs, N latents, M latents left, Q decoder queries, H heads, C channels of a latent, D channels
+of a head's keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
+from transformers.models.perceiver import modeling_perceiver as upstream
+from transformers.pytorch_utils import apply_chunking_to_forward
+
+# Inside a package (a Hub checkpoint's code) only the relative import may answer: a broken module there must not be
+# replaced in silence by another copy on the path.
+try:
+    from .configuration_tome_perceiver import ToMePerceiverConfig  # type: ignore[import-not-found]
+    from .merging_tome_perceiver import (  # type: ignore[import-not-found]
+        MERGE_METHODS,
+        Match,
+        MergeMethod,
+        follow_latents,
+        log_size_bias,
+        match_groups,
+        merge_latents,
+        source_matrix,
+    )
+except ImportError:
+    if __package__:
+        raise
+    from configuration_tome_perceiver import ToMePerceiverConfig
+    from merging_tome_perceiver import (
+        MERGE_METHODS,
+        Match,
+        MergeMethod,
+        follow_latents,
+        log_size_bias,
+        match_groups,
+        merge_latents,
+        source_matrix,
+    )
+
+
+@dataclass
+class ToMePerceiverEncoderOutput(BaseModelOutputWithCrossAttentions):
+    """Upstream's encoder output with what became of the latents.
+
+    Args:
+        latent_sizes: (B, M) in float32 how many of the N latents each one left stands for, or `None` if none merged.
+        latent_sources: (B, M, N) of 0 and 1, if asked for.
+    """
+
+    latent_sizes: Tensor | None = None
+    latent_sources: Tensor | None = None
+
+
+class AttentionOutput(NamedTuple):
+    """What attention hands on: its output (B, Q, C), its keys (B, H, N, D) and, if asked for, its weights."""
+
+    hidden_states: Tensor
+    keys: Tensor
+    weights: Tensor | None
+
+
+class LayerOutput(NamedTuple):
+    """What a layer hands on: latents (B, M, C), their sizes (B, M), the merge it did and, if asked for, its weights."""
+
+    hidden_states: Tensor
+    sizes: Tensor | None
+    match: Match | None
+    attention_weights: Tensor | None
+
+
+class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
+    """Upstream's multi-head attention.
+
+    Modifications:
+    - `scaled_dot_product_attention`, unless the weights are asked for or `attn_implementation="eager"`
+    - an additive bias (B or 1, 1, 1, N) instead of a mask
+    - also returns the keys, which are the metric of matching
+    """
+
+    def forward(
+        self, hidden_states: Tensor, inputs: Tensor | None, bias: Tensor | None, output_attentions: bool
+    ) -> AttentionOutput:
+        hidden_states = self.layernorm1(hidden_states)
+        inputs = hidden_states if inputs is None else self.layernorm2(inputs)
+        queries = self.transpose_for_scores(self.query(hidden_states), self.qk_channels_per_head)
+        keys = self.transpose_for_scores(self.key(inputs), self.qk_channels_per_head)
+        values = self.transpose_for_scores(self.value(inputs), self.v_channels_per_head)
+        weights = None
+        if output_attentions or self.config._attn_implementation == "eager":
+            scores = queries @ keys.transpose(-1, -2) / math.sqrt(self.qk_channels_per_head)
+            weights = self.dropout((scores if bias is None else scores + bias).softmax(dim=-1))
+            context = weights @ values
+        else:
+            dropout = self.dropout.p if self.training else 0.0
+            bias = None if bias is None else bias.to(queries.dtype)
+            context = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout)
+        return AttentionOutput(context.transpose(1, 2).flatten(2), keys, weights if output_attentions else None)
+
+
+class ToMePerceiverAttention(upstream.PerceiverAttention):
+    """Upstream's attention with output projection and residual.
+
+    Modifications: passes the bias and hands on the keys.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, inputs: Tensor | None, bias: Tensor | None, output_attentions: bool
+    ) -> AttentionOutput:
+        attended = self.self(hidden_states, inputs, bias, output_attentions)
+        projected = self.output(attended.hidden_states)
+        if self.use_query_residual:
+            projected = projected + hidden_states
+        return attended._replace(hidden_states=projected)
+
+
+class ToMePerceiverLayer(GradientCheckpointingLayer, upstream.PerceiverLayer):
+    """Upstream's layer: attention, then an MLP.
+
+    Modifications:
+    - merges between the two, so that the MLP already runs on the latents that are left
+    - can be checkpointed; the merge is an argument, so that a recomputed layer merges the same latents
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sizes: Tensor | None = None,
+        match_latents: Callable[[Tensor], Match] | None = None,
+        inputs: Tensor | None = None,
+        bias: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> LayerOutput:
+        """
+        Args:
+            hidden_states: (B, N, C), or a decoder's queries (B, Q, C).
+            sizes: (B, N), or `None` for 1 each.
+            match_latents: from the keys (B, H, N, D) to what merges; `None` if nothing does.
+            inputs: (B, S, C'), what cross-attention attends to; `None` for self-attention.
+            bias: (B or 1, 1, 1, S) or (B, 1, 1, N), added to the scores.
+            output_attentions: return the weights too.
+        """
+        attention = self.attention(hidden_states, inputs, bias, output_attentions)
+        hidden_states, match = attention.hidden_states, None
+        if match_latents is not None:
+            match = match_latents(attention.keys.detach())
+            hidden_states, sizes = merge_latents(hidden_states, sizes, match)
+        hidden_states = hidden_states + apply_chunking_to_forward(
+            self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
+        )
+        return LayerOutput(hidden_states, sizes, match, attention.weights)
+
+
+def call_layer(layer: ToMePerceiverLayer, *arguments: Any) -> LayerOutput:
+    """Call a layer so that it can be checkpointed: reentrant checkpointing gives gradients to positional arguments
+    only, and returns a plain tuple."""
+    return LayerOutput(*layer(*arguments))
+
+
+class ToMePerceiverEncoder(upstream.PerceiverEncoder):
+    """Upstream's encoder.
+
+    Modifications: threads the sizes through the layers and gives each its merge. Layer modules are shared between
+    blocks, so what a layer merges is an argument of its call, never a state of it.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inputs: Tensor,
+        bias: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        output_latent_sources: bool = False,
+    ) -> ToMePerceiverEncoderOutput:
+        """
+        Args:
+            hidden_states: (B, N, C), the latents.
+            inputs: (B, S, C'), preprocessed.
+            bias: (B, 1, 1, S), the padding mask as scores.
+            output_attentions, output_hidden_states, output_latent_sources: return them too.
+        """
+        all_hidden_states, all_attentions, cross_attentions = [], [], []
+        batch, num_latents = hidden_states.shape[:2]
+        layer = call_layer(self.cross_attention, hidden_states, None, None, inputs, bias, output_attentions)
+        hidden_states, sizes = layer.hidden_states, None
+        cross_attentions.append(layer.attention_weights)
+        # Where each of the first latents stands now.
+        positions = torch.arange(num_latents, device=hidden_states.device).expand(batch, -1)
+        for index, match_latents in enumerate(layer_matchers(self.config)):
+            all_hidden_states.append(hidden_states)
+            bias = None
+            if sizes is not None and self.config.proportional_attention:
+                bias = log_size_bias(sizes, hidden_states.dtype)
+            module = self.self_attends[index % len(self.self_attends)]
+            layer = call_layer(module, hidden_states, sizes, match_latents, None, bias, output_attentions)
+            hidden_states, sizes = layer.hidden_states, layer.sizes
+            all_attentions.append(layer.attention_weights)
+            if output_latent_sources and layer.match is not None:
+                positions = follow_latents(positions, layer.match)
+            # As upstream: the state that ends a block stands twice, also as the one that starts the next.
+            if (index + 1) % len(self.self_attends) == 0:
+                all_hidden_states.append(hidden_states)
+        return ToMePerceiverEncoderOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+            latent_sizes=sizes,
+            latent_sources=source_matrix(positions, hidden_states.shape[1]) if output_latent_sources else None,
+        )
+
+
+def layer_matchers(config: ToMePerceiverConfig) -> list[Callable[[Tensor], Match] | None]:
+    """For each of the L layers what decides its merge: from the keys (B, H, N, D) to a match, `None` for none.
+
+    Matching at run time (`config.r`) and fixed groups (`config.merge_groups`) meet here and are one from here on.
+    """
+    if config.merge_groups is not None:
+        return [None if groups is None else partial(_match_fixed, groups=groups) for groups in config.merge_groups]
+    method = MERGE_METHODS[config.merge_method]
+    return [partial(_match_by_keys, method=method, r=r) if r else None for r in config.merge_schedule]
+
+
+def _match_by_keys(keys: Tensor, method: MergeMethod, r: int) -> Match:
+    # The mean over heads is ToMe's metric (section 3, "token similarity").
+    return method(keys.mean(dim=1), r)
+
+
+def _match_fixed(keys: Tensor, groups: list[int]) -> Match:
+    return match_groups(groups, keys.device)
+
+
+class ToMePerceiverBasicDecoder(upstream.PerceiverBasicDecoder):
+    """Upstream's cross-attention decoder.
+
+    Modifications: a bias (B, 1, 1, M) on the scores, so that a merged latent counts as often as it stands for.
+    Upstream drops every mask on the way here.
+    """
+
+    def forward(
+        self, query: Tensor, z: Tensor, bias: Tensor | None = None, output_attentions: bool = False
+    ) -> upstream.PerceiverDecoderOutput:
+        layer = call_layer(self.decoding_cross_attention, query, None, None, z, bias, output_attentions)
+        return upstream.PerceiverDecoderOutput(
+            logits=self.final_layer(layer.hidden_states),
+            cross_attentions=(layer.attention_weights,) if output_attentions else None,
+        )
+
+
+class ToMePerceiverClassificationDecoder(upstream.PerceiverClassificationDecoder):
+    """Upstream's classification decoder. Modifications: passes the bias on."""
+
+    def forward(
+        self, query: Tensor, z: Tensor, bias: Tensor | None = None, output_attentions: bool = False
+    ) -> upstream.PerceiverDecoderOutput:
+        decoded = self.decoder(query, z, bias, output_attentions)
+        decoded.logits = decoded.logits[:, 0, :]
+        return decoded
+
+
+class ToMePerceiverOpticalFlowDecoder(upstream.PerceiverOpticalFlowDecoder):
+    """Upstream's optical flow decoder. Modifications: passes the bias on."""
+
+    def forward(
+        self, query: Tensor, z: Tensor, bias: Tensor | None = None, output_attentions: bool = False
+    ) -> upstream.PerceiverDecoderOutput:
+        decoded = self.decoder(query, z, bias, output_attentions)
+        flow = decoded.logits / self.rescale_factor
+        decoded.logits = flow.reshape(flow.shape[0], *self.output_image_shape, flow.shape[-1])
+        return decoded
+
+
+class ToMePerceiverMultimodalDecoder(upstream.PerceiverMultimodalDecoder):
+    """Upstream's multimodal decoder. Modifications: passes the bias on."""
+
+    def forward(
+        self, query: Tensor, z: Tensor, bias: Tensor | None = None, output_attentions: bool = False
+    ) -> upstream.PerceiverDecoderOutput:
+        return self.decoder(query, z, bias, output_attentions)
+
+
+class ToMePerceiverFourierPositionEncoding(upstream.PerceiverFourierPositionEncoding):
+    """Upstream's Fourier features (Jaegle et al., 2022, appendix D).
+
+    Modifications: shapes by `math` instead of NumPy, which breaks the graph of `torch.compile`.
+    """
+
+    def forward(
+        self,
+        index_dims: list[int],
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        pos: Tensor | None = None,
+    ) -> Tensor:
+        if pos is None:
+            pos = upstream.build_linear_positions(index_dims, device=device).flatten(0, -2).expand(batch_size, -1, -1)
+        bands = torch.stack(
+            [torch.linspace(1.0, size / 2, self.num_bands, device=pos.device) for size in self.max_resolution]
+        )
+        # Positions are the same in every row of the batch.
+        phase = math.pi * (pos[0, :, :, None] * bands).flatten(1)
+        features = phase.sin() if self.sine_only else torch.cat([phase.sin(), phase.cos()], dim=-1)
+        features = features.expand(batch_size, -1, -1)
+        return (torch.cat([pos, features], dim=-1) if self.concat_pos else features).to(dtype)
+
+
+class ToMePerceiverImagePreprocessor(upstream.PerceiverImagePreprocessor):
+    """Upstream's image preprocessing.
+
+    Modifications: shapes without NumPy, which breaks the graph of `torch.compile`; an image whose size does not fit
+    learned positions is an error of one line.
+    """
+
+    def _build_network_inputs(
+        self, inputs: Tensor, network_input_is_1d: bool = True, interpolate_pos_encoding: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        batch_size, index_dims = inputs.shape[0], inputs.shape[1:-1]
+        if network_input_is_1d:
+            inputs = inputs.flatten(1, -2)
+        if self.position_encoding_type == "trainable":
+            if not interpolate_pos_encoding:
+                self._check_learned_positions(index_dims)
+            positions = self.position_embeddings(batch_size, interpolate_pos_encoding, index_dims)
+        else:
+            positions = self.position_embeddings(index_dims, batch_size, device=inputs.device, dtype=inputs.dtype)
+        positions = self.positions_projection(positions)
+        if not network_input_is_1d:
+            positions = positions.unflatten(1, index_dims)
+        if self.concat_or_add_pos == "add":
+            return inputs + positions, inputs
+        return torch.cat([inputs, positions], dim=-1), inputs
+
+    def _check_learned_positions(self, index_dims: torch.Size) -> None:
+        count = self.position_embeddings.position_embeddings.shape[0]
+        side = math.isqrt(count)
+        # Positions that were learned in one dimension are of a square image, as upstream's interpolation assumes.
+        square = self.position_embeddings.num_dimensions == 1
+        if math.prod(index_dims) != count or (square and index_dims != (side, side)):
+            raise ValueError(
+                f"inputs: an image of {' x '.join(map(str, index_dims))} positions; allowed is {side} x {side} "
+                "(config.image_size), or another size with interpolate_pos_encoding=True"
+            )
+
+
+_TOME_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    upstream.PerceiverSelfAttention: ToMePerceiverSelfAttention,
+    upstream.PerceiverAttention: ToMePerceiverAttention,
+    upstream.PerceiverLayer: ToMePerceiverLayer,
+    upstream.PerceiverEncoder: ToMePerceiverEncoder,
+    upstream.PerceiverBasicDecoder: ToMePerceiverBasicDecoder,
+    upstream.PerceiverClassificationDecoder: ToMePerceiverClassificationDecoder,
+    upstream.PerceiverOpticalFlowDecoder: ToMePerceiverOpticalFlowDecoder,
+    upstream.PerceiverMultimodalDecoder: ToMePerceiverMultimodalDecoder,
+    upstream.PerceiverFourierPositionEncoding: ToMePerceiverFourierPositionEncoding,
+    upstream.PerceiverImagePreprocessor: ToMePerceiverImagePreprocessor,
+}
+
+
+def take_tome_classes(model: nn.Module, config: ToMePerceiverConfig) -> None:
+    """Give the parts that upstream's constructors made the classes of this module, once, while the model is built.
+
+    Upstream's constructors name their parts' classes themselves, in seven heads and four decoders; to build ours
+    beside them would copy all of their arguments and keep them in step with every release. The classes of this module
+    change behaviour only (no constructor, no attribute but `config` on attention), stand at the top level of it, and
+    so pickle and copy as any other.
+    """
+    for module in model.modules():
+        module.__class__ = _TOME_CLASSES.get(type(module), type(module))
+        if isinstance(module, ToMePerceiverSelfAttention):
+            module.config = config
