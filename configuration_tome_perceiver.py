@@ -6,6 +6,7 @@ Letters: L self-attention layers (``num_blocks * num_self_attends_per_block``), 
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers import PerceiverConfig
@@ -73,6 +74,15 @@ class ToMePerceiverConfig(PerceiverConfig):
         # Upstream sets the fields in `kwargs` after construction; with `return_unused_kwargs` it returns a pair.
         (loaded[0] if isinstance(loaded, tuple) else loaded).check_merging()
         return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Upstream's, after a check of fields that were set one by one since.
+
+        Raises:
+            ValueError: for a merging field out of its range; nothing is written.
+        """
+        self.check_merging()
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def num_self_attention_layers(self) -> int:

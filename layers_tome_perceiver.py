@@ -32,6 +32,7 @@ try:
         MERGE_METHODS,
         Match,
         MergeMethod,
+        check_merge_method,
         follow_latents,
         log_size_bias,
         match_groups,
@@ -46,6 +47,7 @@ except ImportError:
         MERGE_METHODS,
         Match,
         MergeMethod,
+        check_merge_method,
         follow_latents,
         log_size_bias,
         match_groups,
@@ -233,6 +235,7 @@ def layer_matchers(config: ToMePerceiverConfig) -> list[Callable[[Tensor], Match
     """
     if config.merge_groups is not None:
         return [None if groups is None else partial(_match_fixed, groups=groups) for groups in config.merge_groups]
+    check_merge_method(config.merge_method)
     method = MERGE_METHODS[config.merge_method]
     return [partial(_match_by_keys, method=method, r=r) if r else None for r in config.merge_schedule]
 

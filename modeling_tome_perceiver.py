@@ -126,7 +126,7 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
             output_latent_sources: return `latent_sources` too.
 
         Raises:
-            ValueError: for inputs longer or larger than the model's positions.
+            ValueError: for inputs longer or larger than the model's positions, or a mask of another length.
         """
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -137,7 +137,7 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
         encoded = self.encoder(
             self.embeddings(batch_size=inputs.shape[0]),
             inputs=inputs,
-            bias=None if attention_mask is None else padding_bias(attention_mask, inputs.dtype),
+            bias=None if attention_mask is None else padding_bias(attention_mask, inputs),
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             output_latent_sources=output_latent_sources,
@@ -196,14 +196,23 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
         return self.input_preprocessor(inputs, interpolate_pos_encoding=interpolate_pos_encoding)
 
 
-def padding_bias(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A padding mask as scores to add, (B, 1, 1, S).
+def padding_bias(attention_mask: Tensor, inputs: Tensor) -> Tensor:
+    """A padding mask as scores to add, (B, 1, 1, S), in the dtype of `inputs`.
 
     Args:
         attention_mask: (B, S), true or 1 where to attend; a mask of four dimensions is one already, boolean
             (true where to attend) or to be added.
-        dtype: of the scores.
+        inputs: (B, S, C'), what the mask is for.
+
+    Raises:
+        ValueError: for a mask of another length than the inputs.
     """
+    dtype = inputs.dtype
+    if attention_mask.shape[-1] != inputs.shape[1]:
+        raise ValueError(
+            f"attention_mask: of shape {tuple(attention_mask.shape)}; allowed is a last dimension of "
+            f"{inputs.shape[1]}, one entry for each input"
+        )
     if attention_mask.dim() == 4 and attention_mask.is_floating_point():
         return attention_mask.to(dtype)
     keep = attention_mask.bool() if attention_mask.dim() == 4 else attention_mask[:, None, None, :].bool()

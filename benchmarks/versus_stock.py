@@ -9,36 +9,27 @@ a machine that slows down nor a place in the order favours a variant.
     python benchmarks/versus_stock.py
     python benchmarks/versus_stock.py --r 0 4 --batch_size 1 --length 512 --rounds 5 --output_dir out
     python benchmarks/versus_stock.py --device cuda --dtype bfloat16
-
-Letters: V variants (the stock model and one for each r), R rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from tqdm import tqdm
-from transformers import PerceiverForSequenceClassification
+from transformers import PerceiverConfig, PerceiverForSequenceClassification
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.cost import forward_cost
+from experiments.measurement import Timing, describe_environment, time_interleaved
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
 
 # `deepmind/language-perceiver`; every other field has its default.
@@ -79,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     description, _, epilog = (__doc__ or "").partition("\n\n    python")
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="examples:\n    python" + epilog.rpartition("\n\n")[0],
+        epilog="examples:\n    python" + epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -89,8 +80,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--length", type=int, default=128, help="bytes in a text, at most 2048 (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=20, help="each runs every variant once (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before those that count (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="each runs every variant once (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads; by default as many as PyTorch chooses")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
     parser.add_argument(
@@ -105,8 +95,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name, least, most in (
         ("batch_size", 1, None),
         ("length", 1, longest),
-        ("rounds", 2, None),  # quartiles need two
-        ("warmup", 0, None),
+        ("rounds", 1, None),
         ("threads", 1, None),
     ):
         value = getattr(options, name)
@@ -132,7 +121,7 @@ def build_models(
     torch.manual_seed(seed)
     config = ToMePerceiverConfig(**PUBLISHED_LANGUAGE_SHAPES)
     # Stock knows no other attention, and a config is written to by the model that it builds.
-    stock_config = transformers.PerceiverConfig(**PUBLISHED_LANGUAGE_SHAPES)
+    stock_config = PerceiverConfig(**PUBLISHED_LANGUAGE_SHAPES)
     stock = PerceiverForSequenceClassification(stock_config).eval().requires_grad_(False).to(device, dtype)
     with torch.device("meta"):
         ours = ToMePerceiverForSequenceClassification(config).eval().requires_grad_(False)
@@ -157,80 +146,25 @@ def check_logits(
     return difference
 
 
-def time_in_turns(
-    variants: dict[str, Callable[[], object]], rounds: int, warmup: int, synchronise: Callable[[], object]
-) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, R for each of the V.
-
-    Args:
-        variants: what to time, by name.
-        rounds: R.
-        warmup: rounds that run first and do not count.
-        synchronise: waits until the device has done what it was given.
-    """
-    names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=(warmup + rounds) * len(names), desc="forward passes", unit="pass") as progress:
-        for index in range(warmup + rounds):
-            first = index % len(names)
-            for name in names[first:] + names[:first]:
-                synchronise()
-                start = time.perf_counter()
-                variants[name]()
-                synchronise()
-                elapsed = time.perf_counter() - start
-                if index >= warmup:
-                    seconds[name].append(elapsed)
-                progress.update()
-    return seconds
-
-
-def summarise(
-    name: str, r: int | None, seconds: list[float], stock_seconds: list[float], input_shape: tuple[int, int]
-) -> Variant:
+def summarise(name: str, r: int | None, timing: Timing, input_shape: tuple[int, int]) -> Variant:
     """One variant's rounds as the figures that are reported."""
+
+    def flops(config: ToMePerceiverConfig) -> int:
+        return forward_cost(config, input_shape, ToMePerceiverForSequenceClassification.__name__).total_with_matching
+
     config = ToMePerceiverConfig(r=r or 0, **PUBLISHED_LANGUAGE_SHAPES)
-    architecture = ToMePerceiverForSequenceClassification.__name__
-    flops = forward_cost(config, input_shape, architecture).total_with_matching
-    unmerged = ToMePerceiverConfig(**PUBLISHED_LANGUAGE_SHAPES)
-    stock_flops = forward_cost(unmerged, input_shape, architecture).total_with_matching
-    ratios = [stock / own for stock, own in zip(stock_seconds, seconds, strict=True)]
-    lower, speedup, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    implied = flops(ToMePerceiverConfig(**PUBLISHED_LANGUAGE_SHAPES)) / flops(config)
     return Variant(
         name=name,
         r=r,
         latents_left=config.latents_per_layer[-1],
-        gflops=flops / 1e9,
-        milliseconds=1e3 * statistics.median(seconds),
-        speedup=speedup,
-        speedup_quartiles=(lower, upper),
-        speedup_by_flops=stock_flops / flops,
-        share_of_flops_speedup=speedup / (stock_flops / flops),
+        gflops=flops(config) / 1e9,
+        milliseconds=timing.latency_ms.median,
+        speedup=timing.speedup.median,
+        speedup_quartiles=(timing.speedup.lower, timing.speedup.upper),
+        speedup_by_flops=implied,
+        share_of_flops_speedup=timing.speedup.median / implied,
     )
-
-
-def describe_environment(options: argparse.Namespace) -> dict[str, str | int]:
-    """What the figures depend on besides the code."""
-    environment: dict[str, str | int] = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    if torch.device(options.device).type == "cuda":
-        environment["gpu"] = torch.cuda.get_device_name(options.device)
-    return environment
-
-
-def cpu_name() -> str:
-    """The processor's name, for which Linux has a file and other systems have Python's answer."""
-    processors = Path("/proc/cpuinfo")
-    lines = processors.read_text().splitlines() if processors.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def as_markdown(variants: list[Variant], settings: dict[str, object], environment: dict[str, str | int]) -> str:
@@ -260,36 +194,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     inputs = torch.randint(stock.config.vocab_size, input_shape, device=options.device)
     difference = check_logits(stock, ours, inputs, LOGITS_TOLERANCE[options.dtype])
 
-    def run_ours(r: int) -> None:
-        ours.r = r
-        ours(inputs)
+    def run(r: int | None) -> None:
+        if r is None:
+            stock(inputs)
+        else:
+            ours.r = r
+            ours(inputs)
 
-    settings_of_r = {f"r = {r}": r for r in dict.fromkeys(options.r)}
-    passes: dict[str, Callable[[], object]] = {STOCK: lambda: stock(inputs)}
-    passes |= {name: partial(run_ours, r) for name, r in settings_of_r.items()}
-    on_gpu = torch.device(options.device).type == "cuda"
-    seconds = time_in_turns(
-        passes, options.rounds, options.warmup, lambda: torch.cuda.synchronize(options.device) if on_gpu else None
-    )
-
-    variants = [summarise(name, settings_of_r.get(name), seconds[name], seconds[STOCK], input_shape) for name in passes]
+    # Stock is also a variant of its own: how far its ratio to itself is from 1 shows the noise.
+    variant_r = [None, *dict.fromkeys(options.r)]
+    timings = time_interleaved(run, variant_r, baseline=None, rounds=options.rounds, desc="rounds")
+    variants = [
+        summarise(STOCK if r is None else f"r = {r}", r, timing, input_shape)
+        for r, timing in zip(variant_r, timings, strict=True)
+    ]
     settings: dict[str, object] = {
         "shapes": "deepmind/language-perceiver, random weights",
         "batch size": options.batch_size,
         "bytes": options.length,
         "dtype": options.dtype,
-        "rounds": f"{options.rounds} after {options.warmup} of warm-up",
+        "rounds": f"{options.rounds} after one of warm-up",
         "attention": f"stock {stock.config._attn_implementation}, ours {ours.config._attn_implementation}",
         "largest difference of logits at r = 0": f"{difference:.1e}",
     }
-    environment = describe_environment(options)
+    environment = describe_environment()
     table = as_markdown(variants, settings, environment)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     report = {
         "settings": settings,
         "environment": environment,
         "variants": [asdict(variant) for variant in variants],
-        "seconds_by_round": seconds,
     }
     (options.output_dir / "versus_stock.json").write_text(json.dumps(report, indent=2) + "\n")
     (options.output_dir / "versus_stock.md").write_text(table)

@@ -260,3 +260,11 @@ def test_inflected_schedule_is_capped_like_a_list(shape, r, inflection):
     assert len(uncapped) == layers
     by_number = ToMePerceiverConfig(**shape, r=r, r_inflection=inflection).merge_schedule
     assert by_number == ToMePerceiverConfig(**shape, r=uncapped).merge_schedule
+
+
+def test_bad_value_set_later_is_not_written(tmp_path):
+    changed = config(r=2)
+    changed.r = -5
+    with pytest.raises(ValueError, match=r"^r = -5: [^\n]*$"):
+        changed.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -882,3 +882,20 @@ def test_every_part_is_of_this_module(head):
     model = tiny_model(head)
     stock = {kind for kind in layers._TOME_CLASSES if kind is not layers._TOME_CLASSES[kind]}
     assert not [name for name, module in model.named_modules() if type(module) in stock]
+
+
+def test_mask_of_another_length_is_one_line():
+    """Also a mask of length 1, which would broadcast in silence."""
+    model = tiny_model("ForSequenceClassification")
+    for length in (1, 5):
+        with pytest.raises(
+            ValueError, match=rf"^attention_mask: [^\n]*\(2, {length}\)[^\n]*last dimension of 9[^\n]*$"
+        ):
+            model(input_ids=torch.zeros(2, 9, dtype=torch.long), attention_mask=torch.ones(2, length))
+
+
+def test_unknown_method_set_on_a_built_model_is_one_line():
+    model = tiny_model("ForSequenceClassification", r=1)
+    model.config.merge_method = "best"
+    with pytest.raises(ValueError, match=r"^merge_method = 'best': [^\n]*'bipartite'[^\n]*$"):
+        model(**tiny_inputs("ForSequenceClassification"))
