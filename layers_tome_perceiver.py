@@ -90,7 +90,8 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
     """Upstream's multi-head attention.
 
     Modifications:
-    - `scaled_dot_product_attention`, unless the weights are asked for or `attn_implementation="eager"`
+    - `scaled_dot_product_attention`, unless the weights are asked for, `attn_implementation="eager"`, or PyTorch has
+      no fused kernel
     - an additive bias (B or 1, 1, 1, N) instead of a mask
     - also returns the keys, which are the metric of matching
     """
@@ -104,15 +105,24 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
         keys = self.transpose_for_scores(self.key(inputs), self.qk_channels_per_head)
         values = self.transpose_for_scores(self.value(inputs), self.v_channels_per_head)
         weights = None
-        if output_attentions or self.config._attn_implementation == "eager":
-            scores = queries @ keys.transpose(-1, -2) / math.sqrt(self.qk_channels_per_head)
-            weights = self.dropout((scores if bias is None else scores + bias).softmax(dim=-1))
+        if output_attentions or not self._fused(queries):
+            # Scaled before the product: there are far fewer queries than scores.
+            scores = (queries / math.sqrt(self.qk_channels_per_head)) @ keys.transpose(-1, -2)
+            if bias is not None:
+                scores += bias
+            weights = self.dropout(scores.softmax(dim=-1))
             context = weights @ values
         else:
             dropout = self.dropout.p if self.training else 0.0
             bias = None if bias is None else bias.to(queries.dtype)
             context = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout)
         return AttentionOutput(context.transpose(1, 2).flatten(2), keys, weights if output_attentions else None)
+
+    def _fused(self, queries: Tensor) -> bool:
+        # PyTorch has no fused kernel on the CPU for keys and values of different widths (the published language model
+        # has 32 and 160); what it then falls back to makes more passes over the scores than this class does.
+        same_width = self.qk_channels_per_head == self.v_channels_per_head
+        return self.config._attn_implementation != "eager" and (same_width or queries.device.type != "cpu")
 
 
 class ToMePerceiverAttention(upstream.PerceiverAttention):
