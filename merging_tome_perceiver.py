@@ -133,7 +133,7 @@ def _match_edges(edge_score: Tensor, edge_target: Tensor, num_latents: int, r: i
     # A stable sort, so that ties are defined on every device.
     order = torch.sort(edge_score, dim=1, descending=True, stable=True).indices
     chosen, unmerged = order[:, :r], order[:, r:]
-    odds = 2 * torch.arange(num_latents // 2, device=edge_score.device) + 1
+    odds = torch.arange(1, num_latents, 2, device=edge_score.device)
     kept = torch.cat([2 * unmerged, odds.expand(rows, -1)], dim=1)
     return Match(kept=kept, merged=2 * chosen, into=edge_target.gather(1, chosen) + (evens - r))
 
@@ -156,22 +156,25 @@ def merge_latents(latents: Tensor, sizes: Tensor | None, match: Match) -> tuple[
     Source: Bolya et al. (2023), section 3.
     """
     batch, num_latents, channels = latents.shape
+    num_left = match.kept.shape[1]
     if sizes is None:
         sizes = latents.new_ones((batch, num_latents), dtype=torch.float32)
-    dtype = torch.promote_types(latents.dtype, torch.float32)
-    kept = match.kept.expand(batch, -1)
-    kept_latents, kept_sizes = _take_rows(latents, kept), sizes.gather(1, kept)
     if match.into is None:
-        return kept_latents, kept_sizes
-    merged, into = match.merged.expand(batch, -1), match.into.expand(batch, -1)
-    merged_sizes = sizes.gather(1, merged)
+        kept = match.kept.expand(batch, -1)
+        return _take_rows(latents, kept), sizes.gather(1, kept)
+    # Those that stay first, then those that merge: one pass over the latents serves both.
+    order = torch.cat([match.kept, match.merged], dim=1).expand(batch, -1)
+    kept_latents, merged_latents = _take_rows(latents, order).tensor_split([num_left], dim=1)
+    kept_sizes, merged_sizes = sizes.gather(1, order).tensor_split([num_left], dim=1)
+    into = match.into.expand(batch, -1)
     total = kept_sizes.scatter_add(1, into, merged_sizes)
+    dtype = torch.promote_types(latents.dtype, torch.float32)
     kept_weight = kept_sizes.to(dtype) / total
     merged_weight = merged_sizes.to(dtype) / total.gather(1, into)
     means = (kept_latents * kept_weight.unsqueeze(-1)).flatten(0, 1)
-    addends = (_take_rows(latents, merged) * merged_weight.unsqueeze(-1)).flatten(0, 1)
-    means = means.index_add(0, _flat_rows(into, kept.shape[1]), addends)
-    return means.view(batch, -1, channels).to(latents.dtype), total
+    addends = (merged_latents * merged_weight.unsqueeze(-1)).flatten(0, 1)
+    means = means.index_add(0, _flat_rows(into, num_left), addends)
+    return means.view(batch, num_left, channels).to(latents.dtype), total
 
 
 def log_size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -224,7 +227,7 @@ def source_matrix(positions: Tensor, num_left: int) -> Tensor:
 
 def _flat_rows(positions: Tensor, length: int) -> Tensor:
     """(B, K) positions within rows of `length`, as (B * K) positions in the rows laid end to end."""
-    offsets = torch.arange(positions.shape[0], device=positions.device) * length
+    offsets = torch.arange(0, positions.shape[0] * length, length, device=positions.device)
     return (positions + offsets[:, None]).flatten()
 
 
