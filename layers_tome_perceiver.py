@@ -215,7 +215,9 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
         # Where each of the first latents stands now.
         positions = torch.arange(num_latents, device=hidden_states.device).expand(batch, -1)
         for index, match_latents in enumerate(layer_matchers(self.config)):
-            all_hidden_states.append(hidden_states)
+            # Only if asked for: held any longer, a layer's latents could not be reused for the next one's.
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
             bias = None
             if sizes is not None and self.config.proportional_attention:
                 bias = log_size_bias(sizes, hidden_states.dtype)
@@ -226,7 +228,7 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
             if output_latent_sources and layer.match is not None:
                 positions = follow_latents(positions, layer.match)
             # As upstream: the state that ends a block stands twice, also as the one that starts the next.
-            if (index + 1) % len(self.self_attends) == 0:
+            if output_hidden_states and (index + 1) % len(self.self_attends) == 0:
                 all_hidden_states.append(hidden_states)
         return ToMePerceiverEncoderOutput(
             last_hidden_state=hidden_states,

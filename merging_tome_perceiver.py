@@ -156,25 +156,22 @@ def merge_latents(latents: Tensor, sizes: Tensor | None, match: Match) -> tuple[
     Source: Bolya et al. (2023), section 3.
     """
     batch, num_latents, channels = latents.shape
-    num_left = match.kept.shape[1]
     if sizes is None:
         sizes = latents.new_ones((batch, num_latents), dtype=torch.float32)
+    kept = match.kept.expand(batch, -1)
+    kept_latents, kept_sizes = _take_rows(latents, kept), sizes.gather(1, kept)
     if match.into is None:
-        kept = match.kept.expand(batch, -1)
-        return _take_rows(latents, kept), sizes.gather(1, kept)
-    # Those that stay first, then those that merge: one pass over the latents serves both.
-    order = torch.cat([match.kept, match.merged], dim=1).expand(batch, -1)
-    kept_latents, merged_latents = _take_rows(latents, order).tensor_split([num_left], dim=1)
-    kept_sizes, merged_sizes = sizes.gather(1, order).tensor_split([num_left], dim=1)
-    into = match.into.expand(batch, -1)
+        return kept_latents, kept_sizes
+    merged, into = match.merged.expand(batch, -1), match.into.expand(batch, -1)
+    merged_sizes = sizes.gather(1, merged)
     total = kept_sizes.scatter_add(1, into, merged_sizes)
     dtype = torch.promote_types(latents.dtype, torch.float32)
-    kept_weight = kept_sizes.to(dtype) / total
-    merged_weight = merged_sizes.to(dtype) / total.gather(1, into)
-    means = (kept_latents * kept_weight.unsqueeze(-1)).flatten(0, 1)
-    addends = (merged_latents * merged_weight.unsqueeze(-1)).flatten(0, 1)
-    means = means.index_add(0, _flat_rows(into, num_left), addends)
-    return means.view(batch, num_left, channels).to(latents.dtype), total
+    weight = merged_sizes.to(dtype) / total.gather(1, into)
+    # The mean as a step from the latent that stays towards those that merge: it touches R rows and leaves the others.
+    means, into_rows = kept_latents.to(dtype).flatten(0, 1), _flat_rows(into, kept.shape[1])
+    steps = _take_rows(latents, merged).to(dtype).flatten(0, 1) - means.index_select(0, into_rows)
+    means.index_add_(0, into_rows, steps * weight.flatten().unsqueeze(-1))
+    return means.view(batch, -1, channels).to(latents.dtype), total
 
 
 def log_size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
