@@ -124,7 +124,8 @@ def test_sdpa_is_what_runs_unless_one_asks_for_eager(head, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or real(*a, **k))
     inputs = tiny_inputs(head)
     run(tiny_model(head), inputs)
-    assert len(calls) == NUM_LAYERS + (1 if head == "Model" else 2)
+    # The encoder's cross-attention and a decoder's; that of the masked LM has keys and values of different widths.
+    assert len(calls) == NUM_LAYERS + (1 if head in ("Model", "ForMaskedLM") else 2)
     calls.clear()
     run(tiny_model(head, attn_implementation="eager"), inputs)
     assert not calls
@@ -323,7 +324,7 @@ def test_merge_is_the_size_weighted_mean_between_attention_and_mlp():
         layer, latents = model.encoder.self_attends[2], output.hidden_states[-2]
         normed = layer.attention.self.layernorm1(latents)
         # (B, N, heads x D), split into heads by hand and averaged over them
-        keys = layer.attention.self.key(normed).view(2, NUM_LATENTS, 2, 4).mean(dim=2)
+        keys = layer.attention.self.key(normed).view(2, NUM_LATENTS, 2, 8).mean(dim=2)
         context = stock_model("Model").encoder.self_attends[2].attention(latents)[0]
         merged, sizes = merging.merge_latents(context, None, merging.match_bipartite(keys, 3))
         expected = merged + layer.mlp(layer.layernorm(merged))
@@ -768,8 +769,8 @@ def test_a_method_of_ones_own_runs(monkeypatch):
 
     monkeypatch.setitem(merging.MERGE_METHODS, "last", match_last)
     base = run(tiny_model("Model", merge_method="last", r=R_LIST), tiny_inputs("Model")).base
-    # qk_channels = 8 in two heads
-    assert asked == [((2, n, 4), r, False) for n, r in ((12, 3), (9, 2), (7, 1), (6, 1))]
+    # qk_channels = 16 in two heads
+    assert asked == [((2, n, 8), r, False) for n, r in ((12, 3), (9, 2), (7, 1), (6, 1))]
     assert base.latent_sizes.tolist() == [[8, 1, 1, 1, 1]] * 2
 
 
@@ -899,3 +900,23 @@ def test_unknown_method_set_on_a_built_model_is_one_line():
     model.config.merge_method = "best"
     with pytest.raises(ValueError, match=r"^merge_method = 'best': [^\n]*'bipartite'[^\n]*$"):
         model(**tiny_inputs("ForSequenceClassification"))
+
+
+@pytest.mark.parametrize("head", TEXT_HEADS)
+def test_keys_and_values_of_different_widths(head, monkeypatch):
+    """As in the published language model: no fused kernel on the CPU, upstream's logits, and merging all the same."""
+    calls = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1))
+    inputs, widths = tiny_inputs(head), dict(qk_channels=8, v_channels=16)
+    with torch.no_grad():
+        expected = flat_logits(stock_model(head, **widths)(**inputs))
+    model = tiny_model(head, **widths)
+    layers_of_unequal_width = [model.base_model.encoder.cross_attention, *model.base_model.encoder.self_attends]
+    for layer in layers_of_unequal_width:
+        assert layer.attention.self.qk_channels_per_head != layer.attention.self.v_channels_per_head
+    if head == "ForSequenceClassification":  # whose decoder keeps equal widths
+        monkeypatch.undo()
+    assert relative_difference(run(model, inputs).logits, expected) <= 1e-12
+    model.r = R_LIST
+    assert run(model, inputs).base.latent_sizes.sum(dim=1).tolist() == [NUM_LATENTS] * 2
+    assert not calls
