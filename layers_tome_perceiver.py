@@ -207,20 +207,18 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
             bias: (B, 1, 1, S), the padding mask as scores.
             output_attentions, output_hidden_states, output_latent_sources: return them too.
         """
-        all_hidden_states, all_attentions, cross_attentions = [], [], []
+        all_hidden_states, all_attentions = [], []
         batch, num_latents = hidden_states.shape[:2]
         layer = call_layer(self.cross_attention, hidden_states, None, None, inputs, bias, output_attentions)
         hidden_states, sizes = layer.hidden_states, None
-        cross_attentions.append(layer.attention_weights)
+        cross_attention_weights = layer.attention_weights
         # Where each of the first latents stands now.
         positions = torch.arange(num_latents, device=hidden_states.device).expand(batch, -1)
         for index, match_latents in enumerate(layer_matchers(self.config)):
             # Only if asked for: held any longer, a layer's latents could not be reused for the next one's.
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            bias = None
-            if sizes is not None and self.config.proportional_attention:
-                bias = log_size_bias(sizes, hidden_states.dtype)
+            bias = latent_bias(self.config, sizes, hidden_states.dtype)
             module = self.self_attends[index % len(self.self_attends)]
             layer = call_layer(module, hidden_states, sizes, match_latents, None, bias, output_attentions)
             hidden_states, sizes = layer.hidden_states, layer.sizes
@@ -234,10 +232,16 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
-            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+            cross_attentions=(cross_attention_weights,) if output_attentions else None,
             latent_sizes=sizes,
             latent_sources=source_matrix(positions, hidden_states.shape[1]) if output_latent_sources else None,
         )
+
+
+def latent_bias(config: ToMePerceiverConfig, sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the scores wherever latents are keys, (B, 1, 1, M): `None` before anything merged, or without
+    `proportional_attention`."""
+    return None if sizes is None or not config.proportional_attention else log_size_bias(sizes, dtype)
 
 
 def layer_matchers(config: ToMePerceiverConfig) -> list[Callable[[Tensor], Match] | None]:

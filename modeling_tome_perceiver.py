@@ -21,14 +21,14 @@ from transformers.models.perceiver import modeling_perceiver as upstream
 # As in the module of the layers, which says why.
 try:
     from .configuration_tome_perceiver import ToMePerceiverConfig  # type: ignore[import-not-found]
-    from .layers_tome_perceiver import take_tome_classes  # type: ignore[import-not-found]
-    from .merging_tome_perceiver import check_merge_method, log_size_bias  # type: ignore[import-not-found]
+    from .layers_tome_perceiver import latent_bias, take_tome_classes  # type: ignore[import-not-found]
+    from .merging_tome_perceiver import check_merge_method  # type: ignore[import-not-found]
 except ImportError:
     if __package__:
         raise
     from configuration_tome_perceiver import ToMePerceiverConfig
-    from layers_tome_perceiver import take_tome_classes
-    from merging_tome_perceiver import check_merge_method, log_size_bias
+    from layers_tome_perceiver import latent_bias, take_tome_classes
+    from merging_tome_perceiver import check_merge_method
 
 
 @dataclass
@@ -149,9 +149,7 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
             query = self.decoder.decoder_query(
                 inputs, modality_sizes, inputs_without_pos, subsampled_points=subsampled_output_points
             )
-            bias = None
-            if sizes is not None and config.proportional_attention:
-                bias = log_size_bias(sizes, latents.dtype)
+            bias = latent_bias(config, sizes, latents.dtype)
             decoded = self.decoder(query, latents, bias, output_attentions)
             logits = decoded.logits
             decoder_attentions = decoded.cross_attentions or ()

@@ -115,15 +115,13 @@ def load_image_model(
             its config cannot mean.
     """
     config = load_config(arguments)
-    label_fields = {"label2id": {name: i for i, name in enumerate(labels)}, "id2label": dict(enumerate(labels))}
     from_checkpoint = arguments.model_name_or_path is not None
     if from_checkpoint and config.num_labels != len(labels) and not arguments.ignore_mismatched_sizes:
         raise BadInput(
             f"--model_name_or_path {arguments.model_name_or_path}: its head has {config.num_labels} labels and the "
             f"data {len(labels)}; --ignore_mismatched_sizes starts the head anew"
         )
-    for name, value in label_fields.items():
-        setattr(config, name, value)
+    config.label2id, config.id2label = {name: i for i, name in enumerate(labels)}, dict(enumerate(labels))
     apply_merging(config, merging)
     model_class = _image_model_class(config)
     if not from_checkpoint:

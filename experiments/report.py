@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 from experiments.sweep import Row, SweepResults
+from experiments.whole_file import write_whole
 
 matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt
@@ -107,7 +107,7 @@ def draw_sweep(rows: list[Row], metric: str, title: str, path: Path) -> None:
     for axes in (by_r, by_flops, speed):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    _write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
     plt.close(figure)
 
 
@@ -146,16 +146,9 @@ Made by
 
 Measured on: {environment}.
 """
-    _write_whole(output_dir / "sweep_report.md", lambda partial: partial.write_text(report))
+    write_whole(output_dir / "sweep_report.md", lambda partial: partial.write_text(report))
     return table
 
 
 def _percent(value: float | None, stderr: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f} ± {100 * (stderr or 0):.2f}"
-
-
-def _write_whole(path: Path, write: Any) -> None:
-    """Write a file whole or not at all: a stop in between leaves what was there."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)

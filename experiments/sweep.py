@@ -18,6 +18,7 @@ from experiments.bad_input import BadInput
 from experiments.cost import forward_cost
 from experiments.measurement import time_interleaved
 from experiments.model_arguments import MergeArguments, apply_merging
+from experiments.whole_file import write_whole
 
 UNMERGED = "0"
 RESULTS_FILE = "sweep_results.json"
@@ -66,21 +67,19 @@ def plan_rows(model: PreTrainedModel, arguments: SweepArguments, image_shape: tu
         BadInput: for an r that the config cannot mean.
     """
 
-    def gflops(r: str) -> float:
+    def row(r: str) -> Row:
         arguments.merge(model.config, r)
-        return forward_cost(model.config, (1, *image_shape), type(model).__name__).total_with_matching / 1e9
-
-    unmerged = gflops(UNMERGED)
-    return [
-        {
+        cost = forward_cost(model.config, (1, *image_shape), type(model).__name__)
+        return {
             "name": f"r={r}",
-            "gflops": gflops(r),
-            "flops_ratio": gflops(r) / unmerged,
             "r": model.config.merge_schedule,
+            "gflops": cost.total_with_matching / 1e9,
             "latents_left": model.config.latents_per_layer[-1],
         }
-        for r in arguments.r
-    ]
+
+    unmerged = row(UNMERGED)["gflops"]
+    rows = [row(r) for r in arguments.r]
+    return [planned | {"flops_ratio": planned["gflops"] / unmerged} for planned in rows]
 
 
 @dataclass
@@ -104,9 +103,8 @@ class SweepResults:
     def save(self, output_dir: Path) -> None:
         """Write the file, whole or not at all."""
         output_dir.mkdir(parents=True, exist_ok=True)
-        partial = output_dir / f".{RESULTS_FILE}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        partial.replace(output_dir / RESULTS_FILE)
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        write_whole(output_dir / RESULTS_FILE, lambda partial: partial.write_text(text))
 
     def take_over(self, output_dir: Path) -> None:
         """Take over the cells that an earlier run of the same sweep left in `output_dir`.
