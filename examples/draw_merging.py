@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw what the merged latents of a Perceiver read: one PNG file, for a few images or texts.
+
+Latents read the input once, then merge. A latent that is left at the end therefore reads what all the latents that it
+stands for read; for each input the picture shows where that is, the largest latents first.
+
+Three images of a dataset, 4 latents merged in every layer:
+
+  python examples/draw_merging.py --model_name_or_path outputs/fashion_mnist --r 4 \\
+      --dataset_name zalando-datasets/fashion_mnist --num_examples 3 --output_file merging.png
+
+Two sentences of your own, with a model for text:
+
+  python examples/draw_merging.py --model_name_or_path deepmind/language-perceiver --r 8 \\
+      --texts "The cat sat on the mat." "Nobody knew why." --output_file merging.png
+
+Checkpoints for text classification, masked language modelling and image classification, stock Perceiver or ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, get_dataset_split_names, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from datasets.features import Image, Value
+from PIL import Image as PilImage
+from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PerceiverTokenizer
+
+# A script's own folder is on the path, the repository's root, where the modules are, is not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import modeling_tome_perceiver as modeling
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.bad_input import BadInput, exit_on_bad_input, naming
+from experiments.command_line import parse_arguments
+from experiments.merging_picture import Example, ImageExample, TextExample, draw_merging, pixel_grid, read_input
+from experiments.model_arguments import MergeArguments, apply_merging
+
+TEXT_CLASSES = ("ToMePerceiverForSequenceClassification", "ToMePerceiverForMaskedLM")
+IMAGE_CLASSES = (
+    "ToMePerceiverForImageClassificationLearned",
+    "ToMePerceiverForImageClassificationFourier",
+    "ToMePerceiverForImageClassificationConvProcessing",
+)
+# Where examples come from if --split is not given, as far as the dataset has it.
+SPLITS = ("validation", "test", "train")
+# Characters of a text that have no picture of their own.
+SPACES = {" ": "␣", "\n": "↵", "\t": "→", "\r": "↵"}
+
+
+@dataclass
+class DrawArguments:
+    """What to draw and where to. One of --images, --texts and --dataset_name is needed."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Hub id or local folder of a checkpoint for text or images, stock Perceiver or ours."}
+    )
+    output_file: str = field(metadata={"help": "The picture to write, a PNG file."})
+    images: list[str] | None = field(default=None, metadata={"help": "Image files."})
+    texts: list[str] | None = field(default=None, metadata={"help": "Texts, each in quotes."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or local folder, as `datasets.load_dataset` takes it."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    split: str | None = field(
+        default=None, metadata={"help": f"Split of the dataset; by default the first there is of {', '.join(SPLITS)}."}
+    )
+    column_name: str | None = field(
+        default=None, metadata={"help": "Column with the images or texts; by default the only one of that type."}
+    )
+    num_examples: int = field(default=3, metadata={"help": "Draw the first so many of the dataset."})
+    max_length: int = field(
+        default=128, metadata={"help": "Texts are cut to so many tokens, special ones included, to stay readable."}
+    )
+
+
+def main() -> None:
+    arguments, merge_arguments = parse_arguments(__doc__, DrawArguments, MergeArguments)
+    output_file = Path(arguments.output_file)
+    if output_file.suffix != ".png" or output_file.is_dir():
+        raise BadInput(f"--output_file {output_file}: allowed is a file that ends in .png")
+    check_inputs(arguments)
+    model = load_model(arguments, merge_arguments.config_fields())
+    if type(model).__name__ in IMAGE_CLASSES:
+        examples = list(image_examples(model, arguments))
+    else:
+        examples = list(text_examples(model, arguments))
+    config = model.config
+    with naming(f"--output_file {output_file}", OSError):
+        output_file.parent.mkdir(parents=True, exist_ok=True)
+        draw_merging(
+            picture_title(arguments.model_name_or_path, config),
+            [config.num_latents, *config.latents_per_layer],
+            examples,
+            output_file,
+        )
+    print(output_file)
+
+
+def check_inputs(arguments: DrawArguments) -> None:
+    """Check that there is exactly one kind of inputs, and some.
+
+    Raises:
+        BadInput: naming the argument, its value and what is allowed.
+    """
+    names = ("images", "texts", "dataset_name")
+    given = [name for name in names if getattr(arguments, name) is not None]
+    if len(given) != 1:
+        described = " and ".join(f"--{name}" for name in given) or "no inputs"
+        raise BadInput(f"{described}: allowed is exactly one of --images, --texts and --dataset_name")
+    if arguments.num_examples < 1:
+        raise BadInput(f"--num_examples {arguments.num_examples}: allowed is an integer of 1 or more")
+    if arguments.dataset_name is None:
+        for name in ("dataset_config_name", "split", "column_name"):
+            if getattr(arguments, name) is not None:
+                raise BadInput(f"--{name} {getattr(arguments, name)}: allowed only with --dataset_name")
+
+
+def load_model(arguments: DrawArguments, merging: dict[str, Any]) -> modeling.ToMePerceiverPreTrainedModel:
+    """The checkpoint in evaluation mode, as our class of the name that it was saved with.
+
+    Args:
+        arguments: which checkpoint, and which inputs it must take.
+        merging: fields of the config, as `MergeArguments.config_fields` gives them.
+
+    Raises:
+        BadInput: for a checkpoint that is not there or is not for such inputs, or merging that it cannot do.
+    """
+    name = arguments.model_name_or_path
+    with naming(f"--model_name_or_path {name}", OSError, ValueError):
+        config = ToMePerceiverConfig.from_pretrained(name)
+    architecture = (config.architectures or ["no architecture"])[0]
+    class_name = f"ToMe{architecture.removeprefix('ToMe')}"
+    if class_name not in TEXT_CLASSES + IMAGE_CLASSES:
+        allowed = ", ".join(known.removeprefix("ToMe") for known in TEXT_CLASSES + IMAGE_CLASSES)
+        raise BadInput(f"--model_name_or_path {name}: is of {architecture}; allowed are {allowed}")
+    if arguments.images is not None and class_name not in IMAGE_CLASSES:
+        raise BadInput(f"--images: {name} is a model for text ({architecture}); allowed are --texts and --dataset_name")
+    if arguments.texts is not None and class_name not in TEXT_CLASSES:
+        raise BadInput(f"--texts: {name} is a model for images ({architecture}); allowed are --images, --dataset_name")
+    apply_merging(config, merging)
+    with naming(f"--model_name_or_path {name}", OSError, RuntimeError):
+        return getattr(modeling, class_name).from_pretrained(name, config=config).eval()
+
+
+def image_examples(model: modeling.ToMePerceiverPreTrainedModel, arguments: DrawArguments) -> Iterator[Example]:
+    """The images that the arguments mean, each read by the model.
+
+    Raises:
+        BadInput: for images that are not there or of a size that the model cannot read.
+    """
+    name = arguments.model_name_or_path
+    with naming(f"image processor of --model_name_or_path {name}", OSError, ValueError):
+        processor = AutoImageProcessor.from_pretrained(name)
+    if arguments.images is None:
+        dataset, column = load_examples(arguments, Image)
+        named = [(f"image {index}", image) for index, image in enumerate(dataset[column])]
+    else:
+        named = [(Path(path).name, read_image(path)) for path in arguments.images]
+    for image_name, image in named:
+        pixel_values = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        with naming(f"{image_name} as the image processor of {name} makes it", ValueError):
+            grid = pixel_grid(model, pixel_values)
+        pixels = visible_pixels(pixel_values[0].numpy(), processor)
+        yield ImageExample(image_name, pixels, grid, read_input(model, pixel_values))
+
+
+def read_image(path: str) -> PilImage.Image:
+    """An image file, read whole.
+
+    Raises:
+        BadInput: for a file that is not there or no image.
+    """
+    with naming(f"--images {path}", OSError), PilImage.open(path) as image:
+        image.load()
+        return image.copy()
+
+
+def visible_pixels(pixel_values: np.ndarray, processor: BaseImageProcessor) -> np.ndarray:
+    """(height, width, 3) from 0 to 1: what the model is given, (3, height, width), before it was normalised."""
+    pixels = pixel_values.transpose(1, 2, 0)
+    if getattr(processor, "do_normalize", False):
+        pixels = pixels * np.array(processor.image_std) + np.array(processor.image_mean)
+    return pixels.clip(0, 1)
+
+
+def text_examples(model: modeling.ToMePerceiverPreTrainedModel, arguments: DrawArguments) -> Iterator[Example]:
+    """The texts that the arguments mean, each read by the model.
+
+    Raises:
+        BadInput: for a tokenizer or texts that are not there.
+    """
+    name, longest = arguments.model_name_or_path, model.config.max_position_embeddings
+    if arguments.max_length < 3:
+        raise BadInput(f"--max_length {arguments.max_length}: allowed is an integer of 3 or more")
+    # With the config at hand: what looks for it itself asks whether to run the code that our checkpoints carry.
+    with naming(f"tokenizer of --model_name_or_path {name}", OSError, ValueError, KeyError):
+        tokenizer = AutoTokenizer.from_pretrained(name, config=model.config, trust_remote_code=False)
+    if arguments.texts is None:
+        dataset, column = load_examples(arguments, Value)
+        texts = list(dataset[column])
+    else:
+        texts = arguments.texts
+    for text in texts:
+        if not text:
+            raise BadInput("a text is empty; allowed are texts of one character or more")
+        # One text at a time, so that there is no padding.
+        encoded = tokenizer(text, truncation=True, max_length=min(arguments.max_length, longest), return_tensors="pt")
+        reading = read_input(model, encoded["input_ids"], encoded["attention_mask"])
+        yield TextExample(shortened(text), token_labels(tokenizer, encoded["input_ids"][0].tolist()), reading)
+
+
+def token_labels(tokenizer: Any, ids: list[int]) -> list[str]:
+    """What stands below the column of each token: for bytes their characters, one of several bytes at its first."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    if isinstance(tokenizer, PerceiverTokenizer):
+        tokens = byte_characters(tokens)
+    return ["".join(SPACES.get(character, character) for character in token) for token in tokens]
+
+
+def byte_characters(tokens: list[str]) -> list[str]:
+    """Tokens that are bytes, `chr(byte)`, as the characters that they spell in UTF-8; longer ones stay."""
+    labels, index = [], 0
+    while index < len(tokens):
+        first = ord(tokens[index]) if len(tokens[index]) == 1 else 0
+        # How many bytes a character has is in its first one.
+        length = 1 + (first >= 0xC2) + (first >= 0xE0) + (first >= 0xF0)
+        spelled = tokens[index : index + length]
+        if length > 1 and len(spelled) == length and all(len(token) == 1 for token in spelled):
+            character = bytes(map(ord, spelled)).decode("utf-8", errors="replace")
+            labels += [character[0], *[""] * (length - 1)]
+        else:
+            labels += spelled
+        index += length
+    return labels
+
+
+def load_examples(arguments: DrawArguments, kind: type) -> tuple[Dataset, str]:
+    """The first examples of the dataset, and its column of images (`kind` is `Image`) or texts (`Value`).
+
+    Raises:
+        BadInput: for a dataset, split or column that is not there, or an empty split.
+    """
+    name, config_name = arguments.dataset_name, arguments.dataset_config_name
+    with naming(f"--dataset_name {name}", OSError, ValueError, DatasetNotFoundError):
+        there = get_dataset_split_names(name, config_name)
+        split = arguments.split or next((split for split in SPLITS if split in there), None)
+        if split not in there:
+            raise BadInput(f"--split {split}: allowed are the splits of {name}, {', '.join(map(str, there))}")
+        dataset = load_dataset(name, config_name, split=split)
+    fitting = [
+        column
+        for column, feature in dataset.features.items()
+        if isinstance(feature, kind) and (kind is Image or feature.dtype in ("string", "large_string"))
+    ]
+    column = arguments.column_name or (fitting[0] if len(fitting) == 1 else None)
+    if column not in fitting:
+        what = "images" if kind is Image else "texts"
+        raise BadInput(f"--column_name {column}: allowed are the columns of {name} with {what}, here {fitting}")
+    if len(dataset) == 0:
+        raise BadInput(f"--split {split}: has no examples")
+    return dataset.select(range(min(arguments.num_examples, len(dataset)))), column
+
+
+def picture_title(name: str, config: ToMePerceiverConfig) -> str:
+    """The model, how it merges and how many latents are left."""
+    if config.merge_groups is not None:
+        merging = "fixed groups"
+    elif isinstance(config.r, int):
+        merging = f"r = {config.r}"
+    else:
+        merging = f"r = {shortened(str(list(config.r)))}"
+    if config.merge_groups is None and config.merge_method != "bipartite":
+        merging += f" ({config.merge_method})"
+    model = Path(name).resolve().name if Path(name).is_dir() else name
+    return f"{model}, {merging}: {config.latents_per_layer[-1]} of {config.num_latents} latents left"
+
+
+def shortened(text: str, length: int = 70) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 3]}..."
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()
