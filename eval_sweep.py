@@ -1,89 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merge a finetuned Perceiver with each of several r: accuracy, FLOPs, speed, and what retraining gives back.
 
+  python eval_sweep.py --model_name_or_path outputs/mrpc/finetuned --task_name mrpc \\
+      --r 0 2 4 6 8 10 12 14 16 --retrain_epochs 5 --learning_rate 2e-5 --output_dir outputs/mrpc_sweep
   python eval_sweep.py --model_name_or_path outputs/fashion_mnist --dataset_name zalando-datasets/fashion_mnist \\
-      --r 0 2 4 6 8 --retrain_epochs 1 --learning_rate 5e-4 --output_dir outputs/sweep
+      --r 0 2 4 6 8 --retrain_epochs 1 --output_dir outputs/fashion_mnist_sweep
 
-Each r is an integer or a comma-separated list with one entry a layer. For each of them the checkpoint is evaluated
-with merging on ("merged") and, with --retrain_epochs, again after training with merging on from the same starting
-point ("retrained"; the checkpoints are kept in OUTPUT_DIR/retrained). The speed is measured on random input in
-alternating rounds. Written to OUTPUT_DIR after every cell: sweep_results.json; at the end also sweep_results.csv,
-sweep.png and sweep_report.md. The same command continues where it was stopped.
+The data are those of run_glue.py for a text checkpoint and of run_image.py for an image checkpoint. Each r is an
+integer or a comma-separated list with one entry a layer. For each of them the checkpoint is evaluated with merging on
+("merged") and, with --retrain_epochs, again after training with merging on from the same starting point ("retrained";
+the checkpoints are kept in OUTPUT_DIR/retrained). Time and memory are measured on the first evaluated inputs, in
+alternating rounds. OUTPUT_DIR/sweep_results.json is written after every cell, and the same command continues where it
+was stopped; at the end there are also sweep_results.csv, sweep.png, sweep_report.md, the unmerged checkpoint and its
+model card.
+
+--push_to_hub, or later --push_only, pushes them: the unmerged checkpoint with the whole table to the main branch, and
+each retrained one to a branch of its own, so that from_pretrained(..., revision="r8") gets it.
 """
 
 from __future__ import annotations
 
-import shlex
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from experiments.bad_input import BadInput, exit_on_bad_input
 from experiments.command_line import parse_arguments
-from experiments.image_task import ImageDataArguments, load_image_task
+from experiments.experiment import noted_arguments
+from experiments.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.measurement import describe_environment
-from experiments.model_arguments import ModelArguments, load_image_model, load_image_processor
-from experiments.report import write_report
-from experiments.sweep import SweepArguments, SweepResults, fill_cells, plan_rows, time_rows
-from experiments.training import RetrainArguments, image_trainer, train_and_save
-
-# What a retrained cell depends on beside the model, the data and r: another value is another sweep.
-TRAINING_FIELDS = (
-    "seed", "learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type", "max_steps", "bf16", "fp16",
-    "per_device_train_batch_size", "gradient_accumulation_steps",
-)  # fmt: skip
+from experiments.model_arguments import ModelArguments
+from experiments.model_loading import load_model_and_task
+from experiments.output_folder import check_disk_space, training_fields
+from experiments.sweep import SweepArguments, SweepResults, plan_rows
+from experiments.sweep_run import SweepRun, push_sweep
+from experiments.sweep_task import SweepDataArguments, load_sweep_task
+from experiments.training import RetrainArguments
 
 
 def main() -> None:
-    model_args, data_args, sweep_args, retrain_args, training_args = parse_arguments(
-        __doc__, ModelArguments, ImageDataArguments, SweepArguments, RetrainArguments, TrainingArguments
+    model_args, data, sweep_args, retraining, hub, training = parse_arguments(
+        __doc__, ModelArguments, SweepDataArguments, SweepArguments, RetrainArguments, HubArguments, TrainingArguments
     )
+    output_dir = Path(training.output_dir)
+    if hub.push_only:
+        push_sweep(open_to_push(training, model_args.token), output_dir)
+        return
     if model_args.model_name_or_path is None:
         raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
-    output_dir = Path(training_args.output_dir)
+    repository = check_push(training, model_args.token)
 
-    set_seed(training_args.seed)
-    task = load_image_task(data_args, training_args.seed, model_args.cache_dir)
-    model = load_image_model(model_args, {}, task.labels)
-    image_processor = load_image_processor(model_args, model.config)
-    image_shape = task.processed(task.evaluation, image_processor)[0]["pixel_values"].shape
+    set_seed(training.seed)
+    with training.main_process_first(desc="loading the data"):
+        task = load_sweep_task(data, model_args, training.seed)
+    model, prepared = load_model_and_task(model_args, {}, task, training)
+    batch = prepared.batch(sweep_args.timing_batch_size)
+    input_shape = (1, *batch[task.input_name].shape[1:])
     results = SweepResults(
-        arguments={
-            **asdict(model_args) | asdict(data_args) | asdict(sweep_args) | asdict(retrain_args),
-            **{name: getattr(training_args, name) for name in TRAINING_FIELDS},
-        },
+        arguments=noted_arguments(model_args, data, sweep_args, retraining) | training_fields(training),
         environment=describe_environment(),
-        dataset=task.name,
-        evaluated_on=len(task.evaluation),
-        metric="accuracy",
-        rows=plan_rows(model, sweep_args, image_shape),
+        source=task.source,
+        evaluated_on=len(prepared.evaluation[""]),
+        input_shape=input_shape,
+        metric=task.main_metric,
+        rows=plan_rows(model, sweep_args, input_shape),
     )
-    results.take_over(output_dir)
+    check_disk_space(output_dir, model, training, models=1 + (len(sweep_args.r) if retraining.retrain_epochs else 0))
+    continued = results.take_over(output_dir)
 
-    def merged(r: str) -> Trainer:
-        sweep_args.merge(model.config, r)
-        return image_trainer(model, task, image_processor, training_args, output_dir)
-
-    def retrained(r: str) -> Trainer:
-        set_seed(training_args.seed)
-        model = load_image_model(model_args, {}, task.labels)
-        sweep_args.merge(model.config, r)
-        arguments = retrain_args.training_arguments(training_args)
-        folder = output_dir / "retrained" / f"r{r.replace(',', '_')}"
-        trainer = image_trainer(model, task, image_processor, arguments, folder)
-        train_and_save(trainer)
-        return trainer
-
-    fill_cells(results, "merged", merged, sweep_args.r, output_dir)
-    time_rows(results, model, sweep_args, image_shape)
-    results.save(output_dir)
-    if retrain_args.retrain_epochs > 0:
-        fill_cells(results, "retrained", retrained, sweep_args.r, output_dir)
-
-    print(write_report(results, shlex.join(["python", *sys.argv]), output_dir))
-    print(f"\nPicture: {output_dir / 'sweep.png'}")
+    run = SweepRun(model_args, sweep_args, retraining, training, task, prepared, results, continued)
+    run.measure(model, batch)
+    if retraining.retrain_epochs > 0:
+        run.retrain()
+    run.write(model)
+    if repository is not None and training.should_save:
+        push_sweep(repository, output_dir)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import RawDescriptionHelpFormatter
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from experiments.bad_input import naming
+
+SECRETS = ("--token", "--hub_token", "--hub-token")
 
 
 def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]:
@@ -35,3 +38,16 @@ def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]
         if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
             return parser.parse_json_file(sys.argv[1])
         return parser.parse_args_into_dataclasses()
+
+
+def shown_command() -> str:
+    """The command line that is running, to be written down: without the tokens in it."""
+    words = ["python", *sys.argv]
+    for index, word in enumerate(words):
+        option, equals, _ = word.partition("=")
+        if option in SECRETS:
+            if equals:
+                words[index] = f"{option}=..."
+            elif index + 1 < len(words):
+                words[index + 1] = "..."
+    return shlex.join(words)

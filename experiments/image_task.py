@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image classification: the data, what the model sees of it, and how predictions are scored.
+"""Image classification: the data and what the model sees of it.
 
-Letters: B batch, K classes.
+Letters: B batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 from datasets.features import Image
-from sklearn.metrics import accuracy_score
-from transformers import BaseImageProcessor, EvalPrediction
+from transformers import AutoImageProcessor, EvalPrediction, PerceiverImageProcessorPil
 
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.augmentation import Augmentation, AugmentedImages, NextEpoch
 from experiments.bad_input import BadInput, naming
+from experiments.scores import score, standard_errors
+from experiments.task import Batch, PreparedTask, SampleArguments, Source, Task, check_labels, take_split
 
 # Where evaluation happens if the dataset has no split of the first name.
 EVALUATION_SPLITS = ("validation", "test")
+MODEL_CLASSES = tuple(
+    f"ToMePerceiverForImageClassification{inputs}" for inputs in ("ConvProcessing", "Fourier", "Learned")
+)
 
 
 @dataclass
-class ImageDataArguments:
+class ImageDataArguments(SampleArguments):
     """Which images."""
 
     dataset_name: str | None = field(
@@ -33,6 +40,7 @@ class ImageDataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images for each class."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    test_dir: str | None = field(default=None, metadata={"help": "The same, to predict."})
     train_val_split: float = field(
         default=0.15,
         metadata={"help": "Share of the training images to evaluate on, if there is no validation or test split."},
@@ -43,98 +51,169 @@ class ImageDataArguments:
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column with the labels; by default the only one of that type."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many (shuffled)."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many."})
+    crop_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Train on crops of a random size, from this share of an image's area to all of it. 1: no crops."
+        },
+    )
+    horizontal_flip: float = field(
+        default=0.0, metadata={"help": "Mirror a training image with this probability. 0: never."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("train_dir", "validation_dir", "test_dir"):
+            folder = getattr(self, name)
+            if folder is not None and not Path(folder).is_dir():
+                raise BadInput(f"--{name} {folder}: there is no such folder")
+        if not 0 < self.train_val_split < 1:
+            raise BadInput(f"--train_val_split {self.train_val_split}: allowed is a number between 0 and 1")
+        if not 0 < self.crop_scale <= 1:
+            raise BadInput(f"--crop_scale {self.crop_scale}: allowed is a number above 0, up to 1")
+        if not 0 <= self.horizontal_flip <= 1:
+            raise BadInput(f"--horizontal_flip {self.horizontal_flip}: allowed is a number from 0 to 1")
 
 
 @dataclass
-class ImageTask:
-    """Images to train and to evaluate on, unprocessed.
+class ImageTask(Task):
+    """Images, in the column `image`, and a class for each, in the column `label`."""
 
-    Attributes:
-        train, evaluation: datasets with the columns `image` and `label`.
-        labels: names of the K classes.
-        name: of the dataset, for reports.
-    """
+    augmentation: Augmentation
 
-    train: Dataset
-    evaluation: Dataset
-    labels: list[str]
-    name: str
+    hub_task: ClassVar[str] = "image-classification"
+    input_name: ClassVar[str] = "pixel_values"
 
-    def processed(self, dataset: Dataset, image_processor: BaseImageProcessor) -> Dataset:
-        """The dataset with `pixel_values` (3, height, width) made on access, greyscale as RGB."""
+    def model_class_name(self, config: ToMePerceiverConfig) -> str:
+        """The class that the checkpoint was saved from, ours for a stock one; for none, convolution first."""
+        name = (config.architectures or [MODEL_CLASSES[0]])[0]
+        name = name if name.startswith("ToMe") else f"ToMe{name}"
+        if name not in MODEL_CLASSES:
+            raise BadInput(
+                f"architectures = {config.architectures}: allowed for images are {', '.join(MODEL_CLASSES)} and the "
+                "stock classes they come from"
+            )
+        return name
+
+    def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
+        """The image processor; with no name, one that resizes to `config.image_size` and scales to [-1, 1]."""
+        if name is None:
+            side = config.image_size
+            return PerceiverImageProcessorPil(
+                do_center_crop=False,
+                size={"height": side, "width": side},
+                image_mean=[0.5, 0.5, 0.5],
+                image_std=[0.5, 0.5, 0.5],
+            )
+        with naming(f"--image_processor_name {name}", OSError, ValueError):
+            return AutoImageProcessor.from_pretrained(name, **download)
+
+    def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
+        """Nothing: it is the image processor that follows the config."""
+
+    def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
+        """`pixel_values` (3, height, width) and `labels`, made on access; greyscale as RGB."""
+        # The checkpoint's order of the same labels, which may be another one.
+        label_ids = [config.label2id[label] for label in self.labels]
 
         def process(batch: dict[str, list]) -> dict[str, Any]:
             images = [image.convert("RGB") for image in batch["image"]]
-            return {**image_processor(images, return_tensors="pt"), "labels": batch["label"]}
+            columns = {"pixel_values": processing_class(images, return_tensors="pt")["pixel_values"]}
+            if "label" in batch:
+                columns["labels"] = [label_ids[label] for label in batch["label"]]
+            return columns
 
-        return dataset.with_transform(process)
+        train = AugmentedImages(self.train, self.augmentation, process, seed)
+        return PreparedTask(
+            train=train,
+            evaluation={suffix: split.with_transform(process) for suffix, split in self.evaluation.items()},
+            prediction={suffix: split.with_transform(process) for suffix, split in self.prediction.items()},
+            processing_class=processing_class,
+            collate=collate_images,
+            metrics=image_metrics,
+            callbacks=[NextEpoch(train)],
+        )
 
 
-def load_image_task(arguments: ImageDataArguments, seed: int, cache_dir: str | None = None) -> ImageTask:
+def collate_images(examples: list[dict[str, Any]]) -> Batch:
+    """`pixel_values` (B, 3, height, width) and, if there are any, `labels` (B,)."""
+    batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
+    if "labels" in examples[0]:
+        batch["labels"] = torch.tensor([example["labels"] for example in examples])
+    return batch
+
+
+def image_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy and its standard error, both in [0, 1], from logits and labels."""
+    predicted = np.argmax(prediction.predictions, axis=-1)
+    kind = "classification"
+    return score(kind, predicted, prediction.label_ids) | standard_errors(kind, predicted, prediction.label_ids)
+
+
+def load_image_task(arguments: ImageDataArguments, predict: bool, seed: int, **download: Any) -> ImageTask:
     """Load the images that the arguments mean.
 
     Args:
         arguments: which images.
+        predict: whether the test split is needed too.
         seed: for a validation split made here and for `max_train_samples`.
-        cache_dir: where `datasets` keeps what it prepares.
+        download: `cache_dir` and `token` for `datasets.load_dataset`.
 
     Raises:
-        BadInput: for a dataset, split or column that is not there, or an empty split.
+        BadInput: for a dataset, split or column that is not there, an empty split, or labels that training has not.
     """
-    splits = _load_splits(arguments, cache_dir)
-    if "train" not in splits:
-        raise BadInput(f"--dataset_name {arguments.dataset_name}: has no split 'train', only {sorted(splits)}")
+    splits, argument = _load_splits(arguments, download)
+    train = take_split(splits, "train", argument, None)
     evaluation_split = next((name for name in EVALUATION_SPLITS if name in splits), None)
     if evaluation_split is None:
-        if not 0 < arguments.train_val_split < 1:
-            raise BadInput(f"--train_val_split {arguments.train_val_split}: allowed is a number between 0 and 1")
         splits = splits["train"].train_test_split(arguments.train_val_split, seed=seed)
-        evaluation_split = "test"
-    image_column = _column(splits["train"], Image, "image_column_name", arguments.image_column_name)
-    label_column = _column(splits["train"], ClassLabel, "label_column_name", arguments.label_column_name)
-    train, evaluation = (
-        splits[name]
-        .select_columns([image_column, label_column])
-        .rename_columns({old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new})
-        for name in ("train", evaluation_split)
-    )
+        train, evaluation_split = splits["train"], "test"
+    image_column = _column(train, Image, "image_column_name", arguments.image_column_name)
+    label_column = _column(train, ClassLabel, "label_column_name", arguments.label_column_name)
+    labels = list(train.features[label_column].names)
+
+    def columns(name: str, count: int | None) -> Dataset:
+        split = take_split(splits, name, argument, count)
+        wanted = {image_column: "image", label_column: "label"}
+        if missing := set(wanted) - set(split.column_names):
+            raise BadInput(f"{argument}: split '{name}' has no column '{missing.pop()}'")
+        return split.select_columns(list(wanted)).rename_columns(
+            {old: new for old, new in wanted.items() if old != new}
+        )
+
+    train = columns("train", None)
+    evaluation = columns(evaluation_split, arguments.max_eval_samples)
+    prediction = {"": columns("test", arguments.max_predict_samples)} if predict else {}
+    for name, split in {evaluation_split: evaluation, "test": prediction.get("", evaluation)}.items():
+        check_labels(split, train, "label", labels, f"{argument}: split '{name}'")
+    train = train.shuffle(seed=seed)
+    if arguments.max_train_samples is not None:
+        train = train.select(range(min(arguments.max_train_samples, len(train))))
+    dataset = arguments.dataset_name or str(arguments.train_dir)
     return ImageTask(
-        train=_first(train.shuffle(seed=seed), "max_train_samples", arguments.max_train_samples),
-        evaluation=_first(evaluation, "max_eval_samples", arguments.max_eval_samples),
-        labels=list(train.features["label"].names),
-        name=arguments.dataset_name or arguments.train_dir or "images",
+        source=Source(argument, dataset, arguments.dataset_config_name, evaluation_split),
+        labels=labels,
+        train=train,
+        evaluation={"": evaluation},
+        prediction=prediction,
+        main_metric="accuracy",
+        augmentation=Augmentation(arguments.crop_scale, arguments.horizontal_flip),
     )
 
 
-def collate_images(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """`pixel_values` (B, 3, height, width) and `labels` (B,)."""
-    return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
-        "labels": torch.tensor([example["labels"] for example in examples]),
-    }
-
-
-def image_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy and its standard error, both in [0, 1], from logits (B, K) and labels (B,)."""
-    predicted = np.argmax(prediction.predictions, axis=-1)
-    accuracy = float(accuracy_score(prediction.label_ids, predicted))
-    return {"accuracy": accuracy, "accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / len(predicted)))}
-
-
-def _load_splits(arguments: ImageDataArguments, cache_dir: str | None) -> DatasetDict:
-    not_there: tuple[type[Exception], ...] = (OSError, ValueError, DatasetNotFoundError)
+def _load_splits(arguments: ImageDataArguments, download: dict[str, Any]) -> tuple[DatasetDict, str]:
+    not_there: tuple[type[Exception], ...] = (OSError, ValueError, DatasetsError)
     if arguments.dataset_name is not None:
-        with naming(f"--dataset_name {arguments.dataset_name}", *not_there):
-            return load_dataset(arguments.dataset_name, arguments.dataset_config_name, cache_dir=cache_dir)
+        argument = f"--dataset_name {arguments.dataset_name}"
+        with naming(argument, *not_there):
+            return load_dataset(arguments.dataset_name, arguments.dataset_config_name, **download), argument
     if arguments.train_dir is None:
         raise BadInput("--dataset_name: not given; allowed is a Hub id or a folder (or --train_dir FOLDER)")
-    folders = {"train": f"{arguments.train_dir}/**"}
-    if arguments.validation_dir is not None:
-        folders["validation"] = f"{arguments.validation_dir}/**"
-    with naming(f"--train_dir {arguments.train_dir}", *not_there):
-        return load_dataset("imagefolder", data_files=folders, cache_dir=cache_dir)
+    folders = {"train": arguments.train_dir, "validation": arguments.validation_dir, "test": arguments.test_dir}
+    files = {split: f"{folder}/**" for split, folder in folders.items() if folder is not None}
+    argument = f"--train_dir {arguments.train_dir}"
+    with naming(argument, *not_there):
+        return load_dataset("imagefolder", data_files=files, **download), argument
 
 
 def _column(dataset: Dataset, kind: type, argument: str, name: str | None) -> str:
@@ -144,11 +223,3 @@ def _column(dataset: Dataset, kind: type, argument: str, name: str | None) -> st
     if name is None or name not in fitting:
         raise BadInput(f"--{argument} {name}: allowed are the columns of type {kind.__name__}, here {fitting}")
     return name
-
-
-def _first(dataset: Dataset, argument: str, count: int | None) -> Dataset:
-    if count is not None and count < 1:
-        raise BadInput(f"--{argument} {count}: allowed is an integer of 1 or more")
-    if len(dataset) == 0:
-        raise BadInput(f"--dataset_name: a split is empty, so --{argument} leaves nothing")
-    return dataset if count is None else dataset.select(range(min(count, len(dataset))))

@@ -6,18 +6,23 @@ Letters: B batch.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 import transformers
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 Variant = TypeVar("Variant")
@@ -85,6 +90,33 @@ def time_interleaved(
         )
         for index in range(1, len(everything))
     ]
+
+
+def peak_memory_mb(run: Callable[[], object], model: nn.Module) -> float:
+    """Most memory that tensors hold at once while `run` runs, the model's own among them, in MB (1e6 bytes).
+
+    On a GPU it is what its allocator counts. On a CPU it is what PyTorch's profiler sees allocated: the memory of the
+    process would not do, since it keeps what was freed.
+
+    Args:
+        run: a forward pass of the model.
+        model: whose parameters and buffers count.
+    """
+    if torch.cuda.is_available() and next(model.parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    live = np.cumsum([event["args"]["Bytes"] for event in events]) if events else np.zeros(1)
+    own = sum(tensor.numel() * tensor.element_size() for tensor in chain(model.parameters(), model.buffers()))
+    return float(max(live.max(), 0) + own) / 1e6
 
 
 def describe_environment() -> dict[str, str | int]:

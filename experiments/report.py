@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
+from experiments.model_card import metric_name
 from experiments.sweep import Row, SweepResults
-from experiments.whole_file import write_whole
+from experiments.whole_file import write_text, write_whole
 
 matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt
 
 CSV_COLUMNS = (
     "name", "gflops", "flops_ratio", "latents_left", "throughput", "speedup", "speedup_lower", "speedup_upper",
-    "latency_ms", "merged", "merged_stderr", "retrained", "retrained_stderr",
+    "latency_ms", "peak_memory_mb", "merged", "merged_stderr", "retrained", "retrained_stderr",
 )  # fmt: skip
 
 
@@ -37,17 +39,19 @@ def flat_row(row: Row, metric: str) -> dict[str, Any]:
 
 def write_csv(rows: list[Row], metric: str, path: Path) -> None:
     """Write a sweep as CSV, one line a row."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, CSV_COLUMNS)
-        writer.writeheader()
-        writer.writerows(flat_row(row, metric) for row in rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, CSV_COLUMNS)
+    writer.writeheader()
+    writer.writerows(flat_row(row, metric) for row in rows)
+    write_text(path, text.getvalue())
 
 
 def markdown_table(rows: list[Row], metric: str) -> str:
-    """The sweep as a Markdown table, metrics in percent with their standard error."""
+    """The sweep as a Markdown table, metrics times 100 with their standard error."""
     lines = [
-        f"| | {metric}, merged | {metric}, retrained | GFLOPs | of unmerged | latents left | items/s | speed-up |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| | {metric_name(metric)}, merged | retrained | GFLOPs | of unmerged | latents left | items/s | speed-up "
+        "| latency, ms | peak MB |",
+        f"{'|---' * 10}|",
     ]
     for row in rows:
         flat = flat_row(row, metric)
@@ -65,6 +69,8 @@ def markdown_table(rows: list[Row], metric: str) -> str:
             str(row["latents_left"]),
             "" if flat["throughput"] is None else f"{flat['throughput']:.4g}",
             speedup,
+            "" if flat["latency_ms"] is None else f"{flat['latency_ms']:.4g}",
+            "" if flat["peak_memory_mb"] is None else f"{flat['peak_memory_mb']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -89,9 +95,9 @@ def draw_sweep(rows: list[Row], metric: str, title: str, path: Path) -> None:
         if stage == "merged":
             for i, x, y in zip(places, flops, values, strict=True):
                 by_flops.annotate(names[i], (x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
-    by_r.set(xlabel="r, latents merged in each layer", ylabel=f"{metric}, %")
+    by_r.set(xlabel="r, latents merged in each layer", ylabel=f"{metric_name(metric)} x 100")
     by_r.set_xticks(range(len(names)), names)
-    by_flops.set(xlabel="FLOPs, share of the unmerged model", ylabel=f"{metric}, %")
+    by_flops.set(xlabel="FLOPs, share of the unmerged model", ylabel=f"{metric_name(metric)} x 100")
     by_flops.invert_xaxis()
     speed.plot(range(len(rows)), [1 / row["flops_ratio"] for row in rows], "--", color="gray", label="the FLOPs imply")
     timed = [i for i, row in enumerate(flat) if row["speedup"] is not None]
@@ -120,23 +126,25 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> str:
         output_dir: where they go.
 
     Returns:
-        The table.
+        The report, Markdown that begins with the table.
     """
     rows, metric = results.rows, results.metric
-    title = f"{results.dataset}: {results.evaluated_on:,} examples"
-    table = markdown_table(rows, metric)
+    title = f"{results.source.name}: {results.evaluated_on:,} examples"
     write_csv(rows, metric, output_dir / "sweep_results.csv")
     draw_sweep(rows, metric, title, output_dir / "sweep.png")
     environment = ", ".join(f"{name} {value}" for name, value in results.environment.items())
     batch, rounds = results.arguments["timing_batch_size"], results.arguments["timing_rounds"]
-    report = f"""# {title}
+    others = [name for name in _metrics(rows) if name != metric]
+    more = "".join(f"\n**{metric_name(name)}**\n\n{metric_table(rows, name)}\n" for name in others)
+    report = f"""{markdown_table(rows, metric)}
 
-{table}
+{metric_name(metric)} times 100 with its standard error, on {results.evaluated_on:,} examples of the split
+'{results.source.split}'. GFLOPs: for one input of shape {tuple(results.input_shape[1:])}. Speed-up: median of the
+per-round ratios to the unmerged model, with quartiles, at batch {batch} over {rounds} interleaved rounds.
 
-{metric.capitalize()} in percent with its standard error. Speed-up: median of the per-round ratios to the unmerged
-model, with quartiles, at batch {batch} over {rounds} interleaved rounds.
-
-![{metric} against r and FLOPs, and the speed-up](sweep.png)
+![{metric_name(metric)} against r and FLOPs, and the speed-up](sweep.png)
+{more}
+Where the time of the sweep went: {_shares(results.seconds)}.
 
 Made by
 
@@ -146,8 +154,30 @@ Made by
 
 Measured on: {environment}.
 """
-    write_whole(output_dir / "sweep_report.md", lambda partial: partial.write_text(report))
-    return table
+    write_text(output_dir / "sweep_report.md", f"# {title}\n\n{report}")
+    return report
+
+
+def metric_table(rows: list[Row], metric: str) -> str:
+    """One metric of every row, merged and retrained, times 100."""
+    lines = ["| | merged | retrained |", "|---|---|---|"]
+    for row in rows:
+        cells = [
+            _percent(row.get(stage, {}).get(metric), row.get(stage, {}).get(f"{metric}_stderr"))
+            for stage in ("merged", "retrained")
+        ]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _metrics(rows: list[Row]) -> list[str]:
+    return [name for name in rows[0].get("merged", {}) if not name.endswith("_stderr")]
+
+
+def _shares(seconds: dict[str, float]) -> str:
+    total = sum(seconds.values())
+    parts = [f"{name} {value:,.0f} s ({value / total:.0%})" for name, value in seconds.items()]
+    return ", ".join(parts) + f", together {total:,.0f} s"
 
 
 def _percent(value: float | None, stderr: float | None) -> str:

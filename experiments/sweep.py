@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,12 +17,17 @@ from transformers import PreTrainedModel, Trainer
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput
 from experiments.cost import forward_cost
-from experiments.measurement import time_interleaved
+from experiments.measurement import peak_memory_mb, time_interleaved
 from experiments.model_arguments import MergeArguments, apply_merging
-from experiments.whole_file import write_whole
+from experiments.model_card import scores
+from experiments.output_folder import check_no_other_experiment, check_same_experiment, write_json
+from experiments.task import Batch, PreparedTask, Source
+from experiments.training import evaluate
 
 UNMERGED = "0"
 RESULTS_FILE = "sweep_results.json"
+# Timing may be left out at first, or be repeated with more rounds.
+NOT_COMPARED = ("timing_rounds",)
 
 Row = dict[str, Any]
 
@@ -38,12 +44,16 @@ class SweepArguments:
     min_latents: int | None = field(default=None, metadata={"help": "Never merge below this many latents."})
     merge_method: str | None = field(default=None, metadata={"help": "What merges with what."})
     timing_rounds: int = field(default=15, metadata={"help": "Rounds in which every r is timed once. 0: no timing."})
-    timing_batch_size: int = field(default=32, metadata={"help": "Inputs in a timed batch."})
+    timing_batch_size: int = field(
+        default=32, metadata={"help": "Inputs in a timed batch: the first ones that are evaluated."}
+    )
 
     def __post_init__(self) -> None:
         for name, smallest in (("timing_rounds", 0), ("timing_batch_size", 1)):
             if getattr(self, name) < smallest:
                 raise BadInput(f"--{name} {getattr(self, name)}: allowed is an integer of {smallest} or more")
+        if repeated := {r for r in self.r if self.r.count(r) > 1}:
+            raise BadInput(f"--r {min(repeated)}: stands there twice; allowed is each r once")
 
     def merge(self, config: ToMePerceiverConfig, r: str) -> None:
         """Set the merging that one `r` of the command line means, whatever the checkpoint's own was.
@@ -55,13 +65,13 @@ class SweepArguments:
         apply_merging(config, {"merge_groups": None, "r_inflection": 0.0} | merging)
 
 
-def plan_rows(model: PreTrainedModel, arguments: SweepArguments, image_shape: tuple[int, ...]) -> list[Row]:
+def plan_rows(model: PreTrainedModel, arguments: SweepArguments, input_shape: tuple[int, ...]) -> list[Row]:
     """A row for each r, with what is known before anything runs.
 
     Args:
         model: its config and class say the cost.
         arguments: the r to try.
-        image_shape: (3, height, width) of what the model sees.
+        input_shape: of one input, (1, S) or (1, 3, height, width).
 
     Raises:
         BadInput: for an r that the config cannot mean.
@@ -69,7 +79,7 @@ def plan_rows(model: PreTrainedModel, arguments: SweepArguments, image_shape: tu
 
     def row(r: str) -> Row:
         arguments.merge(model.config, r)
-        cost = forward_cost(model.config, (1, *image_shape), type(model).__name__)
+        cost = forward_cost(model.config, input_shape, type(model).__name__)
         return {
             "name": f"r={r}",
             "r": model.config.merge_schedule,
@@ -89,79 +99,111 @@ class SweepResults:
     Attributes:
         arguments: that decide a cell's value.
         environment: that it was measured in.
-        dataset, evaluated_on, metric: name, number of examples, and the metric that stands in `merged`, `retrained`.
+        source: of the data.
+        evaluated_on: number of examples.
+        input_shape: of one input of the timed batch; `gflops` are for it.
+        metric: that tables and pictures show; `merged` and `retrained` hold all of the task's.
         rows: one for each r.
+        seconds: what went by, by what it was spent on; of every run that filled cells.
     """
 
     arguments: dict[str, Any]
     environment: dict[str, Any]
-    dataset: str
+    source: Source
     evaluated_on: int
+    input_shape: tuple[int, ...]
     metric: str
     rows: list[Row]
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def save(self, output_dir: Path) -> None:
         """Write the file, whole or not at all."""
         output_dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        write_whole(output_dir / RESULTS_FILE, lambda partial: partial.write_text(text))
+        write_json(output_dir / RESULTS_FILE, asdict(self))
 
-    def take_over(self, output_dir: Path) -> None:
+    def take_over(self, output_dir: Path) -> bool:
         """Take over the cells that an earlier run of the same sweep left in `output_dir`.
 
+        Returns:
+            Whether there was one.
+
         Raises:
-            BadInput: if what is there is another sweep.
+            BadInput: if what is there is another experiment.
         """
+        check_no_other_experiment(output_dir, RESULTS_FILE)
         path = output_dir / RESULTS_FILE
         if not path.exists():
-            return
+            return False
         earlier = json.loads(path.read_text())
-        # Through JSON, as the earlier ones went.
-        for name, value in json.loads(json.dumps(self.arguments)).items():
-            if earlier["arguments"].get(name) != value:
-                raise BadInput(
-                    f"--output_dir {output_dir}: holds another sweep, whose {name} is "
-                    f"{earlier['arguments'].get(name)} and not {value}; allowed is the same command, to continue it, "
-                    "or another folder"
-                )
-        self.environment, self.rows = earlier["environment"], earlier["rows"]
+        compared = {name: value for name, value in self.arguments.items() if name not in NOT_COMPARED}
+        check_same_experiment(output_dir, earlier["arguments"], compared)
+        self.environment, self.rows, self.seconds = earlier["environment"], earlier["rows"], earlier["seconds"]
+        return True
+
+    def spend(self, what: str, since: float) -> None:
+        """Add the seconds since a `time.perf_counter()`."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - since
 
 
-def fill_cells(
-    results: SweepResults, stage: str, trainer_for: Callable[[str], Trainer], r: list[str], output_dir: Path
-) -> None:
-    """Evaluate every row that lacks `stage`, and save after each.
+@dataclass(frozen=True)
+class Cells:
+    """How cells are filled.
 
-    Args:
-        results: its rows are filled.
-        stage: `"merged"` or `"retrained"`.
-        trainer_for: the Trainer to evaluate for an r, trained if the stage says so.
+    Attributes:
+        results: whose rows are filled.
         r: of the rows, as on the command line.
+        task: to evaluate on.
         output_dir: where the results go.
+        writes: whether this process is the one that writes.
     """
-    for row, row_r in tqdm(list(zip(results.rows, r, strict=True)), desc=stage):
-        if stage not in row:
-            metrics = trainer_for(row_r).evaluate(metric_key_prefix=stage)
-            names = (results.metric, f"{results.metric}_stderr")
-            row[stage] = {name: metrics[f"{stage}_{name}"] for name in names}
-            results.save(output_dir)
 
+    results: SweepResults
+    r: list[str]
+    task: PreparedTask
+    output_dir: Path
+    writes: bool
 
-def time_rows(
-    results: SweepResults, model: PreTrainedModel, arguments: SweepArguments, image_shape: tuple[int, ...]
-) -> None:
-    """Time a forward pass on random images for every r, interleaved; all rows together, since they are compared."""
-    if arguments.timing_rounds == 0 or all("speedup" in row for row in results.rows):
-        return
-    batch = torch.randn(arguments.timing_batch_size, *image_shape, device=model.device)
-    model.eval()
+    def fill(
+        self, stage: str, trainer_for: Callable[[str], Trainer], done: Callable[[str, Row, Trainer], None] | None = None
+    ) -> None:
+        """Evaluate every row that lacks a stage, and save after each.
 
-    def forward(r: str) -> None:
-        arguments.merge(model.config, r)
-        with torch.inference_mode():
-            model(pixel_values=batch)
+        Args:
+            stage: `"merged"` or `"retrained"`.
+            trainer_for: the Trainer to evaluate for an r, trained if the stage says so.
+            done: called, in the process that writes, with each r, its row and its trainer.
+        """
+        missing = [(row, r) for row, r in zip(self.results.rows, self.r, strict=True) if stage not in row]
+        for row, r in (bar := tqdm(missing, desc=stage, unit="cell", disable=not self.writes)):
+            bar.set_description(f"{stage} {row['name']}")
+            trainer = trainer_for(r)
+            start = time.perf_counter()
+            row[stage] = scores(evaluate(trainer, self.task, stage), stage)
+            self.results.spend(f"evaluating {stage}", start)
+            if self.writes:
+                self.results.save(self.output_dir)
+                if done is not None:
+                    done(r, row, trainer)
 
-    timings = time_interleaved(forward, arguments.r, baseline=UNMERGED, rounds=arguments.timing_rounds)
-    for row, timing in zip(results.rows, timings, strict=True):
-        row["latency_ms"], row["speedup"] = asdict(timing.latency_ms), asdict(timing.speedup)
-        row["throughput"] = 1e3 * len(batch) / timing.latency_ms.median
+    def measure(self, model: PreTrainedModel, arguments: SweepArguments, batch: Batch) -> None:
+        """Time a forward pass for every r, interleaved, all rows together since they are compared, and its memory."""
+        rows = self.results.rows
+        if not self.writes or arguments.timing_rounds == 0 or all("speedup" in row for row in rows):
+            return
+        start = time.perf_counter()
+        inputs = {name: value.to(model.device) for name, value in batch.items()}
+        size = len(next(iter(inputs.values())))
+        model.eval()
+
+        def forward(r: str) -> None:
+            arguments.merge(model.config, r)
+            with torch.inference_mode():
+                model(**inputs)
+
+        timings = time_interleaved(forward, self.r, baseline=UNMERGED, rounds=arguments.timing_rounds)
+        for row, r, timing in zip(rows, self.r, timings, strict=True):
+            row["latency_ms"], row["speedup"] = asdict(timing.latency_ms), asdict(timing.speedup)
+            row["throughput"] = 1e3 * size / timing.latency_ms.median
+            row["peak_memory_mb"] = peak_memory_mb(lambda r=r: forward(r), model)  # type: ignore[misc]
+        self.results.spend("timing", start)
+        self.results.save(self.output_dir)

@@ -1,16 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training and evaluating a model on a task with transformers' Trainer."""
+"""Training, evaluating and predicting with transformers' Trainer."""
 
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainingArguments
+import numpy as np
+from safetensors.torch import load_model
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from experiments.bad_input import BadInput
-from experiments.image_task import ImageTask, collate_images, image_metrics
+from experiments.output_folder import TRAINED_FILE, last_checkpoint, save_metrics
+from experiments.task import PreparedTask
+from experiments.whole_file import write_text
+
+logger = logging.getLogger(__name__)
+
+# Values of --resume_from_checkpoint that mean the newest one, as the official scripts and Trainer spell it.
+LAST = ("true", "last")
 
 
 @dataclass
@@ -37,46 +48,148 @@ class RetrainArguments:
             raise BadInput(f"--retrain_epochs {self.retrain_epochs}: allowed is a number of 0 or more")
 
 
-def image_trainer(
-    model: PreTrainedModel,
-    task: ImageTask,
-    image_processor: BaseImageProcessor,
-    arguments: TrainingArguments,
-    output_dir: Path,
-) -> Trainer:
-    """A Trainer for the task that writes to `output_dir` and saves the image processor beside the model."""
+def task_trainer(model: PreTrainedModel, task: PreparedTask, arguments: TrainingArguments, output_dir: Path) -> Trainer:
+    """A Trainer for the task that writes to `output_dir` and saves what makes its inputs beside the model."""
     arguments = copy.deepcopy(arguments)
     arguments.output_dir = str(output_dir)
-    # The columns that the model does not name are what its pixel_values are made of.
+    # What is pushed is pushed at the end, from what is on disk.
+    arguments.push_to_hub = False
+    # The model does not name what its inputs are made of.
     arguments.remove_unused_columns = False
     return Trainer(
         model=model,
         args=arguments,
-        train_dataset=task.processed(task.train, image_processor),
-        eval_dataset=task.processed(task.evaluation, image_processor),
-        processing_class=image_processor,
-        data_collator=collate_images,
-        compute_metrics=image_metrics,
+        train_dataset=task.train,
+        eval_dataset=task.evaluation[""],
+        processing_class=task.processing_class,
+        data_collator=task.collate,
+        compute_metrics=task.metrics,
+        callbacks=list(task.callbacks),
     )
 
 
+def check_resume(resume_from_checkpoint: str | None) -> None:
+    """Check `--resume_from_checkpoint` before anything is loaded.
+
+    Raises:
+        BadInput: for a folder that is no checkpoint.
+    """
+    name = resume_from_checkpoint
+    if name is None or name.lower() in LAST or name.lower() == "false":
+        return
+    if not (Path(name) / "trainer_state.json").is_file():
+        raise BadInput(
+            f"--resume_from_checkpoint {name}: allowed is 'true' or 'last', for the newest one in --output_dir, or the "
+            "folder of a checkpoint with its trainer_state.json"
+        )
+
+
+def stage_resume(resume_from_checkpoint: str | None, stage: Path, output_dir: Path) -> str | None:
+    """What `--resume_from_checkpoint` means for one of two stages, finetuning in a subfolder and then retraining.
+
+    Args:
+        resume_from_checkpoint: as given.
+        stage: folder of the stage.
+        output_dir: folder of both.
+    """
+    name = resume_from_checkpoint
+    if name is None or name.lower() in (*LAST, "false"):
+        return name
+    folder = Path(name).resolve().parent
+    if folder == stage.resolve():
+        return name
+    if stage == output_dir:
+        return None  # a checkpoint of finetuning: retraining has not begun
+    # A checkpoint of retraining: finetuning has ended. Any other: it is where finetuning is to begin.
+    return "last" if folder == output_dir.resolve() else name
+
+
 def train_and_save(trainer: Trainer, resume_from_checkpoint: str | None = None) -> None:
-    """Train, and write the checkpoint, `train_results.json` and `trainer_state.json`."""
-    result = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    """Train, and write the checkpoint, `trainer_state.json` and then `train_results.json`.
+
+    Args:
+        trainer: with the model.
+        resume_from_checkpoint: a folder, or "true" or "last" for the newest checkpoint in the trainer's folder. If
+            training has ended there, its weights are loaded; if it has not begun, it begins.
+    """
+    folder = Path(trainer.args.output_dir)
+    resume: str | None = None if (resume_from_checkpoint or "false").lower() == "false" else resume_from_checkpoint
+    if resume is not None and resume.lower() in LAST:
+        if (folder / TRAINED_FILE).exists():
+            load_model(trainer.model, folder / "model.safetensors")
+            return
+        newest = last_checkpoint(folder)
+        if newest is None:
+            logger.warning("no checkpoint in %s yet: training begins at the start", folder)
+        resume = None if newest is None else str(newest)
+    if trainer.is_world_process_zero():
+        (folder / TRAINED_FILE).unlink(missing_ok=True)
+    result = trainer.train(resume_from_checkpoint=resume)
+    metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}
     trainer.save_model()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+    trainer.log_metrics("train", metrics)
+    if trainer.is_world_process_zero():
+        save_metrics(folder, "train", metrics)
+    trainer.accelerator.wait_for_everyone()
 
 
-def evaluate_and_save(trainer: Trainer, split: str) -> dict[str, float]:
-    """Evaluate on all of the evaluation images and write `SPLIT_results.json`, and `all_results.json`.
+def evaluate(trainer: Trainer, task: PreparedTask, split: str) -> dict[str, float]:
+    """Evaluate on every evaluation split; figures of a second one carry its suffix.
 
     Args:
         trainer: with the model to evaluate.
-        split: what to call it: "eval" for the model that is saved, "finetuned" and "merged" on the way there.
+        task: with the splits.
+        split: what figures begin with: "eval" for the model that is saved, "merged" before it is retrained.
     """
-    metrics = trainer.evaluate(metric_key_prefix=split)
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
+    metrics: dict[str, Any] = {}
+    for suffix, dataset in task.evaluation.items():
+        measured = trainer.evaluate(eval_dataset=dataset, metric_key_prefix=split)
+        metrics |= {_with_suffix(name, suffix): value for name, value in measured.items() if name != "epoch"}
+        metrics[f"{split}_samples{suffix}"] = len(dataset)
     return metrics
+
+
+def evaluate_and_save(trainer: Trainer, task: PreparedTask, split: str) -> dict[str, float]:
+    """`evaluate`, and write `SPLIT_results.json`, and `all_results.json`."""
+    metrics = evaluate(trainer, task, split)
+    trainer.log_metrics(split, metrics)
+    if trainer.is_world_process_zero():
+        save_metrics(Path(trainer.args.output_dir), split, metrics)
+    return metrics
+
+
+def predict_and_save(trainer: Trainer, task: PreparedTask, name: str) -> None:
+    """Predict, and write `predict_results_NAME.txt`, a line for each input, and `predict_results.json`.
+
+    Args:
+        trainer: with the model.
+        task: with the splits to predict.
+        name: of the task.
+    """
+    folder = Path(trainer.args.output_dir)
+    labels = trainer.model.config.id2label
+    regression = trainer.model.config.problem_type == "regression"
+    metrics: dict[str, Any] = {}
+    for suffix, dataset in task.prediction.items():
+        output = trainer.predict(dataset, metric_key_prefix="predict")
+        metrics |= {_with_suffix(key, suffix): value for key, value in (output.metrics or {}).items()}
+        metrics[f"predict_samples{suffix}"] = len(dataset)
+        if regression:
+            predicted = [f"{value:.3f}" for value in np.squeeze(output.predictions, axis=-1)]
+        else:
+            predicted = [labels[index] for index in np.argmax(output.predictions, axis=-1)]
+        if trainer.is_world_process_zero():
+            lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in enumerate(predicted))]
+            text = "\n".join(lines) + "\n"
+            path = folder / f"predict_results_{name}{suffix.replace('_', '-')}.txt"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+    trainer.log_metrics("predict", metrics)
+    if trainer.is_world_process_zero():
+        save_metrics(folder, "predict", metrics)
+
+
+def _with_suffix(name: str, suffix: str) -> str:
+    metric = name.removesuffix("_stderr")
+    return f"{metric}{suffix}{name[len(metric) :]}"

@@ -97,10 +97,10 @@ def test_the_same_command_continues(inputs, sweep, tmp_path):
     assert read(output_dir)["rows"][1]["merged"] == pytest.approx(lost)
 
 
-def test_another_sweep_in_the_folder_is_named_and_stays(inputs, sweep, capsys):
+def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, capsys):
     before = (sweep / "sweep_results.json").read_bytes()
     line = bad_input_line(capsys, "eval_sweep.py", *inputs, "--r", "1", "--output_dir", sweep)
-    assert "another sweep" in line and str(sweep) in line
+    assert "another experiment" in line and str(sweep) in line
     assert (sweep / "sweep_results.json").read_bytes() == before
 
 

@@ -9,6 +9,7 @@ from experiments.report import markdown_table, write_csv
 
 MEASURED = {
     "name": "r=2", "gflops": 0.5, "flops_ratio": 0.25, "latents_left": 4, "throughput": 812.34,
+    "peak_memory_mb": 123.4,
     "merged": {"accuracy": 0.8123, "accuracy_stderr": 0.004}, "retrained": {"accuracy": 0.9, "accuracy_stderr": 0.003},
     "latency_ms": {"median": 3.0, "lower": 2.0, "upper": 4.0}, "speedup": {"median": 2.5, "lower": 2.25, "upper": 2.75},
 }  # fmt: skip
@@ -18,9 +19,9 @@ PLANNED = {"name": "r=4", "gflops": 0.25, "flops_ratio": 0.125, "latents_left": 
 def test_table_has_a_line_for_each_row():
     lines = markdown_table([MEASURED, PLANNED], "accuracy").splitlines()
     assert lines[2] == (
-        "| r=2 | 81.23 ± 0.40 | 90.00 ± 0.30 | 0.5 | 0.250 | 4 | 812.3 | 2.50x (2.25 to 2.75) |"
+        "| r=2 | 81.23 ± 0.40 | 90.00 ± 0.30 | 0.5 | 0.250 | 4 | 812.3 | 2.50x (2.25 to 2.75) | 3 | 123 |"
     )  # fmt: skip
-    assert lines[3] == "| r=4 |  |  | 0.25 | 0.125 | 1 |  |  |"
+    assert lines[3] == "| r=4 |  |  | 0.25 | 0.125 | 1 |  |  |  |  |"
     assert len({line.count("|") for line in lines}) == 1
 
 

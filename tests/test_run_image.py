@@ -141,7 +141,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(inputs, tmp_path, capsys, 
 )
 def test_what_is_not_there_is_named(inputs, tmp_path, capsys, name, value):
     given = inputs[2:] if name == "model_name_or_path" else inputs
-    line = bad_input_line(capsys, "run_image.py", *given, f"--{name}", value, "--output_dir", tmp_path / "out")
+    line = bad_input_line(
+        capsys, "run_image.py", "--do_eval", *given, f"--{name}", value, "--output_dir", tmp_path / "out"
+    )
     assert f"--{name} {value}" in line
     assert not (tmp_path / "out").exists()
 
@@ -149,14 +151,14 @@ def test_what_is_not_there_is_named(inputs, tmp_path, capsys, name, value):
 def test_another_architecture_is_named(inputs, tmp_path, capsys):
     BertConfig().save_pretrained(tmp_path / "bert")
     arguments = ("--model_name_or_path", tmp_path / "bert", *inputs[2:], "--output_dir", tmp_path / "out")
-    line = bad_input_line(capsys, "run_image.py", *arguments)
+    line = bad_input_line(capsys, "run_image.py", "--do_eval", *arguments)
     assert "'bert'" in line and "'perceiver'" in line
 
 
 def test_a_text_checkpoint_is_named(inputs, tmp_path, capsys):
     stock_model("ForSequenceClassification").save_pretrained(tmp_path / "text")
     arguments = ("--model_name_or_path", tmp_path / "text", *inputs[2:], "--output_dir", tmp_path / "out")
-    line = bad_input_line(capsys, "run_image.py", *arguments)
+    line = bad_input_line(capsys, "run_image.py", "--do_eval", *arguments)
     assert "PerceiverForSequenceClassification" in line and "ForImageClassification" in line
 
 
@@ -164,7 +166,7 @@ def test_other_labels_than_the_checkpoints_are_named(finetuned, tmp_path, capsys
     folder = write_images(tmp_path / "images", {"train": 4, "test": 4})
     stock_model("ForImageClassificationConvProcessing", num_labels=7).save_pretrained(tmp_path / "stock")
     arguments = ("--model_name_or_path", tmp_path / "stock", "--dataset_name", folder, "--output_dir", tmp_path / "out")
-    line = bad_input_line(capsys, "run_image.py", *arguments)
+    line = bad_input_line(capsys, "run_image.py", "--do_eval", *arguments)
     assert "7 labels" in line and "--ignore_mismatched_sizes" in line
 
 

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's experiment on one task: finetune, merge, evaluate, retrain with merging on, predict, push."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from experiments.bad_input import BadInput
+from experiments.hub_arguments import HubArguments, check_push, open_to_push
+from experiments.hub_push import push_addressed
+from experiments.model_arguments import MergeArguments, ModelArguments
+from experiments.model_card import measured_in, write_checkpoint_card
+from experiments.model_loading import load_model_and_task
+from experiments.output_folder import check_disk_space, claim, training_fields
+from experiments.task import PreparedTask, Task
+from experiments.training import (
+    RetrainArguments,
+    check_resume,
+    evaluate_and_save,
+    predict_and_save,
+    stage_resume,
+    task_trainer,
+    train_and_save,
+)
+
+# Arguments that change where things are read and not what comes out.
+NOT_NOTED = ("token", "cache_dir", "overwrite_cache")
+FINETUNED = "finetuned"
+COMMIT_MESSAGE = "Checkpoint with merged latents"
+# Inputs whose padded length the card's GFLOPs are for.
+CARD_INPUTS = 32
+
+
+@dataclass
+class Experiment:
+    """What the command line says, the data aside."""
+
+    model: ModelArguments
+    merging: MergeArguments
+    retraining: RetrainArguments
+    hub: HubArguments
+    training: TrainingArguments
+
+
+def noted_arguments(*groups: Any) -> dict[str, Any]:
+    """Dataclasses of arguments as one mapping, without those that say only where things are read."""
+    return {name: value for group in groups for name, value in asdict(group).items() if name not in NOT_NOTED}
+
+
+def run_experiment(experiment: Experiment, data: Any, load_task: Callable[[], Task]) -> None:
+    """Do what the command line says, everything on disk first and the push last.
+
+    Args:
+        experiment: what it says.
+        data: the arguments that say which data.
+        load_task: reads them.
+
+    Raises:
+        BadInput: for what cannot be meant, before any long work.
+        PushFailed: when all is done and on disk.
+    """
+    training, retraining = experiment.training, experiment.retraining
+    output_dir = Path(training.output_dir)
+    if experiment.hub.push_only:
+        print(push_addressed(open_to_push(training, experiment.model.token), output_dir, COMMIT_MESSAGE))
+        return
+    merging = experiment.merging.config_fields()
+    retrain = retraining.retrain_epochs > 0
+    if retrain and not (training.do_train and merging.get("r")):
+        raise BadInput(f"--retrain_epochs {retraining.retrain_epochs}: allowed only with --do_train and --r above 0")
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise BadInput("--do_train, --do_eval, --do_predict: none is given; allowed is one of them or more")
+    if training.push_to_hub and not training.do_train and not (output_dir / "config.json").exists():
+        raise BadInput(
+            f"--push_to_hub: --output_dir {output_dir} holds no checkpoint, and without --do_train none comes"
+        )
+    check_resume(training.resume_from_checkpoint)
+    repository = check_push(training, experiment.model.token)
+
+    set_seed(training.seed)
+    with training.main_process_first(desc="loading the data"):
+        task = load_task()
+    model, prepared = load_model_and_task(experiment.model, merging, task, training)
+    if training.do_train:
+        arguments = noted_arguments(experiment.model, data, experiment.merging, retraining)
+        check_disk_space(output_dir, model, training, models=2 if retrain else 1)
+        claim(
+            output_dir,
+            arguments | training_fields(training),
+            resume=training.resume_from_checkpoint is not None,
+            write=training.should_save,
+        )
+
+    trainer = _train(experiment, model, prepared, output_dir)
+    if training.do_eval:
+        evaluate_and_save(trainer, prepared, "eval")
+    if training.do_predict:
+        predict_and_save(trainer, prepared, task.source.name)
+    if trainer.is_world_process_zero():
+        if training.do_train:
+            _write_card(experiment, model, task, prepared)
+        if repository is not None:
+            print(push_addressed(repository, output_dir, COMMIT_MESSAGE))
+    trainer.accelerator.wait_for_everyone()
+
+
+def _write_card(
+    experiment: Experiment,
+    model: PreTrainedModel,
+    task: Task,
+    prepared: PreparedTask,
+) -> None:
+    output_dir = Path(experiment.training.output_dir)
+    retrained = experiment.retraining.retrain_epochs > 0
+    stages = [("eval", "retrained" if retrained else "trained", output_dir, model.r)]
+    if retrained:
+        stages = [
+            ("eval", "finetuned", output_dir / FINETUNED, 0),
+            ("merged", "merged without retraining", output_dir, model.r),
+            *stages,
+        ]
+    batch = prepared.batch(CARD_INPUTS)[task.input_name]
+    write_checkpoint_card(
+        output_dir,
+        source=task.source,
+        hub_task=task.hub_task,
+        config=model.config,
+        input_shape=(1, *batch.shape[1:]),
+        evaluated_on=len(prepared.evaluation[""]),
+        measured=[row for split, name, folder, r in stages for row in measured_in(folder, split, name, r)],
+        training=training_fields(experiment.training) | asdict(experiment.retraining),
+        base_model=experiment.model.model_name_or_path,
+        model_id=str(output_dir),
+    )
+
+
+def _train(experiment: Experiment, model: PreTrainedModel, task: PreparedTask, output_dir: Path) -> Trainer:
+    """Train as asked, if at all; the trainer has the model as it is to be evaluated."""
+    training = experiment.training
+    resume = training.resume_from_checkpoint
+    if experiment.retraining.retrain_epochs == 0:
+        trainer = task_trainer(model, task, training, output_dir)
+        if training.do_train:
+            train_and_save(trainer, resume)
+        return trainer
+    r, model.r = model.r, 0
+    finetuning = task_trainer(model, task, training, output_dir / FINETUNED)
+    train_and_save(finetuning, stage_resume(resume, output_dir / FINETUNED, output_dir))
+    evaluate_and_save(finetuning, task, "eval")
+    model.r = r
+    retraining = experiment.retraining.training_arguments(training)
+    trainer = task_trainer(model, task, retraining, output_dir)
+    evaluate_and_save(trainer, task, "merged")
+    train_and_save(trainer, stage_resume(resume, output_dir, output_dir))
+    return trainer

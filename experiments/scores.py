@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures by which predictions are judged, each with its standard error.
+
+Letters: B examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
+
+Score = Callable[[np.ndarray, np.ndarray], float]
+
+RESAMPLES = 200
+
+
+def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
+    return float(accuracy_score(references, predictions))
+
+
+def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
+    return float(f1_score(references, predictions, zero_division=0.0))
+
+
+def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
+    return float(matthews_corrcoef(references, predictions))
+
+
+def _mse(predictions: np.ndarray, references: np.ndarray) -> float:
+    return float(mean_squared_error(references, predictions))
+
+
+def _correlation(correlate: Callable) -> Score:
+    def score(predictions: np.ndarray, references: np.ndarray) -> float:
+        if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+            return 0.0  # undefined: what never changes says nothing of the other
+        return float(correlate(predictions, references).statistic)
+
+    return score
+
+
+_ACCURACY: dict[str, Score] = {"accuracy": _accuracy}
+_ACCURACY_AND_F1: dict[str, Score] = {"accuracy": _accuracy, "f1": _f1}
+_CORRELATIONS: dict[str, Score] = {"pearson": _correlation(pearsonr), "spearmanr": _correlation(spearmanr)}
+SCORES: dict[str, dict[str, Score]] = {
+    "cola": {"matthews_correlation": _matthews},
+    "mnli": _ACCURACY,
+    "mrpc": _ACCURACY_AND_F1,
+    "qnli": _ACCURACY,
+    "qqp": _ACCURACY_AND_F1,
+    "rte": _ACCURACY,
+    "sst2": _ACCURACY,
+    "stsb": _CORRELATIONS,
+    "wnli": _ACCURACY,
+    "classification": _ACCURACY,
+    "regression": {**_CORRELATIONS, "mse": _mse},
+}
+"""GLUE's own scores for each of its tasks (Wang et al., 2019, table 1), and those of one's own data."""
+
+
+def score(kind: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """Score predictions.
+
+    Args:
+        kind: a key of `SCORES`.
+        predictions, references: (B,), classes or numbers.
+
+    Returns:
+        The scores by name; those of a GLUE task with more than one also have their mean, `combined_score`.
+    """
+    values = {name: scorer(predictions, references) for name, scorer in SCORES[kind].items()}
+    if len(values) > 1 and kind != "regression":  # correlations and squared errors have no mean
+        values["combined_score"] = float(np.mean(list(values.values())))
+    return values
+
+
+def standard_errors(kind: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """The standard error of each score under NAME_stderr: an accuracy's is binomial, others' are bootstrapped.
+
+    Args:
+        kind, predictions, references: as for `score`.
+    """
+    count = len(references)
+    if list(SCORES[kind]) == ["accuracy"]:
+        accuracy = _accuracy(predictions, references)
+        return {"accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / count))}
+    # Seeded by itself: an evaluation must not move the random numbers of the training around it.
+    draws = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    resampled = [score(kind, predictions[rows], references[rows]) for rows in draws]
+    return {f"{name}_stderr": float(np.std([values[name] for values in resampled], ddof=1)) for name in resampled[0]}

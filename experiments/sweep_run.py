@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a sweep: its stages in order, what they leave on disk, and the push of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from experiments.command_line import shown_command
+from experiments.hub_push import push_addressed
+from experiments.hub_upload import HubRepository
+from experiments.model_arguments import ModelArguments
+from experiments.model_card import Measured, card_data, usage_section, write_card, write_checkpoint_card
+from experiments.model_loading import load_config, load_model
+from experiments.output_folder import training_fields
+from experiments.report import write_report
+from experiments.sweep import UNMERGED, Cells, Row, SweepArguments, SweepResults
+from experiments.task import Batch, PreparedTask, Task
+from experiments.training import RetrainArguments, task_trainer, train_and_save
+
+RETRAINED = "retrained"
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """A sweep with all that it needs.
+
+    Attributes:
+        model_args, sweep_args, retraining, training: what the command line says.
+        task, prepared: to evaluate and train on.
+        results: rows to fill.
+        continued: whether some of the results are of an earlier run.
+    """
+
+    model_args: ModelArguments
+    sweep_args: SweepArguments
+    retraining: RetrainArguments
+    training: TrainingArguments
+    task: Task
+    prepared: PreparedTask
+    results: SweepResults
+    continued: bool
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training.output_dir)
+
+    @property
+    def cells(self) -> Cells:
+        return Cells(self.results, self.sweep_args.r, self.prepared, self.output_dir, self.training.should_save)
+
+    def measure(self, model: PreTrainedModel, batch: Batch) -> None:
+        """Evaluate the checkpoint with every r, and time it."""
+        trainer = task_trainer(model, self.prepared, self.training, self.output_dir)
+
+        def merged(r: str) -> Trainer:
+            self.sweep_args.merge(model.config, r)
+            return trainer
+
+        self.cells.fill("merged", merged)
+        self.cells.measure(model, self.sweep_args, batch)
+
+    def retrain(self) -> None:
+        """Train the checkpoint with every r, each from the same start, evaluate it, and write its card."""
+
+        def retrained(r: str) -> Trainer:
+            start = time.perf_counter()
+            set_seed(self.training.seed)
+            config = load_config(self.model_args, {}, self.task)
+            self.sweep_args.merge(config, r)
+            model = load_model(self.model_args, config, self.task)
+            self.results.spend("loading", start)
+            start = time.perf_counter()
+            arguments = self.retraining.training_arguments(self.training)
+            trainer = task_trainer(model, self.prepared, arguments, self.output_dir / RETRAINED / branch(r))
+            train_and_save(trainer, "last" if self.continued else None)
+            self.results.spend("retraining", start)
+            return trainer
+
+        def write_its_card(r: str, row: Row, trainer: Trainer) -> None:
+            config = trainer.model.config
+            write_checkpoint_card(
+                self.output_dir / RETRAINED / branch(r),
+                source=self.task.source,
+                hub_task=self.task.hub_task,
+                config=config,
+                input_shape=self.results.input_shape,
+                evaluated_on=self.results.evaluated_on,
+                measured=[
+                    Measured("merged without retraining", config.r, row["merged"]),
+                    Measured("retrained", config.r, row["retrained"]),
+                ],
+                training=training_fields(self.training) | asdict(self.retraining),
+                base_model=self.model_args.model_name_or_path,
+                model_id=str(self.output_dir),
+                revision=branch(r),
+            )
+
+        self.cells.fill("retrained", retrained, write_its_card)
+
+    def write(self, model: PreTrainedModel) -> None:
+        """Write the report, and the unmerged checkpoint with a card that is the report, last."""
+        if not self.training.should_save:
+            return
+        self.sweep_args.merge(model.config, UNMERGED)
+        model.save_pretrained(self.output_dir)
+        self.prepared.processing_class.save_pretrained(self.output_dir)
+        self.results.save(self.output_dir)
+        report = write_report(self.results, shown_command(), self.output_dir)
+        names = {"merged": "merged without retraining", "retrained": "retrained"}
+        measured = [
+            Measured(name, row["r"] if "," in r else int(r), row[stage])
+            for r, row in zip(self.sweep_args.r, self.results.rows, strict=True)
+            for stage, name in names.items()
+            if stage in row
+        ]
+        name, base_model = self.output_dir.resolve().name, self.model_args.model_name_or_path
+        retrained = [branch(r) for r in self.sweep_args.r] if self.retraining.retrain_epochs > 0 else []
+        branches = (
+            f"Each retrained checkpoint is on a branch of its own: `revision` is one of {', '.join(retrained)}.\n\n"
+            if retrained
+            else ""
+        )
+        body = f"""# {name}
+
+A [Perceiver IO](https://arxiv.org/abs/2107.14795) and what merging its latents
+([Token Merging](https://arxiv.org/abs/2210.09461)) does to it on {self.task.source.name}: r latents go in every
+self-attention layer. The checkpoint here merges nothing until `model.r` is set.
+
+{report}
+{branches}{usage_section(self.task.hub_task, str(self.output_dir))}
+"""
+        write_card(self.output_dir, card_data(self.task.source, self.task.hub_task, name, measured, base_model), body)
+        print(report.partition("\n\n")[0])
+        print(f"\nReport, picture and card: {self.output_dir}")
+
+
+def branch(r: str) -> str:
+    """Of the Hub repository, and of `retrained/`, for an r of the command line."""
+    return f"r{r.replace(',', '_')}"
+
+
+def push_sweep(repository: HubRepository, output_dir: Path) -> None:
+    """Push what a sweep left: the unmerged checkpoint to main, each retrained one to its branch, a commit each.
+
+    Raises:
+        BadInput: if there is no sweep.
+        PushFailed: what was pushed stays; pushing again does the rest.
+    """
+    print(push_addressed(repository, output_dir, "Sweep over r"))
+    for folder in sorted((output_dir / RETRAINED).glob("r*")):
+        config = json.loads((folder / "config.json").read_text())
+        print(push_addressed(repository, folder, f"Retrained with r = {config['r']}", revision=folder.name))

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finetune a Perceiver on text, merge its latents, evaluate, and retrain it with merging on.
+
+A GLUE task from a stock checkpoint, with 8 latents merged in every layer while it is finetuned:
+
+  python run_glue.py --model_name_or_path deepmind/language-perceiver --task_name mrpc --r 8 \\
+      --do_train --do_eval --output_dir outputs/mrpc-r8
+
+As in the paper: finetune unmerged (saved in OUTPUT_DIR/finetuned), merge and evaluate, retrain merged for 5 epochs:
+
+  python run_glue.py ... --r 8 --do_train --do_eval --num_train_epochs 20 --retrain_epochs 5 --output_dir out/r8
+
+Own sentences: --train_file, --validation_file, --test_file (csv, json or parquet with a column "label"). A small model
+from scratch: --config_name FILE.json and --tokenizer_name FOLDER in place of --model_name_or_path. All arguments may
+stand in one file: python run_glue.py FILE.yaml (or .json). Killed or stopped: the same command with
+--resume_from_checkpoint last. To the Hub: --push_to_hub, or later --push_only.
+"""
+
+from __future__ import annotations
+
+from transformers import TrainingArguments
+
+from experiments.bad_input import exit_on_bad_input
+from experiments.command_line import parse_arguments
+from experiments.experiment import Experiment, run_experiment
+from experiments.glue_task import GlueDataArguments, load_glue_task
+from experiments.hub_arguments import HubArguments
+from experiments.model_arguments import MergeArguments, ModelArguments
+from experiments.training import RetrainArguments
+
+
+def main() -> None:
+    model, merging, data, retraining, hub, training = parse_arguments(
+        __doc__, ModelArguments, MergeArguments, GlueDataArguments, RetrainArguments, HubArguments, TrainingArguments
+    )
+    run_experiment(
+        Experiment(model, merging, retraining, hub, training),
+        data,
+        lambda: load_glue_task(data, training.do_predict, training.seed, **model.dataset_options()),
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sentences a task has, what the model sees of them, and what is said of data that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import EvalPrediction, PerceiverTokenizer
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.bad_input import BadInput
+from experiments.glue_task import SENTENCES, GlueDataArguments, GlueTask, load_glue_task
+from tests.tiny_texts import LABELS, MODEL, POSITIONS, write_glue, write_table
+
+
+def config_for(task: GlueTask, **changes: object) -> ToMePerceiverConfig:
+    config = ToMePerceiverConfig(**MODEL | changes)
+    config.label2id = {name: index for index, name in enumerate(task.labels)}
+    return config
+
+
+def prepared(task: GlueTask, **changes: object):
+    return task.prepared(config_for(task, **changes), PerceiverTokenizer(), seed=0)
+
+
+@pytest.mark.parametrize("name", sorted(SENTENCES))
+def test_every_glue_task_loads_as_from_the_hub(tmp_path, name):
+    arguments = GlueDataArguments(task_name=name, dataset_name=str(write_glue(tmp_path, name)))
+    task = load_glue_task(arguments, predict=True, seed=0)
+    assert task.labels == LABELS[name]
+    suffixes = ["", "_mm"] if name == "mnli" else [""]
+    assert list(task.evaluation) == list(task.prediction) == suffixes
+    if name == "mnli":
+        assert (len(task.evaluation[""]), len(task.evaluation["_mm"])) == (26, 29)
+    sight = prepared(task)
+    batch = sight.collate([sight.train[0], sight.train[1]])
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert batch["labels"].is_floating_point() == (name == "stsb")
+    assert "labels" not in sight.prediction[""].features  # they are kept back
+
+
+def test_a_pair_is_read_with_a_separator(tmp_path):
+    task = load_glue_task(
+        GlueDataArguments(task_name="rte", dataset_name=str(write_glue(tmp_path, "rte"))), predict=False, seed=0
+    )
+    tokenizer = PerceiverTokenizer()
+    example = task.train[0]
+    expected = tokenizer(example["sentence1"], example["sentence2"])["input_ids"]
+    assert prepared(task).train[0]["input_ids"] == expected
+    assert expected.count(tokenizer.sep_token_id) == 2
+
+
+@pytest.mark.parametrize(("pad", "length"), [(False, None), (True, 20), (True, None)])
+def test_batches_are_padded_to_their_longest_unless_asked(tmp_path, pad, length):
+    folder = str(write_glue(tmp_path, "sst2"))
+    arguments = GlueDataArguments(task_name="sst2", dataset_name=folder, pad_to_max_length=pad, max_seq_length=length)
+    sight = prepared(load_glue_task(arguments, predict=False, seed=0))
+    lengths = [len(sight.train[index]["input_ids"]) for index in range(4)]
+    batch = sight.collate([sight.train[index] for index in range(4)])
+    assert batch["input_ids"].shape[1] == (length or POSITIONS if pad else max(lengths))
+    assert max(lengths) > min(lengths) or pad
+
+
+def test_long_sentences_are_cut(tmp_path):
+    arguments = GlueDataArguments(task_name="sst2", dataset_name=str(write_glue(tmp_path, "sst2")), max_seq_length=4)
+    sight = prepared(load_glue_task(arguments, predict=False, seed=0))
+    assert {len(example["input_ids"]) for example in sight.train} == {4}
+
+
+@pytest.mark.parametrize("ending", [".csv", ".json", ".parquet"])
+def test_own_files(tmp_path, ending):
+    """Labels of any type, sorted by name; the first two other columns are the pair."""
+    columns = {"question": ["a", "b", "c"], "answer": ["d", "e", "f"], "label": ["yes", "no", "yes"]}
+    train = write_table(tmp_path / f"train{ending}", columns)
+    validation = write_table(tmp_path / f"validation{ending}", {name: values[1:] for name, values in columns.items()})
+    test = write_table(tmp_path / f"test{ending}", {name: columns[name] for name in ("question", "answer")})
+    arguments = GlueDataArguments(train_file=str(train), validation_file=str(validation), test_file=str(test))
+    task = load_glue_task(arguments, predict=True, seed=0)
+    assert task.labels == ["no", "yes"]
+    assert task.sentence_columns == ("question", "answer")
+    sight = prepared(task)
+    assert [example["labels"] for example in sight.train] == [1, 0, 1]
+    assert [example["labels"] for example in sight.evaluation[""]] == [0, 1]
+    assert len(sight.prediction[""]) == 3
+
+
+def test_own_numbers_are_regression(tmp_path):
+    path = str(write_table(tmp_path / "own.csv", {"text": ["a", "b"], "label": [0.5, -1.0]}))
+    task = load_glue_task(GlueDataArguments(train_file=path, validation_file=path), predict=False, seed=0)
+    assert (task.labels, task.main_metric, task.sentence_columns) == ([], "pearson", ("text",))
+    sight = prepared(task)
+    assert [example["labels"] for example in sight.evaluation[""]] == [0.5, -1.0]
+    logits = np.array([[1.0], [2.0]])
+    metrics = sight.metrics(EvalPrediction(predictions=logits, label_ids=np.array([0.5, -1.0])))
+    assert metrics["mse"] == pytest.approx((0.25 + 9) / 2)
+
+
+def test_the_checkpoints_order_of_the_labels_stays(tmp_path):
+    task = load_glue_task(
+        GlueDataArguments(task_name="sst2", dataset_name=str(write_glue(tmp_path, "sst2"))), predict=False, seed=0
+    )
+    config = config_for(task)
+    config.label2id = {"positive": 0, "negative": 1}
+    sight = task.prepared(config, PerceiverTokenizer(), seed=0)
+    assert [1 - example["label"] for example in task.train] == [example["labels"] for example in sight.train]
+
+
+def test_counts_cut_what_is_read(tmp_path):
+    arguments = GlueDataArguments(
+        task_name="mnli",
+        dataset_name=str(write_glue(tmp_path, "mnli")),
+        max_train_samples=5, max_eval_samples=4, max_predict_samples=3,
+    )  # fmt: skip
+    task = load_glue_task(arguments, predict=True, seed=0)
+    assert len(task.train) == 5
+    assert [len(split) for split in (*task.evaluation.values(), *task.prediction.values())] == [4, 4, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"task_name": "glue"}, ["--task_name glue", "mrpc"]),
+        ({"task_name": "sst2", "max_seq_length": 0}, ["--max_seq_length 0", "1 or more"]),
+        ({"task_name": "sst2", "max_eval_samples": 0}, ["--max_eval_samples 0", "1 or more"]),
+        ({"train_file": "not_there.csv"}, ["--train_file not_there.csv", "no such file"]),
+        ({"train_file": "data.xlsx"}, ["--train_file data.xlsx", ".csv", ".parquet"]),
+    ],
+)
+def test_arguments_that_cannot_be_meant(given, says):
+    with pytest.raises(BadInput) as error:
+        GlueDataArguments(**given)
+    assert all(part in str(error.value) for part in says), error.value
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "says"),
+    [
+        ({"text": ["a"], "label": ["x"]}, {"text": ["a"], "label": ["y"]}, ["'validation'", "'y'", "'x'"]),
+        ({"text": ["a"], "label": ["x"]}, {"text": ["a"]}, ["validation"]),
+        ({"text": ["a"], "kind": ["x"]}, {"text": ["a"], "kind": ["x"]}, ["'label'", "'kind'"]),
+        ({"label": ["x"]}, {"label": ["x"]}, ["no column with sentences"]),
+        ({"text": ["a"], "label": ["x"]}, {"text": [], "label": []}, ["validation"]),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path, train, validation, says):
+    paths = [
+        str(write_table(tmp_path / f"{name}.csv", columns))
+        for name, columns in (("train", train), ("validation", validation))
+    ]
+    arguments = GlueDataArguments(train_file=paths[0], validation_file=paths[1])
+    with pytest.raises(BadInput) as error:
+        load_glue_task(arguments, predict=False, seed=0)
+    assert "\n" not in str(error.value)
+    assert all(part in str(error.value) for part in (*says, "train.csv")), error.value
+
+
+@pytest.mark.parametrize(
+    ("given", "predict", "says"),
+    [
+        ({}, False, ["--train_file", "--task_name"]),
+        ({"train_file": "own.csv"}, False, ["--validation_file"]),
+        ({"train_file": "own.csv", "validation_file": "own.csv"}, True, ["--test_file", "--do_predict"]),
+        ({"train_file": "own.csv", "validation_file": "own.json"}, False, ["own.csv", "one format"]),
+        ({"dataset_name": "not/there"}, False, ["--dataset_name not/there"]),
+        ({"task_name": "rte", "dataset_name": "."}, False, ["--dataset_name ."]),
+    ],
+)
+def test_data_that_are_not_there(tmp_path, monkeypatch, given, predict, says):
+    monkeypatch.chdir(tmp_path)
+    for ending in (".csv", ".json"):
+        write_table(Path(f"own{ending}"), {"text": ["a"], "label": ["x"]})
+    with pytest.raises(BadInput) as error:
+        load_glue_task(GlueDataArguments(**given), predict, seed=0)
+    assert all(part in str(error.value) for part in says), error.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "says"),
+    [
+        ({"vocab_size": 100}, {}, ["262", "100", "--tokenizer_name"]),
+        ({}, {"max_seq_length": POSITIONS + 1}, [f"--max_seq_length {POSITIONS + 1}", str(POSITIONS)]),
+    ],
+)
+def test_a_tokenizer_or_a_length_that_the_model_has_no_room_for(tmp_path, changes, given, says):
+    arguments = GlueDataArguments(task_name="sst2", dataset_name=str(write_glue(tmp_path, "sst2")), **given)
+    task = load_glue_task(arguments, predict=False, seed=0)
+    with pytest.raises(BadInput) as error:
+        prepared(task, **changes)
+    assert all(part in str(error.value) for part in says), error.value

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GLUE's scores and their standard errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from experiments.scores import SCORES, score, standard_errors
+
+PREDICTIONS, REFERENCES = np.array([1, 0, 1, 1, 0, 1]), np.array([1, 0, 0, 1, 1, 1])
+
+
+def test_scores_of_known_predictions():
+    """By hand: 4 of 6 right; 3 true positives, 1 false positive, 1 false negative, 1 true negative."""
+    assert score("sst2", PREDICTIONS, REFERENCES) == {"accuracy": pytest.approx(4 / 6)}
+    assert score("mrpc", PREDICTIONS, REFERENCES) == {
+        "accuracy": pytest.approx(4 / 6),
+        "f1": pytest.approx(6 / 8),
+        "combined_score": pytest.approx((4 / 6 + 6 / 8) / 2),
+    }
+    assert score("cola", PREDICTIONS, REFERENCES) == {"matthews_correlation": pytest.approx((3 - 1) / (4 * 2))}
+
+
+def test_correlations_of_known_predictions():
+    """Ranks agree fully, values do not lie on a line."""
+    values = score("stsb", np.array([1.0, 2.0, 3.0, 10.0]), np.array([1.0, 2.0, 3.0, 4.0]))
+    assert values["spearmanr"] == pytest.approx(1)
+    assert values["pearson"] == pytest.approx(np.corrcoef([1, 2, 3, 10], [1, 2, 3, 4])[0, 1])
+    assert values["combined_score"] == pytest.approx((1 + values["pearson"]) / 2)
+
+
+@pytest.mark.parametrize("kind", ["stsb", "regression"])
+def test_predictions_that_are_all_alike_correlate_with_nothing(kind):
+    values = score(kind, np.ones(4), np.arange(4.0))
+    assert values["pearson"] == values["spearmanr"] == 0
+
+
+def test_regression_has_its_squared_error():
+    assert score("regression", np.array([1.0, 2.0]), np.array([1.0, 4.0]))["mse"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize("kind", sorted(SCORES))
+def test_every_score_has_a_standard_error(kind):
+    values = score(kind, PREDICTIONS, REFERENCES)
+    errors = standard_errors(kind, PREDICTIONS, REFERENCES)
+    assert set(errors) == {f"{name}_stderr" for name in values}
+    assert all(0 < error < 5 for error in errors.values())
+
+
+def test_the_standard_error_of_an_accuracy_is_binomial():
+    errors = standard_errors("rte", PREDICTIONS, REFERENCES)
+    assert errors["accuracy_stderr"] == pytest.approx((4 / 6 * 2 / 6 / 6) ** 0.5)
+
+
+def test_a_bootstrapped_standard_error_is_the_binomial_one_where_there_is_one():
+    """MRPC's accuracy comes with F1 and is bootstrapped; 200 draws know it to about 5%."""
+    random = np.random.default_rng(1)
+    references = random.integers(2, size=400)
+    predictions = np.where(random.random(400) < 0.8, references, 1 - references)
+    bootstrapped = standard_errors("mrpc", predictions, references)["accuracy_stderr"]
+    assert bootstrapped == pytest.approx(standard_errors("sst2", predictions, references)["accuracy_stderr"], rel=0.2)
+
+
+def test_a_standard_error_moves_no_random_numbers():
+    np.random.seed(0)
+    before = np.random.get_state()[2]
+    first = standard_errors("cola", PREDICTIONS, REFERENCES)
+    assert np.random.get_state()[2] == before
+    assert standard_errors("cola", PREDICTIONS, REFERENCES) == first

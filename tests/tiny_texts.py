@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny text datasets and a tiny text model, as files that the scripts take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from datasets import ClassLabel, Dataset, Features, Value
+
+from experiments.glue_task import SENTENCES
+
+LABELS = {
+    "cola": ["unacceptable", "acceptable"], "mnli": ["entailment", "neutral", "contradiction"],
+    "mrpc": ["not_equivalent", "equivalent"], "qnli": ["entailment", "not_entailment"],
+    "qqp": ["not_duplicate", "duplicate"], "rte": ["entailment", "not_entailment"],
+    "sst2": ["negative", "positive"], "stsb": [], "wnli": ["not_entailment", "entailment"],
+}  # fmt: skip
+NUM_LATENTS, NUM_LAYERS, POSITIONS = 8, 4, 64
+MODEL = {
+    "architectures": ["PerceiverForSequenceClassification"],
+    "model_type": "perceiver",
+    "num_latents": NUM_LATENTS,
+    "d_latents": 8,
+    "d_model": 8,
+    "num_blocks": 2,
+    "num_self_attends_per_block": 2,
+    "num_self_attention_heads": 2,
+    "num_cross_attention_heads": 2,
+    "qk_channels": 8,
+    "v_channels": 8,
+    "vocab_size": 262,
+    "max_position_embeddings": POSITIONS,
+    "attention_probs_dropout_prob": 0.1,
+    "initializer_range": 0.2,
+}
+
+
+def write_model_config(folder: Path, **changes: object) -> Path:
+    """A JSON file for `--config_name`; without a tokenizer's name its tokens are bytes."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(MODEL | changes))
+    return path
+
+
+def write_glue(folder: Path, task: str, train: int = 24, validation: int = 18, test: int = 6) -> Path:
+    """A folder that `load_dataset(folder, task)` reads like the Hub's GLUE: names, features, splits, hidden labels."""
+    endings = ("_matched", "_mismatched") if task == "mnli" else ("",)
+    counts = {"train": train}
+    for ending in endings:
+        # Two splits of the same length would hide that one stood for the other.
+        counts |= {f"validation{ending}": validation + len(ending), f"test{ending}": test + len(ending)}
+    (folder / task).mkdir(parents=True, exist_ok=True)
+    for split, count in counts.items():
+        labels, sentences = _sentences(task, count, seed=len(split))
+        label = ClassLabel(names=LABELS[task]) if LABELS[task] else Value("float32")
+        if split.startswith("test"):
+            labels = [-1] * count
+        columns = dict(zip(SENTENCES[task], sentences, strict=True)) | {"label": labels, "idx": list(range(count))}
+        features = Features(
+            {name: Value("string") for name in SENTENCES[task]} | {"label": label, "idx": Value("int32")}
+        )
+        Dataset.from_dict(columns, features=features).to_parquet(folder / task / f"{split}-00000-of-00001.parquet")
+    lines = ["---", "configs:"]
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            lines += [f"- config_name: {path.name}", "  data_files:"]
+            for file in sorted(path.iterdir()):
+                split = file.name.partition("-")[0]
+                lines += [f"  - split: {split}", f"    path: {path.name}/{split}-*"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return folder
+
+
+def write_table(path: Path, columns: dict[str, list]) -> Path:
+    """Own data, in the format that the file's name ends in."""
+    table = pd.DataFrame(columns)
+    write = {".csv": table.to_csv, ".json": table.to_json, ".parquet": table.to_parquet}[path.suffix]
+    options = {".json": {"orient": "records", "lines": True}}.get(path.suffix, {"index": False})
+    write(path, **options)
+    return path
+
+
+def _sentences(task: str, count: int, seed: int) -> tuple[list, tuple[list[str], ...]]:
+    """Labels, and sentences whose first letter says the label."""
+    random = np.random.default_rng(seed)
+    kinds = len(LABELS[task]) or 6
+    labels = [index % kinds for index in range(count)]
+    sentences = tuple(
+        [chr(ord("a") + label) * 3 + "x" * int(random.integers(1, 12)) for label in labels] for _ in SENTENCES[task]
+    )
+    return ([float(label) for label in labels] if not LABELS[task] else labels), sentences
