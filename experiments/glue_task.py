@@ -218,13 +218,16 @@ def load_glue_task(arguments: GlueDataArguments, predict: bool, seed: int, **dow
 
 def _load_splits(arguments: GlueDataArguments, predict: bool, download: dict[str, Any]) -> tuple[DatasetDict, Source]:
     task, dataset = arguments.task_name, arguments.dataset_name
-    if task is not None or dataset is not None:
-        config = task or arguments.dataset_config_name
-        ending = SPLITS.get(task or "", {"": ""})[""]
-        argument = f"--dataset_name {dataset}" if dataset is not None else f"--task_name {task}"
-        source = Source(argument, dataset or GLUE_DATASET, config, f"validation{ending}")
+    if task is not None:
+        # A folder that stands in for GLUE holds what the Hub does.
+        argument = f"--task_name {task}" if dataset is None else f"--dataset_name {dataset}"
+        source = Source(argument, GLUE_DATASET, True, task, f"validation{SPLITS.get(task, {'': ''})['']}")
         with naming(argument, *NOT_THERE):
-            return load_dataset(source.dataset, config, **download), source
+            return load_dataset(dataset or GLUE_DATASET, task, **download), source
+    if dataset is not None:
+        source = Source.of_dataset(dataset, arguments.dataset_config_name, "validation")
+        with naming(source.argument, *NOT_THERE):
+            return load_dataset(dataset, arguments.dataset_config_name, **download), source
     paths = {"train": arguments.train_file, "validation": arguments.validation_file}
     if predict:
         paths["test"] = arguments.test_file

@@ -191,7 +191,7 @@ def load_image_task(arguments: ImageDataArguments, predict: bool, seed: int, **d
         train = train.select(range(min(arguments.max_train_samples, len(train))))
     dataset = arguments.dataset_name or str(arguments.train_dir)
     return ImageTask(
-        source=Source(argument, dataset, arguments.dataset_config_name, evaluation_split),
+        source=Source.of_dataset(dataset, arguments.dataset_config_name, evaluation_split),
         labels=labels,
         train=train,
         evaluation={"": evaluation},

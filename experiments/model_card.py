@@ -68,7 +68,7 @@ def card_data(
         hub_task: the Hub's name of the task.
         name: of the model.
         measured: the figures; r stands in each one's name and arguments, since the Hub keys results by these.
-        base_model: what was finetuned, left out if it is a folder on this machine.
+        base_model: what was finetuned; folders of this machine are nothing to the Hub and are left out.
     """
     results = [
         EvalResult(
@@ -86,13 +86,12 @@ def card_data(
         for metric, value in row.metrics.items()
         if f"{metric}_stderr" in row.metrics
     ]
-    on_hub = base_model is not None and not Path(base_model).exists()
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=hub_task,
         tags=["perceiver", "token-merging"],
-        datasets=None if Path(source.dataset).exists() and source.dataset.count("/") != 1 else [source.dataset],
-        base_model=base_model if on_hub else None,
+        datasets=[source.dataset] if source.on_hub else None,
+        base_model=None if base_model is None or Path(base_model).exists() else base_model,
         model_name=name,
         eval_results=results or None,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import ClassLabel, Dataset, DatasetDict
@@ -42,20 +43,28 @@ class Source:
 
     Attributes:
         argument: that chose the data, with its value, for error messages.
-        dataset: Hub id or folder.
+        dataset: Hub id, or the name of what is on this machine only.
+        on_hub: which of them.
         config: name of the dataset's configuration, such as "mrpc".
         split: that is evaluated on.
     """
 
     argument: str
     dataset: str
+    on_hub: bool = False
     config: str | None = None
     split: str = "validation"
 
     @property
     def name(self) -> str:
         """What people call it: "mrpc", "fashion_mnist"."""
-        return self.config or self.dataset.rstrip("/").rpartition("/")[2]
+        return self.config or self.dataset.rpartition("/")[2]
+
+    @classmethod
+    def of_dataset(cls, dataset: str, config: str | None, split: str) -> Source:
+        """Of what `--dataset_name` names."""
+        on_hub = not Path(dataset).exists()
+        return cls(f"--dataset_name {dataset}", dataset if on_hub else Path(dataset).name, on_hub, config, split)
 
 
 @dataclass
