@@ -8,6 +8,7 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from typing import Any
 
+import yaml
 from transformers import HfArgumentParser
 
 from experiments.bad_input import naming
@@ -32,7 +33,7 @@ def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]
     parser = HfArgumentParser(
         dataclass_types, description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    with naming("arguments", OSError, ValueError):
+    with naming("arguments", OSError, ValueError, yaml.YAMLError):
         if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
             return parser.parse_yaml_file(sys.argv[1])
         if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):

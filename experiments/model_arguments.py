@@ -76,6 +76,10 @@ class MergeArguments:
         default=None, metadata={"help": f"What merges with what: {', '.join(sorted(MERGE_METHODS))}."}
     )
 
+    def __post_init__(self) -> None:
+        if self.r is not None:
+            self.r = spelled_r(self.r)
+
     def config_fields(self) -> dict[str, Any]:
         """The fields that were given, as the config takes them."""
         given: dict[str, Any] = {
@@ -86,6 +90,11 @@ class MergeArguments:
         if self.r is not None:
             given["r"] = parse_r(self.r)
         return {name: value for name, value in given.items() if value is not None}
+
+
+def spelled_r(r: object) -> str:
+    """`r` as on a command line, also if it is a number or a list because it comes from a JSON or YAML file."""
+    return ",".join(map(str, r)) if isinstance(r, list) else str(r)
 
 
 def parse_r(text: str) -> int | list[int]:

@@ -75,7 +75,8 @@ def claim(output_dir: Path, arguments: dict[str, Any], resume: bool, write: bool
     Args:
         output_dir: the folder.
         arguments: that decide what comes out.
-        resume: training goes on from a checkpoint, so may be longer than was noted.
+        resume: training goes on from a checkpoint, so may be longer than was noted; not the first of two stages, since
+            the second would not have begun from what it leaves.
         write: whether this process is the one that writes.
 
     Raises:
@@ -84,7 +85,7 @@ def claim(output_dir: Path, arguments: dict[str, Any], resume: bool, write: bool
     path = output_dir / ARGUMENTS_FILE
     check_no_other_experiment(output_dir, ARGUMENTS_FILE)
     if path.exists():
-        ignored = LENGTH_FIELDS if resume else ()
+        ignored = LENGTH_FIELDS if resume and not arguments.get("retrain_epochs") else ()
         compared = {name: value for name, value in arguments.items() if name not in ignored}
         check_same_experiment(output_dir, json.loads(path.read_text()), compared)
     if write:
@@ -121,13 +122,22 @@ def check_disk_space(output_dir: Path, model: nn.Module, arguments: TrainingArgu
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; a kill may leave one that was not."""
     for path in sorted(_checkpoints(folder), key=_step, reverse=True):
-        state = path / "trainer_state.json"  # written last
-        try:
-            json.loads(state.read_text())
-        except (OSError, ValueError):
-            continue
-        return path
+        if is_checkpoint(path):
+            return path
     return None
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether training can go on from a folder: a whole checkpoint, with more than the weights.
+
+    Weights alone are what training leaves at its end, and `--save_only_model` in between: going on from them would
+    start the optimizer and the learning rate anew, and say nothing.
+    """
+    try:
+        json.loads((folder / "trainer_state.json").read_text())  # written last
+    except (OSError, ValueError):
+        return False
+    return any(folder.glob("rng_state*.pth"))
 
 
 def save_metrics(folder: Path, split: str, metrics: dict[str, Any]) -> None:

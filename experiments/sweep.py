@@ -18,7 +18,7 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput
 from experiments.cost import forward_cost
 from experiments.measurement import peak_memory_mb, time_interleaved
-from experiments.model_arguments import MergeArguments, apply_merging
+from experiments.model_arguments import MergeArguments, apply_merging, spelled_r
 from experiments.model_card import scores
 from experiments.output_folder import check_no_other_experiment, check_same_experiment, write_json
 from experiments.task import Batch, PreparedTask, Source
@@ -52,6 +52,7 @@ class SweepArguments:
         for name, smallest in (("timing_rounds", 0), ("timing_batch_size", 1)):
             if getattr(self, name) < smallest:
                 raise BadInput(f"--{name} {getattr(self, name)}: allowed is an integer of {smallest} or more")
+        self.r = [spelled_r(r) for r in self.r]
         if repeated := {r for r in self.r if self.r.count(r) > 1}:
             raise BadInput(f"--r {min(repeated)}: stands there twice; allowed is each r once")
 

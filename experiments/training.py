@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from safetensors.torch import load_model
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
 from experiments.bad_input import BadInput
-from experiments.output_folder import TRAINED_FILE, last_checkpoint, save_metrics
+from experiments.output_folder import TRAINED_FILE, is_checkpoint, last_checkpoint, save_metrics
 from experiments.task import PreparedTask
 from experiments.whole_file import write_text
 
@@ -77,10 +77,10 @@ def check_resume(resume_from_checkpoint: str | None) -> None:
     name = resume_from_checkpoint
     if name is None or name.lower() in LAST or name.lower() == "false":
         return
-    if not (Path(name) / "trainer_state.json").is_file():
+    if not is_checkpoint(Path(name)):
         raise BadInput(
             f"--resume_from_checkpoint {name}: allowed is 'true' or 'last', for the newest one in --output_dir, or the "
-            "folder of a checkpoint with its trainer_state.json"
+            "folder of a whole checkpoint: trainer_state.json, and the optimizer's state beside the weights"
         )
 
 
@@ -110,12 +110,13 @@ def train_and_save(trainer: Trainer, resume_from_checkpoint: str | None = None) 
     Args:
         trainer: with the model.
         resume_from_checkpoint: a folder, or "true" or "last" for the newest checkpoint in the trainer's folder. If
-            training has ended there, its weights are loaded; if it has not begun, it begins.
+            training has ended there, and is not to be longer now, its weights are loaded; if it has not begun, it
+            begins.
     """
     folder = Path(trainer.args.output_dir)
     resume: str | None = None if (resume_from_checkpoint or "false").lower() == "false" else resume_from_checkpoint
     if resume is not None and resume.lower() in LAST:
-        if (folder / TRAINED_FILE).exists():
+        if _has_ended(trainer):
             load_model(trainer.model, folder / "model.safetensors")
             return
         newest = last_checkpoint(folder)
@@ -124,6 +125,10 @@ def train_and_save(trainer: Trainer, resume_from_checkpoint: str | None = None) 
         resume = None if newest is None else str(newest)
     if trainer.is_world_process_zero():
         (folder / TRAINED_FILE).unlink(missing_ok=True)
+    # An evaluation has prepared the model, for evaluation alone. accelerate would take it for ready to train, and of
+    # several processes each would train a model of its own.
+    trainer.model_wrapped = trainer.model
+    vars(trainer.model).pop("_is_accelerate_prepared", None)
     result = trainer.train(resume_from_checkpoint=resume)
     metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}
     trainer.save_model()
@@ -188,6 +193,18 @@ def predict_and_save(trainer: Trainer, task: PreparedTask, name: str) -> None:
     trainer.log_metrics("predict", metrics)
     if trainer.is_world_process_zero():
         save_metrics(folder, "predict", metrics)
+
+
+def _has_ended(trainer: Trainer) -> bool:
+    """Whether the trainer's folder holds what as much training leaves as the trainer is to do."""
+    folder, arguments = Path(trainer.args.output_dir), trainer.args
+    if not (folder / TRAINED_FILE).exists():
+        return False
+    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    if arguments.max_steps > 0:
+        return state.global_step >= arguments.max_steps
+    # Parts of an epoch are added up, and rounded.
+    return (state.epoch or 0.0) > arguments.num_train_epochs - 1e-6
 
 
 def _with_suffix(name: str, suffix: str) -> str:

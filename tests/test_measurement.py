@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments import measurement
-from experiments.measurement import Quartiles, describe_environment, time_interleaved
+from experiments.measurement import Quartiles, describe_environment, peak_memory_mb, time_interleaved
 
 
 class Clock:
@@ -56,3 +56,18 @@ def test_environment_names_the_versions():
     assert environment["torch"] == torch.__version__
     assert environment["processor"]
     assert len(environment["date"]) == 10
+
+
+def test_peak_memory_is_what_is_held_at_once_and_the_models_own():
+    """4 MB of weights, and of three tensors of 4 MB never more than two at once besides the input."""
+    model = torch.nn.Linear(1000, 1000, bias=False)
+    batch = torch.randn(1000, 1000)
+
+    def forward() -> None:
+        first = model(batch)
+        second = first * 2
+        del first
+        assert (second + 1).shape == batch.shape
+
+    with torch.inference_mode():
+        assert peak_memory_mb(forward, model) == pytest.approx(4 + 8, rel=0.01)

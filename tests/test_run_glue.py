@@ -142,11 +142,11 @@ def test_a_stock_masked_language_model_becomes_a_classifier(inputs, tmp_path):
     assert model.perceiver.embeddings.latents.equal(stock.perceiver.embeddings.latents)
 
 
-@pytest.mark.parametrize("ending", [".json", ".yaml"])
-def test_arguments_in_one_file(inputs, tmp_path, ending):
+@pytest.mark.parametrize(("ending", "r"), [(".json", "1,0,2,0"), (".yaml", [1, 0, 2, 0]), (".yaml", 1)])
+def test_arguments_in_one_file(inputs, tmp_path, ending, r):
     config, data = str(inputs[1]), str(inputs[3])
     arguments = dict(
-        config_name=config, dataset_name=data, task_name="sst2", do_eval=True, use_cpu=True, r="1,0,2,0",
+        config_name=config, dataset_name=data, task_name="sst2", do_eval=True, use_cpu=True, r=r,
         output_dir=str(tmp_path / "out"),
     )  # fmt: skip
     path = tmp_path / f"arguments{ending}"
