@@ -44,7 +44,7 @@ def main() -> None:
     )
     output_dir = Path(training.output_dir)
     if hub.push_only:
-        push_sweep(open_to_push(training, model_args.token), output_dir)
+        push_sweep(open_to_push(training, model_args.token), output_dir, training.hub_revision or "main")
         return
     if model_args.model_name_or_path is None:
         raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
@@ -74,7 +74,7 @@ def main() -> None:
         run.retrain()
     run.write(model)
     if repository is not None and training.should_save:
-        push_sweep(repository, output_dir)
+        push_sweep(repository, output_dir, training.hub_revision or "main")
 
 
 if __name__ == "__main__":

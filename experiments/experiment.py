@@ -65,9 +65,9 @@ def run_experiment(experiment: Experiment, data: Any, load_task: Callable[[], Ta
         PushFailed: when all is done and on disk.
     """
     training, retraining = experiment.training, experiment.retraining
-    output_dir = Path(training.output_dir)
+    output_dir, revision = Path(training.output_dir), training.hub_revision or "main"
     if experiment.hub.push_only:
-        print(push_addressed(open_to_push(training, experiment.model.token), output_dir, COMMIT_MESSAGE))
+        print(push_addressed(open_to_push(training, experiment.model.token), output_dir, COMMIT_MESSAGE, revision))
         return
     merging = experiment.merging.config_fields()
     retrain = retraining.retrain_epochs > 0
@@ -105,8 +105,7 @@ def run_experiment(experiment: Experiment, data: Any, load_task: Callable[[], Ta
         if training.do_train:
             _write_card(experiment, model, task, prepared)
         if repository is not None:
-            print(push_addressed(repository, output_dir, COMMIT_MESSAGE))
-    trainer.accelerator.wait_for_everyone()
+            print(push_addressed(repository, output_dir, COMMIT_MESSAGE, revision))
 
 
 def _write_card(

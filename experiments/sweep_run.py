@@ -144,14 +144,14 @@ def branch(r: str) -> str:
     return f"r{r.replace(',', '_')}"
 
 
-def push_sweep(repository: HubRepository, output_dir: Path) -> None:
-    """Push what a sweep left: the unmerged checkpoint to main, each retrained one to its branch, a commit each.
+def push_sweep(repository: HubRepository, output_dir: Path, revision: str) -> None:
+    """Push what a sweep left: the unmerged checkpoint to `revision`, each retrained one to its branch, a commit each.
 
     Raises:
         BadInput: if there is no sweep.
         PushFailed: what was pushed stays; pushing again does the rest.
     """
-    print(push_addressed(repository, output_dir, "Sweep over r"))
+    print(push_addressed(repository, output_dir, "Sweep over r", revision))
     for folder in sorted((output_dir / RETRAINED).glob("r*")):
         config = json.loads((folder / "config.json").read_text())
         print(push_addressed(repository, folder, f"Retrained with r = {config['r']}", revision=folder.name))

@@ -93,6 +93,13 @@ def test_push_only_pushes_what_is_there_once(hub, trained):
     assert f'"{USER}/later"' in (trained / "out" / "README.md").read_text()
 
 
+def test_a_run_is_pushed_to_the_branch_that_is_asked_for(hub, trained):
+    where = ("--hub_model_id", "branched", "--hub_revision", "tries")
+    call_script("run_glue.py", "--push_only", *where, *TOKEN, "--output_dir", trained / "out")
+    assert [commit.branch for commit in hub.commits] == ["tries"]
+    assert "config.json" not in hub.files(f"{USER}/branched")
+
+
 def test_a_push_that_fails_loses_nothing_and_can_be_repeated(hub, trained, tmp_path, capsys, monkeypatch):
     """The training is done and on disk; the line says how to push it; the exit code says that it is not pushed."""
     monkeypatch.setattr(hub_upload, "RETRY_WAITS", ())
