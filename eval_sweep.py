@@ -22,10 +22,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from experiments.bad_input import BadInput, exit_on_bad_input
-from experiments.command_line import parse_arguments
+from experiments.command_line import TrainerArguments, parse_arguments
 from experiments.experiment import noted_arguments
 from experiments.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.measurement import describe_environment
@@ -40,7 +40,7 @@ from experiments.training import RetrainArguments
 
 def main() -> None:
     model_args, data, sweep_args, retraining, hub, training = parse_arguments(
-        __doc__, ModelArguments, SweepDataArguments, SweepArguments, RetrainArguments, HubArguments, TrainingArguments
+        __doc__, ModelArguments, SweepDataArguments, SweepArguments, RetrainArguments, HubArguments, TrainerArguments
     )
     output_dir = Path(training.output_dir)
     if hub.push_only:

@@ -18,10 +18,8 @@ arguments may stand in one file: python run_image.py FILE.yaml (or .json). Kille
 
 from __future__ import annotations
 
-from transformers import TrainingArguments
-
 from experiments.bad_input import exit_on_bad_input
-from experiments.command_line import parse_arguments
+from experiments.command_line import TrainerArguments, parse_arguments
 from experiments.experiment import Experiment, run_experiment
 from experiments.hub_arguments import HubArguments
 from experiments.image_task import ImageDataArguments, load_image_task
@@ -31,7 +29,7 @@ from experiments.training import RetrainArguments
 
 def main() -> None:
     model, merging, data, retraining, hub, training = parse_arguments(
-        __doc__, ModelArguments, MergeArguments, ImageDataArguments, RetrainArguments, HubArguments, TrainingArguments
+        __doc__, ModelArguments, MergeArguments, ImageDataArguments, RetrainArguments, HubArguments, TrainerArguments
     )
     run_experiment(
         Experiment(model, merging, retraining, hub, training),

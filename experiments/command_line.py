@@ -9,11 +9,17 @@ from argparse import RawDescriptionHelpFormatter
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from experiments.bad_input import naming
 
 SECRETS = ("--token", "--hub_token", "--hub-token")
+
+
+class TrainerArguments(TrainingArguments):
+    """`TrainingArguments`. Modifications: `--help` lists them last, under a heading of their own."""
+
+    _argument_group_name = "training and evaluation, as transformers' Trainer takes them"
 
 
 def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]:
@@ -31,7 +37,12 @@ def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]
             code 2 by itself.
     """
     parser = HfArgumentParser(
-        dataclass_types, description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+        dataclass_types,
+        # A list of them all would be pages long and come before the description.
+        usage="%(prog)s [arguments] | FILE.yaml | FILE.json",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     with naming("arguments", OSError, ValueError, yaml.YAMLError):
         if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):

@@ -37,6 +37,8 @@ NOT_THERE: tuple[type[Exception], ...] = (OSError, ValueError, DatasetsError)
 class GlueDataArguments(SampleArguments):
     """Which sentences."""
 
+    _argument_group_name: ClassVar[str] = "sentences"
+
     task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(sorted(SENTENCES))}."})
     dataset_name: str | None = field(
         default=None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -16,6 +17,8 @@ from experiments.hub_upload import HubRepository, open_repository
 @dataclass
 class HubArguments:
     """Pushing. What is pushed is on disk first, and goes in one commit for each checkpoint when all is done."""
+
+    _argument_group_name: ClassVar[str] = "pushing, beside --push_to_hub and --hub_model_id"
 
     push_only: bool = field(
         default=False,

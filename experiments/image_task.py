@@ -34,6 +34,8 @@ MODEL_CLASSES = tuple(
 class ImageDataArguments(SampleArguments):
     """Which images."""
 
+    _argument_group_name: ClassVar[str] = "images"
+
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id or local folder, as `datasets.load_dataset` takes it."}
     )

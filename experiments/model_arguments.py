@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, naming
@@ -14,6 +14,8 @@ from merging_tome_perceiver import MERGE_METHODS, check_merge_method
 @dataclass
 class ModelArguments:
     """Which model: a checkpoint, or a small one from scratch."""
+
+    _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str | None = field(
         default=None,
@@ -63,6 +65,8 @@ class ModelArguments:
 @dataclass
 class MergeArguments:
     """How latents merge; each also a field of the config that is saved. What is not given stays as it is there."""
+
+    _argument_group_name: ClassVar[str] = "merging"
 
     r: str | None = field(
         default=None,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
@@ -35,6 +35,8 @@ Row = dict[str, Any]
 @dataclass
 class SweepArguments:
     """Which merges to try, and how to time them."""
+
+    _argument_group_name: ClassVar[str] = "sweep"
 
     r: list[str] = field(
         default_factory=lambda: [UNMERGED],

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from experiments.glue_task import GlueDataArguments, load_glue_task
 from experiments.image_task import ImageDataArguments, load_image_task
@@ -15,6 +16,8 @@ from experiments.task import Task
 @dataclass
 class SweepDataArguments(GlueDataArguments, ImageDataArguments):
     """Which sentences or images; as for run_glue.py and run_image.py."""
+
+    _argument_group_name: ClassVar[str] = "sentences or images"
 
     dataset_name: str | None = field(
         default=None,

@@ -7,7 +7,7 @@ import copy
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from safetensors.torch import load_model
@@ -27,6 +27,8 @@ LAST = ("true", "last")
 @dataclass
 class RetrainArguments:
     """Training once more, with merging on."""
+
+    _argument_group_name: ClassVar[str] = "retraining"
 
     retrain_epochs: float = field(
         default=0.0, metadata={"help": "Epochs of training with merging on, after finetuning. 0: none."}

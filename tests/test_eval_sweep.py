@@ -9,13 +9,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import PerceiverImageProcessorPil
+from transformers import PerceiverImageProcessorPil, PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
 from tests.script_run import bad_input_line, call_script, run_script
 from tests.tiny_images import LABELS, MODEL, write_images
+from tests.tiny_models import stock_model
+from tests.tiny_texts import POSITIONS, write_glue
 
 R = ("0", "1", "2,0,1,0")
 
@@ -59,8 +63,43 @@ def test_every_cell_is_measured(sweep):
             # Of 20 images: a multiple of a twentieth.
             assert row[stage]["accuracy"] * 20 == pytest.approx(round(row[stage]["accuracy"] * 20))
             assert 0 <= row[stage]["accuracy_stderr"] < 0.12
-        assert row["throughput"] > 0 and row["latency_ms"]["median"] > 0
+        assert row["throughput"] > 0 and row["latency_ms"]["median"] > 0 and row["peak_memory_mb"] > 0
         assert row["speedup"]["lower"] <= row["speedup"]["median"] <= row["speedup"]["upper"]
+
+
+def test_the_file_says_what_made_it(sweep):
+    """Arguments but no token, environment, and where the time went."""
+    results = read(sweep)
+    assert results["arguments"]["retrain_epochs"] == 1 and "token" not in results["arguments"]
+    assert results["environment"]["torch"] and results["environment"]["date"]
+    assert set(results["seconds"]) == {"evaluating merged", "timing", "loading", "retraining", "evaluating retrained"}
+    assert results["source"]["split"] == "test"
+
+
+def test_the_folder_is_the_unmerged_checkpoint_with_the_report_as_its_card(inputs, sweep):
+    model = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(sweep)
+    start = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(inputs[1])
+    assert (model.r, start.r) == (0, 3)
+    assert model.base_model.embeddings.latents.equal(start.base_model.embeddings.latents)
+    card = ModelCard.load(sweep / "README.md")
+    assert "| r=2,0,1,0 |" in card.text and card.data.pipeline_tag == "image-classification"
+    assert len(card.data.eval_results) == 2 * len(R)
+
+
+def test_text_with_two_evaluation_splits(tmp_path):
+    """A row has the figures of both halves of MNLI; stock text checkpoints are swept like ours."""
+    stock = stock_model("ForSequenceClassification", max_position_embeddings=POSITIONS, dtype=torch.float32)
+    stock.save_pretrained(tmp_path / "stock")
+    PerceiverTokenizer().save_pretrained(tmp_path / "stock")
+    call_script(
+        "eval_sweep.py", "--model_name_or_path", tmp_path / "stock", "--task_name", "mnli", "--dataset_name",
+        write_glue(tmp_path / "glue", "mnli"), "--r", "0", "1", "--use_cpu", "--timing_rounds", 0,
+        "--output_dir", tmp_path / "sweep",
+    )  # fmt: skip
+    for row in read(tmp_path / "sweep")["rows"]:
+        assert set(row["merged"]) == {"accuracy", "accuracy_stderr", "accuracy_mm", "accuracy_mm_stderr"}
+        assert "retrained" not in row and "speedup" not in row
+    assert "**Accuracy mm**" in (tmp_path / "sweep" / "sweep_report.md").read_text()
 
 
 def test_cost_falls_with_merging(sweep):
@@ -109,6 +148,7 @@ def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, caps
     [
         (("--r", "0", "-2"), ("r = -2", "0 or more")),
         (("--r", "x"), ("--r x", "integer")),
+        (("--r", "1", "2", "1"), ("--r 1", "twice")),
         (("--r", "1,1"), ("r = [1, 1]", "4")),
         (("--r", "1", "--timing_rounds", "-1"), ("--timing_rounds -1", "0 or more")),
         (("--r", "1", "--timing_batch_size", "0"), ("--timing_batch_size 0", "1 or more")),
