@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from experiments.bad_input import BadInput
 from experiments.glue_task import GlueDataArguments, load_glue_task
 from experiments.image_task import ImageDataArguments, load_image_task
 from experiments.model_arguments import ModelArguments
@@ -33,6 +34,12 @@ def load_sweep_task(data: SweepDataArguments, model: ModelArguments, seed: int) 
     Raises:
         BadInput: for a checkpoint or data that are not there or do not fit.
     """
-    architecture = str(requested_config(model).architectures)
-    load = load_image_task if "Image" in architecture else load_glue_task
+    architectures = requested_config(model).architectures
+    name = f"--model_name_or_path {model.model_name_or_path}"
+    if "Classification" not in str(architectures):
+        raise BadInput(f"{name}: architectures = {architectures}; allowed is a finetuned text or image classifier")
+    image = "Image" in str(architectures)
+    if image and data.task_name is not None:
+        raise BadInput(f"--task_name {data.task_name}: allowed only for text, and {name} classifies images")
+    load = load_image_task if image else load_glue_task
     return load(data, predict=False, seed=seed, **model.dataset_options())

@@ -4,7 +4,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +25,8 @@ from experiments.whole_file import write_text
 
 logger = logging.getLogger(__name__)
 
+# With fewer bytes free, a disk is what stopped a write.
+NOTHING_FREE = 1_000_000
 # Values of --resume_from_checkpoint that mean the newest one, as the official scripts and Trainer spell it.
 LAST = ("true", "last")
 
@@ -131,10 +138,11 @@ def train_and_save(trainer: Trainer, resume_from_checkpoint: str | None = None) 
     # several processes each would train a model of its own.
     trainer.model_wrapped = trainer.model
     vars(trainer.model).pop("_is_accelerate_prepared", None)
-    result = trainer.train(resume_from_checkpoint=resume)
+    with _explaining_a_full_disk(folder):
+        result = trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        trainer.save_state()
     metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}
-    trainer.save_model()
-    trainer.save_state()
     trainer.log_metrics("train", metrics)
     if trainer.is_world_process_zero():
         save_metrics(folder, "train", metrics)
@@ -195,6 +203,17 @@ def predict_and_save(trainer: Trainer, task: PreparedTask, name: str) -> None:
     trainer.log_metrics("predict", metrics)
     if trainer.is_world_process_zero():
         save_metrics(folder, "predict", metrics)
+
+
+@contextmanager
+def _explaining_a_full_disk(folder: Path) -> Iterator[None]:
+    """`torch.save` only says "iostream error" of a full disk; look at the disk, and say so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if folder.exists() and shutil.disk_usage(folder).free < NOTHING_FREE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
 
 
 def _has_ended(trainer: Trainer) -> bool:

@@ -165,3 +165,17 @@ def test_bad_input_is_one_line_and_nothing_is_written(inputs, tmp_path, capsys, 
 def test_a_checkpoint_is_needed(tmp_path, capsys):
     line = bad_input_line(capsys, "eval_sweep.py", "--r", "1", "--output_dir", tmp_path / "out")
     assert "--model_name_or_path" in line
+
+
+def test_text_arguments_for_an_image_checkpoint_are_named(inputs, tmp_path, capsys):
+    given = (*inputs, "--r", "1", "--task_name", "mrpc", "--output_dir", tmp_path / "out")
+    line = bad_input_line(capsys, "eval_sweep.py", *given)
+    assert "--task_name mrpc" in line and "classifies images" in line
+
+
+def test_a_checkpoint_without_a_trained_head_is_named(tmp_path, capsys):
+    """It would be swept with a head that knows nothing."""
+    stock_model("ForMaskedLM").save_pretrained(tmp_path / "stock")
+    given = ("--model_name_or_path", tmp_path / "stock", "--task_name", "mrpc", "--output_dir", tmp_path / "out")
+    line = bad_input_line(capsys, "eval_sweep.py", *given)
+    assert "PerceiverForMaskedLM" in line and "classifier" in line
