@@ -17,105 +17,41 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub.constants
 import huggingface_hub.utils
 import pytest
-import yaml
 
-USER = "someone"
-WRITE_TOKEN, READ_TOKEN, FINE_TOKEN = "hf_loopbackwrite", "hf_loopbackread", "hf_loopbackfine"
-ROLES = {WRITE_TOKEN: "write", READ_TOKEN: "read", FINE_TOKEN: "fineGrained"}
-LARGE_FILES = (".safetensors", ".bin", ".pt", ".h5", ".parquet")
+from tests.loopback_repository import (
+    LARGE_FILES,
+    USER,
+    Answer,
+    Commit,
+    Refused,
+    Repository,
+    Request,
+    StoredFile,
+    check_card,
+    check_write,
+    describe,
+    describe_file,
+    list_tree,
+    role_of,
+    serve_file,
+    upload_modes,
+)
+
 REPOSITORY_PATH = (
     r"/api/(?P<kind>model|dataset)s/(?P<id>[^/]+(/[^/]+)??)"
     r"(/(?P<action>revision|tree|paths-info|preupload|commit|branch|refs)(/(?P<revision>[^/]+)(/(?P<path>.+))?)?)?"
 )
 FILE_PATH = r"/(?P<datasets>datasets/)?(?P<id>[^/]+(/[^/]+)??)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"
 LARGE_FILE_PATH = r"/(?P<datasets>datasets/)?(?P<id>[^/]+(/[^/]+)?)\.git/info/lfs/objects/(?P<action>batch|verify)"
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """A file of a commit, and whether it came as a large one."""
-
-    data: bytes
-    large: bool
-
-    @property
-    def oid(self) -> str:
-        """The SHA-256 of a large file, git's name of another."""
-        if self.large:
-            return hashlib.sha256(self.data).hexdigest()
-        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A commit, with all files that the branch has after it."""
-
-    repo_id: str
-    branch: str
-    message: str
-    oid: str
-    files: dict[str, StoredFile] = field(repr=False)
-
-
-@dataclass
-class Repository:
-    """A model or dataset repository."""
-
-    id: str
-    kind: str
-    private: bool = False
-    gated: bool = False
-    branches: dict[str, Commit] = field(default_factory=dict)
-    by_oid: dict[str, Commit] = field(default_factory=dict)
-
-    def at(self, revision: str) -> Commit:
-        """The commit of a branch or of an oid."""
-        commit = self.branches.get(revision) or self.by_oid.get(revision)
-        if commit is None:
-            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        return commit
-
-
-@dataclass
-class Request:
-    """A request, its path still quoted."""
-
-    method: str
-    path: str
-    query: dict[str, list[str]]
-    headers: Any
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-@dataclass
-class Answer:
-    """An answer; `body` is JSON unless it is bytes."""
-
-    status: int
-    body: Any = b""
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-class Refused(Exception):
-    """An answer that is an error, with the code that clients look at."""
-
-    def __init__(self, status: int, code: str | None, message: str) -> None:
-        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        self.answer = Answer(status, {"error": message}, headers)
 
 
 @dataclass
@@ -263,7 +199,7 @@ class LoopbackHub:
     def _answer(self, request: Request) -> Answer:
         if match := re.fullmatch(r"/large/([0-9a-f]{64})/(\d+)", request.path):
             return self._take_large_file(request, match[1], int(match[2]))
-        role = _role(request)
+        role = role_of(request)
         if request.path == "/api/whoami-v2":
             if role is None:
                 raise Refused(401, None, "Invalid username or password.")
@@ -272,24 +208,24 @@ class LoopbackHub:
         if request.path == "/api/repos/create":
             return self._create(request, role)
         if request.path == "/api/validate-yaml":
-            return _check_card(request.json["content"])
+            return check_card(request.json["content"])
         if match := re.fullmatch(LARGE_FILE_PATH, request.path):
             repository = self._find("dataset" if match["datasets"] else "model", match["id"], role)
-            _check_write(repository, role)
+            check_write(repository, role)
             return self._promise_large_files(request) if match["action"] == "batch" else self._verify(request)
         if match := re.fullmatch(FILE_PATH, request.path):
             repository = self._find("dataset" if match["datasets"] else "model", match["id"], role)
-            return _file(repository, role, unquote(match["revision"]), unquote(match["path"]))
+            return serve_file(repository, role, unquote(match["revision"]), unquote(match["path"]))
         if match := re.fullmatch(REPOSITORY_PATH, request.path):
             repository = self._find(match["kind"], match["id"], role)
             revision, path = unquote(match["revision"] or "main"), unquote(match["path"] or "")
             if request.method == "POST" and match["action"] != "paths-info":
-                _check_write(repository, role)
+                check_write(repository, role)
             match request.method, match["action"]:
                 case "GET", None | "revision":
-                    return _info(repository, revision)
+                    return describe(repository, revision)
                 case "GET", "tree":
-                    return _tree(repository, revision, path, request.query)
+                    return list_tree(repository, revision, path, request.query)
                 case "GET", "refs":
                     branches = [
                         dict(name=name, ref=f"refs/heads/{name}", targetCommit=head.oid)
@@ -299,9 +235,9 @@ class LoopbackHub:
                 case "POST", "paths-info":
                     wanted = parse_qs(request.body.decode()).get("paths", [])
                     files = repository.at(revision).files
-                    return Answer(200, [_entry(name, files[name]) for name in wanted if name in files])
+                    return Answer(200, [describe_file(name, files[name]) for name in wanted if name in files])
                 case "POST", "preupload":
-                    return _modes(repository, revision, request)
+                    return upload_modes(repository, revision, request)
                 case "POST", "branch":
                     if revision in repository.branches:
                         raise Refused(409, None, f"Reference already exists: {revision}")
@@ -323,7 +259,7 @@ class LoopbackHub:
     def _create(self, request: Request, role: str | None) -> Answer:
         name, owner = request.json["name"], request.json.get("organization") or USER
         kind = request.json.get("type", "model")
-        _check_write(Repository(f"{owner}/{name}", kind), role)
+        check_write(Repository(f"{owner}/{name}", kind), role)
         if role == "fineGrained":
             raise Refused(403, None, "This token may create no repositories.")
         url = f"{self.url}/{'datasets/' if kind == 'dataset' else ''}{owner}/{name}"
@@ -389,101 +325,6 @@ class LoopbackHub:
         commit = Commit(repository.id, branch, message, oid, files)
         repository.by_oid[oid] = repository.branches[branch] = commit
         return commit
-
-
-def _role(request: Request) -> str | None:
-    """What the token of a request may do; None without one."""
-    token = request.headers.get("Authorization", "").removeprefix("Bearer ")
-    if token and token not in ROLES:
-        raise Refused(401, None, "Invalid credentials in Authorization header")
-    return ROLES.get(token)
-
-
-def _check_write(repository: Repository, role: str | None) -> None:
-    if role is None:
-        raise Refused(401, None, "Invalid username or password.")
-    if role == "read":
-        raise Refused(403, None, "You must use a write token to do this.")
-    if not repository.id.startswith(f"{USER}/"):
-        raise Refused(403, None, f"You don't have the rights to write to {repository.id}")
-
-
-def _check_card(text: str) -> Answer:
-    match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    try:
-        yaml.safe_load(match[1] if match else "")
-    except yaml.YAMLError as error:
-        return Answer(400, dict(errors=[dict(message=str(error))], warnings=[]))
-    return Answer(200, dict(errors=[], warnings=[]))
-
-
-def _info(repository: Repository, revision: str) -> Answer:
-    head = repository.at(revision)
-    info = dict(
-        _id=head.oid[:24],
-        id=repository.id,
-        modelId=repository.id,
-        sha=head.oid,
-        private=repository.private,
-        gated="manual" if repository.gated else False,
-        siblings=[dict(rfilename=name) for name in sorted(head.files)],
-        tags=[],
-    )
-    return Answer(200, info)
-
-
-def _entry(name: str, file: StoredFile) -> dict[str, Any]:
-    entry: dict[str, Any] = dict(type="file", path=name, size=len(file.data), oid=file.oid)
-    if file.large:
-        entry["lfs"] = dict(oid=file.oid, size=len(file.data), pointerSize=134)
-    return entry
-
-
-def _tree(repository: Repository, revision: str, path: str, query: dict[str, list[str]]) -> Answer:
-    files = repository.at(revision).files
-    below = {name: file for name, file in files.items() if not path or name.startswith(f"{path}/")}
-    if path and not below:
-        raise Refused(404, "EntryNotFound", f"{path} does not exist on {revision}")
-    start = len(path) + 1 if path else 0
-    entries = {}
-    for name, file in sorted(below.items()):
-        for end in [at.start() for at in re.finditer("/", name[start:])]:
-            folder = name[: start + end]
-            entries[folder] = dict(type="directory", path=folder, oid="0" * 40, size=0)
-        entries[name] = _entry(name, file)
-    if query.get("recursive", ["false"])[0].lower() != "true":
-        entries = {name: entry for name, entry in entries.items() if "/" not in name[start:]}
-    return Answer(200, list(entries.values()))
-
-
-def _modes(repository: Repository, revision: str, request: Request) -> Answer:
-    head = repository.at(revision)
-    files = [
-        dict(
-            path=file["path"],
-            uploadMode="lfs" if file["path"].endswith(LARGE_FILES) else "regular",
-            shouldIgnore=False,
-            **({"oid": head.files[file["path"]].oid} if file["path"] in head.files else {}),
-        )
-        for file in request.json["files"]
-    ]
-    return Answer(200, dict(commitOid=head.oid, files=files))
-
-
-def _file(repository: Repository, role: str | None, revision: str, path: str) -> Answer:
-    if repository.gated and not (role is not None and repository.id.startswith(f"{USER}/")):
-        message = f"Access to {repository.kind} {repository.id} is restricted."
-        raise Refused(401 if role is None else 403, "GatedRepo", message)
-    commit = repository.at(revision)
-    if path not in commit.files:
-        refused = Refused(404, "EntryNotFound", "Entry not found")
-        refused.answer.headers["X-Repo-Commit"] = commit.oid
-        raise refused
-    file = commit.files[path]
-    headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.oid}"'}
-    if file.large:
-        headers |= {"X-Linked-Size": str(len(file.data)), "X-Linked-Etag": f'"{file.oid}"'}
-    return Answer(200, file.data, headers)
 
 
 def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:

@@ -16,7 +16,8 @@ from transformers import PerceiverTokenizer
 
 from experiments import hub_upload
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
-from tests.loopback_hub import USER, WRITE_TOKEN, LoopbackHub
+from tests.loopback_hub import LoopbackHub
+from tests.loopback_repository import USER, WRITE_TOKEN
 from tests.script_run import ROOT, bad_input_line, call_script
 from tests.tiny_texts import write_glue, write_model_config
 

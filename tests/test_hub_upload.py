@@ -23,8 +23,9 @@ from huggingface_hub import HfApi
 from experiments import hub_upload
 from experiments.bad_input import BadInput
 from experiments.hub_upload import RETRY_WAITS, HubRepository, PushFailed, open_repository, push_checkpoint
+from tests.loopback_hub import LoopbackHub
+from tests.loopback_repository import FINE_TOKEN, READ_TOKEN, USER, WRITE_TOKEN
 
-from .loopback_hub import FINE_TOKEN, READ_TOKEN, USER, WRITE_TOKEN, LoopbackHub
 from .tiny_models import flat_logits, spread_weights, tiny_inputs, tiny_model
 
 ID = f"{USER}/model"
