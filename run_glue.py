@@ -19,23 +19,12 @@ stand in one file: python run_glue.py FILE.yaml (or .json). Killed or stopped: t
 from __future__ import annotations
 
 from experiments.bad_input import exit_on_bad_input
-from experiments.command_line import TrainerArguments, parse_arguments
 from experiments.experiment import Experiment, run_experiment
 from experiments.glue_task import GlueDataArguments, load_glue_task
-from experiments.hub_arguments import HubArguments
-from experiments.model_arguments import MergeArguments, ModelArguments
-from experiments.training import RetrainArguments
 
 
 def main() -> None:
-    model, merging, data, retraining, hub, training = parse_arguments(
-        __doc__, ModelArguments, MergeArguments, GlueDataArguments, RetrainArguments, HubArguments, TrainerArguments
-    )
-    run_experiment(
-        Experiment(model, merging, retraining, hub, training),
-        data,
-        lambda: load_glue_task(data, training.do_predict, training.seed, **model.dataset_options()),
-    )
+    run_experiment(Experiment.from_command_line(__doc__, GlueDataArguments, load_glue_task))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from experiments.bad_input import BadInput
+from experiments.command_line import TrainerArguments, parse_arguments
 from experiments.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.hub_push import push_addressed
 from experiments.model_arguments import MergeArguments, ModelArguments
@@ -38,13 +39,36 @@ CARD_INPUTS = 32
 
 @dataclass
 class Experiment:
-    """What the command line says, the data aside."""
+    """What the command line says.
+
+    Attributes:
+        model, merging, data, retraining, hub, training: the arguments, by what they are about.
+        load_task: reads the data that `data` means.
+    """
 
     model: ModelArguments
     merging: MergeArguments
+    data: Any
     retraining: RetrainArguments
     hub: HubArguments
     training: TrainingArguments
+    load_task: Callable[..., Task]
+
+    @classmethod
+    def from_command_line(cls, description: str, data_arguments: type, load_task: Callable[..., Task]) -> Experiment:
+        """Parse the command line of a script.
+
+        Args:
+            description: what `--help` begins with.
+            data_arguments: dataclass of the arguments that say which data.
+            load_task: as `experiments.glue_task.load_glue_task`.
+
+        Raises:
+            BadInput: for values that cannot be meant.
+        """
+        groups = (ModelArguments, MergeArguments, data_arguments, RetrainArguments, HubArguments, TrainerArguments)
+        model, merging, data, retraining, hub, training = parse_arguments(description, *groups)
+        return cls(model, merging, data, retraining, hub, training, load_task)
 
 
 def noted_arguments(*groups: Any) -> dict[str, Any]:
@@ -52,13 +76,8 @@ def noted_arguments(*groups: Any) -> dict[str, Any]:
     return {name: value for group in groups for name, value in asdict(group).items() if name not in NOT_NOTED}
 
 
-def run_experiment(experiment: Experiment, data: Any, load_task: Callable[[], Task]) -> None:
+def run_experiment(experiment: Experiment) -> None:
     """Do what the command line says, everything on disk first and the push last.
-
-    Args:
-        experiment: what it says.
-        data: the arguments that say which data.
-        load_task: reads them.
 
     Raises:
         BadInput: for what cannot be meant, before any long work.
@@ -84,10 +103,12 @@ def run_experiment(experiment: Experiment, data: Any, load_task: Callable[[], Ta
 
     set_seed(training.seed)
     with training.main_process_first(desc="loading the data"):
-        task = load_task()
+        task = experiment.load_task(
+            experiment.data, training.do_predict, training.seed, **experiment.model.dataset_options()
+        )
     model, prepared = load_model_and_task(experiment.model, merging, task, training)
     if training.do_train:
-        arguments = noted_arguments(experiment.model, data, experiment.merging, retraining)
+        arguments = noted_arguments(experiment.model, experiment.data, experiment.merging, retraining)
         check_disk_space(output_dir, model, training, models=2 if retrain else 1)
         claim(
             output_dir,

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 from safetensors.torch import load_model
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from experiments.bad_input import BadInput
 from experiments.output_folder import TRAINED_FILE, is_checkpoint, last_checkpoint, save_metrics
@@ -65,7 +66,7 @@ def task_trainer(model: PreTrainedModel, task: PreparedTask, arguments: Training
     arguments.push_to_hub = False
     # The model does not name what its inputs are made of.
     arguments.remove_unused_columns = False
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=task.train,
@@ -73,8 +74,24 @@ def task_trainer(model: PreTrainedModel, task: PreparedTask, arguments: Training
         processing_class=task.processing_class,
         data_collator=task.collate,
         compute_metrics=task.metrics,
-        callbacks=list(task.callbacks),
+        callbacks=[*task.callbacks, NameOfSharded()],
     )
+    if trainer.is_fsdp_enabled:
+        # accelerate shards the module that embeds inputs by itself; a Perceiver's are a parameter, in no such module.
+        model.get_input_embeddings = lambda: None
+    return trainer
+
+
+class NameOfSharded(TrainerCallback):
+    """FSDP gives a model a class of its own; its name goes back to what it was, since checkpoints name it."""
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if isinstance(model, FSDPModule):
+            sharded = type(model)
+            ours = next(base for base in sharded.__mro__[1:] if not issubclass(base, FSDPModule))
+            sharded.__name__, sharded.__module__ = ours.__name__, ours.__module__
 
 
 def check_resume(resume_from_checkpoint: str | None) -> None:
