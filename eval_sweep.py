@@ -35,7 +35,7 @@ from experiments.output_folder import check_disk_space, training_fields
 from experiments.sweep import SweepArguments, SweepResults, plan_rows
 from experiments.sweep_run import SweepRun, push_sweep
 from experiments.sweep_task import SweepDataArguments, load_sweep_task
-from experiments.training import RetrainArguments
+from experiments.training import RetrainArguments, check_sharding
 
 
 def main() -> None:
@@ -48,6 +48,7 @@ def main() -> None:
         return
     if model_args.model_name_or_path is None:
         raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
+    check_sharding("--r")
     repository = check_push(training, model_args.token)
 
     set_seed(training.seed)

@@ -50,7 +50,7 @@ class Augmentation:
 
 
 class AugmentedImages(torch.utils.data.Dataset):
-    """Training images, each augmented anew in every epoch: set `epoch` before it begins.
+    """Training images, each augmented anew in every epoch: fill `epoch` before it begins.
 
     What happens to an image is drawn from the seed, the epoch and its place, and from nothing else: a run that is
     killed and resumed, or that has more workers or processes, sees the same images.
@@ -66,14 +66,15 @@ class AugmentedImages(torch.utils.data.Dataset):
         self, images: Dataset, augmentation: Augmentation, process: Callable[[dict[str, list]], dict], seed: int
     ) -> None:
         self.images, self.augmentation, self.process, self.seed = images, augmentation, process, seed
-        self.epoch = 0
+        # Shared, so that data loader workers that live on hear of it.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.images[index]
-        random = np.random.default_rng((self.seed, self.epoch, index))
+        random = np.random.default_rng((self.seed, int(self.epoch), index))
         example["image"] = self.augmentation(example["image"].convert("RGB"), random)
         batch = self.process({name: [value] for name, value in example.items()})
         return {name: values[0] for name, values in batch.items()}
@@ -90,4 +91,4 @@ class NextEpoch(TrainerCallback):
         self.images = images
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.images.epoch = int(state.epoch or 0)
+        self.images.epoch.fill_(int(state.epoch or 0))

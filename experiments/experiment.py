@@ -22,8 +22,10 @@ from experiments.task import PreparedTask, Task
 from experiments.training import (
     RetrainArguments,
     check_resume,
+    check_sharding,
     evaluate_and_save,
     predict_and_save,
+    resumes,
     stage_resume,
     task_trainer,
     train_and_save,
@@ -98,6 +100,8 @@ def run_experiment(experiment: Experiment) -> None:
         raise BadInput(
             f"--push_to_hub: --output_dir {output_dir} holds no checkpoint, and without --do_train none comes"
         )
+    untrained = "--retrain_epochs" if retrain else None if training.do_train else "--do_eval"
+    check_sharding(untrained)
     check_resume(training.resume_from_checkpoint)
     repository = check_push(training, experiment.model.token)
 
@@ -113,7 +117,7 @@ def run_experiment(experiment: Experiment) -> None:
         claim(
             output_dir,
             arguments | training_fields(training),
-            resume=training.resume_from_checkpoint is not None,
+            resume=resumes(training.resume_from_checkpoint),
             write=training.should_save,
         )
 

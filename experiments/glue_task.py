@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, DownloadMode, Value, VerificationMode, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import AutoTokenizer, DataCollatorWithPadding, EvalPrediction, PerceiverTokenizer
 
@@ -63,7 +63,7 @@ class GlueDataArguments(SampleArguments):
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad to --max_seq_length, and not just to the longest of the batch."}
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize anew what is cached."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Read and tokenize anew what is cached."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -220,6 +220,10 @@ def load_glue_task(arguments: GlueDataArguments, predict: bool, seed: int, **dow
 
 def _load_splits(arguments: GlueDataArguments, predict: bool, download: dict[str, Any]) -> tuple[DatasetDict, Source]:
     task, dataset = arguments.task_name, arguments.dataset_name
+    if arguments.overwrite_cache:
+        # datasets knows a folder with several configurations by its name alone, whatever has changed in it.
+        anew = {"download_mode": DownloadMode.FORCE_REDOWNLOAD, "verification_mode": VerificationMode.NO_CHECKS}
+        download = download | anew
     if task is not None:
         # A folder that stands in for GLUE holds what the Hub does.
         argument = f"--task_name {task}" if dataset is None else f"--dataset_name {dataset}"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 from safetensors.torch import load_model
@@ -49,6 +49,7 @@ class RetrainArguments:
         """Those of finetuning with the epochs and the learning rate of retraining."""
         arguments = copy.deepcopy(finetuning)
         arguments.num_train_epochs = self.retrain_epochs
+        arguments.max_steps = -1  # which would come before epochs
         if self.retrain_learning_rate is not None:
             arguments.learning_rate = self.retrain_learning_rate
         return arguments
@@ -94,6 +95,22 @@ class NameOfSharded(TrainerCallback):
             sharded.__name__, sharded.__module__ = ours.__name__, ours.__module__
 
 
+def check_sharding(untrained: str | None) -> None:
+    """Check that nothing asks for an evaluation of a model that FSDP has not sharded yet: it shards for training.
+
+    Args:
+        untrained: the argument that asks for one, if any does.
+
+    Raises:
+        BadInput: under FSDP, if there is one.
+    """
+    if untrained is not None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise BadInput(
+            f"{untrained}: allowed without FSDP only, which cannot evaluate a model before it trains it; "
+            "examples/accelerate_ddp.yaml can"
+        )
+
+
 def check_resume(resume_from_checkpoint: str | None) -> None:
     """Check `--resume_from_checkpoint` before anything is loaded.
 
@@ -101,13 +118,18 @@ def check_resume(resume_from_checkpoint: str | None) -> None:
         BadInput: for a folder that is no checkpoint.
     """
     name = resume_from_checkpoint
-    if name is None or name.lower() in LAST or name.lower() == "false":
+    if not resumes(name) or name.lower() in LAST:
         return
     if not is_checkpoint(Path(name)):
         raise BadInput(
             f"--resume_from_checkpoint {name}: allowed is 'true' or 'last', for the newest one in --output_dir, or the "
             "folder of a whole checkpoint: trainer_state.json, and the optimizer's state beside the weights"
         )
+
+
+def resumes(resume_from_checkpoint: str | None) -> TypeGuard[str]:
+    """Whether `--resume_from_checkpoint` asks to go on from anything."""
+    return resume_from_checkpoint is not None and resume_from_checkpoint.lower() != "false"
 
 
 def stage_resume(resume_from_checkpoint: str | None, stage: Path, output_dir: Path) -> str | None:
@@ -119,7 +141,7 @@ def stage_resume(resume_from_checkpoint: str | None, stage: Path, output_dir: Pa
         output_dir: folder of both.
     """
     name = resume_from_checkpoint
-    if name is None or name.lower() in (*LAST, "false"):
+    if not resumes(name) or name.lower() in LAST:
         return name
     folder = Path(name).resolve().parent
     if folder == stage.resolve():
@@ -140,7 +162,7 @@ def train_and_save(trainer: Trainer, resume_from_checkpoint: str | None = None) 
             begins.
     """
     folder = Path(trainer.args.output_dir)
-    resume: str | None = None if (resume_from_checkpoint or "false").lower() == "false" else resume_from_checkpoint
+    resume = resume_from_checkpoint if resumes(resume_from_checkpoint) else None
     if resume is not None and resume.lower() in LAST:
         if _has_ended(trainer):
             load_model(trainer.model, folder / "model.safetensors")

@@ -10,6 +10,7 @@ from datasets.features import Image as ImageFeature
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
 
 from experiments.augmentation import Augmentation, AugmentedImages, NextEpoch
@@ -55,11 +56,12 @@ def test_a_crop_has_the_size_of_the_image():
 def test_an_image_depends_on_seed_epoch_and_place_alone():
     """Whatever was read before, and in whatever order: so a resumed run sees what the first one saw."""
     images, again = augmented(), augmented()
-    again.epoch = images.epoch = 2
+    for each in (images, again):
+        each.epoch.fill_(2)
     first = [pixels(images[index]["seen"]) for index in (0, 1, 2)]
     assert [pixels(again[index]["seen"]) for index in (2, 1, 0)] == first[::-1]
     assert first[0] != first[1]
-    images.epoch = 3
+    images.epoch.fill_(3)
     assert pixels(images[0]["seen"]) != first[0]
     assert pixels(augmented(seed=1)[0]["seen"]) != pixels(augmented()[0]["seen"])
 
@@ -69,4 +71,15 @@ def test_the_epoch_is_told(epoch, expected):
     """A run that is resumed in the middle of an epoch is in that epoch."""
     images = augmented()
     NextEpoch(images).on_epoch_begin(None, TrainerState(epoch=epoch), TrainerControl())
-    assert images.epoch == expected
+    assert int(images.epoch) == expected
+
+
+def test_workers_that_live_on_hear_of_the_next_epoch():
+    images = augmented(count=2)
+    loader = DataLoader(images, num_workers=1, persistent_workers=True, collate_fn=lambda examples: examples)
+    seen = []
+    for epoch in (0, 1):
+        images.epoch.fill_(epoch)
+        seen.append([pixels(example["seen"]) for (example,) in loader])
+        assert seen[-1] == [pixels(images[index]["seen"]) for index in (0, 1)]
+    assert seen[0] != seen[1]

@@ -189,3 +189,12 @@ def test_a_tokenizer_or_a_length_that_the_model_has_no_room_for(tmp_path, change
     with pytest.raises(BadInput) as error:
         prepared(task, **changes)
     assert all(part in str(error.value) for part in says), error.value
+
+
+def test_data_that_changed_are_read_again_when_asked(tmp_path):
+    """datasets would go on with what it knows of a folder of that name."""
+    options = dict(predict=False, seed=0, cache_dir=str(tmp_path / "cache"))
+    for count in (18, 9):
+        folder = str(write_glue(tmp_path / "glue", "sst2", validation=count))
+        task = load_glue_task(GlueDataArguments(task_name="sst2", dataset_name=folder, overwrite_cache=True), **options)
+        assert len(task.evaluation[""]) == count

@@ -213,6 +213,20 @@ def test_a_push_without_a_token_is_refused_before_training(inputs, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "given", "named"),
+    [
+        ("run_glue.py", ("--do_eval",), "--do_eval"),
+        ("run_glue.py", ("--do_train", "--r", 1, "--retrain_epochs", 1), "--retrain_epochs"),
+        ("eval_sweep.py", ("--model_name_or_path", "any"), "--r"),
+    ],
+)
+def test_fsdp_is_refused_where_it_cannot_do_it(tmp_path, capsys, monkeypatch, script, given, named):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    line = bad_input_line(capsys, script, *given, "--task_name", "sst2", "--output_dir", tmp_path / "out")
+    assert f"{named}: " in line and "FSDP" in line
+
+
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as exit_info:
         call_script("run_glue.py", "--help")
