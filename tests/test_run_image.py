@@ -175,3 +175,21 @@ def test_a_bad_argument_ends_a_process_with_code_2(inputs, tmp_path):
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_predicts_with_the_names_of_the_classes(inputs, finetuned, tmp_path):
+    """One line for each of the 30 test images; their labels are there, so the figures are too."""
+    arguments = ("--model_name_or_path", finetuned, *inputs[2:], "--do_predict", "--use_cpu")
+    call_script("run_image.py", *arguments, "--output_dir", tmp_path / "out")
+    lines = (tmp_path / "out" / "predict_results_images.txt").read_text().splitlines()
+    predicted = [line.split("\t")[1] for line in lines[1:]]
+    assert len(predicted) == 30 and set(predicted) <= set(LABELS)
+    right = sum(name == LABELS[index % len(LABELS)] for index, name in enumerate(predicted))
+    assert results(tmp_path / "out")["predict_accuracy"] == pytest.approx(right / 30)
+
+
+def test_trains_on_augmented_images(inputs, tmp_path):
+    augmented = ("--crop_scale", 0.5, "--horizontal_flip", 0.5, "--num_train_epochs", 2)
+    call_script("run_image.py", *inputs, *TRAINING, *augmented, "--output_dir", tmp_path / "out")
+    call_script("run_image.py", *inputs, *TRAINING, "--num_train_epochs", 2, "--output_dir", tmp_path / "plain")
+    assert results(tmp_path / "out")["train_loss"] != results(tmp_path / "plain")["train_loss"]
