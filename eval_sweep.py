@@ -7,7 +7,8 @@
       --r 0 2 4 6 8 --retrain_epochs 1 --output_dir outputs/fashion_mnist_sweep
 
 The data are those of run_glue.py for a text checkpoint and of run_image.py for an image checkpoint. Each r is an
-integer or a comma-separated list with one entry a layer. For each of them the checkpoint is evaluated with merging on
+integer or a comma-separated list with one entry a layer; each --flops_ratio is a share of the unmerged model's FLOPs,
+spread over the layers by a --schedule. For each of them the checkpoint is evaluated with merging on
 ("merged") and, with --retrain_epochs, again after training with merging on from the same starting point ("retrained";
 the checkpoints are kept in OUTPUT_DIR/retrained). Time and memory are measured on the first evaluated inputs, in
 alternating rounds. OUTPUT_DIR/sweep_results.json is written after every cell, and the same command continues where it
@@ -57,6 +58,7 @@ def main() -> None:
     model, prepared = load_model_and_task(model_args, {}, task, training)
     batch = prepared.batch(sweep_args.timing_batch_size)
     input_shape = (1, *batch[task.input_name].shape[1:])
+    merges = sweep_args.merges(model.config, input_shape, type(model).__name__)
     results = SweepResults(
         arguments=noted_arguments(model_args, data, sweep_args, retraining) | training_fields(training),
         environment=describe_environment(),
@@ -64,12 +66,12 @@ def main() -> None:
         evaluated_on=len(prepared.evaluation[""]),
         input_shape=input_shape,
         metric=task.main_metric,
-        rows=plan_rows(model, sweep_args, input_shape),
+        rows=plan_rows(model, merges, input_shape),
     )
-    check_disk_space(output_dir, model, training, models=1 + (len(sweep_args.r) if retraining.retrain_epochs else 0))
+    check_disk_space(output_dir, model, training, models=1 + (len(merges) if retraining.retrain_epochs else 0))
     continued = results.take_over(output_dir)
 
-    run = SweepRun(model_args, sweep_args, retraining, training, task, prepared, results, continued)
+    run = SweepRun(model_args, sweep_args, retraining, training, task, prepared, merges, results, continued)
     run.measure(model, batch)
     if retraining.retrain_epochs > 0:
         run.retrain()

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, DownloadMode, Value, VerificationMode, load_dataset
 from datasets.exceptions import DatasetsError
-from transformers import AutoTokenizer, DataCollatorWithPadding, EvalPrediction, PerceiverTokenizer
+from transformers import AutoTokenizer, DataCollatorWithPadding, PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, naming
-from experiments.scores import standard_errors
+from experiments.scores import classes, numbers
 from experiments.task import PreparedTask, SampleArguments, Source, Task, check_labels, listed, take_split
 
 GLUE_DATASET = "nyu-mll/glue"
@@ -158,17 +157,9 @@ class GlueTask(Task):
             prediction={suffix: tokens(split, f"predict{suffix}") for suffix, split in self.prediction.items()},
             processing_class=tokenizer,
             collate=DataCollatorWithPadding(tokenizer),
-            metrics=self._metrics,
+            predicted=classes if self.labels else numbers,
+            kind=self.arguments.task_name or ("classification" if self.labels else "regression"),
         )
-
-    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        from experiments.glue_metric import GlueMetric  # takes seconds
-
-        logits, labels = prediction.predictions, prediction.label_ids
-        predicted = np.argmax(logits, axis=-1) if self.labels else np.squeeze(logits, axis=-1)
-        kind = self.arguments.task_name or ("classification" if self.labels else "regression")
-        metric = GlueMetric(config_name=kind, keep_in_memory=True)
-        return metric.compute(predictions=predicted, references=labels) | standard_errors(kind, predicted, labels)
 
 
 def load_glue_task(arguments: GlueDataArguments, predict: bool, seed: int, **download: Any) -> GlueTask:

@@ -10,17 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.features import Image
-from transformers import AutoImageProcessor, EvalPrediction, PerceiverImageProcessorPil
+from transformers import AutoImageProcessor, PerceiverImageProcessorPil
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.augmentation import Augmentation, AugmentedImages, NextEpoch
 from experiments.bad_input import BadInput, naming
-from experiments.scores import score, standard_errors
+from experiments.scores import classes
 from experiments.task import Batch, PreparedTask, SampleArguments, Source, Task, check_labels, take_split
 
 # Where evaluation happens if the dataset has no split of the first name.
@@ -132,7 +131,8 @@ class ImageTask(Task):
             prediction={suffix: split.with_transform(process) for suffix, split in self.prediction.items()},
             processing_class=processing_class,
             collate=collate_images,
-            metrics=image_metrics,
+            predicted=classes,
+            kind="classification",
             callbacks=[NextEpoch(train)],
         )
 
@@ -143,13 +143,6 @@ def collate_images(examples: list[dict[str, Any]]) -> Batch:
     if "labels" in examples[0]:
         batch["labels"] = torch.tensor([example["labels"] for example in examples])
     return batch
-
-
-def image_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy and its standard error, both in [0, 1], from logits and labels."""
-    predicted = np.argmax(prediction.predictions, axis=-1)
-    kind = "classification"
-    return score(kind, predicted, prediction.label_ids) | standard_errors(kind, predicted, prediction.label_ids)
 
 
 def load_image_task(arguments: ImageDataArguments, predict: bool, seed: int, **download: Any) -> ImageTask:

@@ -16,10 +16,12 @@ from experiments.whole_file import write_text, write_whole
 
 matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 CSV_COLUMNS = (
     "name", "gflops", "flops_ratio", "latents_left", "throughput", "speedup", "speedup_lower", "speedup_upper",
-    "latency_ms", "peak_memory_mb", "merged", "merged_stderr", "retrained", "retrained_stderr",
+    "latency_ms", "peak_memory_mb", "merged", "merged_stderr", "merged_change", "merged_change_stderr",
+    "retrained", "retrained_stderr", "retrained_change", "retrained_change_stderr",
 )  # fmt: skip
 
 
@@ -28,7 +30,8 @@ def flat_row(row: Row, metric: str) -> dict[str, Any]:
     flat = {column: row.get(column) for column in CSV_COLUMNS}
     for stage in ("merged", "retrained"):
         measured = row.get(stage) or {}
-        flat[stage], flat[f"{stage}_stderr"] = measured.get(metric), measured.get(f"{metric}_stderr")
+        for ending in ("", "_stderr", "_change", "_change_stderr"):
+            flat[f"{stage}{ending}"] = measured.get(f"{metric}{ending}")
     for name in ("speedup", "latency_ms"):
         quartiles = row.get(name) or {}
         flat[name] = quartiles.get("median")
@@ -49,9 +52,9 @@ def write_csv(rows: list[Row], metric: str, path: Path) -> None:
 def markdown_table(rows: list[Row], metric: str) -> str:
     """The sweep as a Markdown table, metrics times 100 with their standard error."""
     lines = [
-        f"| | {metric_name(metric)}, merged | retrained | GFLOPs | of unmerged | latents left | items/s | speed-up "
-        "| latency, ms | peak MB |",
-        f"{'|---' * 10}|",
+        f"| | {metric_name(metric)}, merged | change | retrained | change | GFLOPs | of unmerged | latents left "
+        "| items/s | speed-up | latency, ms | peak MB |",
+        f"{'|---' * 12}|",
     ]
     for row in rows:
         flat = flat_row(row, metric)
@@ -63,7 +66,9 @@ def markdown_table(rows: list[Row], metric: str) -> str:
         cells = [
             row["name"],
             _percent(flat["merged"], flat["merged_stderr"]),
+            _change(row, "merged", metric),
             _percent(flat["retrained"], flat["retrained_stderr"]),
+            _change(row, "retrained", metric),
             f"{row['gflops']:.4g}",
             f"{row['flops_ratio']:.3f}",
             str(row["latents_left"]),
@@ -79,28 +84,29 @@ def markdown_table(rows: list[Row], metric: str) -> str:
 def draw_sweep(rows: list[Row], metric: str, title: str, path: Path) -> None:
     """Draw the metric against r and against FLOPs, and the speed-up beside what the FLOPs imply."""
     flat = [flat_row(row, metric) for row in rows]
-    names = [row["name"].removeprefix("r=") for row in rows]
-    figure, (by_r, by_flops, speed) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
+    names = [row["name"].removeprefix("r=").removeprefix("flops=") for row in rows]
+    series: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        series.setdefault(row.get("series", "r"), []).append(index)
+    figure, (by_row, by_flops, speed) = plt.subplots(1, 3, figsize=(15, 4.6), constrained_layout=True)
     figure.suptitle(title)
-    for stage, color in (("merged", "tab:red"), ("retrained", "tab:blue")):
-        places = [i for i, row in enumerate(flat) if row[stage] is not None]
-        if not places:
-            continue
-        values = [100 * flat[i][stage] for i in places]
-        errors = [100 * (flat[i][f"{stage}_stderr"] or 0) for i in places]
-        label = {"merged": "merged, no retraining", "retrained": "retrained with merging on"}[stage]
-        # Side by side, so that the standard errors of both can be seen.
-        beside = [place + (0.12 if stage == "retrained" else 0.0) for place in places]
-        by_r.errorbar(beside, values, errors, fmt="o-", capsize=3, color=color, label=label)
-        flops = [rows[i]["flops_ratio"] for i in places]
-        by_flops.errorbar(flops, values, errors, fmt="o-", capsize=3, color=color, label=label)
-        if stage == "merged":
-            for i, x, y in zip(places, flops, values, strict=True):
-                # At large r the FLOPs lie close together.
-                above = 5 if i % 2 == 0 else -12
-                by_flops.annotate(names[i], (x, y), textcoords="offset points", xytext=(4, above), fontsize=8)
-    by_r.set(xlabel="r, latents merged in each layer", ylabel=f"{metric_name(metric)} x 100")
-    by_r.set_xticks(range(len(names)), names)
+    for number, (name, members) in enumerate(series.items()):
+        for stage, offset, line in (("merged", 0.0, "-"), ("retrained", 0.12, "--")):
+            places = [index for index in members if flat[index][stage] is not None]
+            if not places:
+                continue
+            style = dict(fmt=f"o{line}", capsize=3, markersize=4, color=_color(stage, number, len(series)))
+            label = {"merged": "merged, no retraining", "retrained": "retrained with merging on"}[stage]
+            style["label"] = label if len(series) == 1 else f"{name}, {stage}"
+            values = [100 * flat[index][stage] for index in places]
+            errors = [100 * (flat[index][f"{stage}_stderr"] or 0) for index in places]
+            # Side by side, so that the standard errors of both can be seen.
+            by_row.errorbar([place + offset for place in places], values, errors, **style)
+            by_cost = sorted(zip([rows[index]["flops_ratio"] for index in places], values, errors, strict=True))
+            by_flops.errorbar(*zip(*by_cost, strict=True), **style)
+    if len(series) == 1:
+        _annotate(by_flops, rows, flat, names)
+    by_row.set(ylabel=f"{metric_name(metric)} x 100")
     by_flops.set(xlabel="FLOPs, share of the unmerged model", ylabel=f"{metric_name(metric)} x 100")
     by_flops.invert_xaxis()
     speed.plot(range(len(rows)), [1 / row["flops_ratio"] for row in rows], "--", color="gray", label="the FLOPs imply")
@@ -112,13 +118,32 @@ def draw_sweep(rows: list[Row], metric: str, title: str, path: Path) -> None:
             [flat[i]["speedup_upper"] - flat[i]["speedup"] for i in timed],
         ]
         speed.errorbar(timed, medians, spread, fmt="o-", capsize=3, color="tab:green", label="measured")
-    speed.set(xlabel="r, latents merged in each layer", ylabel="speed-up over unmerged")
-    speed.set_xticks(range(len(names)), names)
-    for axes in (by_r, by_flops, speed):
+    speed.set(ylabel="speed-up over unmerged")
+    only_r = list(series) == ["r"]
+    for axes in (by_row, speed):
+        axes.set_xlabel("r, latents merged in each layer" if only_r else "r, or share of the FLOPs and schedule")
+        axes.set_xticks(range(len(names)), names, rotation=0 if only_r else 60, ha="center" if only_r else "right")
+        axes.tick_params(axis="x", labelsize=10 if only_r else 8)
+    for axes in (by_row, by_flops, speed):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
     plt.close(figure)
+
+
+def _color(stage: str, number: int, count: int) -> str:
+    if count == 1:
+        return {"merged": "tab:red", "retrained": "tab:blue"}[stage]
+    return f"C{number}"
+
+
+def _annotate(axes: Axes, rows: list[Row], flat: list[dict[str, Any]], names: list[str]) -> None:
+    for index, row in enumerate(flat):
+        if row["merged"] is not None:
+            # At large r the FLOPs lie close together.
+            above = 5 if index % 2 == 0 else -12
+            place = (rows[index]["flops_ratio"], 100 * row["merged"])
+            axes.annotate(names[index], place, textcoords="offset points", xytext=(4, above), fontsize=8)
 
 
 def write_report(results: SweepResults, command: str, output_dir: Path) -> str:
@@ -143,8 +168,9 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> str:
     report = f"""{markdown_table(rows, metric)}
 
 {metric_name(metric)} times 100 with its standard error, on {results.evaluated_on:,} examples of the split
-'{results.source.split}'. GFLOPs: for one input of shape {tuple(results.input_shape[1:])}. Speed-up: median of the
-per-round ratios to the unmerged model, with quartiles, at batch {batch} over {rounds} interleaved rounds.
+'{results.source.split}'; change: from the unmerged checkpoint, paired example by example. GFLOPs: for one input of
+shape {tuple(results.input_shape[1:])}. Speed-up: median of the per-round ratios to the unmerged model, with quartiles,
+at batch {batch} over {rounds} interleaved rounds.
 
 ![{metric_name(metric)} against r and FLOPs, and the speed-up](sweep.png)
 {more}
@@ -175,13 +201,20 @@ def metric_table(rows: list[Row], metric: str) -> str:
 
 
 def _metrics(rows: list[Row]) -> list[str]:
-    return [name for name in rows[0].get("merged", {}) if not name.endswith("_stderr")]
+    return [name for name in rows[0].get("merged", {}) if not name.endswith(("_stderr", "_change"))]
 
 
 def _shares(seconds: dict[str, float]) -> str:
     total = sum(seconds.values())
     parts = [f"{name} {value:,.0f} s ({value / total:.0%})" for name, value in seconds.items()]
     return ", ".join(parts) + f", together {total:,.0f} s"
+
+
+def _change(row: Row, stage: str, metric: str) -> str:
+    cell = row.get(stage, {})
+    if f"{metric}_change" not in cell:
+        return ""
+    return f"{100 * cell[f'{metric}_change']:+.2f} ± {100 * cell[f'{metric}_change_stderr']:.2f}"
 
 
 def _percent(value: float | None, stderr: float | None) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures by which predictions are judged, each with its standard error.
 
-Letters: B examples.
+Letters: B examples, K classes.
 """
 
 from __future__ import annotations
@@ -61,6 +61,16 @@ SCORES: dict[str, dict[str, Score]] = {
 """GLUE's own scores for each of its tasks (Wang et al., 2019, table 1), and those of one's own data."""
 
 
+def classes(logits: np.ndarray) -> np.ndarray:
+    """From logits (B, K) to the likeliest of K classes, (B,)."""
+    return np.argmax(logits, axis=-1)
+
+
+def numbers(logits: np.ndarray) -> np.ndarray:
+    """From logits (B, 1) to numbers (B,)."""
+    return np.squeeze(logits, axis=-1)
+
+
 def score(kind: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
     """Score predictions.
 
@@ -87,7 +97,34 @@ def standard_errors(kind: str, predictions: np.ndarray, references: np.ndarray) 
     if list(SCORES[kind]) == ["accuracy"]:
         accuracy = _accuracy(predictions, references)
         return {"accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / count))}
-    # Seeded by itself: an evaluation must not move the random numbers of the training around it.
-    draws = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
-    resampled = [score(kind, predictions[rows], references[rows]) for rows in draws]
+    resampled = [score(kind, predictions[rows], references[rows]) for rows in _draws(count)]
     return {f"{name}_stderr": float(np.std([values[name] for values in resampled], ddof=1)) for name in resampled[0]}
+
+
+def paired_change(kind: str, predictions: np.ndarray, before: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """What each score has changed from other predictions for the same examples, under NAME_change.
+
+    The standard error, NAME_change_stderr, is that of the difference: far smaller than those of the two scores, since
+    they agree on most examples.
+
+    Args:
+        kind, predictions, references: as for `score`.
+        before: (B,), the predictions to compare with.
+    """
+    after_scores, before_scores = score(kind, predictions, references), score(kind, before, references)
+    change = {f"{name}_change": after_scores[name] - before_scores[name] for name in after_scores}
+    count = len(references)
+    if list(SCORES[kind]) == ["accuracy"]:
+        gained = (predictions == references).astype(float) - (before == references)
+        return change | {"accuracy_change_stderr": float(np.std(gained) / np.sqrt(count))}
+    differences: dict[str, list[float]] = {name: [] for name in after_scores}
+    for rows in _draws(count):
+        after, earlier = (score(kind, values[rows], references[rows]) for values in (predictions, before))
+        for name, values in differences.items():
+            values.append(after[name] - earlier[name])
+    return change | {f"{name}_change_stderr": float(np.std(values, ddof=1)) for name, values in differences.items()}
+
+
+def _draws(count: int) -> np.ndarray:
+    """Resampled examples. Seeded by itself: an evaluation must not move the random numbers of a training."""
+    return np.random.default_rng(0).integers(count, size=(RESAMPLES, count))

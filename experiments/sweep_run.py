@@ -18,7 +18,7 @@ from experiments.model_card import Measured, card_data, usage_section, write_car
 from experiments.model_loading import load_config, load_model
 from experiments.output_folder import training_fields
 from experiments.report import write_report
-from experiments.sweep import UNMERGED, Cells, Row, SweepArguments, SweepResults
+from experiments.sweep import UNMERGED, Cells, Merge, Row, SweepArguments, SweepResults
 from experiments.task import Batch, PreparedTask, Task
 from experiments.training import RetrainArguments, task_trainer, train_and_save
 
@@ -32,6 +32,7 @@ class SweepRun:
     Attributes:
         model_args, sweep_args, retraining, training: what the command line says.
         task, prepared: to evaluate and train on.
+        merges: of the rows.
         results: rows to fill.
         continued: whether some of the results are of an earlier run.
     """
@@ -42,6 +43,7 @@ class SweepRun:
     training: TrainingArguments
     task: Task
     prepared: PreparedTask
+    merges: list[Merge]
     results: SweepResults
     continued: bool
 
@@ -51,53 +53,53 @@ class SweepRun:
 
     @property
     def cells(self) -> Cells:
-        return Cells(self.results, self.sweep_args.r, self.prepared, self.output_dir, self.training.should_save)
+        return Cells(self.results, self.merges, self.prepared, self.output_dir, self.training.should_save)
 
     def measure(self, model: PreTrainedModel, batch: Batch) -> None:
-        """Evaluate the checkpoint with every r, and time it."""
+        """Evaluate the checkpoint with every merge, and time it."""
         trainer = task_trainer(model, self.prepared, self.training, self.output_dir)
 
-        def merged(r: str) -> Trainer:
-            self.sweep_args.merge(model.config, r)
+        def merged(merge: Merge) -> Trainer:
+            merge.apply(model.config)
             return trainer
 
         self.cells.fill("merged", merged)
         self.cells.measure(model, self.sweep_args, batch)
 
     def retrain(self) -> None:
-        """Train the checkpoint with every r, each from the same start, evaluate it, and write its card."""
+        """Train the checkpoint with every merge, each from the same start, evaluate it, and write its card."""
 
-        def retrained(r: str) -> Trainer:
+        def retrained(merge: Merge) -> Trainer:
             start = time.perf_counter()
             set_seed(self.training.seed)
             config = load_config(self.model_args, {}, self.task)
-            self.sweep_args.merge(config, r)
+            merge.apply(config)
             model = load_model(self.model_args, config, self.task)
             self.results.spend("loading", start)
             start = time.perf_counter()
             arguments = self.retraining.training_arguments(self.training)
-            trainer = task_trainer(model, self.prepared, arguments, self.output_dir / RETRAINED / branch(r))
+            trainer = task_trainer(model, self.prepared, arguments, self.output_dir / RETRAINED / merge.branch)
             train_and_save(trainer, "last" if self.continued else None)
             self.results.spend("retraining", start)
             return trainer
 
-        def write_its_card(r: str, row: Row, trainer: Trainer) -> None:
+        def write_its_card(merge: Merge, row: Row, trainer: Trainer) -> None:
             config = trainer.model.config
             write_checkpoint_card(
-                self.output_dir / RETRAINED / branch(r),
+                self.output_dir / RETRAINED / merge.branch,
                 source=self.task.source,
                 hub_task=self.task.hub_task,
                 config=config,
                 input_shape=self.results.input_shape,
                 evaluated_on=self.results.evaluated_on,
                 measured=[
-                    Measured("merged without retraining", config.r, row["merged"]),
-                    Measured("retrained", config.r, row["retrained"]),
+                    Measured("merged without retraining", config.r, figures(row["merged"])),
+                    Measured("retrained", config.r, figures(row["retrained"])),
                 ],
                 training=training_fields(self.training) | asdict(self.retraining),
                 base_model=self.model_args.model_name_or_path,
                 model_id=str(self.output_dir),
-                revision=branch(r),
+                revision=merge.branch,
             )
 
         self.cells.fill("retrained", retrained, write_its_card)
@@ -106,20 +108,20 @@ class SweepRun:
         """Write the report, and the unmerged checkpoint with a card that is the report, last."""
         if not self.training.should_save:
             return
-        self.sweep_args.merge(model.config, UNMERGED)
+        UNMERGED.apply(model.config)
         model.save_pretrained(self.output_dir)
         self.prepared.processing_class.save_pretrained(self.output_dir)
         self.results.save(self.output_dir)
         report = write_report(self.results, shown_command(), self.output_dir)
         names = {"merged": "merged without retraining", "retrained": "retrained"}
         measured = [
-            Measured(name, row["r"] if "," in r else int(r), row[stage])
-            for r, row in zip(self.sweep_args.r, self.results.rows, strict=True)
+            Measured(_named(name, merge), merge.fields["r"], figures(row[stage]))
+            for merge, row in zip(self.merges, self.results.rows, strict=True)
             for stage, name in names.items()
             if stage in row
         ]
         name, base_model = self.output_dir.resolve().name, self.model_args.model_name_or_path
-        retrained = [branch(r) for r in self.sweep_args.r] if self.retraining.retrain_epochs > 0 else []
+        retrained = [merge.branch for merge in self.merges] if self.retraining.retrain_epochs > 0 else []
         branches = (
             f"Each retrained checkpoint is on a branch of its own: `revision` is one of {', '.join(retrained)}.\n\n"
             if retrained
@@ -128,8 +130,9 @@ class SweepRun:
         body = f"""# {name}
 
 A [Perceiver IO](https://arxiv.org/abs/2107.14795) and what merging its latents
-([Token Merging](https://arxiv.org/abs/2210.09461)) does to it on {self.task.source.name}: r latents go in every
-self-attention layer. The checkpoint here merges nothing until `model.r` is set.
+([Token Merging](https://arxiv.org/abs/2210.09461)) does to it on {self.task.source.name}. In a row "r", so many latents
+go in every self-attention layer; in a row "flops", a schedule keeps to that share of the FLOPs. The checkpoint here
+merges nothing until `model.r` is set.
 
 {report}
 {branches}{usage_section(self.task.hub_task, str(self.output_dir))}
@@ -139,9 +142,14 @@ self-attention layer. The checkpoint here merges nothing until `model.r` is set.
         print(f"\nReport, picture and card: {self.output_dir}")
 
 
-def branch(r: str) -> str:
-    """Of the Hub repository, and of `retrained/`, for an r of the command line."""
-    return f"r{r.replace(',', '_')}"
+def figures(cell: dict[str, float]) -> dict[str, float]:
+    """The figures of a cell, without what they changed from."""
+    return {name: value for name, value in cell.items() if "_change" not in name}
+
+
+def _named(stage: str, merge: Merge) -> str:
+    """A stage, and what else tells a row from others with the same r."""
+    return stage if merge.series == "r" else f"{stage}, {merge.name}"
 
 
 def push_sweep(repository: HubRepository, output_dir: Path, revision: str) -> None:
@@ -152,6 +160,6 @@ def push_sweep(repository: HubRepository, output_dir: Path, revision: str) -> No
         PushFailed: what was pushed stays; pushing again does the rest.
     """
     print(push_addressed(repository, output_dir, "Sweep over r", revision))
-    for folder in sorted((output_dir / RETRAINED).glob("r*")):
+    for folder in sorted((output_dir / RETRAINED).glob("*")):
         config = json.loads((folder / "config.json").read_text())
         print(push_addressed(repository, folder, f"Retrained with r = {config['r']}", revision=folder.name))

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
 from torch import Tensor
 from transformers import EvalPrediction, TrainerCallback
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput
+from experiments.scores import standard_errors
 
 Batch = dict[str, Tensor]
 
@@ -76,7 +78,8 @@ class PreparedTask:
         evaluation, prediction: the same, by the suffix that their results carry: "" and, for MNLI, "_mm".
         processing_class: the tokenizer or image processor that made them.
         collate: from examples to a batch.
-        metrics: from logits and labels to figures by name, each with its standard error under NAME_stderr.
+        predicted: from logits to classes or numbers, one for each example.
+        kind: how predictions are scored, a key of `experiments.scores.SCORES`.
         callbacks: that training needs.
     """
 
@@ -85,8 +88,17 @@ class PreparedTask:
     prediction: dict[str, Any]
     processing_class: Any
     collate: Callable[[list[dict[str, Any]]], Batch]
-    metrics: Callable[[EvalPrediction], dict[str, float]]
+    predicted: Callable[[np.ndarray], np.ndarray]
+    kind: str
     callbacks: list[TrainerCallback] = field(default_factory=list)
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """From logits and labels to figures by name, each with its standard error under NAME_stderr."""
+        from experiments.glue_metric import GlueMetric  # takes seconds
+
+        predicted, labels = self.predicted(prediction.predictions), prediction.label_ids
+        metric = GlueMetric(config_name=self.kind, keep_in_memory=True)
+        return metric.compute(predictions=predicted, references=labels) | standard_errors(self.kind, predicted, labels)
 
     def batch(self, size: int) -> Batch:
         """The first `size` evaluated inputs, fewer if there are no more, without their labels."""

@@ -7,6 +7,7 @@ import copy
 import errno
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -188,29 +189,45 @@ def train_and_save(trainer: Trainer, resume_from_checkpoint: str | None = None) 
     trainer.accelerator.wait_for_everyone()
 
 
-def evaluate(trainer: Trainer, task: PreparedTask, split: str) -> dict[str, float]:
-    """Evaluate on every evaluation split; figures of a second one carry its suffix.
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation gave.
+
+    Attributes:
+        metrics: figures by name, each beginning with the split and, of a second split, ending in its suffix.
+        predictions, references: by suffix, one for each example.
+    """
+
+    metrics: dict[str, Any]
+    predictions: dict[str, np.ndarray]
+    references: dict[str, np.ndarray]
+
+
+def evaluate(trainer: Trainer, task: PreparedTask, split: str) -> Evaluation:
+    """Evaluate on every evaluation split.
 
     Args:
         trainer: with the model to evaluate.
         task: with the splits.
         split: what figures begin with: "eval" for the model that is saved, "merged" before it is retrained.
     """
-    metrics: dict[str, Any] = {}
+    evaluation = Evaluation({}, {}, {})
     for suffix, dataset in task.evaluation.items():
-        measured = trainer.evaluate(eval_dataset=dataset, metric_key_prefix=split)
-        metrics |= {_with_suffix(name, suffix): value for name, value in measured.items() if name != "epoch"}
-        metrics[f"{split}_samples{suffix}"] = len(dataset)
-    return metrics
+        # As `Trainer.evaluate`, and with the predictions.
+        output = trainer.predict(dataset, metric_key_prefix=split)
+        evaluation.metrics.update({with_suffix(name, suffix): value for name, value in output.metrics.items()})
+        evaluation.metrics[f"{split}_samples{suffix}"] = len(dataset)
+        evaluation.predictions[suffix] = task.predicted(output.predictions)
+        evaluation.references[suffix] = output.label_ids
+    return evaluation
 
 
-def evaluate_and_save(trainer: Trainer, task: PreparedTask, split: str) -> dict[str, float]:
+def evaluate_and_save(trainer: Trainer, task: PreparedTask, split: str) -> None:
     """`evaluate`, and write `SPLIT_results.json`, and `all_results.json`."""
-    metrics = evaluate(trainer, task, split)
+    metrics = evaluate(trainer, task, split).metrics
     trainer.log_metrics(split, metrics)
     if trainer.is_world_process_zero():
         save_metrics(Path(trainer.args.output_dir), split, metrics)
-    return metrics
 
 
 def predict_and_save(trainer: Trainer, task: PreparedTask, name: str) -> None:
@@ -227,12 +244,11 @@ def predict_and_save(trainer: Trainer, task: PreparedTask, name: str) -> None:
     metrics: dict[str, Any] = {}
     for suffix, dataset in task.prediction.items():
         output = trainer.predict(dataset, metric_key_prefix="predict")
-        metrics |= {_with_suffix(key, suffix): value for key, value in (output.metrics or {}).items()}
+        metrics |= {with_suffix(key, suffix): value for key, value in (output.metrics or {}).items()}
         metrics[f"predict_samples{suffix}"] = len(dataset)
-        if regression:
-            predicted = [f"{value:.3f}" for value in np.squeeze(output.predictions, axis=-1)]
-        else:
-            predicted = [labels[index] for index in np.argmax(output.predictions, axis=-1)]
+        predicted = [
+            f"{value:.3f}" if regression else labels[value] for value in task.predicted(output.predictions).tolist()
+        ]
         if trainer.is_world_process_zero():
             lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in enumerate(predicted))]
             text = "\n".join(lines) + "\n"
@@ -267,6 +283,7 @@ def _has_ended(trainer: Trainer) -> bool:
     return (state.epoch or 0.0) > arguments.num_train_epochs - 1e-6
 
 
-def _with_suffix(name: str, suffix: str) -> str:
-    metric = name.removesuffix("_stderr")
+def with_suffix(name: str, suffix: str) -> str:
+    """The name of a figure of another evaluation split: "accuracy_stderr" and "_mm" give "accuracy_mm_stderr"."""
+    metric = re.sub(r"(_change)?(_stderr)?$", "", name)
     return f"{metric}{suffix}{name[len(metric) :]}"

@@ -97,7 +97,9 @@ def test_text_with_two_evaluation_splits(tmp_path):
         "--output_dir", tmp_path / "sweep",
     )  # fmt: skip
     for row in read(tmp_path / "sweep")["rows"]:
-        assert set(row["merged"]) == {"accuracy", "accuracy_stderr", "accuracy_mm", "accuracy_mm_stderr"}
+        names = {"accuracy", "accuracy_stderr", "accuracy_mm", "accuracy_mm_stderr"}
+        changes = {f"accuracy{half}_change{end}" for half in ("", "_mm") for end in ("", "_stderr")}
+        assert set(row["merged"]) == (names if row["name"] == "r=0" else names | changes)
         assert "retrained" not in row and "speedup" not in row
     assert "**Accuracy mm**" in (tmp_path / "sweep" / "sweep_report.md").read_text()
 
@@ -128,12 +130,15 @@ def test_the_same_command_continues(inputs, sweep, tmp_path):
     output_dir = tmp_path / "sweep"
     shutil.copytree(sweep, output_dir)
     results = read(output_dir)
+    accuracy = results["rows"][0]["merged"]["accuracy"]
     results["rows"][0]["merged"] = {"accuracy": 0.123, "accuracy_stderr": 0.01}
     lost = results["rows"][1].pop("merged")
     (output_dir / "sweep_results.json").write_text(json.dumps(results))
     call_script("eval_sweep.py", *inputs, "--r", *R, "--retrain_epochs", 1, "--output_dir", output_dir)
     assert read(output_dir)["rows"][0]["merged"]["accuracy"] == 0.123
-    assert read(output_dir)["rows"][1]["merged"] == pytest.approx(lost)
+    measured = read(output_dir)["rows"][1]["merged"]
+    assert measured == pytest.approx(lost)
+    assert measured["accuracy_change"] == pytest.approx(measured["accuracy"] - accuracy)
 
 
 def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, capsys):
@@ -154,6 +159,10 @@ def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, caps
         (("--r", "1", "--timing_batch_size", "0"), ("--timing_batch_size 0", "1 or more")),
         (("--r", "1", "--merge_method", "glue"), ("'glue'", "'bipartite'")),
         (("--r", "1", "--min_latents", "99"), ("min_latents = 99", "8")),
+        (("--flops_ratio", "0.01"), ("--flops_ratio 0.01", "floor")),
+        (("--flops_ratio", "1.5"), ("--flops_ratio 1.5", "to 1")),
+        (("--flops_ratio", "0.9", "--schedule", "steep"), ("--schedule steep", "geometric")),
+        (("--flops_ratio", "0.9", "0.9"), ("--flops_ratio 0.9", "twice")),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(inputs, tmp_path, capsys, arguments, says):
@@ -179,3 +188,22 @@ def test_a_checkpoint_without_a_trained_head_is_named(tmp_path, capsys):
     given = ("--model_name_or_path", tmp_path / "stock", "--task_name", "mrpc", "--output_dir", tmp_path / "out")
     line = bad_input_line(capsys, "eval_sweep.py", *given)
     assert "PerceiverForMaskedLM" in line and "classifier" in line
+
+
+def test_budgets_schedules_and_methods_are_rows(inputs, tmp_path):
+    """Beside those of --r, each within its budget, with a branch of its own; the controls at the same schedules."""
+    call_script(
+        "eval_sweep.py", *inputs, "--r", "0", "--flops_ratio", 0.99, "--schedule", "floor", "linear",
+        "--merge_method", "bipartite", "prune", "--timing_rounds", 0, "--output_dir", tmp_path / "sweep",
+    )  # fmt: skip
+    rows = {row["name"]: row for row in read(tmp_path / "sweep")["rows"]}
+    assert list(rows) == [
+        f"{name} {method}"
+        for method in ("bipartite", "prune")
+        for name in ("r=0", "flops=0.99 floor", "flops=0.99 linear")
+    ]
+    for name, row in rows.items():
+        assert row["merge_method"] in name and row["flops_ratio"] <= (1 if "r=0" in name else 0.99)
+    assert rows["flops=0.99 floor prune"]["r"] == rows["flops=0.99 floor bipartite"]["r"]
+    assert all(("accuracy_change" in row["merged"]) == ("r=0" not in name) for name, row in rows.items())
+    assert (tmp_path / "sweep" / "predictions" / "merged_flops0.99_floor_prune.npy").exists()

@@ -10,7 +10,7 @@ from transformers import EvalPrediction, PerceiverImageProcessorPil
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput
-from experiments.image_task import ImageDataArguments, ImageTask, image_metrics, load_image_task
+from experiments.image_task import ImageDataArguments, ImageTask, load_image_task
 from experiments.task import PreparedTask
 from tests.tiny_images import LABELS, MODEL, write_image_folders, write_images
 
@@ -101,7 +101,8 @@ def test_arguments_that_cannot_be_meant(given, says):
         ImageDataArguments(**given)
 
 
-def test_accuracy_and_its_standard_error():
+def test_accuracy_and_its_standard_error(tmp_path):
+    sight = prepared(load(dataset_name=str(write_images(tmp_path, {"train": 6, "test": 3}))))
     logits = np.eye(3)[[0, 1, 2, 0]]
-    metrics = image_metrics(EvalPrediction(predictions=logits, label_ids=np.array([0, 1, 2, 1])))
+    metrics = sight.metrics(EvalPrediction(predictions=logits, label_ids=np.array([0, 1, 2, 1])))
     assert metrics == {"accuracy": 0.75, "accuracy_stderr": pytest.approx((0.75 * 0.25 / 4) ** 0.5)}

@@ -158,7 +158,7 @@ def trained(inputs, tmp_path_factory) -> tuple[tuple[object, ...], Path]:
         pytest.param(Trainer, "training_step", FINETUNING_STEPS + 2, "finetuned/checkpoint-8", 4, id="retraining"),
         pytest.param(Trainer, "training_step", FINETUNING_STEPS + 4, "checkpoint-3", 1, id="retraining, later"),
         pytest.param(Trainer, "save_state", 2, "checkpoint-4", 0, id="in the last save"),
-        pytest.param(Trainer, "evaluate", 3, "checkpoint-4", 0, id="before the last evaluation"),
+        pytest.param(Trainer, "predict", 3, "checkpoint-4", 0, id="before the last evaluation"),
     ],
 )
 def test_a_killed_run_goes_on(both_stages, tmp_path, owner, name, call, newest, steps):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.scores import SCORES, score, standard_errors
+from experiments.scores import SCORES, paired_change, score, standard_errors
 
 PREDICTIONS, REFERENCES = np.array([1, 0, 1, 1, 0, 1]), np.array([1, 0, 0, 1, 1, 1])
 
@@ -68,3 +68,34 @@ def test_a_standard_error_moves_no_random_numbers():
     first = standard_errors("cola", PREDICTIONS, REFERENCES)
     assert np.random.get_state()[2] == before
     assert standard_errors("cola", PREDICTIONS, REFERENCES) == first
+
+
+def test_a_change_is_paired():
+    """Of four examples one is gained and none lost: +0.25, with the standard error of (0, 0, 0, 1)."""
+    references, before, after = np.array([1, 1, 1, 1]), np.array([1, 0, 0, 1]), np.array([1, 0, 1, 1])
+    assert paired_change("sst2", after, before, references) == {
+        "accuracy_change": 0.25,
+        "accuracy_change_stderr": pytest.approx((0.25 * 0.75 / 4) ** 0.5),
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(SCORES))
+def test_predictions_have_not_changed_from_themselves(kind):
+    change = paired_change(kind, PREDICTIONS, PREDICTIONS, REFERENCES)
+    assert set(change) == {
+        f"{name}_change{end}" for name in score(kind, PREDICTIONS, REFERENCES) for end in ("", "_stderr")
+    }
+    assert set(change.values()) == {0.0}
+
+
+@pytest.mark.parametrize("kind", ["mrpc", "stsb"])
+def test_a_bootstrapped_change_is_surer_than_its_two_scores(kind):
+    """Predictions that agree on most examples."""
+    random = np.random.default_rng(0)
+    references = random.integers(2, size=300)
+    before = np.where(random.random(300) < 0.8, references, 1 - references)
+    after = np.where(random.random(300) < 0.97, before, 1 - before)
+    change, errors = paired_change(kind, after, before, references), standard_errors(kind, after, references)
+    for name, value in score(kind, after, references).items():
+        assert change[f"{name}_change"] == pytest.approx(value - score(kind, before, references)[name])
+        assert 0 < change[f"{name}_change_stderr"] < 0.7 * errors[f"{name}_stderr"]
