@@ -35,8 +35,8 @@ from experiments.training import (
 NOT_NOTED = ("token", "cache_dir", "overwrite_cache")
 FINETUNED = "finetuned"
 COMMIT_MESSAGE = "Checkpoint with merged latents"
-# Inputs whose padded length the card's GFLOPs are for.
-CARD_INPUTS = 32
+# FLOPs are for an input as long as the longest of so many evaluated ones.
+COUNTED_INPUTS = 32
 
 
 @dataclass
@@ -92,8 +92,11 @@ def run_experiment(experiment: Experiment) -> None:
         return
     merging = experiment.merging.config_fields()
     retrain = retraining.retrain_epochs > 0
-    if retrain and not (training.do_train and merging.get("r")):
-        raise BadInput(f"--retrain_epochs {retraining.retrain_epochs}: allowed only with --do_train and --r above 0")
+    if retrain and not (training.do_train and experiment.merging.merges):
+        raise BadInput(
+            f"--retrain_epochs {retraining.retrain_epochs}: allowed only with --do_train, and with --r above 0 or "
+            "--flops_ratio"
+        )
     if not (training.do_train or training.do_eval or training.do_predict):
         raise BadInput("--do_train, --do_eval, --do_predict: none is given; allowed is one of them or more")
     if training.push_to_hub and not training.do_train and not (output_dir / "config.json").exists():
@@ -111,6 +114,8 @@ def run_experiment(experiment: Experiment) -> None:
             experiment.data, training.do_predict, training.seed, **experiment.model.dataset_options()
         )
     model, prepared = load_model_and_task(experiment.model, merging, task, training)
+    input_shape = (1, *prepared.batch(COUNTED_INPUTS)[task.input_name].shape[1:])
+    experiment.merging.apply_budget(model.config, input_shape, type(model).__name__)
     if training.do_train:
         arguments = noted_arguments(experiment.model, experiment.data, experiment.merging, retraining)
         check_disk_space(output_dir, model, training, models=2 if retrain else 1)
@@ -128,7 +133,7 @@ def run_experiment(experiment: Experiment) -> None:
         predict_and_save(trainer, prepared, task.source.name)
     if trainer.is_world_process_zero():
         if training.do_train:
-            _write_card(experiment, model, task, prepared)
+            _write_card(experiment, model, task, input_shape, len(prepared.evaluation[""]))
         if repository is not None:
             print(push_addressed(repository, output_dir, COMMIT_MESSAGE, revision))
 
@@ -137,7 +142,8 @@ def _write_card(
     experiment: Experiment,
     model: PreTrainedModel,
     task: Task,
-    prepared: PreparedTask,
+    input_shape: tuple[int, ...],
+    evaluated_on: int,
 ) -> None:
     output_dir = Path(experiment.training.output_dir)
     retrained = experiment.retraining.retrain_epochs > 0
@@ -148,14 +154,13 @@ def _write_card(
             ("merged", "merged without retraining", output_dir, model.r),
             *stages,
         ]
-    batch = prepared.batch(CARD_INPUTS)[task.input_name]
     write_checkpoint_card(
         output_dir,
         source=task.source,
         hub_task=task.hub_task,
         config=model.config,
-        input_shape=(1, *batch.shape[1:]),
-        evaluated_on=len(prepared.evaluation[""]),
+        input_shape=input_shape,
+        evaluated_on=evaluated_on,
         measured=[row for split, name, folder, r in stages for row in measured_in(folder, split, name, r)],
         training=training_fields(experiment.training) | asdict(experiment.retraining),
         base_model=experiment.model.model_name_or_path,

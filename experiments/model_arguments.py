@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, naming
+from experiments.schedule import DEFAULT_SCHEDULE, SCHEDULES, schedule_for_flops
 from merging_tome_perceiver import MERGE_METHODS, check_merge_method
 
 
@@ -72,6 +74,14 @@ class MergeArguments:
         default=None,
         metadata={"help": "Latents merged in each layer: an integer, or a comma-separated list, one entry a layer."},
     )
+    flops_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Instead of --r: a share of the unmerged model's FLOPs, which a --schedule keeps to."},
+    )
+    schedule: str = field(
+        default=DEFAULT_SCHEDULE,
+        metadata={"help": f"How that is spread over the layers: {', '.join(sorted(SCHEDULES))}."},
+    )
     r_inflection: float | None = field(
         default=None, metadata={"help": "-1: merge early (2r falling to 0), 0: constant, 1: merge late."}
     )
@@ -83,6 +93,28 @@ class MergeArguments:
     def __post_init__(self) -> None:
         if self.r is not None:
             self.r = spelled_r(self.r)
+        if self.flops_ratio is not None and self.r is not None:
+            raise BadInput(f"--flops_ratio {self.flops_ratio}: allowed is it or --r, and --r {self.r} is given")
+
+    @property
+    def merges(self) -> bool:
+        """Whether any merging is asked for."""
+        return self.flops_ratio is not None or bool(self.config_fields().get("r"))
+
+    def apply_budget(self, config: ToMePerceiverConfig, input_shape: Sequence[int], architecture: str) -> None:
+        """With `--flops_ratio`, set the list of r that keeps to it, in place of whatever merged.
+
+        Args:
+            config: of the model.
+            input_shape: of one input, that the FLOPs are for.
+            architecture: name of the model class.
+
+        Raises:
+            BadInput: if the schedule cannot keep to it.
+        """
+        if self.flops_ratio is not None:
+            r = schedule_for_flops(config, self.flops_ratio, self.schedule, input_shape, architecture)
+            apply_merging(config, {"merge_groups": None, "r_inflection": 0.0, "r": r})
 
     def config_fields(self) -> dict[str, Any]:
         """The fields that were given, as the config takes them."""

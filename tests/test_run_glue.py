@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,20 @@ def test_a_stock_masked_language_model_becomes_a_classifier(inputs, tmp_path):
     assert model.perceiver.embeddings.latents.equal(stock.perceiver.embeddings.latents)
 
 
+def test_a_budget_of_flops_becomes_a_list(inputs, tmp_path):
+    """It is what the checkpoint says that it merges; the card says what share of the FLOPs it takes."""
+    call_script(
+        "run_glue.py", *inputs, *TRAINING, "--task_name", "sst2", "--flops_ratio", 0.985, "--schedule", "linear",
+        "--retrain_epochs", 1, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    model = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert len(model.r) == NUM_LAYERS and sum(model.r) > 0
+    share = re.search(r"([0-9.]+)% of what it", (tmp_path / "out" / "README.md").read_text().replace("\n", " "))
+    assert 90 < float(share[1]) <= 98.5
+    unmerged = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out" / "finetuned")
+    assert sum(unmerged.config.merge_schedule) == 0
+
+
 @pytest.mark.parametrize(("ending", "r"), [(".json", "1,0,2,0"), (".yaml", [1, 0, 2, 0]), (".yaml", 1)])
 def test_arguments_in_one_file(inputs, tmp_path, ending, r):
     config, data = str(inputs[1]), str(inputs[3])
@@ -174,6 +189,9 @@ def test_own_files(tmp_path):
         (("--task_name", "glue"), ("--task_name glue", "sst2")),
         (("--r", "-1"), ("r = -1", "0 or more")),
         (("--r", "1,1"), ("r = [1, 1]", str(NUM_LAYERS))),
+        (("--flops_ratio", "0.9", "--r", "1"), ("--flops_ratio 0.9", "--r 1")),
+        (("--flops_ratio", "0.1"), ("--flops_ratio 0.1", "floor", "to 1")),
+        (("--flops_ratio", "0.9", "--schedule", "steep"), ("--schedule steep", "geometric")),
         (("--max_seq_length", "9999"), ("--max_seq_length 9999", str(POSITIONS))),
         (("--tokenizer_name", "not/there"), ("--tokenizer_name not/there",)),
         (("--dataset_name", "not/there"), ("--dataset_name not/there",)),
