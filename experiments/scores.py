@@ -26,6 +26,8 @@ def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
 
 
 def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
+    if np.ptp(np.concatenate([predictions, references])) == 0:
+        return 0.0  # what scikit-learn says too, with a warning
     return float(matthews_corrcoef(references, predictions))
 
 
