@@ -224,3 +224,8 @@ def scores(metrics: dict[str, Any], split: str) -> dict[str, float]:
     plain = {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
     names = [name for name in plain if f"{name}_stderr" in plain]
     return {name: plain[name] for scored in names for name in (scored, f"{scored}_stderr")}
+
+
+def figures(cell: dict[str, float]) -> dict[str, float]:
+    """Of a cell of a sweep or a calibration, the figures without what they changed from."""
+    return {name: value for name, value in cell.items() if "_change" not in name}

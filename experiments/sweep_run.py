@@ -14,7 +14,7 @@ from experiments.command_line import shown_command
 from experiments.hub_push import push_addressed
 from experiments.hub_upload import HubRepository
 from experiments.model_arguments import ModelArguments
-from experiments.model_card import Measured, card_data, usage_section, write_card, write_checkpoint_card
+from experiments.model_card import Measured, card_data, figures, usage_section, write_card, write_checkpoint_card
 from experiments.model_loading import load_config, load_model
 from experiments.output_folder import training_fields
 from experiments.report import write_report
@@ -140,11 +140,6 @@ merges nothing until `model.r` is set.
         write_card(self.output_dir, card_data(self.task.source, self.task.hub_task, name, measured, base_model), body)
         print(report.partition("\n\n")[0])
         print(f"\nReport, picture and card: {self.output_dir}")
-
-
-def figures(cell: dict[str, float]) -> dict[str, float]:
-    """The figures of a cell, without what they changed from."""
-    return {name: value for name, value in cell.items() if "_change" not in name}
 
 
 def _named(stage: str, merge: Merge) -> str:

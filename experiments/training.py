@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from experiments.bad_input import BadInput
 from experiments.output_folder import TRAINED_FILE, is_checkpoint, last_checkpoint, save_metrics
+from experiments.scores import paired_change
 from experiments.task import PreparedTask
 from experiments.whole_file import write_text
 
@@ -220,6 +221,20 @@ def evaluate(trainer: Trainer, task: PreparedTask, split: str) -> Evaluation:
         evaluation.predictions[suffix] = task.predicted(output.predictions)
         evaluation.references[suffix] = output.label_ids
     return evaluation
+
+
+def changes(kind: str, after: Evaluation, before: Evaluation) -> dict[str, float]:
+    """What has changed between two evaluations on the same examples, as `experiments.scores.paired_change`.
+
+    Args:
+        kind: how predictions are scored.
+        after, before: the evaluations.
+    """
+    return {
+        with_suffix(name, suffix): value
+        for suffix, predicted in after.predictions.items()
+        for name, value in paired_change(kind, predicted, before.predictions[suffix], after.references[suffix]).items()
+    }
 
 
 def evaluate_and_save(trainer: Trainer, task: PreparedTask, split: str) -> None:

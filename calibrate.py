@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a finetuned Perceiver smaller and faster without training: fixed groups of latents, from unlabelled samples.
+
+  python calibrate.py --model_name_or_path outputs/sst2/finetuned --task_name sst2 \\
+      --num_groups 16 --do_eval --output_dir outputs/sst2_16
+  python calibrate.py --model_name_or_path outputs/fashion_mnist --dataset_name zalando-datasets/fashion_mnist \\
+      --flops_ratio 0.4 --merge_layer 1 --do_eval --output_dir outputs/fashion_mnist_04
+
+Which latents say the same is read off --calibration_samples training samples, without their labels: the latents that
+reach --merge_layer (counted from 0) are clustered by their mean similarity into --num_groups, or into as many as
+--flops_ratio leaves room for. Several merges: --num_groups 32,8 --merge_layer 0,4. The data are those of run_glue.py
+for a text checkpoint and of run_image.py for an image checkpoint.
+
+OUTPUT_DIR gets the checkpoint with its groups in config.json, calibration_results.json and a model card; with --do_eval
+both have the figures of the checkpoint unmerged and with its groups. To the Hub: --push_to_hub, or later --push_only.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from transformers import set_seed
+
+from experiments.bad_input import BadInput, exit_on_bad_input
+from experiments.calibration import calibrate_groups, unlabelled_batches
+from experiments.calibration_arguments import UNMERGED, CalibrationArguments
+from experiments.calibration_report import CalibrationResults, write_calibrated_card
+from experiments.command_line import TrainerArguments, parse_arguments
+from experiments.cost import forward_cost
+from experiments.experiment import COUNTED_INPUTS, noted_arguments
+from experiments.hub_arguments import HubArguments, check_push, open_to_push
+from experiments.hub_push import push_addressed
+from experiments.measurement import describe_environment
+from experiments.model_arguments import ModelArguments, apply_merging
+from experiments.model_card import scores
+from experiments.model_loading import load_model_and_task
+from experiments.output_folder import claim
+from experiments.sweep_task import SweepDataArguments, load_sweep_task
+from experiments.training import changes, check_sharding, evaluate, task_trainer
+
+COMMIT_MESSAGE = "Checkpoint with fixed groups of latents"
+
+
+def main() -> None:
+    model_args, data, calibration, hub, training = parse_arguments(
+        __doc__, ModelArguments, SweepDataArguments, CalibrationArguments, HubArguments, TrainerArguments
+    )
+    output_dir, revision = Path(training.output_dir), training.hub_revision or "main"
+    if hub.push_only:
+        print(push_addressed(open_to_push(training, model_args.token), output_dir, COMMIT_MESSAGE, revision))
+        return
+    if model_args.model_name_or_path is None:
+        raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
+    calibration.check_given()
+    check_sharding("--do_eval" if training.do_eval else None)
+    repository = check_push(training, model_args.token)
+
+    set_seed(training.seed)
+    # The task draws so many training samples, and tokenizes no others.
+    data.max_train_samples = min(calibration.calibration_samples, data.max_train_samples or sys.maxsize)
+    with training.main_process_first(desc="loading the data"):
+        task = load_sweep_task(data, model_args, training.seed)
+    model, prepared = load_model_and_task(model_args, {}, task, training)
+    batch = next(iter(unlabelled_batches(prepared, COUNTED_INPUTS)))
+    input_shape, architecture = (1, *batch[task.input_name].shape[1:]), type(model).__name__
+    left_after = calibration.left_after(model.config, input_shape, architecture)
+    arguments = noted_arguments(model_args, data, calibration) | {"seed": training.seed}
+    claim(output_dir, arguments, resume=False, write=training.should_save)
+
+    start = time.perf_counter()
+    batches = unlabelled_batches(prepared, training.per_device_eval_batch_size)
+    merge_groups = calibrate_groups(model.to(training.device), batches, left_after, calibration.similarity)
+    seconds = {"calibrating": time.perf_counter() - start}
+
+    merging = {"unmerged": UNMERGED, "calibrated": {"merge_groups": merge_groups}}
+    flops, evaluations, metrics = {}, {}, {}
+    trainer = task_trainer(model, prepared, training, output_dir)
+    for stage, fields in merging.items():
+        apply_merging(model.config, fields)
+        flops[stage] = forward_cost(model.config, input_shape, architecture).total_with_matching
+        if training.do_eval:
+            start = time.perf_counter()
+            evaluations[stage] = evaluate(trainer, prepared, stage)
+            metrics[stage] = scores(evaluations[stage].metrics, stage)
+            seconds[f"evaluating {stage}"] = time.perf_counter() - start
+    if training.do_eval:
+        metrics["calibrated"] |= changes(prepared.kind, evaluations["calibrated"], evaluations["unmerged"])
+    if not training.should_save:
+        return
+    results = CalibrationResults(
+        arguments=arguments,
+        environment=describe_environment(),
+        source=task.source,
+        calibrated_on=len(prepared.train),
+        evaluated_on=len(prepared.evaluation[""]) if training.do_eval else 0,
+        input_shape=input_shape,
+        latents_left=left_after,
+        gflops=flops["calibrated"] / 1e9,
+        flops_ratio=flops["calibrated"] / flops["unmerged"],
+        seconds=seconds,
+        **metrics,
+    )
+    model.save_pretrained(output_dir)
+    prepared.processing_class.save_pretrained(output_dir)
+    results.save(output_dir)
+    write_calibrated_card(output_dir, model.config, results, task, model_args.model_name_or_path)
+    print(f"{results.summary()}\n\nCheckpoint, results and card: {output_dir}")
+    if repository is not None:
+        print(push_addressed(repository, output_dir, COMMIT_MESSAGE, revision))
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()
