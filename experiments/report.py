@@ -17,12 +17,15 @@ from experiments.whole_file import write_text, write_whole
 matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 CSV_COLUMNS = (
     "name", "gflops", "flops_ratio", "latents_left", "throughput", "speedup", "speedup_lower", "speedup_upper",
     "latency_ms", "peak_memory_mb", "merged", "merged_stderr", "merged_change", "merged_change_stderr",
     "retrained", "retrained_stderr", "retrained_change", "retrained_change_stderr",
 )  # fmt: skip
+
+LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def flat_row(row: Row, metric: str) -> dict[str, Any]:
@@ -82,68 +85,101 @@ def markdown_table(rows: list[Row], metric: str) -> str:
 
 
 def draw_sweep(rows: list[Row], metric: str, title: str, path: Path) -> None:
-    """Draw the metric against r and against FLOPs, and the speed-up beside what the FLOPs imply."""
-    flat = [flat_row(row, metric) for row in rows]
-    names = [row["name"].removeprefix("r=").removeprefix("flops=") for row in rows]
-    series: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        series.setdefault(row.get("series", "r"), []).append(index)
-    figure, (by_row, by_flops, speed) = plt.subplots(1, 3, figsize=(15, 4.6), constrained_layout=True)
+    """Draw a sweep: over r alone, or of several schedules or methods at shares of the FLOPs."""
+    flat = [flat_row(row, metric) | {"row": row} for row in rows]
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in flat:
+        series.setdefault(row["row"].get("series", "r"), []).append(row)
+    figure = _draw_r(flat, metric) if list(series) == ["r"] else _draw_series(series, metric)
     figure.suptitle(title)
-    for number, (name, members) in enumerate(series.items()):
-        for stage, offset, line in (("merged", 0.0, "-"), ("retrained", 0.12, "--")):
-            places = [index for index in members if flat[index][stage] is not None]
-            if not places:
-                continue
-            style = dict(fmt=f"o{line}", capsize=3, markersize=4, color=_color(stage, number, len(series)))
-            label = {"merged": "merged, no retraining", "retrained": "retrained with merging on"}[stage]
-            style["label"] = label if len(series) == 1 else f"{name}, {stage}"
-            values = [100 * flat[index][stage] for index in places]
-            errors = [100 * (flat[index][f"{stage}_stderr"] or 0) for index in places]
-            # Side by side, so that the standard errors of both can be seen.
-            by_row.errorbar([place + offset for place in places], values, errors, **style)
-            by_cost = sorted(zip([rows[index]["flops_ratio"] for index in places], values, errors, strict=True))
-            by_flops.errorbar(*zip(*by_cost, strict=True), **style)
-    if len(series) == 1:
-        _annotate(by_flops, rows, flat, names)
-    by_row.set(ylabel=f"{metric_name(metric)} x 100")
-    by_flops.set(xlabel="FLOPs, share of the unmerged model", ylabel=f"{metric_name(metric)} x 100")
-    by_flops.invert_xaxis()
-    speed.plot(range(len(rows)), [1 / row["flops_ratio"] for row in rows], "--", color="gray", label="the FLOPs imply")
-    timed = [i for i, row in enumerate(flat) if row["speedup"] is not None]
-    if timed:
-        medians = [flat[i]["speedup"] for i in timed]
-        spread = [
-            [flat[i]["speedup"] - flat[i]["speedup_lower"] for i in timed],
-            [flat[i]["speedup_upper"] - flat[i]["speedup"] for i in timed],
-        ]
-        speed.errorbar(timed, medians, spread, fmt="o-", capsize=3, color="tab:green", label="measured")
-    speed.set(ylabel="speed-up over unmerged")
-    only_r = list(series) == ["r"]
-    for axes in (by_row, speed):
-        axes.set_xlabel("r, latents merged in each layer" if only_r else "r, or share of the FLOPs and schedule")
-        axes.set_xticks(range(len(names)), names, rotation=0 if only_r else 60, ha="center" if only_r else "right")
-        axes.tick_params(axis="x", labelsize=10 if only_r else 8)
-    for axes in (by_row, by_flops, speed):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
     plt.close(figure)
 
 
-def _color(stage: str, number: int, count: int) -> str:
-    if count == 1:
-        return {"merged": "tab:red", "retrained": "tab:blue"}[stage]
-    return f"C{number}"
-
-
-def _annotate(axes: Axes, rows: list[Row], flat: list[dict[str, Any]], names: list[str]) -> None:
+def _draw_r(flat: list[dict[str, Any]], metric: str) -> Figure:
+    """The metric against r and against FLOPs, and the speed-up beside what the FLOPs imply."""
+    names = [row["name"].removeprefix("r=") for row in flat]
+    figure, (by_r, by_flops, speed) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
+    for stage, label, color, offset in (
+        ("merged", "merged, no retraining", "tab:red", 0.0),
+        # Side by side, so that the standard errors of both can be seen.
+        ("retrained", "retrained with merging on", "tab:blue", 0.12),
+    ):
+        style: dict[str, Any] = dict(fmt="o-", capsize=3, color=color, label=label)
+        places = [place for place, row in enumerate(flat) if row[stage] is not None]
+        if places:
+            measured = [flat[place] for place in places]
+            by_r.errorbar([place + offset for place in places], *_values(measured, stage), **style)
+            by_flops.errorbar([row["flops_ratio"] for row in measured], *_values(measured, stage), **style)
     for index, row in enumerate(flat):
         if row["merged"] is not None:
             # At large r the FLOPs lie close together.
             above = 5 if index % 2 == 0 else -12
-            place = (rows[index]["flops_ratio"], 100 * row["merged"])
-            axes.annotate(names[index], place, textcoords="offset points", xytext=(4, above), fontsize=8)
+            place = (row["flops_ratio"], 100 * row["merged"])
+            by_flops.annotate(names[index], place, textcoords="offset points", xytext=(4, above), fontsize=8)
+    speed.plot(range(len(flat)), [1 / row["flops_ratio"] for row in flat], "--", color="gray", label="the FLOPs imply")
+    timed = [place for place, row in enumerate(flat) if row["speedup"] is not None]
+    if timed:
+        timed_style: dict[str, Any] = dict(fmt="o-", capsize=3, color="tab:green", label="measured")
+        speed.errorbar(timed, *_speedups([flat[place] for place in timed]), **timed_style)
+    by_r.set(xlabel="r, latents merged in each layer", ylabel=f"{metric_name(metric)} x 100")
+    by_flops.set(xlabel="FLOPs, share of the unmerged model", ylabel=f"{metric_name(metric)} x 100")
+    by_flops.invert_xaxis()
+    speed.set(xlabel="r, latents merged in each layer", ylabel="speed-up over unmerged")
+    for axes in (by_r, speed):
+        axes.set_xticks(range(len(names)), names)
+    for axes in (by_r, by_flops, speed):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _draw_series(series: dict[str, list[dict[str, Any]]], metric: str) -> Figure:
+    """The metric against FLOPs, a colour for each schedule, a line style for each method; the speed-up if timed."""
+    timed = any(row["speedup"] is not None for members in series.values() for row in members)
+    figure, panels = plt.subplots(1, 1 + timed, figsize=(9 + 5 * timed, 5), squeeze=False, constrained_layout=True)
+    by_flops: Axes = panels[0, 0]
+    schedules = list(dict.fromkeys(name.split()[0] for name in series))
+    methods = list(dict.fromkeys(name.partition(" ")[2] for name in series))
+    for name, members in series.items():
+        schedule, _, method = name.partition(" ")
+        line = LINE_STYLES[methods.index(method) % len(LINE_STYLES)]
+        color = f"C{schedules.index(schedule)}"
+        for stage, marker in (("merged", "o"), ("retrained", "s")):
+            measured = sorted(
+                (row for row in members if row[stage] is not None), key=lambda row: row["flops_ratio"], reverse=True
+            )
+            if measured:
+                style: dict[str, Any] = dict(color=color, marker=marker, linestyle=line, capsize=3, markersize=4)
+                ratios = [row["flops_ratio"] for row in measured]
+                by_flops.errorbar(ratios, *_values(measured, stage), label=f"{name}, {stage}", **style)
+        speeds = [row for row in members if row["speedup"] is not None]
+        if speeds:
+            implied = [1 / row["flops_ratio"] for row in speeds]
+            timed_style: dict[str, Any] = dict(color=color, marker="o", linestyle=line, capsize=3, markersize=4)
+            panels[0, 1].errorbar(implied, *_speedups(speeds), label=name, **timed_style)
+    by_flops.set(xlabel="FLOPs, share of the unmerged model", ylabel=f"{metric_name(metric)} x 100")
+    by_flops.invert_xaxis()
+    if timed:
+        panels[0, 1].axline((1, 1), slope=1, linestyle="--", color="gray")
+        panels[0, 1].set(xlabel="speed-up that the FLOPs imply", ylabel="speed-up over unmerged")
+    for axes in panels[0]:
+        axes.grid(alpha=0.3)
+    # Beside the panels: there may be more lines than room among them.
+    by_flops.legend(fontsize=8, loc="center right", bbox_to_anchor=(-0.1, 0.5))
+    return figure
+
+
+def _values(rows: list[dict[str, Any]], stage: str) -> tuple[list[float], list[float]]:
+    """Metrics times 100, and their standard errors."""
+    return [100 * row[stage] for row in rows], [100 * (row[f"{stage}_stderr"] or 0) for row in rows]
+
+
+def _speedups(rows: list[dict[str, Any]]) -> tuple[list[float], list[list[float]]]:
+    """Medians, and how far the quartiles lie below and above."""
+    below = [row["speedup"] - row["speedup_lower"] for row in rows]
+    above = [row["speedup_upper"] - row["speedup"] for row in rows]
+    return [row["speedup"] for row in rows], [below, above]
 
 
 def write_report(results: SweepResults, command: str, output_dir: Path) -> str:
