@@ -11,10 +11,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub.constants
 import huggingface_hub.utils._http
 import pytest
 import torch
@@ -81,6 +83,15 @@ for name in task["datasets"]:
     report["errors"][name] = error(datasets.load_dataset, name)
 torch.save(report, task["report"])
 """
+
+
+@contextmanager
+def constant(**values: object) -> Iterator[None]:
+    """Change constants of huggingface_hub, and back before the Hub's own changes of them go back."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(huggingface_hub.constants, name, value)
+        yield
 
 
 @pytest.fixture
@@ -178,16 +189,16 @@ def test_an_impossible_name_is_named(hub, folder, model_id):
     assert hub.requests == []
 
 
-def test_a_hub_out_of_reach_is_named(hub, folder, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    line = refusal(folder)
+def test_a_hub_out_of_reach_is_named(hub, folder):
+    with constant(ENDPOINT="http://127.0.0.1:9"):
+        line = refusal(folder)
     for part in ("--push_to_hub", "http://127.0.0.1:9", "--push_only"):
         assert part in line
 
 
-def test_offline_mode_is_named(hub, folder, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    line = refusal(folder)
+def test_offline_mode_is_named(hub, folder):
+    with constant(HF_HUB_OFFLINE=True):
+        line = refusal(folder)
     assert "--push_to_hub" in line and "HF_HUB_OFFLINE" in line
 
 
@@ -339,7 +350,7 @@ def test_one_failure_too_many_is_said_and_the_next_push_goes_on(hub, folder, rep
     assert hub.files(ID) == CHECKPOINT
 
 
-def test_what_does_not_pass_is_said_at_once(hub, folder, repository, waits, monkeypatch):
+def test_what_does_not_pass_is_said_at_once(hub, folder, repository, waits):
     assert "403 Forbidden: You must use a write token" in push_failure(
         HubRepository(ID, READ_TOKEN, repository.url), folder
     )
@@ -350,8 +361,8 @@ def test_what_does_not_pass_is_said_at_once(hub, folder, repository, waits, monk
     (folder / "README.md").write_bytes(b"---\nlicense: [\n---\n")
     line = push_failure(repository, folder)
     assert "Invalid metadata in README.md" in line and "expected the node content" in line
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in push_failure(repository, folder)
+    with constant(HF_HUB_OFFLINE=True):
+        assert "HF_HUB_OFFLINE" in push_failure(repository, folder)
     assert waits == [] and hub.commits == []
 
 
