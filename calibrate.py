@@ -25,7 +25,7 @@ from transformers import set_seed
 
 from experiments.bad_input import BadInput, exit_on_bad_input
 from experiments.calibration import calibrate_groups, unlabelled_batches
-from experiments.calibration_arguments import UNMERGED, CalibrationArguments
+from experiments.calibration_arguments import CalibrationArguments
 from experiments.calibration_report import CalibrationResults, write_calibrated_card
 from experiments.command_line import TrainerArguments, parse_arguments
 from experiments.cost import forward_cost
@@ -37,6 +37,7 @@ from experiments.model_arguments import ModelArguments, apply_merging
 from experiments.model_card import scores
 from experiments.model_loading import load_model_and_task
 from experiments.output_folder import claim
+from experiments.schedule import UNMERGED
 from experiments.sweep_task import SweepDataArguments, load_sweep_task
 from experiments.training import changes, check_sharding, evaluate, task_trainer
 
@@ -86,7 +87,7 @@ def main() -> None:
             metrics[stage] = scores(evaluations[stage].metrics, stage)
             seconds[f"evaluating {stage}"] = time.perf_counter() - start
     if training.do_eval:
-        metrics["calibrated"] |= changes(prepared.kind, evaluations["calibrated"], evaluations["unmerged"])
+        metrics["calibrated"] |= changes(prepared.kind, evaluations["calibrated"], evaluations["unmerged"].predictions)
     if not training.should_save:
         return
     results = CalibrationResults(

@@ -10,16 +10,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput
 from experiments.calibration import SIMILARITIES
 from experiments.cost import forward_cost
 from experiments.model_arguments import spelled_r
-
-UNMERGED: dict[str, Any] = {"r": 0, "r_inflection": 0.0, "merge_groups": None}
-"""Fields of a config that merges nothing."""
+from experiments.schedule import UNMERGED
 
 
 @dataclass

@@ -8,25 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.calibration_arguments import UNMERGED
 from experiments.cost import forward_cost
 from experiments.model_arguments import apply_merging
 from experiments.model_card import (
-    AUTO_CLASSES,
-    PIPELINE_INPUTS,
     SCHEDULE_FILE,
     Measured,
     card_data,
     environment_line,
     figures,
     metric_name,
+    usage_section,
     write_card,
 )
 from experiments.output_folder import write_json
+from experiments.schedule import UNMERGED
 from experiments.schedule_picture import draw_schedule
 from experiments.task import Source, Task
 
 RESULTS_FILE = "calibration_results.json"
+DROP_GROUPS = "model.config.merge_groups = None  # merge nothing; then model.r = 8 matches as it runs"
 
 
 @dataclass
@@ -104,7 +104,6 @@ def write_calibrated_card(
     )
     draw_schedule(config, cost, unmerged_cost, output_dir / SCHEDULE_FILE)
     name = output_dir.resolve().name
-    auto_class = AUTO_CLASSES[task.hub_task]
     shown = ("model_name_or_path", "num_groups", "flops_ratio", "merge_layer", "similarity", "seed")
     arguments = "\n".join(
         f"- `{key}`: {results.arguments[key]}" for key in shown if results.arguments.get(key) is not None
@@ -120,19 +119,7 @@ their labels, and stands in `config.merge_groups`: nothing is matched as the mod
 
 ![Latents that are left after each layer, and the FLOPs of each layer]({SCHEDULE_FILE})
 
-## Use it
-
-```python
-from transformers import {auto_class}, pipeline
-
-classify = pipeline("{task.hub_task}", "{output_dir}", trust_remote_code=True)
-classify({PIPELINE_INPUTS[task.hub_task]})
-
-model = {auto_class}.from_pretrained("{output_dir}", trust_remote_code=True)
-model.config.merge_groups = None  # merge nothing; then model.r = 8 matches as it runs
-```
-
-Every file that it needs, its code too, is in the repository. Pin `revision` to a commit for results that stay.
+{usage_section(task.hub_task, str(output_dir), other_merging=DROP_GROUPS)}
 
 ## Calibration
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import ClassLabel, Dataset, DatasetDict, DownloadMode, Value, VerificationMode, load_dataset
-from datasets.exceptions import DatasetsError
 from transformers import AutoTokenizer, DataCollatorWithPadding, PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, naming
 from experiments.scores import classes, numbers
-from experiments.task import PreparedTask, SampleArguments, Source, Task, check_labels, listed, take_split
+from experiments.task import NOT_THERE, PreparedTask, SampleArguments, Source, Task, check_labels, listed, take_split
 
 GLUE_DATASET = "nyu-mll/glue"
 SENTENCES = {
@@ -29,7 +28,6 @@ FILE_FORMATS = ("csv", "json", "parquet")
 LABEL = "label"
 # What test splits have in place of labels that are kept back: GLUE's, and files without the column beside others.
 NO_LABEL = (-1, None)
-NOT_THERE: tuple[type[Exception], ...] = (OSError, ValueError, DatasetsError)
 
 
 @dataclass

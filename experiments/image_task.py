@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetsError
 from datasets.features import Image
 from transformers import AutoImageProcessor, PerceiverImageProcessorPil
 
@@ -20,7 +19,7 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.augmentation import Augmentation, AugmentedImages, NextEpoch
 from experiments.bad_input import BadInput, naming
 from experiments.scores import classes
-from experiments.task import Batch, PreparedTask, SampleArguments, Source, Task, check_labels, take_split
+from experiments.task import NOT_THERE, Batch, PreparedTask, SampleArguments, Source, Task, check_labels, take_split
 
 # Where evaluation happens if the dataset has no split of the first name.
 EVALUATION_SPLITS = ("validation", "test")
@@ -197,17 +196,16 @@ def load_image_task(arguments: ImageDataArguments, predict: bool, seed: int, **d
 
 
 def _load_splits(arguments: ImageDataArguments, download: dict[str, Any]) -> tuple[DatasetDict, str]:
-    not_there: tuple[type[Exception], ...] = (OSError, ValueError, DatasetsError)
     if arguments.dataset_name is not None:
         argument = f"--dataset_name {arguments.dataset_name}"
-        with naming(argument, *not_there):
+        with naming(argument, *NOT_THERE):
             return load_dataset(arguments.dataset_name, arguments.dataset_config_name, **download), argument
     if arguments.train_dir is None:
         raise BadInput("--dataset_name: not given; allowed is a Hub id or a folder (or --train_dir FOLDER)")
     folders = {"train": arguments.train_dir, "validation": arguments.validation_dir, "test": arguments.test_dir}
     files = {split: f"{folder}/**" for split, folder in folders.items() if folder is not None}
     argument = f"--train_dir {arguments.train_dir}"
-    with naming(argument, *not_there):
+    with naming(argument, *NOT_THERE):
         return load_dataset("imagefolder", data_files=files, **download), argument
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, naming
-from experiments.schedule import DEFAULT_SCHEDULE, SCHEDULES, schedule_for_flops
+from experiments.schedule import DEFAULT_SCHEDULE, SCHEDULES, UNMERGED, schedule_for_flops
 from merging_tome_perceiver import MERGE_METHODS, check_merge_method
 
 
@@ -114,7 +114,7 @@ class MergeArguments:
         """
         if self.flops_ratio is not None:
             r = schedule_for_flops(config, self.flops_ratio, self.schedule, input_shape, architecture)
-            apply_merging(config, {"merge_groups": None, "r_inflection": 0.0, "r": r})
+            apply_merging(config, UNMERGED | {"r": r})
 
     def config_fields(self) -> dict[str, Any]:
         """The fields that were given, as the config takes them."""

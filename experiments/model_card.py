@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from experiments.cost import forward_cost
 from experiments.measurement import describe_environment
+from experiments.schedule import UNMERGED
 from experiments.schedule_picture import draw_schedule
 from experiments.task import Source
 from experiments.whole_file import write_text
@@ -28,6 +29,7 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
 }
 PIPELINE_INPUTS = {"text-classification": '"a sentence"', "image-classification": '"picture.png"'}
+SET_R = "model.r = 0  # merge nothing; any other r works too, without reloading"
 # What `usage_section` writes.
 LOADED_FROM = re.compile(r'(pipeline\("[a-z-]+", |\.from_pretrained\()"[^"]*"')
 METRIC_NAMES = {"f1": "F1", "mse": "MSE", "pearson": "Pearson", "spearmanr": "Spearman"}
@@ -97,8 +99,15 @@ def card_data(
     )
 
 
-def usage_section(hub_task: str, model_id: str, revision: str | None = None) -> str:
-    """How to load what the card belongs to, a folder until `address_card` says which repository it became."""
+def usage_section(hub_task: str, model_id: str, revision: str | None = None, other_merging: str = SET_R) -> str:
+    """How to load what the card belongs to, a folder until `address_card` says which repository it became.
+
+    Args:
+        hub_task: the Hub's name of the task.
+        model_id: the folder.
+        revision: branch of the repository, if not the main one.
+        other_merging: line of code that makes the model merge otherwise.
+    """
     pinned = "" if revision is None else f', revision="{revision}"'
     return f"""## Use it
 
@@ -109,7 +118,7 @@ classify = pipeline("{hub_task}", "{model_id}"{pinned}, trust_remote_code=True)
 classify({PIPELINE_INPUTS[hub_task]})
 
 model = {AUTO_CLASSES[hub_task]}.from_pretrained("{model_id}"{pinned}, trust_remote_code=True)
-model.r = 0  # merge nothing; any other r works too, without reloading
+{other_merging}
 ```
 
 Every file that it needs, its code too, is in the repository. Pin `revision` to a commit for results that stay."""
@@ -163,7 +172,7 @@ def write_checkpoint_card(
     """
     cost, unmerged = (
         forward_cost(changed, input_shape, config.architectures[0])
-        for changed in (config, type(config).from_dict(config.to_dict() | {"r": 0, "merge_groups": None}))
+        for changed in (config, type(config).from_dict(config.to_dict() | UNMERGED))
     )
     draw_schedule(config, cost, unmerged, folder / SCHEDULE_FILE)
     results = f"{results_table(measured)}\n\nOn {evaluated_on:,} examples, with standard errors." if measured else ""

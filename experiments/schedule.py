@@ -10,6 +10,7 @@ Letters: N latents, L self-attention layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput
@@ -17,6 +18,9 @@ from experiments.cost import forward_cost
 
 Schedule = Callable[[int, int, float], list[float]]
 """From N, L and a strength to the latents that are left after each of the L layers, not yet whole numbers."""
+
+UNMERGED: dict[str, Any] = {"r": 0, "r_inflection": 0.0, "merge_groups": None}
+"""Fields of a config that merges nothing; with another r, of one that merges by that and by nothing else."""
 
 BISECTIONS = 40
 STAGES = 3
@@ -95,7 +99,7 @@ def schedule_for_flops(
         return whole_schedule(config.num_latents, SCHEDULES[name](config.num_latents, layers, strength))
 
     def flops(r: list[int]) -> int:
-        changed = {"r": r, "r_inflection": 0.0, "min_latents": 1, "merge_groups": None}
+        changed = UNMERGED | {"r": r, "min_latents": 1}
         return forward_cost(
             type(config).from_dict(config.to_dict() | changed), input_shape, architecture
         ).total_with_matching

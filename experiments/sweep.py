@@ -24,9 +24,9 @@ from experiments.model_arguments import apply_merging, parse_r, spelled_r
 from experiments.model_card import scores
 from experiments.output_folder import check_no_other_experiment, check_same_experiment, write_json
 from experiments.schedule import DEFAULT_SCHEDULE, SCHEDULES, schedule_for_flops
-from experiments.scores import paired_change
+from experiments.schedule import UNMERGED as UNMERGED_FIELDS
 from experiments.task import Batch, PreparedTask, Source
-from experiments.training import Evaluation, evaluate, with_suffix
+from experiments.training import Evaluation, changes, evaluate
 from experiments.whole_file import write_whole
 
 PREDICTIONS = "predictions"
@@ -62,7 +62,7 @@ class Merge:
         Raises:
             BadInput: for what the config cannot mean.
         """
-        apply_merging(config, {"merge_groups": None, "r_inflection": 0.0, **self.fields})
+        apply_merging(config, UNMERGED_FIELDS | self.fields)
 
 
 UNMERGED = Merge("r=0", "r", {"r": 0})
@@ -121,10 +121,10 @@ class SweepArguments:
         given = {"r_inflection": self.r_inflection, "min_latents": self.min_latents}
         common = {name: value for name, value in given.items() if value is not None}
         rows = [(f"r={r}", "r", {"r": parse_r(r), **common}) for r in self.r]
-        for schedule in self.schedule if self.flops_ratio else []:
+        for name in self.schedule if self.flops_ratio else []:
             for ratio in self.flops_ratio:
-                r = schedule_for_flops(config, ratio, schedule, input_shape, architecture)
-                rows.append((f"flops={ratio:g} {schedule}", schedule, {"r": r}))
+                r = schedule_for_flops(config, ratio, name, input_shape, architecture)
+                rows.append((f"flops={ratio:g} {name}", name, {"r": r}))
         if len(self.merge_method) < 2:
             method = {"merge_method": self.merge_method[0]} if self.merge_method else {}
             return [Merge(name, series, {**fields, **method}) for name, series, fields in rows]
@@ -297,7 +297,7 @@ class Cells:
         """What has changed from the unmerged checkpoint, example by example; predictions stay on disk for it."""
         folder = self.output_dir / PREDICTIONS
         compared = stage == "merged" and _is_unmerged(row)
-        change: dict[str, float] = {}
+        before: dict[str, np.ndarray] = {}
         for suffix, predicted in evaluation.predictions.items():
             unmerged = folder / f"unmerged{suffix}.npy"
             if self.writes:
@@ -305,9 +305,8 @@ class Cells:
                 if compared:
                     _save_array(unmerged, predicted)
             if not compared and unmerged.exists():
-                paired = paired_change(self.task.kind, predicted, np.load(unmerged), evaluation.references[suffix])
-                change |= {with_suffix(name, suffix): value for name, value in paired.items()}
-        return change
+                before[suffix] = np.load(unmerged)
+        return changes(self.task.kind, evaluation, before)
 
 
 def _is_unmerged(row: Row) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
+from datasets.exceptions import DatasetsError
 from torch import Tensor
 from transformers import EvalPrediction, TrainerCallback
 
@@ -22,6 +23,8 @@ from experiments.bad_input import BadInput
 from experiments.scores import standard_errors
 
 Batch = dict[str, Tensor]
+NOT_THERE: tuple[type[Exception], ...] = (OSError, ValueError, DatasetsError)
+"""What `datasets` raises of data that are not there or cannot be read."""
 
 
 @dataclass

@@ -223,17 +223,18 @@ def evaluate(trainer: Trainer, task: PreparedTask, split: str) -> Evaluation:
     return evaluation
 
 
-def changes(kind: str, after: Evaluation, before: Evaluation) -> dict[str, float]:
-    """What has changed between two evaluations on the same examples, as `experiments.scores.paired_change`.
+def changes(kind: str, after: Evaluation, before: dict[str, np.ndarray]) -> dict[str, float]:
+    """What has changed from other predictions for the same examples, as `experiments.scores.paired_change`.
 
     Args:
         kind: how predictions are scored.
-        after, before: the evaluations.
+        after: the evaluation.
+        before: the other predictions, by suffix.
     """
     return {
         with_suffix(name, suffix): value
-        for suffix, predicted in after.predictions.items()
-        for name, value in paired_change(kind, predicted, before.predictions[suffix], after.references[suffix]).items()
+        for suffix, predicted in before.items()
+        for name, value in paired_change(kind, after.predictions[suffix], predicted, after.references[suffix]).items()
     }
 
 
