@@ -84,6 +84,8 @@ class PreparedTask:
         predicted: from logits to classes or numbers, one for each example.
         kind: how predictions are scored, a key of `experiments.scores.SCORES`.
         callbacks: that training needs.
+        reduce_logits: from a batch's logits and labels to what `predicted` takes, while the evaluation still runs; for
+            logits that would not fit in memory all at once. `None`: they are kept as they are.
     """
 
     train: Any
@@ -94,6 +96,7 @@ class PreparedTask:
     predicted: Callable[[np.ndarray], np.ndarray]
     kind: str
     callbacks: list[TrainerCallback] = field(default_factory=list)
+    reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """From logits and labels to figures by name, each with its standard error under NAME_stderr."""

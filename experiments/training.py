@@ -77,6 +77,7 @@ def task_trainer(model: PreTrainedModel, task: PreparedTask, arguments: Training
         processing_class=task.processing_class,
         data_collator=task.collate,
         compute_metrics=task.metrics,
+        preprocess_logits_for_metrics=task.reduce_logits,
         callbacks=[*task.callbacks, NameOfSharded()],
     )
     if trainer.is_fsdp_enabled:
