@@ -14,11 +14,14 @@ from transformers import PerceiverConfig
 # A stock checkpoint is loaded as it is; anything else is another architecture.
 LOADABLE_MODEL_TYPES = ("perceiver", "tome_perceiver")
 
+# What the layers can compare latents by.
+MERGE_METRICS = ("key", "value", "hidden")
+
 
 class ToMePerceiverConfig(PerceiverConfig):
     r"""Upstream's `PerceiverConfig` with the merging settings of Bolya et al. (2023), "Token Merging".
 
-    Modifications: six fields, their validation, and what they mean for each layer. Every field of
+    Modifications: seven fields, their validation, and what they mean for each layer. Every field of
     [`~transformers.PerceiverConfig`] keeps its name and its default.
 
     Args:
@@ -36,6 +39,9 @@ class ToMePerceiverConfig(PerceiverConfig):
         merge_method (`str`, *optional*, defaults to `"bipartite"`):
             How latents are matched: a name in `MERGE_METHODS` of `merging_tome_perceiver.py`. A model checks it when
             it is built.
+        merge_metric (`str`, *optional*, defaults to `"key"`):
+            What the matching compares: `"key"` or `"value"`, a latent's key or value in self-attention as the mean
+            over heads, or `"hidden"`, the latent after attention, which is what merges.
         merge_groups (`list[list[int] | None]`, *optional*):
             Fixed groups instead of matching, one entry for each layer: `None` where nothing merges, otherwise the
             group (0, 1, ..., M - 1) that each latent left there joins. Not together with `r`.
@@ -51,6 +57,7 @@ class ToMePerceiverConfig(PerceiverConfig):
     min_latents: int = 1
     proportional_attention: bool = True
     merge_method: str = "bipartite"
+    merge_metric: str = "key"
     merge_groups: list[list[int] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -145,9 +152,19 @@ class ToMePerceiverConfig(PerceiverConfig):
             raise ValueError(f"proportional_attention = {self.proportional_attention!r}: allowed are true and false")
         if not isinstance(self.merge_method, str):
             raise ValueError(f"merge_method = {self.merge_method!r}: allowed is the name of a merging method")
+        self.check_merge_metric()
         self._check_r()
         if self.merge_groups is not None:
             self._check_merge_groups()
+
+    def check_merge_metric(self) -> None:
+        """Check `merge_metric` alone.
+
+        Raises:
+            ValueError: in one line naming the field, the value and what is allowed.
+        """
+        if self.merge_metric not in MERGE_METRICS:
+            raise ValueError(f"merge_metric = {self.merge_metric!r}: allowed are {', '.join(map(repr, MERGE_METRICS))}")
 
     def _check_r(self) -> None:
         layers = self.num_self_attention_layers

@@ -5,7 +5,7 @@ Every class is a subclass of the one in `transformers.models.perceiver.modeling_
 build the parts, and `take_tome_classes` gives them the classes of this module.
 
 Letters: B batch, S inputs, N latents, M latents left, Q decoder queries, H heads, C channels of a latent, D channels
-of a head's keys.
+of a head's keys, E of a head's values.
 """
 
 from __future__ import annotations
@@ -70,11 +70,25 @@ class ToMePerceiverEncoderOutput(BaseModelOutputWithCrossAttentions):
 
 
 class AttentionOutput(NamedTuple):
-    """What attention hands on: its output (B, Q, C), its keys (B, H, N, D) and, if asked for, its weights."""
+    """What attention hands on: its output (B, Q, C), its keys (B, H, N, D), its values (B, H, N, E) and, if asked for,
+    its weights."""
 
     hidden_states: Tensor
     keys: Tensor
+    values: Tensor
     weights: Tensor | None
+
+
+MatchLatents = Callable[[AttentionOutput, Tensor | None], Match]
+"""What a layer merges, from what its attention hands on and the sizes of the latents."""
+
+METRICS: dict[str, Callable[[AttentionOutput], Tensor]] = {
+    # The mean over heads is ToMe's metric (section 3, "token similarity").
+    "key": lambda attention: attention.keys.mean(dim=1),
+    "value": lambda attention: attention.values.mean(dim=1),
+    "hidden": lambda attention: attention.hidden_states,
+}
+"""For each `config.merge_metric`: what latents are compared by, (B, N, D), (B, N, E) or (B, N, C)."""
 
 
 class LayerOutput(NamedTuple):
@@ -93,7 +107,7 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
     - `scaled_dot_product_attention`, unless the weights are asked for, `attn_implementation="eager"`, or PyTorch has
       no fused kernel
     - an additive bias (B or 1, 1, 1, N) instead of a mask
-    - also returns the keys, which are the metric of matching
+    - also returns the keys and the values, which may be the metric of matching
     """
 
     def forward(
@@ -116,7 +130,7 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
             dropout = self.dropout.p if self.training else 0.0
             bias = None if bias is None else bias.to(queries.dtype)
             context = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout)
-        return AttentionOutput(context.transpose(1, 2).flatten(2), keys, weights if output_attentions else None)
+        return AttentionOutput(context.transpose(1, 2).flatten(2), keys, values, weights if output_attentions else None)
 
     def _fused(self, queries: Tensor) -> bool:
         # PyTorch has no fused kernel on the CPU for keys and values of different widths (the published language model
@@ -128,7 +142,7 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
 class ToMePerceiverAttention(upstream.PerceiverAttention):
     """Upstream's attention with output projection and residual.
 
-    Modifications: passes the bias and hands on the keys.
+    Modifications: passes the bias and hands on the keys and the values.
     """
 
     def forward(
@@ -153,7 +167,7 @@ class ToMePerceiverLayer(GradientCheckpointingLayer, upstream.PerceiverLayer):
         self,
         hidden_states: Tensor,
         sizes: Tensor | None = None,
-        match_latents: Callable[[Tensor], Match] | None = None,
+        match_latents: MatchLatents | None = None,
         inputs: Tensor | None = None,
         bias: Tensor | None = None,
         output_attentions: bool = False,
@@ -162,20 +176,22 @@ class ToMePerceiverLayer(GradientCheckpointingLayer, upstream.PerceiverLayer):
         Args:
             hidden_states: (B, N, C), or a decoder's queries (B, Q, C).
             sizes: (B, N), or `None` for 1 each.
-            match_latents: from the keys (B, H, N, D) to what merges; `None` if nothing does.
+            match_latents: decides what merges; `None` if nothing does.
             inputs: (B, S, C'), what cross-attention attends to; `None` for self-attention.
             bias: (B or 1, 1, 1, S) or (B, 1, 1, N), added to the scores.
             output_attentions: return the weights too.
         """
         attention = self.attention(hidden_states, inputs, bias, output_attentions)
-        hidden_states, match = attention.hidden_states, None
+        hidden_states, weights, match = attention.hidden_states, attention.weights, None
         if match_latents is not None:
-            match = match_latents(attention.keys.detach())
+            match = match_latents(attention, sizes)
             hidden_states, sizes = merge_latents(hidden_states, sizes, match)
+        # The MLP needs the memory of the keys, of the values and of the latents before the merge.
+        del attention
         hidden_states = hidden_states + apply_chunking_to_forward(
             self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
         )
-        return LayerOutput(hidden_states, sizes, match, attention.weights)
+        return LayerOutput(hidden_states, sizes, match, weights)
 
 
 def call_layer(layer: ToMePerceiverLayer, *arguments: Any) -> LayerOutput:
@@ -244,25 +260,35 @@ def latent_bias(config: ToMePerceiverConfig, sizes: Tensor | None, dtype: torch.
     return None if sizes is None or not config.proportional_attention else log_size_bias(sizes, dtype)
 
 
-def layer_matchers(config: ToMePerceiverConfig) -> list[Callable[[Tensor], Match] | None]:
-    """For each of the L layers what decides its merge: from the keys (B, H, N, D) to a match, `None` for none.
+def layer_matchers(config: ToMePerceiverConfig) -> list[MatchLatents | None]:
+    """For each of the L layers what decides its merge, `None` for none.
 
     Matching at run time (`config.r`) and fixed groups (`config.merge_groups`) meet here and are one from here on.
     """
     if config.merge_groups is not None:
         return [None if groups is None else partial(_match_fixed, groups=groups) for groups in config.merge_groups]
     check_merge_method(config.merge_method)
-    method = MERGE_METHODS[config.merge_method]
-    return [partial(_match_by_keys, method=method, r=r) if r else None for r in config.merge_schedule]
+    config.check_merge_metric()
+    matching = partial(_match_by_metric, method=MERGE_METHODS[config.merge_method], metric=METRICS[config.merge_metric])
+    layers = config.num_self_attention_layers
+    return [
+        partial(matching, r=r, depth=index / layers) if r else None for index, r in enumerate(config.merge_schedule)
+    ]
 
 
-def _match_by_keys(keys: Tensor, method: MergeMethod, r: int) -> Match:
-    # The mean over heads is ToMe's metric (section 3, "token similarity").
-    return method(keys.mean(dim=1), r)
+def _match_by_metric(
+    attention: AttentionOutput,
+    sizes: Tensor | None,
+    method: MergeMethod,
+    metric: Callable[[AttentionOutput], Tensor],
+    r: int,
+    depth: float,
+) -> Match:
+    return method(metric(attention).detach(), r, sizes, depth)
 
 
-def _match_fixed(keys: Tensor, groups: list[int]) -> Match:
-    return match_groups(groups, keys.device)
+def _match_fixed(attention: AttentionOutput, sizes: Tensor | None, groups: list[int]) -> Match:
+    return match_groups(groups, attention.hidden_states.device)
 
 
 class ToMePerceiverBasicDecoder(upstream.PerceiverBasicDecoder):

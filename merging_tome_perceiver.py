@@ -32,8 +32,10 @@ class Match(NamedTuple):
     into: Tensor | None
 
 
-MergeMethod = Callable[[Tensor, int], Match]
-"""From a metric (B, N, C) and R, with 0 < R <= N // 2, to a `Match`."""
+MergeMethod = Callable[[Tensor, int, Tensor | None, float], Match]
+"""`method(metric, r, sizes, depth)`: what merges, from what the latents are compared by, (B, N, C); R, with
+0 < R <= N // 2; the sizes (B, N) in float32, `None` for 1 each; and the layer's index over the number of layers, in
+[0, 1). A method takes what it needs of them."""
 
 MERGE_METHODS: dict[str, MergeMethod] = {}
 """The merging methods by the name that `config.merge_method` holds."""
@@ -61,13 +63,14 @@ def check_merge_method(name: str) -> None:
 
 @register_merge_method("bipartite")
 @torch.no_grad()
-def match_bipartite(metric: Tensor, r: int) -> Match:
+def match_bipartite(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """Bipartite soft matching: each even position proposes its most similar odd one; the best R proposals merge.
 
     Args:
         metric: (B, N, C) compared by cosine similarity, in float32 or wider. A zero vector is as similar to everything
             as an orthogonal one (0). Ties: the lower position merges first, into the lowest of equals.
         r: R, latents to merge away, from 1 to N // 2.
+        sizes, depth: without effect.
 
     Source: Bolya et al. (2023), section 3.
     """
@@ -81,7 +84,7 @@ def match_bipartite(metric: Tensor, r: int) -> Match:
 
 @register_merge_method("random")
 @torch.no_grad()
-def match_random(metric: Tensor, r: int) -> Match:
+def match_random(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """A control for the matching: the same bipartite form, but the edges are drawn at random.
 
     The draw depends on N alone and is the same for every input, so that a row's output does not depend on its batch
@@ -97,9 +100,9 @@ def match_random(metric: Tensor, r: int) -> Match:
 
 
 @register_merge_method("prune")
-def match_prune(metric: Tensor, r: int) -> Match:
+def match_prune(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """A control for the merging: the latents that `bipartite` would merge away are dropped instead."""
-    return match_bipartite(metric, r)._replace(into=None)
+    return match_bipartite(metric, r, sizes, depth)._replace(into=None)
 
 
 def match_groups(groups: Sequence[int], device: torch.device) -> Match:

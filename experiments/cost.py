@@ -191,12 +191,18 @@ def matching_flops(config: ToMePerceiverConfig, before: int, after: int) -> int:
             f"merge_method = {config.merge_method!r}: its cost is not known; known are "
             f"{', '.join(map(repr, sorted(MATCHING_COSTS)))}"
         )
-    qk_channels, _ = _attention_channels(config.qk_channels, config.v_channels, config.d_latents)
-    return MATCHING_COSTS[config.merge_method](before, qk_channels // config.num_self_attention_heads)
+    return MATCHING_COSTS[config.merge_method](before, metric_channels(config))
+
+
+def metric_channels(config: ToMePerceiverConfig) -> int:
+    """Channels of what the matching compares: of one head's keys or values, or of a latent."""
+    qk_channels, v_channels = _attention_channels(config.qk_channels, config.v_channels, config.d_latents)
+    heads = config.num_self_attention_heads
+    return {"key": qk_channels // heads, "value": v_channels // heads, "hidden": config.d_latents}[config.merge_metric]
 
 
 def bipartite_flops(latents: int, channels: int) -> int:
-    """Similarities of each even position with each odd one, on keys averaged over heads."""
+    """Similarities of each even position with each odd one."""
     return linear_flops((latents + 1) // 2, channels, latents // 2)
 
 
@@ -205,7 +211,7 @@ MATCHING_COSTS: dict[str, Callable[[int, int], int]] = {
     "prune": bipartite_flops,
     "random": lambda latents, channels: 0,
 }
-"""For each name in `MERGE_METHODS` of `merging_tome_perceiver.py`: FLOPs from N and the channels of a head's keys."""
+"""For each name in `MERGE_METHODS` of `merging_tome_perceiver.py`: FLOPs from N and the channels of the metric."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,15 @@ from transformers import PerceiverConfig
 from configuration_tome_perceiver import ToMePerceiverConfig
 
 NO_CAP = 10**6  # latents enough that neither cap ever binds
+MERGING_FIELDS = [
+    "r",
+    "r_inflection",
+    "min_latents",
+    "proportional_attention",
+    "merge_method",
+    "merge_metric",
+    "merge_groups",
+]
 
 
 def config(num_latents=12, num_blocks=2, num_self_attends_per_block=3, **merging):
@@ -37,18 +46,17 @@ def test_defaults_merge_nothing():
     merging = ToMePerceiverConfig()
     assert merging.model_type == "tome_perceiver"
     assert (merging.r, merging.r_inflection, merging.min_latents) == (0, 0.0, 1)
-    assert (merging.proportional_attention, merging.merge_method, merging.merge_groups) == (True, "bipartite", None)
+    assert (merging.proportional_attention, merging.merge_groups) == (True, None)
+    assert (merging.merge_method, merging.merge_metric) == ("bipartite", "key")
     assert merging.merge_schedule == [0] * 26
     assert merging.latents_per_layer == [256] * 26
 
 
 def test_every_stock_field_keeps_its_default():
     stock, ours = PerceiverConfig().to_dict(), ToMePerceiverConfig().to_dict()
-    own = {"model_type", "r", "r_inflection", "min_latents", "proportional_attention", "merge_method", "merge_groups"}
-    assert set(ours) - set(stock) == own - {"model_type"}
-    assert {name: ours[name] for name in stock if name not in own} == {
-        name: value for name, value in stock.items() if name not in own
-    }
+    assert set(ours) - set(stock) == set(MERGING_FIELDS)
+    stock.pop("model_type")
+    assert {name: ours[name] for name in stock} == stock
 
 
 @pytest.mark.parametrize(
@@ -116,6 +124,9 @@ BAD = [
     (dict(proportional_attention="no"), "proportional_attention", "'no'"),
     (dict(merge_method=3), "merge_method", "3"),
     (dict(merge_method=None), "merge_method", "None"),
+    (dict(merge_metric="keys"), "merge_metric", "'keys'"),
+    (dict(merge_metric=["key"]), "merge_metric", "['key']"),
+    (dict(merge_metric=None), "merge_metric", "None"),
     (dict(merge_groups=[None] * 6, r=2), "merge_groups", "2"),
     (dict(merge_groups=[None] * 6, r=[1] * 6), "merge_groups", str([1] * 6)),
     (dict(merge_groups=[None] * 5), "merge_groups", "length 5"),
@@ -183,7 +194,7 @@ def test_a_stock_folder_is_a_config_that_merges_as_told(tmp_path):
     "merging",
     [
         dict(r=4, r_inflection=-0.5, min_latents=3, merge_method="random", proportional_attention=False),
-        dict(r=[0, 5, 0, 0, 1, 0]),
+        dict(r=[0, 5, 0, 0, 1, 0], merge_metric="hidden"),
         dict(r=(3, 2, 1, 0, 0, 0)),
         dict(merge_groups=[None, [0, 1, 2] * 4, None, [0, 0, 1], None, None]),
     ],
@@ -195,7 +206,7 @@ def test_json_keeps_every_setting(merging, tmp_path):
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["model_type"] == "tome_perceiver"
     again = ToMePerceiverConfig.from_pretrained(tmp_path)
-    for name in ("r", "r_inflection", "min_latents", "proportional_attention", "merge_method", "merge_groups"):
+    for name in MERGING_FIELDS:
         expected = getattr(first, name)
         assert getattr(again, name) == (list(expected) if isinstance(expected, tuple) else expected)
     assert sum(first.merge_schedule) > 0

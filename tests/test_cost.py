@@ -88,6 +88,8 @@ SETTINGS = {
     "qk_channels alone": {"r": 2, "qk_channels": 24},
     "v_channels alone": {"r": 2, "v_channels": 24},
     "as wide as the queries": {"r": 2, "cross_attention_shape_for_attention": "q"},
+    "values compared": {"r": 2, "qk_channels": 8, "v_channels": 24, "merge_metric": "value"},
+    "latents compared": {"r": 2, "qk_channels": 8, "v_channels": 24, "merge_metric": "hidden"},
     "widening": {"r": 2, "self_attention_widening_factor": 2, "cross_attention_widening_factor": 3},
 }
 

@@ -24,7 +24,7 @@ def unequal_sizes(batch, num_latents, seed):
 
 
 def match_by(method, metric, r):
-    return merging.MERGE_METHODS[method](metric, r)
+    return merging.MERGE_METHODS[method](metric, r, None, 0.0)
 
 
 @st.composite
@@ -468,7 +468,7 @@ def test_a_method_of_ones_own_can_be_registered(monkeypatch):
         merging.check_merge_method("neighbours")
 
     @merging.register_merge_method("neighbours")
-    def match_neighbours(metric, r):
+    def match_neighbours(metric, r, sizes, depth):
         return merging.match_groups([max(0, i - r) for i in range(metric.shape[1])], metric.device)
 
     merging.check_merge_method("neighbours")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 from transformers.models.perceiver import modeling_perceiver as upstream
 
+import configuration_tome_perceiver as configuration
 import layers_tome_perceiver as layers
 import merging_tome_perceiver as merging
 import modeling_tome_perceiver as tome
@@ -47,6 +48,8 @@ R_LIST = [3, 0, 2, 1, 0, 1]
 GROUPS = [None, [0, 1, 2, 0, 3, 4, 4, 0, 5, 6, 2, 0], None, [0, 1, 1, 2, 3, 0, 3], None, None]
 MERGES = {
     "bipartite": dict(r=R_LIST),
+    "value": dict(r=R_LIST, merge_metric="value"),
+    "hidden": dict(r=R_LIST, merge_metric="hidden"),
     "random": dict(r=R_LIST, merge_method="random"),
     "groups": dict(merge_groups=GROUPS),
 }
@@ -315,19 +318,29 @@ def test_groups_merge_what_they_say():
     assert torch.equal(sources, expected.expand(2, -1, -1))
 
 
-def test_merge_is_the_size_weighted_mean_between_attention_and_mlp():
-    """One layer in plain steps: attend with all latents, merge by the head-mean keys, then the MLP on those left."""
-    model = tiny_model("Model", r=[0, 0, 0, 0, 0, 3])
+@every_attention
+@pytest.mark.parametrize("metric", configuration.MERGE_METRICS)
+def test_merge_is_the_size_weighted_mean_between_attention_and_mlp(metric, attention):
+    """One layer in plain steps: attend with all latents, merge by what is compared, then the MLP on those left."""
+    widths = dict(qk_channels=8, v_channels=16)
+    model = tiny_model("Model", r=[0, 0, 0, 0, 0, 3], merge_metric=metric, attn_implementation=attention, **widths)
     inputs = tiny_inputs("Model")
     with torch.no_grad():
         output = model(**inputs, output_hidden_states=True)
         layer, latents = model.encoder.self_attends[2], output.hidden_states[-2]
         normed = layer.attention.self.layernorm1(latents)
-        # (B, N, heads x D), split into heads by hand and averaged over them
-        keys = layer.attention.self.key(normed).view(2, NUM_LATENTS, 2, 8).mean(dim=2)
-        context = stock_model("Model").encoder.self_attends[2].attention(latents)[0]
-        merged, sizes = merging.merge_latents(context, None, merging.match_bipartite(keys, 3))
+        context = stock_model("Model", **widths).encoder.self_attends[2].attention(latents)[0]
+        compared = {
+            # (B, N, heads x D), split into heads by hand and averaged over them
+            "key": layer.attention.self.key(normed).view(2, NUM_LATENTS, 2, 4).mean(dim=2),
+            "value": layer.attention.self.value(normed).view(2, NUM_LATENTS, 2, 8).mean(dim=2),
+            "hidden": context,
+        }
+        matches = {name: merging.match_bipartite(what, 3) for name, what in compared.items()}
+        merged, sizes = merging.merge_latents(context, None, matches[metric])
         expected = merged + layer.mlp(layer.layernorm(merged))
+    # Each metric decides on another merge, so the one that was taken is the one that was asked for.
+    assert len({str([part.tolist() for part in match]) for match in matches.values()}) == 3
     assert torch.equal(output.latent_sizes, sizes)
     assert_same(output.last_hidden_state, expected)
 
@@ -460,7 +473,7 @@ def test_gradient_of_the_latents_against_finite_differences():
 @every_head
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["nonreentrant", "reentrant"])
-@pytest.mark.parametrize("merge", [MERGES["bipartite"], MERGES["groups"]], ids=["bipartite", "groups"])
+@every_merge
 def test_checkpointing_recomputes_the_same_merges(head, use_reentrant, merge):
     """Loss and gradients are the same but for the rounding, dropout included, and layers do run twice."""
     model = tiny_model(head, attention_probs_dropout_prob=0.1, **merge).train()
@@ -487,6 +500,7 @@ def test_checkpointing_recomputes_the_same_merges(head, use_reentrant, merge):
 TWO_LAYERS = dict(num_blocks=2, num_self_attends_per_block=1)
 TWO_MERGES = {
     "bipartite": dict(r=[3, 2]),
+    "hidden": dict(r=[3, 2], merge_metric="hidden"),
     "random": dict(r=[3, 2], merge_method="random"),
     "prune": dict(r=[3, 2], merge_method="prune"),
     "groups": dict(merge_groups=[GROUPS[1], GROUPS[3]]),
@@ -507,7 +521,7 @@ def test_compiles_to_one_graph_with_merging_on(head):
     compiled_alike(head, TWO_MERGES["bipartite"])
 
 
-@pytest.mark.parametrize("merge", ["random", "prune", "groups"])
+@pytest.mark.parametrize("merge", [name for name in TWO_MERGES if name != "bipartite"])
 def test_every_source_of_merges_compiles_to_one_graph(merge):
     compiled_alike("ForSequenceClassification", TWO_MERGES[merge])
 
@@ -613,7 +627,7 @@ def test_rows_of_a_batch_merge_each_in_its_own_way():
     """Matching looks at the row, fixed groups and random ones do not."""
     for name, merge in MERGES.items():
         sources = run(tiny_model("Model", **merge), tiny_inputs("Model", batch=3)).base.latent_sources
-        assert torch.equal(sources[0], sources[1]) == (name != "bipartite")
+        assert torch.equal(sources[0], sources[1]) == (name in ("random", "groups"))
 
 
 # What a head's outputs look like with merging
@@ -760,17 +774,26 @@ def test_unknown_method_is_refused_at_construction(head):
 
 
 def test_a_method_of_ones_own_runs(monkeypatch):
-    """It gets the mean keys of the heads and R, and a checkpoint names it."""
+    """It gets the mean keys of the heads, R, the sizes so far and the depth of the layer."""
     asked = []
 
-    def match_last(metric, r):
-        asked.append((tuple(metric.shape), r, metric.requires_grad))
+    def match_last(metric, r, sizes, depth):
+        asked.append((tuple(metric.shape), r, None if sizes is None else sizes.tolist(), depth))
+        assert not metric.requires_grad
         return merging.match_groups([*range(metric.shape[1] - r), *[0] * r], metric.device)
 
     monkeypatch.setitem(merging.MERGE_METHODS, "last", match_last)
-    base = run(tiny_model("Model", merge_method="last", r=R_LIST), tiny_inputs("Model")).base
+    model, inputs = tiny_model("Model", merge_method="last", r=R_LIST), tiny_inputs("Model")
+    with torch.enable_grad():
+        model(**inputs)
     # qk_channels = 16 in two heads
-    assert asked == [((2, n, 8), r, False) for n, r in ((12, 3), (9, 2), (7, 1), (6, 1))]
+    assert asked == [
+        ((2, 12, 8), 3, None, 0.0),
+        ((2, 9, 8), 2, [[4, *[1] * 8]] * 2, 2 / 6),
+        ((2, 7, 8), 1, [[6, *[1] * 6]] * 2, 3 / 6),
+        ((2, 6, 8), 1, [[7, *[1] * 5]] * 2, 5 / 6),
+    ]
+    base = run(model, inputs).base
     assert base.latent_sizes.tolist() == [[8, 1, 1, 1, 1]] * 2
 
 
@@ -782,6 +805,7 @@ def test_bad_setting_over_a_stock_folder_is_refused(tmp_path):
         (dict(r=8, r_inflection=2.0), r"^r_inflection = 2\.0: [^\n]*$"),
         (dict(r=8, min_latents=13), r"^min_latents = 13: [^\n]*num_latents = 12[^\n]*$"),
         (dict(r=8, merge_method="best"), r"^merge_method = 'best': [^\n]*$"),
+        (dict(r=8, merge_metric="query"), r"^merge_metric = 'query': [^\n]*'key', 'value', 'hidden'$"),
         (dict(r=8, merge_groups=[None] * 6), r"^merge_groups: [^\n]*$"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -895,11 +919,16 @@ def test_mask_of_another_length_is_one_line():
             model(input_ids=torch.zeros(2, 9, dtype=torch.long), attention_mask=torch.ones(2, length))
 
 
-def test_unknown_method_set_on_a_built_model_is_one_line():
+@pytest.mark.parametrize("name, allowed", [("merge_method", "bipartite"), ("merge_metric", "key")])
+def test_unknown_method_or_metric_set_on_a_built_model_is_one_line(name, allowed):
     model = tiny_model("ForSequenceClassification", r=1)
-    model.config.merge_method = "best"
-    with pytest.raises(ValueError, match=r"^merge_method = 'best': [^\n]*'bipartite'[^\n]*$"):
+    setattr(model.config, name, "best")
+    with pytest.raises(ValueError, match=rf"^{name} = 'best': [^\n]*'{allowed}'[^\n]*$"):
         model(**tiny_inputs("ForSequenceClassification"))
+
+
+def test_every_metric_that_a_config_allows_is_known_to_the_layers():
+    assert tuple(layers.METRICS) == configuration.MERGE_METRICS
 
 
 @pytest.mark.parametrize("head", TEXT_HEADS)
