@@ -9,7 +9,7 @@ Letters: B batch, L self-attention layers, N latents that reach a layer, M group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -18,23 +18,14 @@ import numpy as np
 import torch
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
-from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from experiments.latent_similarity import SIMILARITIES
 from experiments.task import Batch, PreparedTask
-from layers_tome_perceiver import AttentionOutput
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 LABELS = "labels"
-SIMILARITIES: dict[str, Callable[[AttentionOutput], Tensor]] = {
-    # What matching at run time compares.
-    "key": lambda attended: attended.keys.mean(dim=1),
-    # What is merged.
-    "hidden": lambda attended: attended.hidden_states,
-}
-"""From what a layer's attention hands on to what is compared of each latent, (B, N, C)."""
 
 
 def calibrate_groups(
@@ -97,7 +88,7 @@ def _evaluated(model: ToMePerceiverPreTrainedModel) -> Iterator[None]:
 def mean_similarity(
     model: ToMePerceiverPreTrainedModel, batches: Iterable[Batch], layer: int, similarity: str
 ) -> np.ndarray:
-    """Cosine similarity of every pair of latents that reach a layer, (N, N), as the mean over samples.
+    """How alike each two latents are that reach a layer, (N, N), as the mean over samples.
 
     Args:
         model: in evaluation mode, with the merging of the layers before set.
@@ -108,28 +99,12 @@ def mean_similarity(
     Raises:
         ValueError: if there are no batches.
     """
-    modules = model.base_model.encoder.self_attends
-    # A module runs once in each block: the layer is one of its calls.
-    block, place = divmod(layer, len(modules))
-    calls: list[Tensor | None] = []
-
-    def note(module: torch.nn.Module, arguments: Any, attended: AttentionOutput) -> None:
-        calls.append(SIMILARITIES[similarity](attended) if len(calls) == block else None)
-
     total, samples = torch.zeros((), dtype=torch.float64), 0
-    hook = modules[place].attention.register_forward_hook(note)
-    try:
-        for batch in tqdm(batches, desc=f"calibrating layer {layer}", unit="batch"):
-            calls.clear()
-            model(**{name: value.to(model.device) for name, value in batch.items()})
-            compared = calls[block]
-            assert compared is not None
-            # As in matching: half precision is too coarse to compare in.
-            compared = F.normalize(compared.to(torch.promote_types(compared.dtype, torch.float32)), dim=-1)
-            total = total + (compared @ compared.transpose(1, 2)).sum(dim=0).to("cpu", torch.float64)
-            samples += len(compared)
-    finally:
-        hook.remove()
+    for batch in tqdm(batches, desc=f"calibrating layer {layer}", unit="batch"):
+        on_device = {name: value.to(model.device) for name, value in batch.items()}
+        (each,) = SIMILARITIES[similarity](model, on_device, [layer])
+        total = total + each.sum(dim=0).to("cpu", torch.float64)
+        samples += len(each)
     if samples == 0:
         raise ValueError("batches: there are none; allowed is what can be gone through anew for each layer that merges")
     return (total / samples).numpy()

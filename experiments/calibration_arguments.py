@@ -14,8 +14,8 @@ from typing import ClassVar
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput
-from experiments.calibration import SIMILARITIES
 from experiments.cost import forward_cost
+from experiments.latent_similarity import SIMILARITIES
 from experiments.model_arguments import spelled_r
 from experiments.schedule import UNMERGED
 
