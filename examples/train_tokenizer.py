@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a subword tokenizer on the sentences of a GLUE task, for a small model from scratch.
+"""Train a subword tokenizer on the sentences of one GLUE task or several, for a small model from scratch.
 
   python examples/train_tokenizer.py --task_name sst2 --vocab_size 8000 --output_dir outputs/sst2_tokenizer
   python run_glue.py --task_name sst2 --tokenizer_name outputs/sst2_tokenizer \\
@@ -16,7 +16,13 @@ from datasets import load_dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
 
 
 def train_tokenizer(sentences: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -38,14 +44,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--task_name", required=True, help="GLUE task, or another configuration of the dataset")
+    parser.add_argument("--task_name", required=True, help="GLUE task, or another configuration; several: sst2,mrpc")
     parser.add_argument("--dataset_name", default="nyu-mll/glue", help="Hub id or folder (default: %(default)s)")
     parser.add_argument("--vocab_size", type=int, default=8000, help="tokens at most (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the tokenizer")
     arguments = parser.parse_args()
-    train = load_dataset(arguments.dataset_name, arguments.task_name, split="train")
-    columns = [name for name, feature in train.features.items() if getattr(feature, "dtype", None) == "string"]
-    sentences = (sentence for column in columns for sentence in train[column])
+    splits = [load_dataset(arguments.dataset_name, name, split="train") for name in arguments.task_name.split(",")]
+    sentences = (
+        sentence
+        for train in splits
+        for column, feature in train.features.items()
+        if getattr(feature, "dtype", None) == "string"
+        for sentence in train[column]
+    )
     tokenizer = train_tokenizer(sentences, arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output_dir)
     print(f"{len(tokenizer)} tokens in {arguments.output_dir}")

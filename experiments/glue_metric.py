@@ -24,17 +24,20 @@ class GlueMetric(evaluate.Metric):
     that are all alike is 0 and not NaN; `combined_score` is among the results, as in the official run_glue.py.
 
     Args:
-        config_name: a GLUE task, or "classification" or "regression" for other data.
+        config_name: a GLUE task, "classification" or "regression" for other data, or "masked_lm".
     """
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in SCORES:
             raise ValueError(f"config_name = {self.config_name!r}: allowed are {', '.join(sorted(SCORES))}")
         kind = datasets.Value("float64" if self.config_name in REGRESSION else "int64")
+        if self.config_name == "masked_lm":
+            kind = datasets.Sequence(kind)  # a row for each example
         return evaluate.MetricInfo(
             description="The scores of the GLUE benchmark (Wang et al., 2019).",
             citation="https://arxiv.org/abs/1804.07461",
-            inputs_description="predictions and references: classes, or numbers for stsb and regression.",
+            inputs_description="predictions and references: classes, or numbers for stsb and regression; for masked_lm "
+            "a row of tokens for each example, with -100 among the references where nothing is asked.",
             features=datasets.Features({"predictions": kind, "references": kind}),
         )
 

@@ -27,8 +27,13 @@ SCHEDULE_FILE = "schedule.png"
 AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
+    "fill-mask": "AutoModelForMaskedLM",
 }
-PIPELINE_INPUTS = {"text-classification": '"a sentence"', "image-classification": '"picture.png"'}
+PIPELINE_INPUTS = {
+    "text-classification": '"a sentence"',
+    "image-classification": '"picture.png"',
+    "fill-mask": 'f"a {pipe.tokenizer.mask_token}."',
+}
 SET_R = "model.r = 0  # merge nothing; any other r works too, without reloading"
 # What `usage_section` writes.
 LOADED_FROM = re.compile(r'(pipeline\("[a-z-]+", |\.from_pretrained\()"[^"]*"')
@@ -114,8 +119,8 @@ def usage_section(hub_task: str, model_id: str, revision: str | None = None, oth
 ```python
 from transformers import {AUTO_CLASSES[hub_task]}, pipeline
 
-classify = pipeline("{hub_task}", "{model_id}"{pinned}, trust_remote_code=True)
-classify({PIPELINE_INPUTS[hub_task]})
+pipe = pipeline("{hub_task}", "{model_id}"{pinned}, trust_remote_code=True)
+pipe({PIPELINE_INPUTS[hub_task]})
 
 model = {AUTO_CLASSES[hub_task]}.from_pretrained("{model_id}"{pinned}, trust_remote_code=True)
 {other_merging}

@@ -93,6 +93,13 @@ def load_config(arguments: ModelArguments, merging: dict[str, Any], task: Task) 
     """
     config = requested_config(arguments)
     task.model_class_name(config)
+    if task.classifies:
+        _take_labels(config, arguments, task)
+    apply_merging(config, merging)
+    return config
+
+
+def _take_labels(config: ToMePerceiverConfig, arguments: ModelArguments, task: Task) -> None:
     is_classifier = arguments.model_name_or_path is not None and "Classification" in str(config.architectures)
     num_labels = len(task.labels) or 1
     if is_classifier and config.num_labels != num_labels and not arguments.ignore_mismatched_sizes:
@@ -108,8 +115,6 @@ def load_config(arguments: ModelArguments, merging: dict[str, Any], task: Task) 
         if set(config.label2id) != set(task.labels):
             config.label2id = {name: index for index, name in enumerate(task.labels)}
             config.id2label = dict(enumerate(task.labels))
-    apply_merging(config, merging)
-    return config
 
 
 def requested_config(arguments: ModelArguments) -> ToMePerceiverConfig:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures by which predictions are judged, each with its standard error.
 
-Letters: B examples, K classes.
+Letters: B examples, K classes, S positions of an example.
 """
 
 from __future__ import annotations
@@ -10,15 +10,34 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
+from sklearn.metrics import f1_score, matthews_corrcoef, mean_squared_error
 
 Score = Callable[[np.ndarray, np.ndarray], float]
 
 RESAMPLES = 200
+NOT_ASKED = -100
+"""The reference of a position where nothing is asked, as PyTorch's losses have it."""
 
 
 def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
-    return float(accuracy_score(references, predictions))
+    right, asked = _right(predictions, references)
+    return float(right.sum() / asked.sum())
+
+
+def _right(predictions: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How much of each example is right, and how much of it is asked, both (B,)."""
+    asked = references != NOT_ASKED
+    right = (predictions == references) & asked
+    return right.reshape(len(references), -1).sum(axis=1), asked.reshape(len(references), -1).sum(axis=1)
+
+
+def _ratio_stderr(parts: np.ndarray, asked: np.ndarray) -> float:
+    """The standard error of `parts.sum() / asked.sum()`, both (B,), for examples drawn independently of each other.
+
+    The linearised estimator of a ratio (Cochran, *Sampling Techniques*, 1977, section 6.3): what is asked within an
+    example may hang together. Where everything asks for one thing it is the binomial standard error.
+    """
+    return float(np.sqrt(np.sum((parts - parts.sum() / asked.sum() * asked) ** 2)) / asked.sum())
 
 
 def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
@@ -57,6 +76,7 @@ SCORES: dict[str, dict[str, Score]] = {
     "sst2": _ACCURACY,
     "stsb": _CORRELATIONS,
     "wnli": _ACCURACY,
+    "masked_lm": _ACCURACY,
     "classification": _ACCURACY,
     "regression": {**_CORRELATIONS, "mse": _mse},
 }
@@ -78,7 +98,8 @@ def score(kind: str, predictions: np.ndarray, references: np.ndarray) -> dict[st
 
     Args:
         kind: a key of `SCORES`.
-        predictions, references: (B,), classes or numbers.
+        predictions, references: (B,), classes or numbers; of `masked_lm` (B, S), tokens, with `NOT_ASKED` among the
+            references for all that does not count.
 
     Returns:
         The scores by name; those of a GLUE task with more than one also have their mean, `combined_score`.
@@ -90,16 +111,16 @@ def score(kind: str, predictions: np.ndarray, references: np.ndarray) -> dict[st
 
 
 def standard_errors(kind: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """The standard error of each score under NAME_stderr: an accuracy's is binomial, others' are bootstrapped.
+    """The standard error of each score under NAME_stderr: an accuracy's in closed form, others' bootstrapped.
+
+    Examples are independent of each other, the S positions of one are not.
 
     Args:
         kind, predictions, references: as for `score`.
     """
-    count = len(references)
     if list(SCORES[kind]) == ["accuracy"]:
-        accuracy = _accuracy(predictions, references)
-        return {"accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / count))}
-    resampled = [score(kind, predictions[rows], references[rows]) for rows in _draws(count)]
+        return {"accuracy_stderr": _ratio_stderr(*_right(predictions, references))}
+    resampled = [score(kind, predictions[rows], references[rows]) for rows in _draws(len(references))]
     return {f"{name}_stderr": float(np.std([values[name] for values in resampled], ddof=1)) for name in resampled[0]}
 
 
@@ -111,16 +132,15 @@ def paired_change(kind: str, predictions: np.ndarray, before: np.ndarray, refere
 
     Args:
         kind, predictions, references: as for `score`.
-        before: (B,), the predictions to compare with.
+        before: of the same shape, the predictions to compare with.
     """
     after_scores, before_scores = score(kind, predictions, references), score(kind, before, references)
     change = {f"{name}_change": after_scores[name] - before_scores[name] for name in after_scores}
-    count = len(references)
     if list(SCORES[kind]) == ["accuracy"]:
-        gained = (predictions == references).astype(float) - (before == references)
-        return change | {"accuracy_change_stderr": float(np.std(gained) / np.sqrt(count))}
+        (right, asked), (right_before, _) = (_right(values, references) for values in (predictions, before))
+        return change | {"accuracy_change_stderr": _ratio_stderr(right - right_before, asked)}
     differences: dict[str, list[float]] = {name: [] for name in after_scores}
-    for rows in _draws(count):
+    for rows in _draws(len(references)):
         after, earlier = (score(kind, values[rows], references[rows]) for values in (predictions, before))
         for name, values in differences.items():
             values.append(after[name] - earlier[name])

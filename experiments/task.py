@@ -81,7 +81,7 @@ class PreparedTask:
         evaluation, prediction: the same, by the suffix that their results carry: "" and, for MNLI, "_mm".
         processing_class: the tokenizer or image processor that made them.
         collate: from examples to a batch.
-        predicted: from logits to classes or numbers, one for each example.
+        predicted: from logits to classes or numbers, one for each example, or to a row of tokens for each.
         kind: how predictions are scored, a key of `experiments.scores.SCORES`.
         callbacks: that training needs.
         reduce_logits: from a batch's logits and labels to what `predicted` takes, while the evaluation still runs; for
@@ -120,7 +120,7 @@ class Task(ABC):
 
     Attributes:
         source: where it is from.
-        labels: names of the classes; empty for regression.
+        labels: names of the classes; empty for regression, and where nothing is classified.
         train, evaluation, prediction: examples, as in `PreparedTask`.
         main_metric: the figure that tables and pictures show.
     """
@@ -136,6 +136,8 @@ class Task(ABC):
     """The Hub's name for such a task, such as "text-classification"."""
     input_name: ClassVar[str]
     """The model's argument for the inputs."""
+    classifies: ClassVar[bool] = True
+    """Whether the model's labels are to be the task's: one for each class, or a single one for regression."""
 
     @abstractmethod
     def model_class_name(self, config: ToMePerceiverConfig) -> str:

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a Perceiver to find masked tokens again, merge its latents, evaluate, and retrain it with merging on.
+
+A stock checkpoint, with 8 latents merged in every layer while it is trained on:
+
+  python run_mlm.py --model_name_or_path deepmind/language-perceiver --dataset_name Salesforce/wikitext \\
+      --dataset_config_name wikitext-2-raw-v1 --r 8 --do_train --do_eval --output_dir outputs/wikitext-r8
+
+A small model from scratch, on the sentences of several configurations of a dataset:
+
+  python run_mlm.py --config_name examples/small_mlm_perceiver.json --tokenizer_name FOLDER \\
+      --dataset_name nyu-mll/glue --dataset_config_name sst2,mrpc,rte,stsb --max_seq_length 48 \\
+      --do_train --do_eval --output_dir outputs/mlm
+
+Each line or column of text is an input of its own. Training masks anew each time; what is masked in the evaluated
+sentences is always the same, so that models can be compared token by token. Own sentences: --train_file and
+--validation_file. Everything else is as for run_glue.py.
+"""
+
+from __future__ import annotations
+
+from experiments.bad_input import exit_on_bad_input
+from experiments.experiment import Experiment, run_experiment
+from experiments.mlm_task import MlmDataArguments, load_mlm_task
+
+
+def main() -> None:
+    run_experiment(Experiment.from_command_line(__doc__, MlmDataArguments, load_mlm_task))
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()
