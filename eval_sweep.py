@@ -7,10 +7,11 @@
       --r 0 2 4 6 8 --retrain_epochs 1 --output_dir outputs/fashion_mnist_sweep
 
 The data are those of run_glue.py for a text checkpoint and of run_image.py for an image checkpoint. Each r is an
-integer or a comma-separated list with one entry a layer; each --flops_ratio is a share of the unmerged model's FLOPs,
-spread over the layers by a --schedule. For each of them the checkpoint is evaluated with merging on
-("merged") and, with --retrain_epochs, again after training with merging on from the same starting point ("retrained";
-the checkpoints are kept in OUTPUT_DIR/retrained). Time and memory are measured on the first evaluated inputs, in
+integer or a comma-separated list with one entry a layer; each --flops_ratio or --latency_ratio is a share of the
+unmerged model's FLOPs or time, spread over the layers by a --schedule ("search" finds one). For each of them the
+checkpoint is evaluated with merging on ("merged") and, with --retrain_epochs, again after training with merging on
+from the same starting point ("retrained"; the checkpoints are kept in OUTPUT_DIR/retrained). Time and memory are
+measured on the first evaluated inputs, in
 alternating rounds. OUTPUT_DIR/sweep_results.json is written after every cell, and the same command continues where it
 was stopped; at the end there are also sweep_results.csv, sweep.png, sweep_report.md, the unmerged checkpoint and its
 model card.
@@ -21,6 +22,7 @@ each retrained one to a branch of its own, so that from_pretrained(..., revision
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from transformers import set_seed
@@ -33,7 +35,8 @@ from experiments.measurement import describe_environment
 from experiments.model_arguments import ModelArguments
 from experiments.model_loading import load_model_and_task
 from experiments.output_folder import check_disk_space, training_fields
-from experiments.sweep import SweepArguments, SweepResults, plan_rows
+from experiments.sweep import SweepResults, plan_rows
+from experiments.sweep_arguments import SweepArguments, unmerged
 from experiments.sweep_run import SweepRun, push_sweep
 from experiments.sweep_task import SweepDataArguments, load_sweep_task
 from experiments.training import RetrainArguments, check_sharding
@@ -57,8 +60,7 @@ def main() -> None:
         task = load_sweep_task(data, model_args, training.seed)
     model, prepared = load_model_and_task(model_args, {}, task, training)
     batch = prepared.batch(sweep_args.timing_batch_size)
-    input_shape = (1, *batch[task.input_name].shape[1:])
-    merges = sweep_args.merges(model.config, input_shape, type(model).__name__)
+    input_shape, baseline = (1, *batch[task.input_name].shape[1:]), unmerged(model.config)
     results = SweepResults(
         arguments=noted_arguments(model_args, data, sweep_args, retraining) | training_fields(training),
         environment=describe_environment(),
@@ -66,12 +68,20 @@ def main() -> None:
         evaluated_on=len(prepared.evaluation[""]),
         input_shape=input_shape,
         metric=task.main_metric,
-        rows=plan_rows(model, merges, input_shape),
     )
-    check_disk_space(output_dir, model, training, models=1 + (len(merges) if retraining.retrain_epochs else 0))
     continued = results.take_over(output_dir)
+    if not continued:
+        start = time.perf_counter()
+        log_dir = output_dir if training.should_save else None
+        merges = sweep_args.merges(model.to(training.device), prepared, batch, input_shape, log_dir)
+        results.rows = plan_rows(model, merges, baseline, input_shape)
+        results.spend("resolving budgets", start)
+    models = 1 + (len(results.rows) if retraining.retrain_epochs else 0)
+    check_disk_space(output_dir, model, training, models)
 
-    run = SweepRun(model_args, sweep_args, retraining, training, task, prepared, merges, results, continued)
+    run = SweepRun(
+        model_args, sweep_args, retraining, training, task, prepared, results.merges, baseline, results, continued
+    )
     run.measure(model, batch)
     if retraining.retrain_epochs > 0:
         run.retrain()

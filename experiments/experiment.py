@@ -12,12 +12,14 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from experiments.bad_input import BadInput
 from experiments.command_line import TrainerArguments, parse_arguments
+from experiments.elastic import merging_by
 from experiments.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.hub_push import push_addressed
 from experiments.model_arguments import MergeArguments, ModelArguments
 from experiments.model_card import measured_in, write_checkpoint_card
 from experiments.model_loading import load_model_and_task
 from experiments.output_folder import check_disk_space, claim, training_fields
+from experiments.schedule import DEFAULT_SCHEDULE
 from experiments.task import PreparedTask, Task
 from experiments.training import (
     RetrainArguments,
@@ -30,6 +32,7 @@ from experiments.training import (
     task_trainer,
     train_and_save,
 )
+from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 # Arguments that change where things are read and not what comes out.
 NOT_NOTED = ("token", "cache_dir", "overwrite_cache")
@@ -92,11 +95,12 @@ def run_experiment(experiment: Experiment) -> None:
         return
     merging = experiment.merging.config_fields()
     retrain = retraining.retrain_epochs > 0
-    if retrain and not (training.do_train and experiment.merging.merges):
+    if retrain and not (training.do_train and (experiment.merging.merges or retraining.elastic)):
         raise BadInput(
-            f"--retrain_epochs {retraining.retrain_epochs}: allowed only with --do_train, and with --r above 0 or "
-            "--flops_ratio"
+            f"--retrain_epochs {retraining.retrain_epochs}: allowed only with --do_train, and with --r above 0, "
+            "--flops_ratio or --elastic"
         )
+    retraining.check_elastic(training, None if training.do_train else "--do_train")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise BadInput("--do_train, --do_eval, --do_predict: none is given; allowed is one of them or more")
     if training.push_to_hub and not training.do_train and not (output_dir / "config.json").exists():
@@ -115,7 +119,10 @@ def run_experiment(experiment: Experiment) -> None:
         )
     model, prepared = load_model_and_task(experiment.model, merging, task, training)
     input_shape = (1, *prepared.batch(COUNTED_INPUTS)[task.input_name].shape[1:])
-    experiment.merging.apply_budget(model.config, input_shape, type(model).__name__)
+    log_dir = output_dir if training.should_save else None
+    # A search looks at a trained model; until there is one, another schedule says whether the budget can be kept.
+    meanwhile = DEFAULT_SCHEDULE if retrain else None
+    experiment.merging.apply_budget(model.to(training.device), prepared, input_shape, log_dir, meanwhile)
     if training.do_train:
         arguments = noted_arguments(experiment.model, experiment.data, experiment.merging, retraining)
         check_disk_space(output_dir, model, training, models=2 if retrain else 1)
@@ -126,7 +133,7 @@ def run_experiment(experiment: Experiment) -> None:
             write=training.should_save,
         )
 
-    trainer = _train(experiment, model, prepared, output_dir)
+    trainer = _train(experiment, model, prepared, input_shape, output_dir)
     if training.do_eval:
         evaluate_and_save(trainer, prepared, "eval")
     if training.do_predict:
@@ -168,22 +175,29 @@ def _write_card(
     )
 
 
-def _train(experiment: Experiment, model: PreTrainedModel, task: PreparedTask, output_dir: Path) -> Trainer:
+def _train(
+    experiment: Experiment,
+    model: ToMePerceiverPreTrainedModel,
+    task: PreparedTask,
+    input_shape: tuple[int, ...],
+    output_dir: Path,
+) -> Trainer:
     """Train as asked, if at all; the trainer has the model as it is to be evaluated."""
-    training = experiment.training
+    training, retraining = experiment.training, experiment.retraining
     resume = training.resume_from_checkpoint
-    if experiment.retraining.retrain_epochs == 0:
-        trainer = task_trainer(model, task, training, output_dir)
+    if retraining.retrain_epochs == 0:
+        trainer = task_trainer(model, task, training, output_dir, retraining.trainer_class)
         if training.do_train:
             train_and_save(trainer, resume)
         return trainer
-    r, model.r = model.r, 0
-    finetuning = task_trainer(model, task, training, output_dir / FINETUNED)
-    train_and_save(finetuning, stage_resume(resume, output_dir / FINETUNED, output_dir))
-    evaluate_and_save(finetuning, task, "eval")
-    model.r = r
-    retraining = experiment.retraining.training_arguments(training)
-    trainer = task_trainer(model, task, retraining, output_dir)
-    evaluate_and_save(trainer, task, "merged")
+    with merging_by(model.config, 0):
+        finetuning = task_trainer(model, task, training, output_dir / FINETUNED)
+        train_and_save(finetuning, stage_resume(resume, output_dir / FINETUNED, output_dir))
+        evaluate_and_save(finetuning, task, "eval")
+    experiment.merging.apply_budget(model, task, input_shape, output_dir if training.should_save else None)
+    arguments = retraining.training_arguments(training)
+    trainer = task_trainer(model, task, arguments, output_dir, retraining.trainer_class)
+    if any(model.config.merge_schedule):
+        evaluate_and_save(trainer, task, "merged")
     train_and_save(trainer, stage_resume(resume, output_dir, output_dir))
     return trainer

@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
-from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.bad_input import BadInput, naming
-from experiments.schedule import DEFAULT_SCHEDULE, SCHEDULES, UNMERGED, schedule_for_flops
-from merging_tome_perceiver import MERGE_METHODS, check_merge_method
+from experiments.bad_input import BadInput
+from experiments.budget import SCHEDULE_NAMES, Budget, check_schedule, flops_ratios, latency_ratios, searching
+from experiments.schedule import DEFAULT_SCHEDULE, apply_merging
+from experiments.schedule_search import SEARCH
+from experiments.task import PreparedTask
+from merging_tome_perceiver import MERGE_METHODS
+from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
+
+TIMED_INPUTS = 32
+# The arguments that say how much merges, of which one is given at most.
+MEANS = ("r", "flops_ratio", "latency_ratio")
 
 
 @dataclass
@@ -78,9 +85,21 @@ class MergeArguments:
         default=None,
         metadata={"help": "Instead of --r: a share of the unmerged model's FLOPs, which a --schedule keeps to."},
     )
+    latency_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": f"The same of the unmerged model's time for {TIMED_INPUTS} inputs, measured on this machine."
+        },
+    )
     schedule: str = field(
         default=DEFAULT_SCHEDULE,
-        metadata={"help": f"How that is spread over the layers: {', '.join(sorted(SCHEDULES))}."},
+        metadata={
+            "help": f"How such a share is spread over the layers: {', '.join(sorted(SCHEDULE_NAMES))}. '{SEARCH}' "
+            "finds the one that changes the outputs least."
+        },
+    )
+    calibration_samples: int = field(
+        default=256, metadata={"help": f"Training samples, without labels, that --schedule {SEARCH} looks at."}
     )
     r_inflection: float | None = field(
         default=None, metadata={"help": "-1: merge early (2r falling to 0), 0: constant, 1: merge late."}
@@ -89,32 +108,64 @@ class MergeArguments:
     merge_method: str | None = field(
         default=None, metadata={"help": f"What merges with what: {', '.join(sorted(MERGE_METHODS))}."}
     )
+    merge_metric: str | None = field(
+        default=None, metadata={"help": "What of the latents is compared: key (the default), value or hidden."}
+    )
+    proportional_attention: bool | None = field(
+        default=None, metadata={"help": "Whether a merged latent counts as often as it stands for (the default)."}
+    )
 
     def __post_init__(self) -> None:
         if self.r is not None:
             self.r = spelled_r(self.r)
-        if self.flops_ratio is not None and self.r is not None:
-            raise BadInput(f"--flops_ratio {self.flops_ratio}: allowed is it or --r, and --r {self.r} is given")
+        check_schedule(self.schedule)
+        if self.calibration_samples < 1:
+            raise BadInput(f"--calibration_samples {self.calibration_samples}: allowed is an integer of 1 or more")
+        given = [f"--{name} {value}" for name in MEANS if (value := getattr(self, name)) is not None]
+        if len(given) > 1:
+            raise BadInput(f"{given[1]}: allowed is one of --{', --'.join(MEANS)}, and {given[0]} is given")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a budget says what merges."""
+        return self.flops_ratio is not None or self.latency_ratio is not None
 
     @property
     def merges(self) -> bool:
         """Whether any merging is asked for."""
-        return self.flops_ratio is not None or bool(self.config_fields().get("r"))
+        return self.has_budget or bool(self.config_fields().get("r"))
 
-    def apply_budget(self, config: ToMePerceiverConfig, input_shape: Sequence[int], architecture: str) -> None:
-        """With `--flops_ratio`, set the list of r that keeps to it, in place of whatever merged.
+    def apply_budget(
+        self,
+        model: ToMePerceiverPreTrainedModel,
+        prepared: PreparedTask,
+        input_shape: tuple[int, ...],
+        log_dir: Path | None,
+        schedule: str | None = None,
+    ) -> None:
+        """With a budget, set the list of r that keeps to it, in place of whatever merged.
 
         Args:
-            config: of the model.
+            model: whose config it is; a search runs it, and so does a budget of time.
+            prepared: the task, whose training samples a search looks at.
             input_shape: of one input, that the FLOPs are for.
-            architecture: name of the model class.
+            log_dir: where a search keeps what it has found; `None`: nowhere.
+            schedule: in place of `--schedule`.
 
         Raises:
             BadInput: if the schedule cannot keep to it.
         """
+        if not self.has_budget:
+            return
+        schedule, config = schedule or self.schedule, model.config
         if self.flops_ratio is not None:
-            r = schedule_for_flops(config, self.flops_ratio, self.schedule, input_shape, architecture)
-            apply_merging(config, UNMERGED | {"r": r})
+            budget = Budget("flops_ratio", self.flops_ratio, flops_ratios(config, input_shape, type(model).__name__))
+        else:
+            assert self.latency_ratio is not None
+            batch = prepared.batch(TIMED_INPUTS)
+            budget = Budget("latency_ratio", self.latency_ratio, latency_ratios(model, batch))
+        search = searching(model, prepared, self.calibration_samples, log_dir) if schedule == SEARCH else None
+        apply_merging(config, budget.fields(schedule, config, search))
 
     def config_fields(self) -> dict[str, Any]:
         """The fields that were given, as the config takes them."""
@@ -122,6 +173,8 @@ class MergeArguments:
             "r_inflection": self.r_inflection,
             "min_latents": self.min_latents,
             "merge_method": self.merge_method,
+            "merge_metric": self.merge_metric,
+            "proportional_attention": self.proportional_attention,
         }
         if self.r is not None:
             given["r"] = parse_r(self.r)
@@ -146,16 +199,3 @@ def parse_r(text: str) -> int | list[int]:
             f"--r {text}: allowed is an integer of 0 or more, or a comma-separated list of them, one a layer"
         ) from None
     return entries if "," in text else entries[0]
-
-
-def apply_merging(config: ToMePerceiverConfig, fields: dict[str, Any]) -> None:
-    """Set merging fields on a config and check what they mean together.
-
-    Raises:
-        BadInput: naming the field, the value and what is allowed.
-    """
-    for name, value in fields.items():
-        setattr(config, name, value)
-    with naming("merging", ValueError):
-        config.check_merging()
-        check_merge_method(config.merge_method)

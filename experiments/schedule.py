@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a budget of FLOPs to the latents that go in each layer, by a schedule of a given shape.
+"""Schedules: how merging is spread over the layers.
 
 A schedule is a family with one parameter, its strength: at 0 nothing merges, at 1 as much as its shape allows. A budget
-is resolved to the weakest member that keeps to it, always as an explicit list, one entry a layer.
+(`experiments.budget`) becomes the weakest member that keeps to it, always as an explicit list, one entry a layer.
 
 Letters: N latents, L self-attention layers.
 """
@@ -13,13 +13,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.bad_input import BadInput
-from experiments.cost import forward_cost
+from experiments.bad_input import naming
+from merging_tome_perceiver import check_merge_method
 
 Schedule = Callable[[int, int, float], list[float]]
 """From N, L and a strength to the latents that are left after each of the L layers, not yet whole numbers."""
 
-UNMERGED: dict[str, Any] = {"r": 0, "r_inflection": 0.0, "merge_groups": None}
+Fields = dict[str, Any]
+"""Fields of a config, all that decide what merges."""
+
+Family = Callable[[float], Fields]
+"""From a strength to a member."""
+
+CostRatio = Callable[[Fields], float]
+"""From a member to its cost, as a share of the unmerged model's."""
+
+UNMERGED: Fields = {"r": 0, "r_inflection": 0.0, "merge_groups": None}
 """Fields of a config that merges nothing; with another r, of one that merges by that and by nothing else."""
 
 BISECTIONS = 40
@@ -62,59 +71,83 @@ SCHEDULES: dict[str, Schedule] = {
     "geometric": geometric,
     "staged": staged,
 }
+SKIP_BLOCKS = "skip_blocks"
+"""A control: nothing merges, and weight-shared blocks run fewer times."""
 
 
-def whole_schedule(latents: int, left_after: Sequence[float]) -> list[int]:
-    """Latents to remove in each layer so that about as many are left as asked, at least one, at least half of each."""
+def whole_schedule(latents: int, left_after: Sequence[float], min_latents: int = 1) -> list[int]:
+    """Latents to remove in each layer so that about as many are left as asked, at least `min_latents`, at least half of
+    each."""
     removed, left = [], latents
     for wanted in left_after:
-        removed.append(max(0, min(left - max(1, round(wanted)), left // 2)))
+        removed.append(max(0, min(left - max(min_latents, round(wanted)), left // 2)))
         left -= removed[-1]
     return removed
 
 
-def schedule_for_flops(
-    config: ToMePerceiverConfig, flops_ratio: float, name: str, input_shape: Sequence[int], architecture: str
-) -> list[int]:
-    """The weakest member of a schedule that takes at most a share of the unmerged model's FLOPs.
+def family_of(config: ToMePerceiverConfig, left_after: Callable[[float], Sequence[float]], num_blocks: int) -> Family:
+    """The members of a schedule as fields of a config.
 
     Args:
-        config: of the model; its own merging does not count.
-        flops_ratio: the share, of the whole forward pass with its matching.
-        name: of the schedule, a key of `SCHEDULES`.
-        input_shape: as `experiments.cost.forward_cost` takes it.
-        architecture: name of the model class.
-
-    Returns:
-        What `config.r` takes: the latents to merge in each of the L layers.
-
-    Raises:
-        BadInput: for a schedule that is not there, or a share that it cannot come down to.
+        config: of the model; its `min_latents` are always left.
+        left_after: from a strength to the latents that are left after each layer of so many blocks.
+        num_blocks: blocks that run.
     """
-    if name not in SCHEDULES:
-        raise BadInput(f"--schedule {name}: allowed are {', '.join(sorted(SCHEDULES))}")
+
+    def member(strength: float) -> Fields:
+        r = whole_schedule(config.num_latents, left_after(strength), config.min_latents)
+        return UNMERGED | {"r": r, "num_blocks": num_blocks}
+
+    return member
+
+
+def named_family(config: ToMePerceiverConfig, name: str) -> Family:
+    """The members of the schedule called `name`, of `SCHEDULES` or `SKIP_BLOCKS`, for this model."""
     layers = config.num_self_attention_layers
-
-    def member(strength: float) -> list[int]:
-        return whole_schedule(config.num_latents, SCHEDULES[name](config.num_latents, layers, strength))
-
-    def flops(r: list[int]) -> int:
-        changed = UNMERGED | {"r": r, "min_latents": 1}
-        return forward_cost(
-            type(config).from_dict(config.to_dict() | changed), input_shape, architecture
-        ).total_with_matching
-
-    budget = flops_ratio * flops([0] * layers)
-    strongest = member(1.0)
-    if not 0 < flops_ratio <= 1 or flops(strongest) > budget:
-        least = flops(strongest) / flops([0] * layers)
-        raise BadInput(
-            f"--flops_ratio {flops_ratio}: allowed are {least:.3f}, where schedule {name} ends, to 1, no merging"
+    if name != SKIP_BLOCKS:
+        return family_of(
+            config, lambda strength: SCHEDULES[name](config.num_latents, layers, strength), config.num_blocks
         )
+
+    def fewer_blocks(strength: float) -> Fields:
+        num_blocks = max(1, round(config.num_blocks * (1 - strength)))
+        return UNMERGED | {"r": [0] * (num_blocks * config.num_self_attends_per_block), "num_blocks": num_blocks}
+
+    return fewer_blocks
+
+
+def weakest_member(family: Family, ratio: float, cost_ratio: CostRatio) -> Fields | None:
+    """The weakest member that costs at most a share of the unmerged model's cost; `None` if the strongest costs more.
+
+    Args:
+        family: whose cost falls as the strength rises.
+        ratio: the share.
+        cost_ratio: of a member.
+    """
+    if cost_ratio(family(0.0)) <= ratio:
+        return family(0.0)
+    if cost_ratio(family(1.0)) > ratio:
+        return None
     weak, strong = 0.0, 1.0
-    if flops(member(weak)) <= budget:
-        return member(weak)
     for _ in range(BISECTIONS):
         middle = (weak + strong) / 2
-        weak, strong = (weak, middle) if flops(member(middle)) <= budget else (middle, strong)
-    return member(strong)
+        weak, strong = (weak, middle) if cost_ratio(family(middle)) <= ratio else (middle, strong)
+    return family(strong)
+
+
+def unmerged_fields(config: ToMePerceiverConfig) -> Fields:
+    """The fields with which this model merges nothing and runs all of its blocks."""
+    return UNMERGED | {"num_blocks": config.num_blocks}
+
+
+def apply_merging(config: ToMePerceiverConfig, fields: Fields) -> None:
+    """Set merging fields on a config and check what they mean together.
+
+    Raises:
+        BadInput: naming the field, the value and what is allowed.
+    """
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with naming("merging", ValueError):
+        config.check_merging()
+        check_merge_method(config.merge_method)

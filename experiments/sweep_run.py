@@ -18,7 +18,8 @@ from experiments.model_card import Measured, card_data, figures, usage_section, 
 from experiments.model_loading import load_config, load_model
 from experiments.output_folder import training_fields
 from experiments.report import write_report
-from experiments.sweep import UNMERGED, Cells, Merge, Row, SweepArguments, SweepResults
+from experiments.sweep import Cells, Row, SweepResults
+from experiments.sweep_arguments import Merge, SweepArguments
 from experiments.task import Batch, PreparedTask, Task
 from experiments.training import RetrainArguments, task_trainer, train_and_save
 
@@ -33,6 +34,7 @@ class SweepRun:
         model_args, sweep_args, retraining, training: what the command line says.
         task, prepared: to evaluate and train on.
         merges: of the rows.
+        baseline: merges nothing.
         results: rows to fill.
         continued: whether some of the results are of an earlier run.
     """
@@ -44,6 +46,7 @@ class SweepRun:
     task: Task
     prepared: PreparedTask
     merges: list[Merge]
+    baseline: Merge
     results: SweepResults
     continued: bool
 
@@ -53,7 +56,9 @@ class SweepRun:
 
     @property
     def cells(self) -> Cells:
-        return Cells(self.results, self.merges, self.prepared, self.output_dir, self.training.should_save)
+        return Cells(
+            self.results, self.merges, self.baseline, self.prepared, self.output_dir, self.training.should_save
+        )
 
     def measure(self, model: PreTrainedModel, batch: Batch) -> None:
         """Evaluate the checkpoint with every merge, and time it."""
@@ -108,7 +113,7 @@ class SweepRun:
         """Write the report, and the unmerged checkpoint with a card that is the report, last."""
         if not self.training.should_save:
             return
-        UNMERGED.apply(model.config)
+        self.baseline.apply(model.config)
         model.save_pretrained(self.output_dir)
         self.prepared.processing_class.save_pretrained(self.output_dir)
         self.results.save(self.output_dir)

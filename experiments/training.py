@@ -6,12 +6,14 @@ from __future__ import annotations
 import copy
 import errno
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
 
@@ -21,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from experiments.bad_input import BadInput
+from experiments.elastic import ElasticTrainer
 from experiments.output_folder import TRAINED_FILE, is_checkpoint, last_checkpoint, save_metrics
 from experiments.scores import paired_change
 from experiments.task import PreparedTask
@@ -46,6 +49,17 @@ class RetrainArguments:
     retrain_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of these epochs; by default --learning_rate."}
     )
+    elastic: bool = field(
+        default=False,
+        metadata={
+            "help": "One checkpoint for every r and budget: the last training, so retraining if there is any, draws "
+            "the merging anew in every step, and teaches the merged model what the unmerged one says."
+        },
+    )
+    distillation_weight: float = field(
+        default=1.0,
+        metadata={"help": "With --elastic: of what it is taught, beside the loss of the task unmerged."},
+    )
 
     def training_arguments(self, finetuning: TrainingArguments) -> TrainingArguments:
         """Those of finetuning with the epochs and the learning rate of retraining."""
@@ -59,9 +73,37 @@ class RetrainArguments:
     def __post_init__(self) -> None:
         if self.retrain_epochs < 0:
             raise BadInput(f"--retrain_epochs {self.retrain_epochs}: allowed is a number of 0 or more")
+        if not 0 <= self.distillation_weight < math.inf:
+            raise BadInput(f"--distillation_weight {self.distillation_weight}: allowed is a number of 0 or more")
+
+    def check_elastic(self, training: TrainingArguments, without: str | None) -> None:
+        """Check that `--elastic` has what it needs.
+
+        Args:
+            training: of the last training.
+            without: the argument that is missing for there to be any, if one is.
+
+        Raises:
+            BadInput: if it has not.
+        """
+        if self.elastic and without is not None:
+            raise BadInput(f"--elastic: allowed only with {without}")
+        if self.elastic and training.torch_compile:
+            raise BadInput("--elastic: allowed only without --torch_compile, which would compile in every step")
+
+    @property
+    def trainer_class(self) -> Callable[..., Trainer]:
+        """What makes the Trainer of the last training."""
+        return partial(ElasticTrainer, distillation_weight=self.distillation_weight) if self.elastic else Trainer
 
 
-def task_trainer(model: PreTrainedModel, task: PreparedTask, arguments: TrainingArguments, output_dir: Path) -> Trainer:
+def task_trainer(
+    model: PreTrainedModel,
+    task: PreparedTask,
+    arguments: TrainingArguments,
+    output_dir: Path,
+    trainer_class: Callable[..., Trainer] = Trainer,
+) -> Trainer:
     """A Trainer for the task that writes to `output_dir` and saves what makes its inputs beside the model."""
     arguments = copy.deepcopy(arguments)
     arguments.output_dir = str(output_dir)
@@ -69,7 +111,7 @@ def task_trainer(model: PreTrainedModel, task: PreparedTask, arguments: Training
     arguments.push_to_hub = False
     # The model does not name what its inputs are made of.
     arguments.remove_unused_columns = False
-    trainer = Trainer(
+    trainer = trainer_class(
         model=model,
         args=arguments,
         train_dataset=task.train,

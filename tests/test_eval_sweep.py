@@ -72,7 +72,9 @@ def test_the_file_says_what_made_it(sweep):
     results = read(sweep)
     assert results["arguments"]["retrain_epochs"] == 1 and "token" not in results["arguments"]
     assert results["environment"]["torch"] and results["environment"]["date"]
-    assert set(results["seconds"]) == {"evaluating merged", "timing", "loading", "retraining", "evaluating retrained"}
+    assert set(results["seconds"]) == {
+        "resolving budgets", "evaluating merged", "timing", "loading", "retraining", "evaluating retrained"
+    }  # fmt: skip
     assert results["source"]["split"] == "test"
 
 
@@ -163,6 +165,12 @@ def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, caps
         (("--flops_ratio", "1.5"), ("--flops_ratio 1.5", "to 1")),
         (("--flops_ratio", "0.9", "--schedule", "steep"), ("--schedule steep", "geometric")),
         (("--flops_ratio", "0.9", "0.9"), ("--flops_ratio 0.9", "twice")),
+        (("--latency_ratio", "0"), ("--latency_ratio 0.0", "to 1")),
+        (("--flops_ratio", "0.01", "--schedule", "search"), ("--flops_ratio 0.01", "search")),
+        (("--flops_ratio", "0.1", "--schedule", "skip_blocks"), ("--flops_ratio 0.1", "skip_blocks")),
+        (("--r", "1", "--calibration_samples", "0"), ("--calibration_samples 0", "1 or more")),
+        (("--r", "1", "--merge_metric", "query"), ("merge_metric = 'query'", "'key'")),
+        (("--r", "1", "--proportional_attention", "true", "true"), ("--proportional_attention true", "twice")),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(inputs, tmp_path, capsys, arguments, says):
@@ -207,3 +215,40 @@ def test_budgets_schedules_and_methods_are_rows(inputs, tmp_path):
     assert rows["flops=0.99 floor prune"]["r"] == rows["flops=0.99 floor bipartite"]["r"]
     assert all(("accuracy_change" in row["merged"]) == ("r=0" not in name) for name, row in rows.items())
     assert (tmp_path / "sweep" / "predictions" / "merged_flops0.99_floor_prune.npy").exists()
+
+
+def test_controls_searches_and_ablations_are_rows(inputs, tmp_path):
+    """Fewer runs of the shared blocks, what a search finds, a share of the time, and each with every variant."""
+    given = (
+        *inputs, "--r", "0", "--flops_ratio", 0.99, "--schedule", "skip_blocks", "search", "--calibration_samples", 4,
+        "--merge_metric", "key", "hidden", "--proportional_attention", "true", "false", "--timing_rounds", 0,
+        "--output_dir", tmp_path / "sweep",
+    )  # fmt: skip
+    call_script("eval_sweep.py", *given)
+    rows = {row["name"]: row for row in read(tmp_path / "sweep")["rows"]}
+    assert list(rows) == [
+        f"{name} {metric} {attention}"
+        for metric in ("key", "hidden")
+        for attention in ("proportional", "plain")
+        for name in ("r=0", "flops=0.99 skip_blocks", "flops=0.99 search")
+    ]
+    skipping = rows["flops=0.99 skip_blocks hidden plain"]
+    assert skipping["num_blocks"] == 1 and sum(skipping["r"]) == 0 and skipping["flops_ratio"] <= 0.99
+    assert (skipping["merge_metric"], skipping["proportional_attention"]) == ("hidden", False)
+    assert "accuracy_change" in skipping["merged"]
+    assert all(row["flops_ratio"] <= 0.99 for name, row in rows.items() if "search" in name)
+    searched = json.loads((tmp_path / "sweep" / "schedule_search.json").read_text())
+    # Continued, nothing is searched for again: the rows are what they were.
+    (tmp_path / "sweep" / "schedule_search.json").unlink()
+    call_script("eval_sweep.py", *given)
+    assert searched["divergences"] and not (tmp_path / "sweep" / "schedule_search.json").exists()
+    model = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(tmp_path / "sweep")
+    assert model.config.num_blocks == 2 and model.r == 0
+
+
+def test_a_share_of_the_time_is_a_row(inputs, tmp_path):
+    call_script(
+        "eval_sweep.py", *inputs, "--latency_ratio", 1.0, "--timing_rounds", 0, "--output_dir", tmp_path / "sweep",
+    )  # fmt: skip
+    (row,) = read(tmp_path / "sweep")["rows"]
+    assert row["name"] == "latency=1 floor" and sum(row["r"]) == 0

@@ -19,7 +19,7 @@ from experiments.glue_task import GlueDataArguments
 from experiments.hub_arguments import HubArguments
 from experiments.image_task import ImageDataArguments
 from experiments.model_arguments import MergeArguments, ModelArguments
-from experiments.sweep import SweepArguments
+from experiments.sweep_arguments import SweepArguments
 from experiments.sweep_task import SweepDataArguments
 from experiments.training import RetrainArguments
 from tests.script_run import ROOT, call_script, run_script

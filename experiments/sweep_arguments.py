@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which merges a sweep tries: from the command line to what each row merges."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.bad_input import BadInput
+from experiments.budget import SCHEDULE_NAMES, Budget, check_schedule, flops_ratios, latency_ratios, searching
+from experiments.model_arguments import parse_r, spelled_r
+from experiments.schedule import DEFAULT_SCHEDULE, Fields, apply_merging, unmerged_fields
+from experiments.schedule_search import SEARCH
+from experiments.task import Batch, PreparedTask
+from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
+
+# Fields of the config that a sweep may cross with every row.
+VARIED = ("merge_method", "merge_metric", "proportional_attention")
+BOOLEANS = {"true": True, "false": False}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What one row of a sweep merges.
+
+    Attributes:
+        name: of the row.
+        series: rows of the same one are joined by a line.
+        fields: of the config, all that decide what merges.
+    """
+
+    name: str
+    series: str
+    fields: Fields
+
+    @property
+    def branch(self) -> str:
+        """Of the Hub repository, and folder below `retrained/`."""
+        return re.sub(r"[^A-Za-z0-9.]+", "_", self.name.replace("=", ""))
+
+    def apply(self, config: ToMePerceiverConfig) -> None:
+        """Set it on a config, whatever that merged before.
+
+        Raises:
+            BadInput: for what the config cannot mean.
+        """
+        apply_merging(config, self.fields)
+
+
+@dataclass
+class SweepArguments:
+    """Which merges to try, and how to time them."""
+
+    _argument_group_name: ClassVar[str] = "sweep"
+
+    r: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Each an integer, or a comma-separated list, one a layer. Without any budget: 0."},
+    )
+    flops_ratio: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Each a share of the unmerged model's FLOPs, for a row with every --schedule."},
+    )
+    latency_ratio: list[float] = field(
+        default_factory=list,
+        metadata={"help": "The same of the unmerged model's time for a timed batch, measured on this machine."},
+    )
+    schedule: list[str] = field(
+        default_factory=lambda: [DEFAULT_SCHEDULE],
+        metadata={"help": f"How such a share is spread over the layers: {', '.join(sorted(SCHEDULE_NAMES))}."},
+    )
+    calibration_samples: int = field(
+        default=256, metadata={"help": "Training samples, without labels, on which --schedule search compares outputs."}
+    )
+    merge_method: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What merges with what. Several: every row with each, such as with the controls."},
+    )
+    merge_metric: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What of the latents is compared: key, value, hidden. Several: every row with each."},
+    )
+    proportional_attention: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Whether a merged latent counts as often as it stands for: true, false, or both in turn."},
+    )
+    r_inflection: float | None = field(default=None, metadata={"help": "Shape of the schedule of an integer r."})
+    min_latents: int | None = field(default=None, metadata={"help": "Never merge below this many latents."})
+    timing_rounds: int = field(default=15, metadata={"help": "Rounds in which every row is timed once. 0: no timing."})
+    timing_batch_size: int = field(
+        default=32, metadata={"help": "Inputs in a timed batch: the first ones that are evaluated."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("timing_rounds", 0), ("timing_batch_size", 1), ("calibration_samples", 1)):
+            if getattr(self, name) < smallest:
+                raise BadInput(f"--{name} {getattr(self, name)}: allowed is an integer of {smallest} or more")
+        budgets = self.flops_ratio or self.latency_ratio
+        self.proportional_attention = [str(value).lower() for value in self.proportional_attention]
+        for value in self.proportional_attention:
+            if value not in BOOLEANS:
+                raise BadInput(f"--proportional_attention {value}: allowed are {', '.join(BOOLEANS)}")
+        self.r = [spelled_r(r) for r in self.r] or ([] if budgets else ["0"])
+        for name in ("r", "flops_ratio", "latency_ratio", "schedule", *VARIED):
+            values = getattr(self, name)
+            if repeated := {value for value in values if values.count(value) > 1}:
+                raise BadInput(f"--{name} {min(repeated)}: stands there twice; allowed is each once")
+        for name in self.schedule:
+            check_schedule(name)
+
+    def merges(
+        self,
+        model: ToMePerceiverPreTrainedModel,
+        prepared: PreparedTask,
+        batch: Batch,
+        input_shape: tuple[int, ...],
+        log_dir: Path | None,
+    ) -> list[Merge]:
+        """What each row merges: every r, then every budget with every schedule; all that with every variant.
+
+        Args:
+            model: whose merging it is; a search runs it, and so does a budget of time.
+            prepared: the task, whose training samples a search looks at.
+            batch: that is timed.
+            input_shape: of one input, (1, S) or (1, 3, height, width); a share of the FLOPs is for it.
+            log_dir: where a search keeps what it has found; `None`: nowhere.
+
+        Raises:
+            BadInput: for what the config cannot mean.
+        """
+        config = model.config
+        base = unmerged(config).fields
+        attention = [BOOLEANS[value] for value in self.proportional_attention]
+        variants: dict[str, list] = dict(zip(VARIED, (self.merge_method, self.merge_metric, attention), strict=True))
+        given: Fields = {name: values[0] for name, values in variants.items() if values}
+        if self.min_latents is not None:
+            given["min_latents"] = self.min_latents
+        # A schedule is resolved, and searched, for the first of several variants.
+        apply_merging(config, base | given)
+        inflection = {} if self.r_inflection is None else {"r_inflection": self.r_inflection}
+        rows = [(f"r={r}", "r", base | given | inflection | {"r": parse_r(r)}) for r in self.r]
+        cost = {
+            "flops_ratio": flops_ratios(config, input_shape, type(model).__name__),
+            "latency_ratio": latency_ratios(model, batch),
+        }
+        budgets = [Budget(argument, ratio, cost[argument]) for argument in cost for ratio in getattr(self, argument)]
+        search = None
+        if budgets and SEARCH in self.schedule:
+            search = searching(model, prepared, self.calibration_samples, log_dir)
+        for name, budget in product(self.schedule, budgets):
+            found = budget.fields(name, config, search)
+            rows.append((f"{budget.name}={budget.ratio:g} {name}", name, base | given | found))
+        varied = {name: values for name, values in variants.items() if len(values) > 1}
+        return [
+            Merge(
+                " ".join([name, *map(_spelled, values)]),
+                " ".join([series, *map(_spelled, values)]),
+                fields | dict(zip(varied, values, strict=True)),
+            )
+            for values in product(*varied.values())
+            for name, series, fields in rows
+        ]
+
+
+def unmerged(config: ToMePerceiverConfig) -> Merge:
+    """The row that merges nothing, for this model: its other fields, of those a sweep changes, are the config's."""
+    own = {name: getattr(config, name) for name in (*VARIED, "min_latents")}
+    return Merge("r=0", "r", own | unmerged_fields(config))
+
+
+def _spelled(value: Any) -> str:
+    """A variant in the name of a row."""
+    return {True: "proportional", False: "plain"}[value] if isinstance(value, bool) else str(value)
