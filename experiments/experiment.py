@@ -20,6 +20,7 @@ from experiments.model_card import measured_in, write_checkpoint_card
 from experiments.model_loading import load_model_and_task
 from experiments.output_folder import check_disk_space, claim, training_fields
 from experiments.schedule import DEFAULT_SCHEDULE
+from experiments.schedule_search import SEARCH, undisturbed
 from experiments.task import PreparedTask, Task
 from experiments.training import (
     RetrainArguments,
@@ -110,6 +111,11 @@ def run_experiment(experiment: Experiment) -> None:
     untrained = "--retrain_epochs" if retrain else None if training.do_train else "--do_eval"
     check_sharding(untrained)
     check_resume(training.resume_from_checkpoint)
+    if experiment.merging.searches and experiment.model.model_name_or_path is None and not retrain:
+        raise BadInput(
+            f"--schedule {SEARCH}: allowed for a trained --model_name_or_path, or with --retrain_epochs, since a model "
+            "from scratch has no outputs to keep"
+        )
     repository = check_push(training, experiment.model.token)
 
     set_seed(training.seed)
@@ -120,9 +126,12 @@ def run_experiment(experiment: Experiment) -> None:
     model, prepared = load_model_and_task(experiment.model, merging, task, training)
     input_shape = (1, *prepared.batch(COUNTED_INPUTS)[task.input_name].shape[1:])
     log_dir = output_dir if training.should_save else None
-    # A search looks at a trained model; until there is one, another schedule says whether the budget can be kept.
-    meanwhile = DEFAULT_SCHEDULE if retrain else None
-    experiment.merging.apply_budget(model.to(training.device), prepared, input_shape, log_dir, meanwhile)
+    if retrain:
+        # Only whether the budget can be kept; it is resolved for good when finetuning, unmerged, has ended.
+        with undisturbed(model):
+            experiment.merging.apply_budget(model.to(training.device), prepared, input_shape, None, DEFAULT_SCHEDULE)
+    else:
+        experiment.merging.apply_budget(model.to(training.device), prepared, input_shape, log_dir)
     if training.do_train:
         arguments = noted_arguments(experiment.model, experiment.data, experiment.merging, retraining)
         check_disk_space(output_dir, model, training, models=2 if retrain else 1)
@@ -154,7 +163,8 @@ def _write_card(
 ) -> None:
     output_dir = Path(experiment.training.output_dir)
     retrained = experiment.retraining.retrain_epochs > 0
-    stages = [("eval", "retrained" if retrained else "trained", output_dir, model.r)]
+    last = "retrained" if retrained else "trained"
+    stages = [("eval", f"{last} for every r" if experiment.retraining.elastic else last, output_dir, model.r)]
     if retrained:
         stages = [
             ("eval", "finetuned", output_dir / FINETUNED, 0),

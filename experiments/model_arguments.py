@@ -119,6 +119,8 @@ class MergeArguments:
         if self.r is not None:
             self.r = spelled_r(self.r)
         check_schedule(self.schedule)
+        if self.schedule != DEFAULT_SCHEDULE and not self.has_budget:
+            raise BadInput(f"--schedule {self.schedule}: allowed with a budget only, --flops_ratio or --latency_ratio")
         if self.calibration_samples < 1:
             raise BadInput(f"--calibration_samples {self.calibration_samples}: allowed is an integer of 1 or more")
         given = [f"--{name} {value}" for name in MEANS if (value := getattr(self, name)) is not None]
@@ -129,6 +131,11 @@ class MergeArguments:
     def has_budget(self) -> bool:
         """Whether a budget says what merges."""
         return self.flops_ratio is not None or self.latency_ratio is not None
+
+    @property
+    def searches(self) -> bool:
+        """Whether what merges is searched for."""
+        return self.has_budget and self.schedule == SEARCH
 
     @property
     def merges(self) -> bool:

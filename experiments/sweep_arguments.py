@@ -111,6 +111,8 @@ class SweepArguments:
                 raise BadInput(f"--{name} {min(repeated)}: stands there twice; allowed is each once")
         for name in self.schedule:
             check_schedule(name)
+            if name != DEFAULT_SCHEDULE and not budgets:
+                raise BadInput(f"--schedule {name}: allowed with a budget only, --flops_ratio or --latency_ratio")
 
     def merges(
         self,

@@ -143,18 +143,20 @@ def test_a_stock_masked_language_model_becomes_a_classifier(inputs, tmp_path):
     assert model.perceiver.embeddings.latents.equal(stock.perceiver.embeddings.latents)
 
 
-def test_a_budget_of_flops_becomes_a_list(inputs, tmp_path):
+@pytest.mark.parametrize("schedule", ["linear", "search"])
+def test_a_budget_of_flops_becomes_a_list(inputs, tmp_path, schedule):
     """It is what the checkpoint says that it merges; the card says what share of the FLOPs it takes."""
     call_script(
-        "run_glue.py", *inputs, *TRAINING, "--task_name", "sst2", "--flops_ratio", 0.985, "--schedule", "linear",
-        "--retrain_epochs", 1, "--output_dir", tmp_path / "out",
+        "run_glue.py", *inputs, *TRAINING, "--task_name", "sst2", "--flops_ratio", 0.985, "--schedule", schedule,
+        "--calibration_samples", 4, "--retrain_epochs", 1, "--output_dir", tmp_path / "out",
     )  # fmt: skip
     model = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert len(model.r) == NUM_LAYERS and sum(model.r) > 0
+    assert len(model.r) == model.config.num_self_attention_layers and sum(model.r) > 0
+    assert (tmp_path / "out" / "schedule_search.json").exists() == (schedule == "search")
     share = re.search(r"([0-9.]+)% of what it", (tmp_path / "out" / "README.md").read_text().replace("\n", " "))
     assert 90 < float(share[1]) <= 98.5
     unmerged = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out" / "finetuned")
-    assert sum(unmerged.config.merge_schedule) == 0
+    assert unmerged.config.merge_schedule == [0] * NUM_LAYERS
 
 
 @pytest.mark.parametrize(("ending", "r"), [(".json", "1,0,2,0"), (".yaml", [1, 0, 2, 0]), (".yaml", 1)])
@@ -192,6 +194,10 @@ def test_own_files(tmp_path):
         (("--flops_ratio", "0.9", "--r", "1"), ("--flops_ratio 0.9", "--r 1")),
         (("--flops_ratio", "0.1"), ("--flops_ratio 0.1", "floor", "to 1")),
         (("--flops_ratio", "0.9", "--schedule", "steep"), ("--schedule steep", "geometric")),
+        (("--schedule", "geometric"), ("--schedule geometric", "--flops_ratio")),
+        (("--flops_ratio", "0.9", "--schedule", "search"), ("--schedule search", "--model_name_or_path")),
+        (("--flops_ratio", "0.9", "--calibration_samples", "0"), ("--calibration_samples 0", "1 or more")),
+        (("--flops_ratio", "0.9", "--latency_ratio", "0.9"), ("--latency_ratio 0.9", "--flops_ratio 0.9")),
         (("--max_seq_length", "9999"), ("--max_seq_length 9999", str(POSITIONS))),
         (("--tokenizer_name", "not/there"), ("--tokenizer_name not/there",)),
         (("--dataset_name", "not/there"), ("--dataset_name not/there",)),
