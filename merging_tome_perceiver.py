@@ -2,13 +2,15 @@
 """Merging latents: pure functions on tensors, and the registry of methods that decide what merges.
 
 Written from Bolya et al. (2023), "Token Merging: Your ViT But Faster", section 3 (arXiv:2210.09461), without a class
-token: a Perceiver's latents have none, so every latent may merge.
+token: a Perceiver's latents have none, so every latent may merge. Other ways to match are from the papers that their
+functions name.
 
 Letters: B batch, N latents, M latents left, R = N - M latents merged away, C channels. Indices are int64.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,6 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Positions of the N latents: bipartite matching merges even ones into odd ones.
+EVERY, EVENS, ODDS = slice(None), slice(0, None, 2), slice(1, None, 2)
+# The margin of the energy falls from here to 0 over the layers (Tran et al., 2024).
+LARGEST_MARGIN = 0.9
+# Temperature of the size criterion (Lee et al., 2024).
+SIZE_TEMPERATURE = 1 / 40
 
 
 class Match(NamedTuple):
@@ -74,12 +83,110 @@ def match_bipartite(metric: Tensor, r: int, sizes: Tensor | None = None, depth: 
 
     Source: Bolya et al. (2023), section 3.
     """
-    metric = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
-    # Under autocast the product would run in half precision and the schedule of merges would depend on it.
-    with torch.autocast(metric.device.type, enabled=False):
-        similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-    edge_score, edge_target = similarity.max(dim=-1)
+    edge_score, edge_target = _cosine_similarity(metric, EVENS, ODDS).max(dim=-1)
     return _match_edges(edge_score, edge_target, metric.shape[1], r)
+
+
+@register_merge_method("size_penalty")
+@torch.no_grad()
+def match_size_penalty(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
+    """Bipartite soft matching in which what already stands for many latents is less attractive.
+
+    The attraction of latents i and j is (cos + 1) / 2 x (1 / (s_i s_j)) ^ (1 / 40). Where all sizes are equal this is
+    `bipartite`; elsewhere a pair that is less similar, but smaller, may merge before an exact duplicate.
+
+    Args:
+        metric: (B, N, C). Zero vectors and ties are those of `match_bipartite`.
+        r: R, latents to merge away, from 1 to N // 2.
+        sizes: (B, N), s; `None` for 1 each.
+        depth: without effect.
+
+    Source: Lee et al. (2024), "Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision
+    Transformers" (arXiv:2403.10030), section 3.2: the criteria of similarity and size, without the informativeness.
+    """
+    attraction = (_cosine_similarity(metric, EVENS, ODDS) + 1) / 2
+    if sizes is not None:
+        attraction = attraction * (sizes[:, EVENS, None] * sizes[:, None, ODDS]) ** -SIZE_TEMPERATURE
+    edge_score, edge_target = attraction.max(dim=-1)
+    return _match_edges(edge_score, edge_target, metric.shape[1], r)
+
+
+@register_merge_method("energy")
+@torch.no_grad()
+def match_energy(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
+    """The 2R latents of highest energy merge in pairs, the others are protected.
+
+    Ordered by energy, those 2R alternate between two sets; each of the first merges into the most similar one of the
+    second. High energy means many similar latents, so that isolated ones stay. Exact duplicates need not merge: what is
+    protected, and which set a latent falls into, is decided by energy alone.
+
+    Args:
+        metric: (B, N, C) compared by cosine similarity, in float32 or wider; a zero vector is orthogonal to everything.
+            Ties of the energy go to the lower position, ties of the similarity to the higher energy.
+        r: R, latents to merge away, from 1 to N // 2.
+        sizes: without effect.
+        depth: of the layer; the margin of the energy is 0.9 (1 - depth).
+
+    Source: Tran et al. (2024), "Accelerating Transformers with Spectrum-Preserving Token Merging" (PiToMe,
+    arXiv:2405.16148), section 3.
+    """
+    similarity = _cosine_similarity(metric)
+    energy = energy_scores(similarity, LARGEST_MARGIN * (1 - depth))
+    order = torch.sort(energy, dim=1, descending=True, stable=True).indices
+    merged, targets, protected = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
+    nearest = _take_pairs(similarity, merged, targets).argmax(dim=-1)
+    return Match(kept=torch.cat([protected, targets], dim=1), merged=merged, into=protected.shape[1] + nearest)
+
+
+def energy_scores(similarity: Tensor, margin: float) -> Tensor:
+    """How crowded the neighbourhood of each latent is.
+
+    E_i is the sum over the other latents j of f(cos_ij), divided by N, with f(x) = x from the margin on and
+    exp(x - margin) - 1 below it.
+
+    Args:
+        similarity: (B, N, N).
+        margin: in [-1, 1].
+
+    Returns:
+        (B, N).
+
+    Source: Tran et al. (2024), section 3, with their alpha = 1.
+    """
+    scores = torch.where(similarity >= margin, similarity, torch.expm1(similarity - margin))
+    itself = torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)
+    return scores.masked_fill(itself, 0).mean(dim=-1)
+
+
+@register_merge_method("k_center")
+@torch.no_grad()
+def match_k_center(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
+    """The M latents that stay are spread as far as they go, and each other one merges into its most similar.
+
+    The first position stays; then, again and again, the latent that is least similar to all that stay already. No split
+    limits what merges with what: as long as the latents are of M directions or fewer, only those of the same direction
+    merge. On the sphere, no latent is further from its target than twice the least that any choice of M could do.
+
+    Args:
+        metric: (B, N, C) compared by cosine similarity, in float32 or wider; a zero vector is orthogonal to everything.
+            Ties go to the lower position, of those that stay and of those merged into. The M steps run one after
+            another, which `torch.compile` unrolls.
+        r: R, latents to merge away, from 1 to N - 1.
+        sizes, depth: without effect.
+
+    Source: Gonzalez (1985), "Clustering to minimize the maximum intercluster distance"; as the selection of a
+    core-set: Sener and Savarese (2018), "Active Learning for Convolutional Neural Networks" (arXiv:1708.00489).
+    """
+    similarity = _cosine_similarity(metric)
+    # To the nearest of those that stay: nothing at first, and infinite for these themselves.
+    nearest = torch.full_like(similarity[:, 0], -math.inf)
+    for _ in range(metric.shape[1] - r):
+        farthest = nearest.argmin(dim=1, keepdim=True)
+        nearest = nearest.maximum(_take_rows(similarity, farthest)[:, 0]).scatter(1, farthest, math.inf)
+    # A stable sort: those that merge, then those that stay, each in the order of their positions.
+    order = torch.sort(nearest.isinf().int(), dim=1, stable=True).indices
+    merged, kept = order[:, :r], order[:, r:]
+    return Match(kept=kept, merged=merged, into=_take_pairs(similarity, merged, kept).argmax(dim=-1))
 
 
 @register_merge_method("random")
@@ -121,6 +228,14 @@ def match_groups(groups: Sequence[int], device: torch.device) -> Match:
         return torch.tensor([values], dtype=torch.int64, device=device)
 
     return Match(kept=row(kept), merged=row(merged), into=row(into))
+
+
+def _cosine_similarity(metric: Tensor, rows: slice = EVERY, columns: slice = EVERY) -> Tensor:
+    """(B, K, J): between the latents at positions `rows` and at `columns` of (B, N, C), in float32 or wider."""
+    metric = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+    # Under autocast the product would run in half precision and the schedule of merges would depend on it.
+    with torch.autocast(metric.device.type, enabled=False):
+        return metric[:, rows] @ metric[:, columns].transpose(1, 2)
 
 
 def _match_edges(edge_score: Tensor, edge_target: Tensor, num_latents: int, r: int) -> Match:
@@ -236,3 +351,8 @@ def _take_rows(latents: Tensor, positions: Tensor) -> Tensor:
     batch, num_latents, channels = latents.shape
     rows = latents.flatten(0, 1).index_select(0, _flat_rows(positions, num_latents))
     return rows.view(batch, -1, channels)
+
+
+def _take_pairs(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(B, K, J): the similarities (B, N, N) of the latents at positions (B, K) to those at positions (B, J)."""
+    return _take_rows(similarity, rows).gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))

@@ -206,10 +206,18 @@ def bipartite_flops(latents: int, channels: int) -> int:
     return linear_flops((latents + 1) // 2, channels, latents // 2)
 
 
+def all_pairs_flops(latents: int, channels: int) -> int:
+    """Similarities of every latent with every one."""
+    return linear_flops(latents, channels, latents)
+
+
 MATCHING_COSTS: dict[str, Callable[[int, int], int]] = {
     "bipartite": bipartite_flops,
+    "energy": all_pairs_flops,
+    "k_center": all_pairs_flops,
     "prune": bipartite_flops,
     "random": lambda latents, channels: 0,
+    "size_penalty": bipartite_flops,
 }
 """For each name in `MERGE_METHODS` of `merging_tome_perceiver.py`: FLOPs from N and the channels of the metric."""
 

@@ -50,6 +50,9 @@ MERGES = {
     "bipartite": dict(r=R_LIST),
     "value": dict(r=R_LIST, merge_metric="value"),
     "hidden": dict(r=R_LIST, merge_metric="hidden"),
+    "energy": dict(r=R_LIST, merge_method="energy"),
+    "size_penalty": dict(r=R_LIST, merge_method="size_penalty"),
+    "k_center": dict(r=R_LIST, merge_method="k_center"),
     "random": dict(r=R_LIST, merge_method="random"),
     "groups": dict(merge_groups=GROUPS),
 }
@@ -352,6 +355,10 @@ DUPLICATES = {
     "matched at once": (dict(r=[3, 1, 0, 0, 0, 0]), [0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7]),
     "matched late, over two blocks": (dict(r=[0, 3, 0, 0, 1, 0]), [0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7]),
     "matched, one size": (dict(r=[1, 0, 0, 0, 0, 0]), [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10]),
+    # While sizes are equal; after that the penalty may outweigh the likeness of duplicates.
+    "size_penalty": (dict(r=[3, 0, 0, 0, 0, 0], merge_method="size_penalty"), [0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8]),
+    # Any copies, wherever they stand, as long as no more latents differ than stay.
+    "k_center": (dict(r=[5, 2, 0, 1, 0, 0], merge_method="k_center"), [0, 1, 0, 2, 0, 3, 1, 0, 0, 2, 0, 2]),
     "groups in two steps": (
         dict(merge_groups=[[0, 1, 2, 0, 3, 1, 1, 0, 1, 3, 4, 2], None, None, [0, 1, 2, 3, 2], None, None]),
         [0, 1, 2, 0, 3, 1, 1, 0, 1, 3, 2, 2],
@@ -500,7 +507,9 @@ def test_checkpointing_recomputes_the_same_merges(head, use_reentrant, merge):
 TWO_LAYERS = dict(num_blocks=2, num_self_attends_per_block=1)
 TWO_MERGES = {
     "bipartite": dict(r=[3, 2]),
-    "hidden": dict(r=[3, 2], merge_metric="hidden"),
+    "energy of latents": dict(r=[3, 2], merge_method="energy", merge_metric="hidden"),
+    "size_penalty of values": dict(r=[3, 2], merge_method="size_penalty", merge_metric="value"),
+    "k_center": dict(r=[3, 2], merge_method="k_center"),
     "random": dict(r=[3, 2], merge_method="random"),
     "prune": dict(r=[3, 2], merge_method="prune"),
     "groups": dict(merge_groups=[GROUPS[1], GROUPS[3]]),
