@@ -157,15 +157,20 @@ class SweepArguments:
             found = budget.fields(name, config, search)
             rows.append((f"{budget.name}={budget.ratio:g} {name}", name, base | given | found))
         varied = {name: values for name, values in variants.items() if len(values) > 1}
-        return [
-            Merge(
-                " ".join([name, *map(_spelled, values)]),
-                " ".join([series, *map(_spelled, values)]),
-                fields | dict(zip(varied, values, strict=True)),
-            )
-            for values in product(*varied.values())
-            for name, series, fields in rows
-        ]
+        merges = [Merge(name, series, fields) for name, series, fields in rows if not _merges(fields, config)]
+        for values in product(*varied.values()):
+            spelled, variant = [_spelled(value) for value in values], dict(zip(varied, values, strict=True))
+            merges += [
+                Merge(" ".join([name, *spelled]), " ".join([series, *spelled]), fields | variant)
+                for name, series, fields in rows
+                if _merges(fields, config)
+            ]
+        return merges
+
+
+def _merges(fields: Fields, config: ToMePerceiverConfig) -> bool:
+    """Whether anything merges or is left out; if not, how it would merge makes no difference."""
+    return fields["r"] not in (0, [0] * config.num_self_attention_layers)
 
 
 def unmerged(config: ToMePerceiverConfig) -> Merge:

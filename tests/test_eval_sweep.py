@@ -206,13 +206,11 @@ def test_budgets_schedules_and_methods_are_rows(inputs, tmp_path):
         "--merge_method", "bipartite", "prune", "--timing_rounds", 0, "--output_dir", tmp_path / "sweep",
     )  # fmt: skip
     rows = {row["name"]: row for row in read(tmp_path / "sweep")["rows"]}
-    assert list(rows) == [
-        f"{name} {method}"
-        for method in ("bipartite", "prune")
-        for name in ("r=0", "flops=0.99 floor", "flops=0.99 linear")
+    merging = [
+        f"{name} {method}" for method in ("bipartite", "prune") for name in ("flops=0.99 floor", "flops=0.99 linear")
     ]
-    for name, row in rows.items():
-        assert row["merge_method"] in name and row["flops_ratio"] <= (1 if "r=0" in name else 0.99)
+    assert list(rows) == ["r=0", *merging]
+    assert all(rows[name]["merge_method"] in name and rows[name]["flops_ratio"] <= 0.99 for name in merging)
     assert rows["flops=0.99 floor prune"]["r"] == rows["flops=0.99 floor bipartite"]["r"]
     assert all(("accuracy_change" in row["merged"]) == ("r=0" not in name) for name, row in rows.items())
     assert (tmp_path / "sweep" / "predictions" / "merged_flops0.99_floor_prune.npy").exists()
@@ -228,10 +226,13 @@ def test_controls_searches_and_ablations_are_rows(inputs, tmp_path):
     call_script("eval_sweep.py", *given)
     rows = {row["name"]: row for row in read(tmp_path / "sweep")["rows"]}
     assert list(rows) == [
-        f"{name} {metric} {attention}"
-        for metric in ("key", "hidden")
-        for attention in ("proportional", "plain")
-        for name in ("r=0", "flops=0.99 skip_blocks", "flops=0.99 search")
+        "r=0",
+        *(
+            f"{name} {metric} {attention}"
+            for metric in ("key", "hidden")
+            for attention in ("proportional", "plain")
+            for name in ("flops=0.99 skip_blocks", "flops=0.99 search")
+        ),
     ]
     skipping = rows["flops=0.99 skip_blocks hidden plain"]
     assert skipping["num_blocks"] == 1 and sum(skipping["r"]) == 0 and skipping["flops_ratio"] <= 0.99
