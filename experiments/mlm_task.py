@@ -7,26 +7,28 @@ the vocabulary.
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset, DatasetDict, Value, load_dataset
+from datasets import Dataset, Value, load_dataset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, naming
-from experiments.glue_task import GlueDataArguments, GlueTask
+from experiments.glue_task import LABEL, GlueDataArguments, GlueTask
 from experiments.scores import NOT_ASKED
-from experiments.task import NOT_THERE, Batch, PreparedTask, Source, listed
+from experiments.task import NOT_THERE, READ_ANEW, Batch, PreparedTask, Source, listed
 
 MODEL_CLASS = "ToMePerceiverForMaskedLM"
 SENTENCE = "sentence"
 TRAIN, VALIDATION = "train", "validation"
+# Of `datasets`, for files whose name ends otherwise.
+BUILDERS = {"txt": "text"}
 # Of the order of evaluated sentences and of what is hidden in them: the same for all models that are compared, whatever
 # they were trained with.
 EVALUATION_SEED = 0
@@ -45,9 +47,25 @@ class MlmDataArguments(GlueDataArguments):
     mlm_probability: float = field(
         default=0.15, metadata={"help": "Masked language modelling: share of the tokens to be found again."}
     )
+    line_by_line: bool = field(
+        default=True, metadata={"help": "Masked language modelling: each line or sentence is an input of its own."}
+    )
+    validation_split_percentage: int = field(
+        default=5,
+        metadata={
+            "help": "Masked language modelling: percentage of the sentences to evaluate on, if there is no validation "
+            "split."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.line_by_line:
+            raise BadInput("--line_by_line False: allowed is True; lines are not joined to longer inputs here")
+        if not 0 < self.validation_split_percentage < 100:
+            raise BadInput(
+                f"--validation_split_percentage {self.validation_split_percentage}: allowed are the integers 1 to 99"
+            )
         if not 0 < self.mlm_probability <= 1:
             raise BadInput(f"--mlm_probability {self.mlm_probability}: allowed is a number above 0, up to 1")
 
@@ -150,11 +168,11 @@ def likeliest_tokens(logits: Tensor, labels: Tensor) -> Tensor:
 def load_mlm_task(arguments: MlmDataArguments, predict: bool, seed: int, **download: Any) -> MlmTask:
     """Load the sentences that the arguments mean, of several configurations as one.
 
-    What stands in a validation split is dropped from training, whatever its case and punctuation.
+    What is evaluated is dropped from training, and sentences that differ by case and punctuation alone are one.
 
     Args:
         arguments: which sentences.
-        predict: whether a test split is asked for; there is none.
+        predict: whether predictions are asked for; there are none.
         seed: of the order in which training sentences are cut off by `max_train_samples`.
         download: `cache_dir` and `token` for `datasets.load_dataset`.
 
@@ -162,32 +180,23 @@ def load_mlm_task(arguments: MlmDataArguments, predict: bool, seed: int, **downl
         BadInput: for a dataset or split that is not there, or no sentences in it.
     """
     if predict:
-        raise BadInput("--do_predict: allowed are --do_train and --do_eval; there is nothing to predict without labels")
+        raise BadInput("--do_predict: allowed for classification; masked language models take --do_train and --do_eval")
     if arguments.task_name is not None:
         raise BadInput(
-            f"--task_name {arguments.task_name}: allowed for classification; masked language modelling takes "
+            f"--task_name {arguments.task_name}: allowed for classification; masked language models take "
             "--dataset_name and --dataset_config_name, or files"
         )
     pools, source = _load_splits(arguments, download)
-    sentences = {
-        name: _distinct(sentence for split in splits for sentence in _sentences(split))
-        for name, splits in pools.items()
-    }
-    train = [text for key, text in sentences[TRAIN].items() if key not in sentences[VALIDATION]]
-    datasets = {}
-    for name, texts, count, order in (
-        (TRAIN, train, arguments.max_train_samples, seed),
-        (VALIDATION, list(sentences[VALIDATION].values()), arguments.max_eval_samples, EVALUATION_SEED),
-    ):
-        if not texts:
-            raise BadInput(f"{source.argument}: split '{name}' has no sentences; allowed is one column of text or more")
-        dataset = Dataset.from_dict({SENTENCE: texts}).shuffle(seed=order)
-        datasets[name] = dataset if count is None else dataset.select(range(min(count, len(dataset))))
+    train, evaluated = (_distinct(pools[role]) for role in (TRAIN, VALIDATION))
+    if not pools[VALIDATION]:
+        count = len(train) * arguments.validation_split_percentage // 100
+        evaluated = dict(random.Random(EVALUATION_SEED).sample(list(train.items()), count))
+    trained = {key: sentence for key, sentence in train.items() if key not in evaluated}
     return MlmTask(
         source=source,
         labels=[],
-        train=datasets[TRAIN],
-        evaluation={"": datasets[VALIDATION]},
+        train=_shuffled(trained, TRAIN, arguments.max_train_samples, seed, source.argument),
+        evaluation={"": _shuffled(evaluated, VALIDATION, arguments.max_eval_samples, EVALUATION_SEED, source.argument)},
         prediction={},
         main_metric="accuracy",
         arguments=arguments,
@@ -196,41 +205,50 @@ def load_mlm_task(arguments: MlmDataArguments, predict: bool, seed: int, **downl
 
 
 def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple[dict[str, list[Dataset]], Source]:
-    """The splits to train and those to evaluate on."""
-    if arguments.dataset_name is None:
-        return _load_files(arguments, download)
-    names = arguments.dataset_config_name
-    source = Source.of_dataset(arguments.dataset_name, names, VALIDATION)
+    """The splits to train on and those to evaluate on, which may be none."""
+    if arguments.overwrite_cache:
+        download = download | READ_ANEW
+    configs = arguments.dataset_config_name
     pools: dict[str, list[Dataset]] = {TRAIN: [], VALIDATION: []}
-    for config in [None] if names is None else names.split(","):
-        with naming(source.argument, *NOT_THERE):
-            splits: DatasetDict = load_dataset(arguments.dataset_name, config, **download)
-        for role, pool in pools.items():
-            # MNLI has two to validate on.
-            found = [split for name, split in splits.items() if name.partition("_")[0] == role]
-            if not found:
-                raise BadInput(f"{source.argument}: has no split '{role}', only {listed(splits)}")
-            pool += found
+    if arguments.dataset_name is not None:
+        source = Source.of_dataset(arguments.dataset_name, configs, VALIDATION)
+        for config in [None] if configs is None else configs.split(","):
+            with naming(source.argument, *NOT_THERE):
+                splits = load_dataset(arguments.dataset_name, config, **download)
+            if TRAIN not in splits:
+                raise BadInput(f"{source.argument}: has no split '{TRAIN}', only {listed(splits)}")
+            for role, pool in pools.items():
+                # MNLI has two to validate on.
+                pool += [split for name, split in splits.items() if name.partition("_")[0] == role]
+        return pools, source
+    if arguments.train_file is None:
+        raise BadInput("--train_file: not given; allowed are --dataset_name, or a file of one's own")
+    source = Source(f"--train_file {arguments.train_file}", Path(arguments.train_file).stem)
+    for role, path in ((TRAIN, arguments.train_file), (VALIDATION, arguments.validation_file)):
+        if path is not None:
+            ending = Path(path).suffix.removeprefix(".")
+            with naming(f"--{role}_file {path}", *NOT_THERE):
+                # Whatever is in a single file, `datasets` calls it "train".
+                split = load_dataset(BUILDERS.get(ending, ending), data_files=path, split="train", **download)
+            pools[role].append(split)
     return pools, source
 
 
-def _load_files(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple[dict[str, list[Dataset]], Source]:
-    files = {TRAIN: arguments.train_file, VALIDATION: arguments.validation_file}
-    pools = {}
-    for name, path in files.items():
-        if path is None:
-            raise BadInput(f"--{name}_file: not given; allowed are --dataset_name, or a file for {' and '.join(files)}")
-        with naming(f"--{name}_file {path}", *NOT_THERE):
-            pools[name] = [load_dataset(Path(path).suffix[1:], data_files=path, split="train", **download)]
-    return pools, Source(f"--train_file {files[TRAIN]}", Path(str(files[TRAIN])).stem)
+def _distinct(splits: list[Dataset]) -> dict[str, str]:
+    """The sentences of all columns of text, by what tells them apart: their letters and digits, in any case."""
+    columns = (
+        split[name]
+        for split in splits
+        for name, feature in split.features.items()
+        if name != LABEL and isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+    )
+    sentences = (sentence.strip() for column in columns for sentence in column if sentence is not None)
+    return {re.sub(r"\W+", "", sentence).casefold() or sentence: sentence for sentence in sentences if sentence}
 
 
-def _sentences(split: Dataset) -> Iterator[str]:
-    for name, feature in split.features.items():
-        if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-            yield from (text.strip() for text in split[name] if text is not None and text.strip())
-
-
-def _distinct(sentences: Iterable[str]) -> dict[str, str]:
-    """Sentences by what tells them apart: their letters and digits, in any case."""
-    return {re.sub(r"\W+", "", sentence).casefold() or sentence: sentence for sentence in sentences}
+def _shuffled(sentences: dict[str, str], role: str, count: int | None, seed: int, argument: str) -> Dataset:
+    """The first few in an order in which all configurations are mixed."""
+    if not sentences:
+        raise BadInput(f"{argument}: has no sentences for '{role}'; allowed is text, and not only duplicates of it")
+    texts = random.Random(seed).sample(list(sentences.values()), len(sentences))
+    return Dataset.from_dict({SENTENCE: texts[:count]})

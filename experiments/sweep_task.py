@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data of a sweep: those of a GLUE task or of images, as the checkpoint asks."""
+"""The data of a sweep: those of a GLUE task, of images or of masked language modelling, as the checkpoint asks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from experiments.bad_input import BadInput
-from experiments.glue_task import GlueDataArguments, load_glue_task
+from experiments.glue_task import load_glue_task
 from experiments.image_task import ImageDataArguments, load_image_task
+from experiments.mlm_task import MlmDataArguments, load_mlm_task
 from experiments.model_arguments import ModelArguments
 from experiments.model_loading import requested_config
 from experiments.task import Task
 
+TASKS: dict[str, tuple[Callable[..., Task], str]] = {
+    "ForSequenceClassification": (load_glue_task, "classifies text"),
+    "ForMaskedLM": (load_mlm_task, "finds masked tokens"),
+    "ForImageClassification": (load_image_task, "classifies images"),
+}
+"""By what is in the name of a model class: who loads its data, and what it does."""
+
 
 @dataclass
-class SweepDataArguments(GlueDataArguments, ImageDataArguments):
-    """Which sentences or images; as for run_glue.py and run_image.py."""
+class SweepDataArguments(MlmDataArguments, ImageDataArguments):
+    """Which sentences or images; as for run_glue.py, run_mlm.py and run_image.py."""
 
     _argument_group_name: ClassVar[str] = "sentences or images"
 
@@ -29,17 +38,23 @@ class SweepDataArguments(GlueDataArguments, ImageDataArguments):
 
 
 def load_sweep_task(data: SweepDataArguments, model: ModelArguments, seed: int) -> Task:
-    """Load sentences for a text checkpoint and images for an image checkpoint.
+    """Load what the checkpoint was trained for: labelled sentences, sentences to be masked, or images.
 
     Raises:
         BadInput: for a checkpoint or data that are not there or do not fit.
     """
     architectures = requested_config(model).architectures
     name = f"--model_name_or_path {model.model_name_or_path}"
-    if "Classification" not in str(architectures):
-        raise BadInput(f"{name}: architectures = {architectures}; allowed is a finetuned text or image classifier")
-    image = "Image" in str(architectures)
-    if image and data.task_name is not None:
-        raise BadInput(f"--task_name {data.task_name}: allowed only for text, and {name} classifies images")
-    load = load_image_task if image else load_glue_task
+    task = next((task for part, task in TASKS.items() if part in str(architectures)), None)
+    if task is None:
+        raise BadInput(
+            f"{name}: architectures = {architectures}; allowed is a finetuned text or image classifier, or a masked "
+            "language model"
+        )
+    load, does = task
+    if data.task_name is not None and load is not load_glue_task:
+        raise BadInput(
+            f"--task_name {data.task_name}: allowed for a finetuned text classifier only, and {name}, "
+            f"architectures = {architectures}, {does}"
+        )
     return load(data, predict=False, seed=seed, **model.dataset_options())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, DownloadMode, VerificationMode
 from datasets.exceptions import DatasetsError
 from torch import Tensor
 from transformers import EvalPrediction, TrainerCallback
@@ -25,6 +25,8 @@ from experiments.scores import standard_errors
 Batch = dict[str, Tensor]
 NOT_THERE: tuple[type[Exception], ...] = (OSError, ValueError, DatasetsError)
 """What `datasets` raises of data that are not there or cannot be read."""
+READ_ANEW = {"download_mode": DownloadMode.FORCE_REDOWNLOAD, "verification_mode": VerificationMode.NO_CHECKS}
+"""For `datasets.load_dataset`, which knows a folder with several configurations by its name, whatever has changed."""
 
 
 @dataclass

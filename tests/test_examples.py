@@ -47,18 +47,20 @@ def test_digits_are_all_there(tmp_path):
 
 
 def test_a_tokenizer_is_trained(tmp_path):
-    """It separates the sentences of a pair, knows what it was trained on, and loads as any other."""
-    data = write_glue(tmp_path / "glue", "rte")
+    """On several tasks, it separates the sentences of a pair, knows what it was trained on, and loads as any other."""
+    for task in ("rte", "mnli"):  # only the second has a third letter
+        write_glue(tmp_path / "glue", task)
     result = run_script(
-        "examples/train_tokenizer.py", "--dataset_name", data, "--task_name", "rte", "--vocab_size", 60,
-        "--output_dir", tmp_path / "tokenizer",
+        "examples/train_tokenizer.py", "--dataset_name", tmp_path / "glue", "--task_name", "rte,mnli",
+        "--vocab_size", 60, "--output_dir", tmp_path / "tokenizer",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer("AAAx", "bbb")["input_ids"])
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("AAAx", "bbbc")["input_ids"])
     assert tokens[0] == "[CLS]" and tokens.count("[SEP]") == 2 and tokens[-1] == "[SEP]"
     assert "[UNK]" not in tokens and len(tokenizer) <= 60
     assert tokenizer("!")["input_ids"][1] == tokenizer.unk_token_id
+    assert tokenizer("aaa[MASK]")["input_ids"][-2] == tokenizer.mask_token_id
 
 
 @pytest.mark.parametrize("path", ARGUMENT_FILES, ids=lambda path: path.name)

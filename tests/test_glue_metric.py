@@ -28,6 +28,12 @@ def test_collects_predictions_batch_by_batch():
     assert metric.compute()["pearson"] == pytest.approx(1)
 
 
+def test_takes_rows_of_tokens():
+    metric = GlueMetric(config_name="masked_lm", keep_in_memory=True)
+    values = metric.compute(predictions=[[1, 2], [3, 3]], references=[[1, -100], [-100, 4]])
+    assert values == {"accuracy": 0.5}
+
+
 def test_another_name_is_refused():
     with pytest.raises(ValueError, match="'glue'.*mrpc"):
         GlueMetric(config_name="glue", keep_in_memory=True)

@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from experiments.model_card import (
+    AUTO_CLASSES,
     Measured,
     address_card,
     card_data,
     measured_in,
     results_table,
     scores,
+    usage_section,
     write_checkpoint_card,
 )
 from experiments.output_folder import save_metrics
@@ -66,6 +69,15 @@ def test_what_was_not_measured_is_no_row(tmp_path):
     save_metrics(tmp_path, "merged", {"merged_f1": 0.5, "merged_f1_stderr": 0.1, "merged_runtime": 1.0})
     assert measured_in(tmp_path, "merged", "merged", 2) == [Measured("merged", 2, {"f1": 0.5, "f1_stderr": 0.1})]
     assert measured_in(tmp_path, "eval", "eval", 2) == []
+
+
+@pytest.mark.parametrize("hub_task", sorted(AUTO_CLASSES))
+def test_the_code_that_a_card_shows_is_code(hub_task):
+    section = usage_section(hub_task, "someone/model", "r2")
+    code = section.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    assert f"import {AUTO_CLASSES[hub_task]}, pipeline" in code and f'pipeline("{hub_task}", ' in code
+    assert hasattr(transformers, AUTO_CLASSES[hub_task])
 
 
 @pytest.mark.parametrize("measured", [ROWS, []])

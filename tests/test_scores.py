@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.scores import SCORES, paired_change, score, standard_errors
+from experiments.scores import NOT_ASKED, SCORES, paired_change, score, standard_errors
 
 PREDICTIONS, REFERENCES = np.array([1, 0, 1, 1, 0, 1]), np.array([1, 0, 0, 1, 1, 1])
 
@@ -99,3 +99,55 @@ def test_a_bootstrapped_change_is_surer_than_its_two_scores(kind):
     for name, value in score(kind, after, references).items():
         assert change[f"{name}_change"] == pytest.approx(value - score(kind, before, references)[name])
         assert 0 < change[f"{name}_change_stderr"] < 0.7 * errors[f"{name}_stderr"]
+
+
+def clustered(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Examples with 1 to 12 positions asked, of 20, that are all right or all wrong."""
+    random = np.random.default_rng(seed)
+    references = random.integers(9, size=(count, 20))
+    references[np.arange(20) >= random.integers(1, 13, size=(count, 1))] = NOT_ASKED
+    return np.where(random.random((count, 1)) < 0.6, references, 99), references
+
+
+def test_only_what_is_asked_counts():
+    """By hand: of three tokens that are asked two are right; a prediction of -100 where nothing is asked is not."""
+    predictions = np.array([[3, 5, NOT_ASKED], [7, 7, 7]])
+    references = np.array([[3, 4, NOT_ASKED], [NOT_ASKED, 7, NOT_ASKED]])
+    assert score("masked_lm", predictions, references) == {"accuracy": pytest.approx(2 / 3)}
+    # Sentences that have 1 of 2 and 1 of 1 right, where 2/3 of each would be 4/3 and 2/3.
+    assert standard_errors("masked_lm", predictions, references) == {
+        "accuracy_stderr": pytest.approx(((1 - 4 / 3) ** 2 + (1 - 2 / 3) ** 2) ** 0.5 / 3)
+    }
+
+
+def test_where_every_example_asks_once_tokens_are_classes():
+    predictions, references = PREDICTIONS[:, None], REFERENCES[:, None]
+    for measure in (score, standard_errors):
+        assert measure("masked_lm", predictions, references) == measure("sst2", PREDICTIONS, REFERENCES)
+    before = np.roll(PREDICTIONS, 1)
+    assert paired_change("masked_lm", predictions, before[:, None], references) == paired_change(
+        "sst2", PREDICTIONS, before, REFERENCES
+    )
+
+
+def test_the_standard_error_knows_that_the_tokens_of_a_sentence_hang_together():
+    """It is what the accuracies of many samples spread by, and not the binomial one of so many tokens."""
+    accuracies = [score("masked_lm", *clustered(200, seed))["accuracy"] for seed in range(300)]
+    predictions, references = clustered(200)
+    error = standard_errors("masked_lm", predictions, references)["accuracy_stderr"]
+    assert error == pytest.approx(np.std(accuracies), rel=0.15)
+    asked = references != NOT_ASKED
+    assert error > 1.8 * standard_errors("sst2", predictions[asked], references[asked])["accuracy_stderr"]
+
+
+def test_a_change_of_tokens_is_paired_by_sentence():
+    """Of sentences that are all right or all wrong, one in ten becomes wrong."""
+
+    def change(seed: int) -> dict[str, float]:
+        before, references = clustered(200, seed)
+        lost = np.random.default_rng(1000 + seed).random((200, 1)) < 0.1
+        return paired_change("masked_lm", np.where(lost, 99, before), before, references)
+
+    changes = [change(seed) for seed in range(300)]
+    spread = np.std([each["accuracy_change"] for each in changes])
+    assert np.mean([each["accuracy_change_stderr"] for each in changes]) == pytest.approx(spread, rel=0.15)

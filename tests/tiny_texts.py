@@ -83,6 +83,32 @@ def write_table(path: Path, columns: dict[str, list]) -> Path:
     return path
 
 
+def write_sentences(folder: Path, *configs: str) -> Path:
+    """A folder that `load_dataset(folder, config)` reads, of 111 sentences in all, a third of them to validate on.
+
+    Each is one letter, so that what is masked can be found again. Beside it stand numbers, and in the columns `label`
+    and `note` text that is no sentence or nothing at all.
+    """
+    sentences = [letter * length for length in range(4, 41) for letter in "abc"]
+    lines = ["---", "configs:"]
+    for number, config in enumerate(configs):
+        (folder / config).mkdir(parents=True, exist_ok=True)
+        own = sentences[number :: len(configs)]
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split, texts in (("validation", own[::3]), ("train", own)):
+            columns = {
+                "text": texts,
+                "note": [None] * len(texts),
+                "label": ["good"] * len(texts),
+                "idx": [1] * len(texts),
+            }
+            features = Features({name: Value("int32" if name == "idx" else "string") for name in columns})
+            Dataset.from_dict(columns, features=features).to_parquet(folder / config / f"{split}.parquet")
+            lines += [f"  - split: {split}", f"    path: {config}/{split}.parquet"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return folder
+
+
 def _sentences(task: str, count: int, seed: int) -> tuple[list, tuple[list[str], ...]]:
     """Labels, and sentences whose first letter says the label."""
     random = np.random.default_rng(seed)
