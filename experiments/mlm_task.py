@@ -47,6 +47,16 @@ class MlmDataArguments(GlueDataArguments):
     mlm_probability: float = field(
         default=0.15, metadata={"help": "Masked language modelling: share of the tokens to be found again."}
     )
+    mask_replace_prob: float = field(
+        default=0.8,
+        metadata={
+            "help": "Masked language modelling: share of these that a mask stands for. The less, the more a model "
+            "learns to carry what it sees; a small one from scratch learns that first."
+        },
+    )
+    random_replace_prob: float = field(
+        default=0.1, metadata={"help": "Masked language modelling: share of these that another token stands for."}
+    )
     line_by_line: bool = field(
         default=True, metadata={"help": "Masked language modelling: each line or sentence is an input of its own."}
     )
@@ -68,6 +78,10 @@ class MlmDataArguments(GlueDataArguments):
             )
         if not 0 < self.mlm_probability <= 1:
             raise BadInput(f"--mlm_probability {self.mlm_probability}: allowed is a number above 0, up to 1")
+        replaced = {name: getattr(self, name) for name in ("mask_replace_prob", "random_replace_prob")}
+        for name, value in replaced.items():
+            if value < 0 or sum(replaced.values()) > 1:
+                raise BadInput(f"--{name} {value}: allowed are two numbers of 0 or more, together at most 1")
 
 
 @dataclass
@@ -105,8 +119,7 @@ class MlmTask(GlueTask):
                 "examples/train_tokenizer.py"
             )
         tokens = super().prepared(config, processing_class, seed)
-        mask = Masking(processing_class, self.arguments.mlm_probability)
-        mask_once = Masking(processing_class, self.arguments.mlm_probability, EVALUATION_SEED)
+        mask, mask_once = (Masking(processing_class, self.arguments, seed) for seed in (None, EVALUATION_SEED))
         return replace(
             tokens,
             train=tokens.train.with_transform(mask),
@@ -119,10 +132,17 @@ class MlmTask(GlueTask):
 
 
 class Masking:
-    """Hides tokens as BERT does (Devlin et al., 2019, section 3.1): 80% masked, 10% random, 10% left as they are."""
+    """Hides tokens as BERT does (Devlin et al., 2019, section 3.1): by default 80% of those that are asked are masked,
+    10% random, 10% left as they are."""
 
-    def __init__(self, tokenizer: Any, mlm_probability: float, seed: int | None = None) -> None:
-        self.collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability, seed=seed)
+    def __init__(self, tokenizer: Any, arguments: MlmDataArguments, seed: int | None = None) -> None:
+        self.collate = DataCollatorForLanguageModeling(
+            tokenizer,
+            mlm_probability=arguments.mlm_probability,
+            mask_replace_prob=arguments.mask_replace_prob,
+            random_replace_prob=arguments.random_replace_prob,
+            seed=seed,
+        )
 
     def __call__(self, columns: dict[str, list]) -> dict[str, Tensor]:
         """From columns of lists to `input_ids`, `attention_mask` and `labels` (B, S), padded to the longest."""

@@ -100,6 +100,20 @@ def test_what_is_asked_is_what_stood_there_and_never_a_special_token(folder):
     assert asked / total == pytest.approx(0.4, abs=0.05)
 
 
+def test_the_share_of_masks_is_as_asked(folder):
+    """With none, all that is asked stands there to be seen."""
+    asked = dict(mlm_probability=1.0, random_replace_prob=0.0)
+    for share in (0.0, 1.0):
+        example = prepared(loaded(folder, mask_replace_prob=share, **asked)).train[0]
+        inner = example["labels"] != NOT_ASKED
+        masked = example["input_ids"][inner] == TOKENIZER.mask_token_id
+        assert (
+            masked.all()
+            if share
+            else example["input_ids"].equal(torch.where(inner, example["labels"], example["input_ids"]))
+        )
+
+
 @pytest.mark.parametrize("pad", [False, True])
 def test_labels_are_for_every_position_that_is_decoded(folder, pad):
     """The loss is that of the masked tokens, wherever the inputs end."""
@@ -159,6 +173,8 @@ def test_a_model_from_scratch_decodes_no_more_positions_than_are_read(folder):
     [
         ({"mlm_probability": 0.0}, ["--mlm_probability 0.0", "above 0"]),
         ({"mlm_probability": 1.1}, ["--mlm_probability 1.1", "up to 1"]),
+        ({"mask_replace_prob": -0.1}, ["--mask_replace_prob -0.1", "0 or more"]),
+        ({"mask_replace_prob": 0.8, "random_replace_prob": 0.3}, ["--mask_replace_prob 0.8", "at most 1"]),
         ({"line_by_line": False}, ["--line_by_line False", "True"]),
         ({"validation_split_percentage": 100}, ["--validation_split_percentage 100", "1 to 99"]),
         ({"max_seq_length": 0}, ["--max_seq_length 0"]),
