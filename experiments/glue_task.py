@@ -7,13 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import ClassLabel, Dataset, DatasetDict, DownloadMode, Value, VerificationMode, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from transformers import AutoTokenizer, DataCollatorWithPadding, PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, naming
 from experiments.scores import classes, numbers
-from experiments.task import NOT_THERE, PreparedTask, SampleArguments, Source, Task, check_labels, listed, take_split
+from experiments.task import (
+    NOT_THERE,
+    READ_ANEW,
+    PreparedTask,
+    SampleArguments,
+    Source,
+    Task,
+    check_labels,
+    listed,
+    take_split,
+)
 
 GLUE_DATASET = "nyu-mll/glue"
 SENTENCES = {
@@ -35,6 +45,7 @@ class GlueDataArguments(SampleArguments):
     """Which sentences."""
 
     _argument_group_name: ClassVar[str] = "sentences"
+    file_formats: ClassVar[tuple[str, ...]] = FILE_FORMATS
 
     task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(sorted(SENTENCES))}."})
     dataset_name: str | None = field(
@@ -74,8 +85,8 @@ class GlueDataArguments(SampleArguments):
             path = getattr(self, name)
             if path is None:
                 continue
-            if Path(path).suffix.removeprefix(".") not in FILE_FORMATS:
-                raise BadInput(f"--{name} {path}: allowed are files that end in .{', .'.join(FILE_FORMATS)}")
+            if Path(path).suffix.removeprefix(".") not in self.file_formats:
+                raise BadInput(f"--{name} {path}: allowed are files that end in .{', .'.join(self.file_formats)}")
             if not Path(path).is_file():
                 raise BadInput(f"--{name} {path}: there is no such file")
 
@@ -211,8 +222,7 @@ def _load_splits(arguments: GlueDataArguments, predict: bool, download: dict[str
     task, dataset = arguments.task_name, arguments.dataset_name
     if arguments.overwrite_cache:
         # datasets knows a folder with several configurations by its name alone, whatever has changed in it.
-        anew = {"download_mode": DownloadMode.FORCE_REDOWNLOAD, "verification_mode": VerificationMode.NO_CHECKS}
-        download = download | anew
+        download = download | READ_ANEW
     if task is not None:
         # A folder that stands in for GLUE holds what the Hub does.
         argument = f"--task_name {task}" if dataset is None else f"--dataset_name {dataset}"

@@ -20,7 +20,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenCl
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, naming
-from experiments.glue_task import LABEL, GlueDataArguments, GlueTask
+from experiments.glue_task import FILE_FORMATS, LABEL, GlueDataArguments, GlueTask
 from experiments.scores import NOT_ASKED
 from experiments.task import NOT_THERE, READ_ANEW, Batch, PreparedTask, Source, listed
 
@@ -39,6 +39,7 @@ class MlmDataArguments(GlueDataArguments):
     """Which sentences, and how many of their tokens are hidden."""
 
     _argument_group_name: ClassVar[str] = "sentences"
+    file_formats: ClassVar[tuple[str, ...]] = (*FILE_FORMATS, *BUILDERS)
 
     dataset_config_name: str | None = field(
         default=None,

@@ -59,6 +59,15 @@ def test_every_column_of_text_is_read(tmp_path):
     assert len(task.evaluation[""]) == 1
 
 
+def test_lines_of_a_text_file_are_sentences(tmp_path):
+    for role in ("train", "validation"):
+        (tmp_path / f"{role}.txt").write_text(f"one {role}\n\ntwo {role}\n")
+    files = {f"{role}_file": str(tmp_path / f"{role}.txt") for role in ("train", "validation")}
+    task = load_mlm_task(MlmDataArguments(**files), predict=False, seed=0)
+    assert sorted(task.train["sentence"]) == ["one train", "two train"]
+    assert sorted(task.evaluation[""]["sentence"]) == ["one validation", "two validation"]
+
+
 def test_case_and_punctuation_make_no_other_sentence(tmp_path):
     task = files(tmp_path, train=["So it is.", "so it is", "it is not", "!"], validation=["It is, not!", "yes"])
     assert sorted(sentence.lower().strip(".") for sentence in task.train["sentence"]) == ["!", "so it is"]
