@@ -8,7 +8,9 @@
 
 Which latents say the same is read off --calibration_samples training samples, without their labels: the latents that
 reach --merge_layer (counted from 0) are clustered by their mean similarity into --num_groups, or into as many as
---flops_ratio leaves room for. Several merges: --num_groups 32,8 --merge_layer 0,4. The data are those of run_glue.py
+--flops_ratio leaves room for. Several merges: --num_groups 32,8 --merge_layer 0,4. --merge_layer start merges the
+learned latents themselves, into a smaller model that merges nothing. What comes out can be trained on, by run_glue.py
+and run_image.py with --model_name_or_path OUTPUT_DIR --do_train; fixed groups stay. The data are those of run_glue.py
 for a text checkpoint and of run_image.py for an image checkpoint.
 
 OUTPUT_DIR gets the checkpoint with its groups in config.json, calibration_results.json and a model card; with --do_eval
@@ -17,6 +19,7 @@ both have the figures of the checkpoint unmerged and with its groups. To the Hub
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from pathlib import Path
@@ -32,6 +35,7 @@ from experiments.cost import forward_cost
 from experiments.experiment import COUNTED_INPUTS, noted_arguments
 from experiments.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.hub_push import push_addressed
+from experiments.latent_parameters import merge_latent_parameters
 from experiments.measurement import describe_environment
 from experiments.model_arguments import ModelArguments, apply_merging
 from experiments.model_card import scores
@@ -75,11 +79,15 @@ def main() -> None:
     merge_groups = calibrate_groups(model.to(training.device), batches, left_after, calibration.similarity)
     seconds = {"calibrating": time.perf_counter() - start}
 
-    merging = {"unmerged": UNMERGED, "calibrated": {"merge_groups": merge_groups}}
+    apply_merging(model.config, UNMERGED)
+    unmerged = copy.deepcopy(model.config)
     flops, evaluations, metrics = {}, {}, {}
     trainer = task_trainer(model, prepared, training, output_dir)
-    for stage, fields in merging.items():
-        apply_merging(model.config, fields)
+    for stage in ("unmerged", "calibrated"):
+        if stage == "calibrated" and calibration.at_start:
+            merge_latent_parameters(model, merge_groups[0])
+        elif stage == "calibrated":
+            apply_merging(model.config, {"merge_groups": merge_groups})
         flops[stage] = forward_cost(model.config, input_shape, architecture).total_with_matching
         if training.do_eval:
             start = time.perf_counter()
@@ -106,7 +114,7 @@ def main() -> None:
     model.save_pretrained(output_dir)
     prepared.processing_class.save_pretrained(output_dir)
     results.save(output_dir)
-    write_calibrated_card(output_dir, model.config, results, task, model_args.model_name_or_path)
+    write_calibrated_card(output_dir, model.config, unmerged, results, task, model_args.model_name_or_path)
     print(f"{results.summary()}\n\nCheckpoint, results and card: {output_dir}")
     if repository is not None:
         print(push_addressed(repository, output_dir, COMMIT_MESSAGE, revision))

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput
@@ -18,6 +18,9 @@ from experiments.cost import forward_cost
 from experiments.latent_similarity import SIMILARITIES
 from experiments.model_arguments import spelled_r
 from experiments.schedule import UNMERGED
+
+START = "start"
+"""As `--merge_layer`: before the first layer, in the learned latents themselves."""
 
 
 @dataclass
@@ -36,11 +39,19 @@ class CalibrationArguments:
     )
     merge_layer: str = field(
         default="0",
-        metadata={"help": "Self-attention layer that merges, counted from 0; comma-separated for several merges."},
+        metadata={
+            "help": "Self-attention layer that merges, counted from 0; comma-separated for several merges. 'start': "
+            "the learned latents themselves, before inputs are read. A smaller model comes out, without merge_groups; "
+            "how many latents each one stands for is lost, so train it on."
+        },
     )
     similarity: str = field(
         default="hidden",
-        metadata={"help": f"What of the latents is compared: {', '.join(sorted(SIMILARITIES))}."},
+        metadata={
+            "help": f"What of the latents is compared: {', '.join(sorted(SIMILARITIES))}. 'output' is how little the "
+            "model's output changes when two latents merge: a forward pass for each pair, quadratic in the latents, so "
+            "give it few --calibration_samples."
+        },
     )
     calibration_samples: int = field(
         default=256, metadata={"help": "Training samples that are looked at, without their labels."}
@@ -54,7 +65,7 @@ class CalibrationArguments:
             raise BadInput(f"--similarity {self.similarity}: allowed are {', '.join(sorted(SIMILARITIES))}")
         if self.calibration_samples < 1:
             raise BadInput(f"--calibration_samples {self.calibration_samples}: allowed is an integer of 1 or more")
-        layers = _integers("merge_layer", self.merge_layer)
+        layers = self._layers()
         if any(later <= earlier for earlier, later in pairwise(layers)):
             raise BadInput(f"--merge_layer {self.merge_layer}: allowed are layers in rising order")
         counts = 1 if self.num_groups is None else len(_integers("num_groups", self.num_groups))
@@ -63,6 +74,15 @@ class CalibrationArguments:
                 f"--flops_ratio {self.flops_ratio}" if self.num_groups is None else f"--num_groups {self.num_groups}"
             )
             raise BadInput(f"--merge_layer {self.merge_layer}: allowed are as many layers as in {given}, {counts}")
+
+    @property
+    def at_start(self) -> bool:
+        """Whether the learned latents themselves are to merge, and no layer does."""
+        return self.merge_layer == START
+
+    def _layers(self) -> list[int]:
+        """The layers that merge; for the start the first one, whose latents are compared."""
+        return [0] if self.at_start else _integers("merge_layer", self.merge_layer, f"; or '{START}' alone")
 
     def check_given(self) -> None:
         """Check that the arguments say how many groups there are to be. Only pushing needs none.
@@ -85,13 +105,14 @@ class CalibrationArguments:
             BadInput: for a layer or a number of groups that the model has not.
         """
         num_layers, left = config.num_self_attention_layers, config.num_latents
-        layers = _integers("merge_layer", self.merge_layer)
+        layers = self._layers()
         if not 0 <= min(layers) <= max(layers) < num_layers:
             raise BadInput(f"--merge_layer {self.merge_layer}: allowed are 0 to {num_layers - 1}, counted from 0")
         if self.flops_ratio is None:
             counts = _integers("num_groups", str(self.num_groups))
         else:
-            counts = [groups_for_flops(config, self.flops_ratio, layers[0], input_shape, architecture)]
+            layer = None if self.at_start else layers[0]
+            counts = [groups_for_flops(config, self.flops_ratio, layer, input_shape, architecture)]
         after = []
         for layer in range(num_layers):
             if layer in layers:
@@ -106,24 +127,25 @@ class CalibrationArguments:
         return after
 
 
-def _integers(argument: str, text: str) -> list[int]:
+def _integers(argument: str, text: str, otherwise: str = "") -> list[int]:
     try:
         return [int(entry) for entry in text.split(",")]
     except ValueError:
         raise BadInput(
             f"--{argument} {text}: allowed is an integer, or a comma-separated list of them, one for each merge"
+            f"{otherwise}"
         ) from None
 
 
 def groups_for_flops(
-    config: ToMePerceiverConfig, flops_ratio: float, layer: int, input_shape: Sequence[int], architecture: str
+    config: ToMePerceiverConfig, flops_ratio: float, layer: int | None, input_shape: Sequence[int], architecture: str
 ) -> int:
     """The largest number of groups that one merge may leave within a share of the unmerged model's FLOPs.
 
     Args:
         config: of the model; its own merging does not count.
         flops_ratio: the share, of the whole forward pass.
-        layer: that merges, counted from 0.
+        layer: that merges, counted from 0; `None` for fewer latents from the start.
         input_shape: as `experiments.cost.forward_cost` takes it.
         architecture: name of the model class.
 
@@ -137,20 +159,22 @@ def groups_for_flops(
     fields = config.to_dict() | UNMERGED
 
     def flops(count: int) -> int:
-        merge_groups: list[list[int] | None] = [None] * config.num_self_attention_layers
-        # Which latents merge makes no difference.
-        merge_groups[layer] = [min(latent, count - 1) for latent in range(latents)]
-        return forward_cost(
-            type(config).from_dict(fields | {"merge_groups": merge_groups}), input_shape, architecture
-        ).total_with_matching
+        merging: dict[str, Any] = {"num_latents": count}
+        if layer is not None:
+            merge_groups: list[list[int] | None] = [None] * config.num_self_attention_layers
+            # Which latents merge makes no difference.
+            merge_groups[layer] = [min(latent, count - 1) for latent in range(latents)]
+            merging = {"merge_groups": merge_groups}
+        return forward_cost(type(config).from_dict(fields | merging), input_shape, architecture).total_with_matching
 
     counts = range(config.min_latents, latents)
     unmerged = flops(latents)
     # FLOPs grow with the number of groups.
     fitting = bisect_right(counts, flops_ratio * unmerged, key=flops) if flops_ratio < 1 else 0
     if fitting == 0:
+        where = "at the start" if layer is None else f"in layer {layer}"
         least = f"{flops(counts[0]) / unmerged:.3f}, where {counts[0]} of {latents} latents are left" if counts else "1"
         raise BadInput(
-            f"--flops_ratio {flops_ratio}: allowed for one merge in layer {layer} are {least}, to below 1, no merging"
+            f"--flops_ratio {flops_ratio}: allowed for one merge {where} are {least}, to below 1, no merging"
         )
     return counts[fitting - 1]

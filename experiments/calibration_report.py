@@ -9,7 +9,6 @@ from typing import Any
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.cost import forward_cost
-from experiments.model_arguments import apply_merging
 from experiments.model_card import (
     SCHEDULE_FILE,
     Measured,
@@ -21,12 +20,15 @@ from experiments.model_card import (
     write_card,
 )
 from experiments.output_folder import write_json
-from experiments.schedule import UNMERGED
 from experiments.schedule_picture import draw_schedule
 from experiments.task import Source, Task
 
 RESULTS_FILE = "calibration_results.json"
 DROP_GROUPS = "model.config.merge_groups = None  # merge nothing; then model.r = 8 matches as it runs"
+GROUPED = """Which latents merge was decided once, from {samples:,} training samples of {source} without their labels,
+and stands in `config.merge_groups`: nothing is matched as the model runs."""
+FEWER = """Its learned latents are means of groups of that model's, found in {samples:,} training samples of {source}
+without their labels. It merges nothing as it runs. How many latents each one stands for is lost, so train it on."""
 
 
 @dataclass
@@ -86,19 +88,23 @@ class CalibrationResults:
 
 
 def write_calibrated_card(
-    output_dir: Path, config: ToMePerceiverConfig, results: CalibrationResults, task: Task, base_model: str
+    output_dir: Path,
+    config: ToMePerceiverConfig,
+    unmerged: ToMePerceiverConfig,
+    results: CalibrationResults,
+    task: Task,
+    base_model: str,
 ) -> None:
     """Write the card of a calibrated checkpoint and its picture, `schedule.png`.
 
     Args:
         output_dir: with the checkpoint.
-        config: of the checkpoint, with its groups.
+        config: of the checkpoint, with its groups or, if they merged at the start, with fewer latents.
+        unmerged: of the model without them.
         results: what is known of it.
         task: that it is for.
         base_model: what was calibrated.
     """
-    unmerged = type(config).from_dict(config.to_dict())
-    apply_merging(unmerged, UNMERGED)
     cost, unmerged_cost = (
         forward_cost(each, results.input_shape, config.architectures[0]) for each in (config, unmerged)
     )
@@ -108,18 +114,20 @@ def write_calibrated_card(
     arguments = "\n".join(
         f"- `{key}`: {results.arguments[key]}" for key in shown if results.arguments.get(key) is not None
     )
+    at_start = config.num_latents < unmerged.num_latents
+    what = (FEWER if at_start else GROUPED).format(samples=results.calibrated_on, source=task.source.name)
+    usage = usage_section(task.hub_task, str(output_dir), **({} if at_start else {"other_merging": DROP_GROUPS}))
     body = f"""# {name}
 
-A [Perceiver IO](https://arxiv.org/abs/2107.14795) that merges its latents
+A [Perceiver IO](https://arxiv.org/abs/2107.14795) whose latents are merged
 ([Token Merging](https://arxiv.org/abs/2210.09461)) in fixed groups, made from {Path(base_model).name} without training.
-Which latents merge was decided once, from {results.calibrated_on:,} training samples of {task.source.name} without
-their labels, and stands in `config.merge_groups`: nothing is matched as the model runs.
+{what}
 
 {results.summary()}
 
 ![Latents that are left after each layer, and the FLOPs of each layer]({SCHEDULE_FILE})
 
-{usage_section(task.hub_task, str(output_dir), other_merging=DROP_GROUPS)}
+{usage}
 
 ## Calibration
 
@@ -127,5 +135,8 @@ their labels, and stands in `config.merge_groups`: nothing is matched as the mod
 
 {environment_line()}.
 """
-    measured = [Measured("unmerged", 0, results.unmerged), Measured("fixed groups", 0, figures(results.calibrated))]
+    measured = [
+        Measured("unmerged", 0, results.unmerged),
+        Measured("fewer latents" if at_start else "fixed groups", 0, figures(results.calibrated)),
+    ]
     write_card(output_dir, card_data(task.source, task.hub_task, name, measured, base_model), body)

@@ -236,6 +236,78 @@ def config_with(config: ToMePerceiverConfig, count: int) -> ToMePerceiverConfig:
     return ToMePerceiverConfig.from_dict(config.to_dict() | {"merge_groups": [groups, *[None] * (layers - 1)]})
 
 
+@pytest.fixture(scope="module")
+def started(inputs, tmp_path_factory) -> Path:
+    """Fewer latents from the start."""
+    output_dir = tmp_path_factory.mktemp("outputs") / "started"
+    call_script(
+        "calibrate.py", *inputs, "--num_groups", 3, "--merge_layer", "start", "--do_eval", "--output_dir", output_dir
+    )
+    return output_dir
+
+
+def test_merging_at_the_start_leaves_a_smaller_model_that_merges_nothing(inputs, started):
+    start = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(inputs[1])
+    batches = [{"pixel_values": pixel_values(inputs[-1], "train")}]
+    groups = torch.tensor(calibrate_groups(start, batches, [3] * 4, "hidden")[0])
+    saved = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(started)
+    assert (saved.config.num_latents, saved.r, saved.config.merge_groups) == (3, 0, None)
+    before, after = (model.base_model.embeddings.latents for model in (start, saved))
+    for group in range(3):
+        assert (after[group] - before[groups == group].mean(dim=0)).abs().max() < 1e-6
+
+    results, values = read(started), pixel_values(inputs[-1], "test")
+    labels = torch.tensor(Dataset.from_parquet(str(inputs[-1] / "test.parquet"))["label"])
+    for stage, model in (("unmerged", start), ("calibrated", saved)):
+        model.r = 0
+        accuracy = float((logits(model, values).argmax(dim=-1) == labels).float().mean())
+        assert results[stage]["accuracy"] == pytest.approx(accuracy)
+    assert results["latents_left"] == [3] * 4
+    costs = [forward_cost(model.config, (1, 3, 16, 16)).total for model in (saved, start)]
+    assert results["flops_ratio"] == pytest.approx(costs[0] / costs[1])
+    card = (started / "README.md").read_text()
+    assert "is lost" in card and "merge_groups" not in card and "fewer latents" in card
+
+
+def train_on(checkpoint: Path, images: Path, output_dir: Path, *arguments: object) -> ToMePerceiverConfig:
+    call_script(
+        "run_image.py", "--model_name_or_path", checkpoint, "--dataset_name", images, "--do_train", "--do_eval",
+        "--use_cpu", "--max_steps", 2, "--per_device_train_batch_size", 4, "--learning_rate", 0.01,
+        "--output_dir", output_dir, *arguments,
+    )  # fmt: skip
+    return ToMePerceiverConfig.from_pretrained(output_dir)
+
+
+def test_training_on_keeps_the_fixed_groups_and_trains(inputs, calibrated, tmp_path):
+    config = train_on(calibrated, inputs[-1], tmp_path / "out")
+    assert config.merge_groups == merge_groups(calibrated)
+    before, after = (
+        ToMePerceiverForImageClassificationConvProcessing.from_pretrained(folder)
+        for folder in (calibrated, tmp_path / "out")
+    )
+    changed = [name for name, value in after.state_dict().items() if not value.equal(before.state_dict()[name])]
+    assert any("latents" in name for name in changed) and any("self_attends.0" in name for name in changed)
+    # What is evaluated is the merged model.
+    values = pixel_values(inputs[-1], "test")
+    labels = torch.tensor(Dataset.from_parquet(str(inputs[-1] / "test.parquet"))["label"])
+    accuracy = float((logits(after, values).argmax(dim=-1) == labels).float().mean())
+    evaluated = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert evaluated["eval_accuracy"] == pytest.approx(accuracy)
+
+
+def test_training_on_from_fewer_latents(inputs, started, tmp_path):
+    config = train_on(started, inputs[-1], tmp_path / "out", "--r", 1)
+    assert (config.num_latents, config.latents_per_layer) == (3, [2, 1, 1, 1])
+
+
+def test_fixed_groups_and_r_do_not_go_together(inputs, calibrated, tmp_path, capsys):
+    line = bad_input_line(
+        capsys, "run_image.py", "--model_name_or_path", calibrated, "--dataset_name", inputs[-1], "--do_train",
+        "--use_cpu", "--r", 2, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert "merge_groups" in line and not (tmp_path / "out").exists()
+
+
 def test_push_only_pushes_what_is_there(calibrated, tmp_path):
     with LoopbackHub() as hub, hub.in_this_process(tmp_path / "home"):
         call_script("calibrate.py", "--push_only", "--hub_token", WRITE_TOKEN, "--output_dir", calibrated)
@@ -277,7 +349,10 @@ def test_another_experiment_in_the_folder_is_named_and_stays(inputs, capsys):
         (("--num_groups", "4,4", "--merge_layer", "0,2"), ("--num_groups 4,4", "layer 2", "1 to 3")),
         (("--num_groups", "4", "--merge_layer", "4"), ("--merge_layer 4", "0 to 3")),
         (("--num_groups", "4", "--merge_layer", "-1"), ("--merge_layer -1", "0 to 3")),
-        (("--num_groups", "4", "--merge_layer", "x"), ("--merge_layer x", "integer")),
+        (("--num_groups", "4", "--merge_layer", "x"), ("--merge_layer x", "integer", "'start' alone")),
+        (("--num_groups", "4,2", "--merge_layer", "start,2"), ("--merge_layer start,2", "'start' alone")),
+        (("--num_groups", "4,2", "--merge_layer", "start"), ("--merge_layer start", "4,2")),
+        (("--num_groups", "8", "--merge_layer", "start"), ("--num_groups 8", "1 to 7")),
         (("--num_groups", "4,2", "--merge_layer", "1,1"), ("--merge_layer 1,1", "rising")),
         (("--num_groups", "4,2"), ("--merge_layer 0", "--num_groups 4,2", "2")),
         (("--flops_ratio", "0.5", "--merge_layer", "0,1"), ("--merge_layer 0,1", "--flops_ratio 0.5", "1")),

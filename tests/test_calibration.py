@@ -62,7 +62,7 @@ def direct_groups(similarity: np.ndarray, count: int) -> list[int]:
     return ordered(fcluster(tree, count, criterion="maxclust").tolist())
 
 
-@pytest.mark.parametrize("similarity", ["key", "hidden"])
+@pytest.mark.parametrize("similarity", ["key", "hidden", "attention", "output"])
 @pytest.mark.parametrize(("head", "layer"), [(TEXT, 0), (TEXT, 4), (IMAGE, 1), ("ForMaskedLM", 5)])
 def test_exact_duplicates_are_grouped_and_the_logits_stay(head, layer, similarity):
     model = repeat_latents(tiny_model(head), DUPLICATES)
@@ -209,7 +209,7 @@ def test_batches_that_can_be_gone_through_only_once_are_named():
 
 
 def test_an_unknown_similarity_is_named():
-    with pytest.raises(ValueError, match="similarity = 'value': allowed are 'hidden', 'key'"):
+    with pytest.raises(ValueError, match="similarity = 'value': allowed are 'attention', 'hidden', 'key', 'output'"):
         calibrate_groups(tiny_model(TEXT), [tiny_inputs(TEXT)], merging_once(0, 5), "value")
 
 
@@ -230,6 +230,18 @@ def test_the_groups_for_a_budget_are_the_most_that_fit(layer, share):
     for merging in ({}, {"r": 2}, {"r": 1, "r_inflection": -1.0}):
         count = groups_for_flops(tiny_config(**merging), ratio, layer, (1, 9), f"ToMePerceiver{TEXT}")
         assert cost(layer, count) <= ratio * unmerged < cost(layer, count + 1)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+def test_a_budget_for_fewer_latents_from_the_start(share):
+    def fewer(count: int) -> int:
+        return forward_cost(tiny_config(num_latents=count), (1, 9), f"ToMePerceiver{TEXT}").total_with_matching
+
+    ratio = (fewer(1) * (1 - share) + fewer(NUM_LATENTS) * share) / fewer(NUM_LATENTS)
+    count = groups_for_flops(tiny_config(), ratio, None, (1, 9), f"ToMePerceiver{TEXT}")
+    assert fewer(count) <= ratio * fewer(NUM_LATENTS) < fewer(count + 1)
+    with pytest.raises(BadInput, match="at the start"):
+        groups_for_flops(tiny_config(), 0.001, None, (1, 9), f"ToMePerceiver{TEXT}")
 
 
 def test_a_budget_that_is_met_exactly_fits():
@@ -256,6 +268,7 @@ def test_a_budget_never_leaves_fewer_than_min_latents():
     [
         ("5", "0", [5] * 6),
         ("5", "3", [12, 12, 12, 5, 5, 5]),
+        ("5", "start", [5] * 6),
         ("8,3", "0,4", [8, 8, 8, 8, 3, 3]),
         # As they come from a YAML file.
         (5, 5, [12, 12, 12, 12, 12, 5]),
