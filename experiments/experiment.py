@@ -207,7 +207,7 @@ def _train(
     experiment.merging.apply_budget(model, task, input_shape, output_dir if training.should_save else None)
     arguments = retraining.training_arguments(training)
     trainer = task_trainer(model, task, arguments, output_dir, retraining.trainer_class)
-    if any(model.config.merge_schedule):
+    if experiment.merging.merges or any(model.config.merge_schedule):
         evaluate_and_save(trainer, task, "merged")
     train_and_save(trainer, stage_resume(resume, output_dir, output_dir))
     return trainer

@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
+from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
 from experiments.hub_push import push_addressed
 from experiments.hub_upload import HubRepository
@@ -24,6 +26,8 @@ from experiments.task import Batch, PreparedTask, Task
 from experiments.training import RetrainArguments, task_trainer, train_and_save
 
 RETRAINED = "retrained"
+# Folder below it, and branch, of the one checkpoint for all rows.
+ELASTIC = "elastic"
 
 
 @dataclass(frozen=True)
@@ -72,42 +76,75 @@ class SweepRun:
         self.cells.measure(model, self.sweep_args, batch)
 
     def retrain(self) -> None:
-        """Train the checkpoint with every merge, each from the same start, evaluate it, and write its card."""
+        """Train the checkpoint, evaluate it with every merge, and write its card.
 
-        def retrained(merge: Merge) -> Trainer:
-            start = time.perf_counter()
-            set_seed(self.training.seed)
-            config = load_config(self.model_args, {}, self.task)
-            merge.apply(config)
-            model = load_model(self.model_args, config, self.task)
-            self.results.spend("loading", start)
-            start = time.perf_counter()
-            arguments = self.retraining.training_arguments(self.training)
-            trainer = task_trainer(model, self.prepared, arguments, self.output_dir / RETRAINED / merge.branch)
-            train_and_save(trainer, "last" if self.continued else None)
-            self.results.spend("retraining", start)
+        It is trained with every merge, each from the same start; or, with `--elastic`, once for all of them.
+        """
+        if not self.retraining.elastic:
+            self.cells.fill("retrained", lambda merge: self._trained(merge, merge.branch), self._write_its_card)
+            return
+        trained = cache(lambda: self._trained(self.baseline, ELASTIC))
+
+        def merged(merge: Merge) -> Trainer:
+            trainer = trained()
+            merge.apply(trainer.model.config)
             return trainer
 
-        def write_its_card(merge: Merge, row: Row, trainer: Trainer) -> None:
-            config = trainer.model.config
-            write_checkpoint_card(
-                self.output_dir / RETRAINED / merge.branch,
-                source=self.task.source,
-                hub_task=self.task.hub_task,
-                config=config,
-                input_shape=self.results.input_shape,
-                evaluated_on=self.results.evaluated_on,
-                measured=[
-                    Measured("merged without retraining", config.r, figures(row["merged"])),
-                    Measured("retrained", config.r, figures(row["retrained"])),
-                ],
-                training=training_fields(self.training) | asdict(self.retraining),
-                base_model=self.model_args.model_name_or_path,
-                model_id=str(self.output_dir),
-                revision=merge.branch,
-            )
+        self.cells.fill("retrained", merged)
+        if self.training.should_save:
+            config = ToMePerceiverConfig.from_pretrained(self.output_dir / RETRAINED / ELASTIC)
+            self._write_retrained_card(ELASTIC, config, self._measured("retrained"))
 
-        self.cells.fill("retrained", retrained, write_its_card)
+    def _trained(self, merge: Merge, branch: str) -> Trainer:
+        """The checkpoint, trained from its start; with some of the results there, from where an earlier run was."""
+        start = time.perf_counter()
+        set_seed(self.training.seed)
+        config = load_config(self.model_args, {}, self.task)
+        merge.apply(config)
+        model = load_model(self.model_args, config, self.task)
+        self.results.spend("loading", start)
+        start = time.perf_counter()
+        arguments = self.retraining.training_arguments(self.training)
+        folder = self.output_dir / RETRAINED / branch
+        trainer = task_trainer(model, self.prepared, arguments, folder, self.retraining.trainer_class)
+        train_and_save(trainer, "last" if self.continued else None)
+        self.results.spend("retraining", start)
+        return trainer
+
+    def _write_its_card(self, merge: Merge, row: Row, trainer: Trainer) -> None:
+        config = trainer.model.config
+        measured = [Measured(name, config.r, figures(row[stage])) for stage, name in self._stage_names.items()]
+        self._write_retrained_card(merge.branch, config, measured)
+
+    def _write_retrained_card(self, branch: str, config: ToMePerceiverConfig, measured: list[Measured]) -> None:
+        write_checkpoint_card(
+            self.output_dir / RETRAINED / branch,
+            source=self.task.source,
+            hub_task=self.task.hub_task,
+            config=config,
+            input_shape=self.results.input_shape,
+            evaluated_on=self.results.evaluated_on,
+            measured=measured,
+            training=training_fields(self.training) | asdict(self.retraining),
+            base_model=self.model_args.model_name_or_path,
+            model_id=str(self.output_dir),
+            revision=branch,
+        )
+
+    @property
+    def _stage_names(self) -> dict[str, str]:
+        """What the figures of each stage are called in cards."""
+        retrained = "retrained for every r" if self.retraining.elastic else "retrained"
+        return {"merged": "merged without retraining", "retrained": retrained}
+
+    def _measured(self, *stages: str) -> list[Measured]:
+        """The figures of every row, for cards."""
+        return [
+            Measured(_named(self._stage_names[stage], merge), merge.fields["r"], figures(row[stage]))
+            for merge, row in zip(self.merges, self.results.rows, strict=True)
+            for stage in stages
+            if stage in row
+        ]
 
     def write(self, model: PreTrainedModel) -> None:
         """Write the report, and the unmerged checkpoint with a card that is the report, last."""
@@ -118,20 +155,9 @@ class SweepRun:
         self.prepared.processing_class.save_pretrained(self.output_dir)
         self.results.save(self.output_dir)
         report = write_report(self.results, shown_command(), self.output_dir)
-        names = {"merged": "merged without retraining", "retrained": "retrained"}
-        measured = [
-            Measured(_named(name, merge), merge.fields["r"], figures(row[stage]))
-            for merge, row in zip(self.merges, self.results.rows, strict=True)
-            for stage, name in names.items()
-            if stage in row
-        ]
+        measured = self._measured(*self._stage_names)
         name, base_model = self.output_dir.resolve().name, self.model_args.model_name_or_path
-        retrained = [merge.branch for merge in self.merges] if self.retraining.retrain_epochs > 0 else []
-        branches = (
-            f"Each retrained checkpoint is on a branch of its own: `revision` is one of {', '.join(retrained)}.\n\n"
-            if retrained
-            else ""
-        )
+        branches = f"{self._branches()}\n\n" if self.retraining.retrain_epochs > 0 else ""
         body = f"""# {name}
 
 A [Perceiver IO](https://arxiv.org/abs/2107.14795) and what merging its latents
@@ -145,6 +171,16 @@ merges nothing until `model.r` is set.
         write_card(self.output_dir, card_data(self.task.source, self.task.hub_task, name, measured, base_model), body)
         print(report.partition("\n\n")[0])
         print(f"\nReport, picture and card: {self.output_dir}")
+
+    def _branches(self) -> str:
+        """Where the retrained checkpoints are, for the card."""
+        if self.retraining.elastic:
+            return (
+                "The retrained checkpoint, one for all rows, trained with a merging drawn anew in every step, is on a "
+                f'branch of its own: `revision="{ELASTIC}"`.'
+            )
+        names = ", ".join(merge.branch for merge in self.merges)
+        return f"Each retrained checkpoint is on a branch of its own: `revision` is one of {names}."
 
 
 def _named(stage: str, merge: Merge) -> str:
@@ -162,4 +198,5 @@ def push_sweep(repository: HubRepository, output_dir: Path, revision: str) -> No
     print(push_addressed(repository, output_dir, "Sweep over r", revision))
     for folder in sorted((output_dir / RETRAINED).glob("*")):
         config = json.loads((folder / "config.json").read_text())
-        print(push_addressed(repository, folder, f"Retrained with r = {config['r']}", revision=folder.name))
+        message = "Retrained for every r" if folder.name == ELASTIC else f"Retrained with r = {config['r']}"
+        print(push_addressed(repository, folder, message, revision=folder.name))

@@ -44,6 +44,8 @@ TRAINING = (
 )  # fmt: skip
 FINETUNING = ("--do_train", "--do_eval", "--do_predict", "--num_train_epochs", 2, "--r", 2)
 FINETUNING_STEPS = 8
+# From scratch, in one training.
+ELASTIC = ("--elastic", "--retrain_epochs", 0)
 SWEEP = ("--r", 0, 2, "--timing_rounds", 1, "--timing_batch_size", 2)
 CONFIGS = sorted((ROOT / "examples").glob("accelerate_*.yaml"))
 
@@ -111,6 +113,8 @@ def one(folder, data, finetuning) -> tuple[Path, str]:
     folder = folder / "one"
     with redirect_stdout(io.StringIO()) as printed:
         call_script("run_glue.py", *finetuning, "--per_device_train_batch_size", 6, "--output_dir", folder / "glue")
+    elastic = (*finetuning, *ELASTIC, "--per_device_train_batch_size", 6)
+    call_script("run_glue.py", *elastic, "--output_dir", folder / "elastic")
     checkpoint = ("--model_name_or_path", folder / "glue" / "finetuned", *data)
     training = (*TRAINING, "--per_device_train_batch_size", 6)
     call_script("eval_sweep.py", *checkpoint, *training, *SWEEP, "--output_dir", folder / "sweep")
@@ -130,6 +134,7 @@ def two(folder, data, finetuning, one) -> tuple[Path, subprocess.CompletedProces
     resumed = ("run_glue.py", (*killed[1], "--resume_from_checkpoint", "last"))
     evaluation = ("--do_eval", "--use_cpu", "--per_device_eval_batch_size", 1, "--output_dir", folder / "evaluated")
     unmerged = ("--r", 0, "--retrain_epochs", 0)
+    elastic = (*finetuning, *ELASTIC, *batches)
     mistake = ("--use_cpu", "--do_eval", "--r", -1, "--output_dir", folder / "mistaken")
     commands = [
         ("run_glue.py", (*finetuning, *batches, "--output_dir", folder / "glue"), ""),
@@ -138,6 +143,8 @@ def two(folder, data, finetuning, one) -> tuple[Path, subprocess.CompletedProces
         (*resumed, ""),
         ("run_glue.py", (*checkpoint, *evaluation), ""),
         ("run_glue.py", (*finetuning, *batches, *unmerged, "--output_dir", folder / "sharded"), "sharded"),
+        ("run_glue.py", (*elastic, "--output_dir", folder / "elastic"), ""),
+        ("run_glue.py", (*elastic, "--output_dir", folder / "elastic_sharded"), "sharded"),
         ("run_glue.py", (*checkpoint, *mistake), ""),
     ]
     (folder / "commands.json").write_text(json.dumps(commands, default=str))
@@ -177,7 +184,7 @@ def apart(first: Path, second: Path) -> float:
 def test_there_are_two(two):
     """Both processes ran every command in a world of two, and each kept its own state of the random generators."""
     folder, _ = two
-    for number in range(6):
+    for number in range(8):
         worlds = [json.loads((folder / f"world-{number}-{rank}.json").read_text()) for rank in (0, 1)]
         assert worlds == [[2, 0], [2, 1]]
     for checkpoint in ("glue/finetuned/checkpoint-8", "glue/checkpoint-4", "sweep/retrained/r2/checkpoint-4"):
@@ -263,6 +270,15 @@ def test_sharded_training_is_that_of_one_process(one, two):
     code = [sorted(path.name for path in place.glob("*.py")) for place in (finetuned, folder)]
     assert code[0] == code[1] and len(code[0]) == 4
     assert results(folder)["eval_accuracy"] == results(finetuned)["eval_accuracy"]
+
+
+@pytest.mark.parametrize("name", ["elastic", "elastic_sharded"])
+def test_elastic_training_is_that_of_one_process(one, two, name):
+    """Each process draws the same merging, and averages the gradient of both forward passes."""
+    assert apart(one[0] / "elastic", two[0] / name) < 1e-5
+    assert apart(two[0] / name, one[0] / "elastic" / "checkpoint-4") > 1e-3  # it was trained
+    assert apart(one[0] / "elastic", one[0] / "glue" / "finetuned") > 1e-3  # otherwise than without --elastic
+    assert json.loads((two[0] / name / "config.json").read_text())["r"] == 2
 
 
 def test_a_mistake_is_one_line_and_no_success(two):

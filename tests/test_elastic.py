@@ -7,6 +7,7 @@ Letters: N latents, L self-attention layers.
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PerceiverImageProcessorPil, PreTrainedModel, Trainer, TrainingArguments
 
+import experiments.sweep
 from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments import sweep_run
 from experiments.cost import forward_cost
 from experiments.elastic import LEAST_SHARE, ElasticTrainer, MergingDraw, merging_by
 from experiments.schedule import UNMERGED
+from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
+from tests.test_resume import steps_of
+from tests.tiny_images import LABELS, MODEL, write_images
 from tests.tiny_models import NUM_LATENTS, NUM_LAYERS, tiny_config, tiny_inputs, tiny_model
 
 BATCH = 6
@@ -219,3 +225,54 @@ def test_parts_of_a_step_merge_alike(tmp_path):
     for name, value in trained[0].items():
         torch.testing.assert_close(trained[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
     assert not trained[0]["perceiver.embeddings.latents"].equal(model.base_model.embeddings.latents)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> tuple[object, ...]:
+    """A checkpoint and its data."""
+    folder = tmp_path_factory.mktemp("images")
+    config = ToMePerceiverConfig(**MODEL | {"model_type": "tome_perceiver", "num_labels": len(LABELS)})
+    ToMePerceiverForImageClassificationConvProcessing(config).save_pretrained(folder / "model")
+    PerceiverImageProcessorPil(do_center_crop=False, size={"height": 16, "width": 16}).save_pretrained(folder / "model")
+    data = write_images(folder / "images", {"train": 24, "test": 20})
+    return "--model_name_or_path", folder / "model", "--dataset_name", data, "--use_cpu", "--learning_rate", 3e-3
+
+
+def test_a_sweep_trains_once_for_all_rows(images, tmp_path, monkeypatch):
+    """Each row is that one checkpoint, with the row's merging; a lost cell is measured again without any training."""
+    output_dir = tmp_path / "sweep"
+    sweep = (
+        *images, "--r", "0", "2", "4,0,0,1", "--elastic", "--retrain_epochs", 1, "--per_device_train_batch_size", 6,
+        "--save_strategy", "no", "--timing_rounds", 0, "--output_dir", output_dir,
+    )  # fmt: skip
+    evaluate, evaluated = experiments.sweep.evaluate, []
+
+    def noting(trainer: Trainer, *arguments: Any) -> Any:
+        latents = trainer.model.base_model.embeddings.latents.detach().clone()
+        evaluated.append((trainer.model.config.merge_schedule, latents))
+        return evaluate(trainer, *arguments)
+
+    monkeypatch.setattr(experiments.sweep, "evaluate", noting)
+    assert steps_of("eval_sweep.py", *sweep) == 4
+    checkpoint = output_dir / "retrained" / "elastic"
+    assert [folder.name for folder in (output_dir / "retrained").iterdir()] == ["elastic"]
+    saved = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(checkpoint)
+    assert saved.r == 0
+    schedules = [[0] * 4, [2, 2, 2, 1], [4, 0, 0, 1]]
+    assert [schedule for schedule, _ in evaluated] == schedules * 2  # merged, and retrained
+    assert [latents.equal(saved.base_model.embeddings.latents) for _, latents in evaluated] == [False] * 3 + [True] * 3
+
+    results = json.loads((output_dir / "sweep_results.json").read_text())
+    lost = results["rows"][1].pop("retrained")
+    (output_dir / "sweep_results.json").write_text(json.dumps(results))
+    assert steps_of("eval_sweep.py", *sweep) == 0
+    assert json.loads((output_dir / "sweep_results.json").read_text())["rows"][1]["retrained"] == lost
+
+    card, whole = ((folder / "README.md").read_text() for folder in (checkpoint, output_dir))
+    assert [f"| retrained for every r | {r} |" in card for r in ("0", "2", "4,0,0,1")] == [True] * 3
+    assert 'revision="elastic"' in card and 'revision="elastic"' in whole and "one for all rows" in whole
+
+    pushed = []
+    monkeypatch.setattr(sweep_run, "push_addressed", lambda *arguments, **branch: pushed.append((arguments, branch)))
+    sweep_run.push_sweep("repository", output_dir, "main")
+    assert pushed[1:] == [(("repository", checkpoint, "Retrained for every r"), {"revision": "elastic"})]

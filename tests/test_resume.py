@@ -229,6 +229,19 @@ def test_with_gradient_accumulation(inputs, tmp_path):
     assert left(tmp_path / "killed") == left(tmp_path / "whole")
 
 
+def test_with_a_merging_drawn_in_every_step(inputs, tmp_path):
+    """Resumed in the middle of an epoch, the steps merge as they would have, in parts of them too."""
+    arguments = (
+        *inputs, *TRAINING, "--elastic", "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2,
+        "--output_dir",
+    )  # fmt: skip
+    call_script("run_glue.py", *arguments, tmp_path / "whole")
+    kill("run_glue.py", (*arguments, tmp_path / "killed"), Trainer, "training_step", 2 * 6 + 2)
+    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-6"
+    assert steps_of("run_glue.py", *arguments, tmp_path / "killed", *LAST) == 2 * 2
+    assert left(tmp_path / "killed") == left(tmp_path / "whole")
+
+
 def test_with_augmented_images(tmp_path):
     """Resumed in the middle of an epoch, the images are cropped and mirrored as they would have been."""
     config = tiny_images.write_model_config(tmp_path, attention_probs_dropout_prob=0.1)

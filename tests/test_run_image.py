@@ -126,6 +126,10 @@ def test_arguments_from_a_file(inputs, tmp_path):
         (("--config_overrides", "latents=3"), ("--config_overrides", "latents")),
         (("--retrain_epochs", "-1"), ("--retrain_epochs", "0 or more")),
         (("--retrain_epochs", "1"), ("--retrain_epochs", "--r")),
+        (("--elastic",), ("--elastic", "--do_train")),
+        (("--elastic", "--do_train", "--torch_compile"), ("--elastic", "--torch_compile")),
+        (("--elastic", "--do_train", "--distillation_weight", "-1"), ("--distillation_weight -1.0", "0 or more")),
+        (("--elastic", "--do_train", "--distillation_weight", "nan"), ("--distillation_weight nan", "0 or more")),
         (("--max_eval_samples", "0"), ("--max_eval_samples 0", "1 or more")),
         (("--image_column_name", "picture"), ("--image_column_name picture", "image")),
     ],
@@ -186,6 +190,37 @@ def test_predicts_with_the_names_of_the_classes(inputs, finetuned, tmp_path):
     assert len(predicted) == 30 and set(predicted) <= set(LABELS)
     right = sum(name == LABELS[index % len(LABELS)] for index, name in enumerate(predicted))
     assert results(tmp_path / "out")["predict_accuracy"] == pytest.approx(right / 30)
+
+
+def test_one_checkpoint_for_every_r(inputs, finetuned, tmp_path):
+    """Trained on from a checkpoint; the r that was asked for is what it is evaluated and saved with."""
+    arguments = ("--model_name_or_path", finetuned / "finetuned", *inputs[2:], *TRAINING, "--elastic")
+    for r in (0, 2):
+        call_script("run_image.py", *arguments, "--r", r, "--output_dir", tmp_path / f"r{r}")
+    unmerged, merged = (
+        ToMePerceiverForImageClassificationConvProcessing.from_pretrained(tmp_path / f"r{r}") for r in (0, 2)
+    )
+    assert (unmerged.r, merged.r) == (0, 2)
+    for name, weights in unmerged.state_dict().items():
+        assert weights.equal(merged.state_dict()[name]), name  # what is drawn does not depend on it
+    assert results(tmp_path / "r0")["eval_loss"] != results(tmp_path / "r2")["eval_loss"]
+    card = (tmp_path / "r2" / "README.md").read_text()
+    assert "| trained for every r | 2 |" in card and "- `elastic`: True" in card
+
+
+def test_retrains_for_every_r(inputs, tmp_path):
+    """After plain finetuning, and without any r."""
+    arguments = (*inputs, *TRAINING, "--retrain_epochs", 1, "--elastic", "--output_dir", tmp_path)
+    call_script("run_image.py", *arguments)
+    finetuned, retrained = (
+        ToMePerceiverForImageClassificationConvProcessing.from_pretrained(folder)
+        for folder in (tmp_path / "finetuned", tmp_path)
+    )
+    assert (finetuned.r, retrained.r) == (0, 0)
+    assert not finetuned.base_model.embeddings.latents.equal(retrained.base_model.embeddings.latents)
+    assert not (tmp_path / "merged_results.json").exists()  # nothing would have merged
+    card = (tmp_path / "README.md").read_text()
+    assert "| finetuned | 0 |" in card and "| retrained for every r | 0 |" in card
 
 
 def test_trains_on_augmented_images(inputs, tmp_path):
