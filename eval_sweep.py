@@ -6,12 +6,12 @@
   python eval_sweep.py --model_name_or_path outputs/fashion_mnist --dataset_name zalando-datasets/fashion_mnist \\
       --r 0 2 4 6 8 --retrain_epochs 1 --output_dir outputs/fashion_mnist_sweep
 
-The data are those of run_glue.py for a text checkpoint and of run_image.py for an image checkpoint. Each r is an
-integer or a comma-separated list with one entry a layer; each --flops_ratio or --latency_ratio is a share of the
-unmerged model's FLOPs or time, spread over the layers by a --schedule ("search" finds one). For each of them the
-checkpoint is evaluated with merging on ("merged") and, with --retrain_epochs, again after training with merging on
-from the same starting point ("retrained"; the checkpoints are kept in OUTPUT_DIR/retrained). Time and memory are
-measured on the first evaluated inputs, in
+The data are those of run_glue.py for a text checkpoint, of run_mlm.py for a masked language model and of run_image.py
+for an image checkpoint. Each r is an integer or a comma-separated list with one entry a layer; each --flops_ratio or
+--latency_ratio is a share of the unmerged model's FLOPs or time, spread over the layers by a --schedule ("search" finds
+one). For each of them the checkpoint is evaluated with merging on ("merged") and, with --retrain_epochs, again after
+training with merging on from the same starting point ("retrained"; the checkpoints are kept in OUTPUT_DIR/retrained;
+with --elastic it is one checkpoint for all of them). Time and memory are measured on the first evaluated inputs, in
 alternating rounds. OUTPUT_DIR/sweep_results.json is written after every cell, and the same command continues where it
 was stopped; at the end there are also sweep_results.csv, sweep.png, sweep_report.md, the unmerged checkpoint and its
 model card.
@@ -53,6 +53,7 @@ def main() -> None:
     if model_args.model_name_or_path is None:
         raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
     check_sharding("--r")
+    retraining.check_elastic(training, None if retraining.retrain_epochs > 0 else "--retrain_epochs")
     repository = check_push(training, model_args.token)
 
     set_seed(training.seed)
@@ -76,7 +77,8 @@ def main() -> None:
         merges = sweep_args.merges(model.to(training.device), prepared, batch, input_shape, log_dir)
         results.rows = plan_rows(model, merges, baseline, input_shape)
         results.spend("resolving budgets", start)
-    models = 1 + (len(results.rows) if retraining.retrain_epochs else 0)
+    retrained = 1 if retraining.elastic else len(results.rows)
+    models = 1 + (retrained if retraining.retrain_epochs else 0)
     check_disk_space(output_dir, model, training, models)
 
     run = SweepRun(

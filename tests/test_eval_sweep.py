@@ -166,6 +166,7 @@ def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, caps
         (("--flops_ratio", "0.9", "--schedule", "steep"), ("--schedule steep", "geometric")),
         (("--schedule", "geometric"), ("--schedule geometric", "--flops_ratio")),
         (("--flops_ratio", "0.9", "0.9"), ("--flops_ratio 0.9", "twice")),
+        (("--elastic", "true"), ("--elastic", "--retrain_epochs")),
         (("--latency_ratio", "0"), ("--latency_ratio 0.0", "to 1")),
         (("--flops_ratio", "0.01", "--schedule", "search"), ("--flops_ratio 0.01", "search")),
         (("--flops_ratio", "0.1", "--schedule", "skip_blocks"), ("--flops_ratio 0.1", "skip_blocks")),
