@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does it matter that attention knows the sizes of merged latents, among the latents and in the decoder?
+
+Proportional attention (Bolya et al., 2023, section 3) adds the log of a merged latent's size to its scores. Here it is
+left out of the self-attention layers, of the decoder, and of both, on one checkpoint at shares of its FLOPs, without
+retraining; the change is from sizes in both places, paired example by example.
+
+    python benchmarks/size_ablation.py --model_name_or_path outputs/fashion_mnist \\
+        --dataset_name zalando-datasets/fashion_mnist --flops_ratio 0.765 0.614 --use_cpu --output_dir outputs/sizes
+
+OUTPUT_DIR gets size_ablation.json and size_ablation.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import set_seed
+
+# A script's own folder is on the path, the repository's root, where the modules are, is not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.bad_input import BadInput, exit_on_bad_input
+from experiments.budget import SCHEDULES, Budget, flops_ratios
+from experiments.command_line import TrainerArguments, parse_arguments
+from experiments.experiment import COUNTED_INPUTS, noted_arguments
+from experiments.measurement import describe_environment
+from experiments.model_arguments import ModelArguments
+from experiments.model_loading import load_model_and_task
+from experiments.output_folder import write_json
+from experiments.schedule import DEFAULT_SCHEDULE, apply_merging
+from experiments.sweep_task import SweepDataArguments, load_sweep_task
+from experiments.training import changes, evaluate, task_trainer
+from experiments.whole_file import write_text
+from layers_tome_perceiver import ToMePerceiverLayer
+from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
+
+SELF_ATTENTION, DECODER = "self-attention", "decoder"
+PLACES: dict[str, tuple[str, ...]] = {
+    "in both": (),
+    "not in the decoder": (DECODER,),
+    "not in self-attention": (SELF_ATTENTION,),
+    "in neither": (SELF_ATTENTION, DECODER),
+}
+"""Where the sizes are left out, the first one being what the others are compared with."""
+# Of `ToMePerceiverLayer.forward`.
+BIAS_ARGUMENT = 4
+
+
+@dataclass
+class AblationArguments:
+    """At which budgets."""
+
+    _argument_group_name: ClassVar[str] = "ablation"
+
+    flops_ratio: list[float] = field(
+        default_factory=lambda: [0.7], metadata={"help": "Shares of the unmerged model's FLOPs."}
+    )
+    schedule: str = field(
+        default=DEFAULT_SCHEDULE, metadata={"help": f"Over the layers: {', '.join(sorted(SCHEDULES))}."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise BadInput(f"--schedule {self.schedule}: allowed are {', '.join(sorted(SCHEDULES))}")
+
+
+@contextmanager
+def without_sizes(model: ToMePerceiverPreTrainedModel, places: tuple[str, ...]) -> Iterator[None]:
+    """Inside, attention in these places does not know the sizes of the latents."""
+
+    def drop(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*arguments[:BIAS_ARGUMENT], None, *arguments[BIAS_ARGUMENT + 1 :])
+
+    base = model.base_model
+    layers = {
+        SELF_ATTENTION: list(base.encoder.self_attends),
+        DECODER: [module for module in base.decoder.modules() if isinstance(module, ToMePerceiverLayer)],
+    }
+    hooks = [layer.register_forward_pre_hook(drop) for place in places for layer in layers[place]]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def main() -> None:
+    model_args, data, ablation, training = parse_arguments(
+        __doc__, ModelArguments, SweepDataArguments, AblationArguments, TrainerArguments
+    )
+    if model_args.model_name_or_path is None:
+        raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
+    set_seed(training.seed)
+    task = load_sweep_task(data, model_args, training.seed)
+    model, prepared = load_model_and_task(model_args, {}, task, training)
+    input_shape = (1, *prepared.batch(COUNTED_INPUTS)[task.input_name].shape[1:])
+    cost_ratio = flops_ratios(model.config, input_shape, type(model).__name__)
+    members = {
+        ratio: Budget("flops_ratio", ratio, cost_ratio).fields(ablation.schedule, model.config, None)
+        for ratio in ablation.flops_ratio
+    }
+    output_dir = Path(training.output_dir)
+    trainer = task_trainer(model, prepared, training, output_dir)
+    rows: list[dict[str, Any]] = []
+    for ratio, fields in members.items():
+        apply_merging(model.config, fields | {"proportional_attention": True})
+        evaluations = {}
+        for name, places in PLACES.items():
+            with without_sizes(model, places):
+                evaluations[name] = evaluate(trainer, prepared, "merged")
+            before = next(iter(evaluations.values())).predictions
+            change = changes(prepared.kind, evaluations[name], before)
+            score = evaluations[name].metrics[f"merged_{task.main_metric}"]
+            rows.append({"flops_ratio": ratio, "sizes": name, "r": fields["r"], task.main_metric: score} | change)
+    lines = [f"| FLOPs | sizes | {task.main_metric} x 100 | change |", "|---|---|---|---|"]
+    for row in rows:
+        error = 100 * row[f"{task.main_metric}_change_stderr"]
+        change = f"{100 * row[f'{task.main_metric}_change']:+.2f} ± {error:.2f}" if row["sizes"] != "in both" else ""
+        lines.append(f"| {row['flops_ratio']} | {row['sizes']} | {100 * row[task.main_metric]:.2f} | {change} |")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(
+        output_dir / "size_ablation.json",
+        {
+            "arguments": noted_arguments(model_args, data, ablation),
+            "environment": describe_environment(),
+            "source": asdict(task.source),
+            "evaluated_on": len(prepared.evaluation[""]),
+            "rows": rows,
+        },
+    )
+    write_text(output_dir / "size_ablation.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()
