@@ -26,7 +26,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from experiments.bad_input import BadInput, exit_on_bad_input
+from experiments.bad_input import exit_on_bad_input
 from experiments.calibration import calibrate_groups, unlabelled_batches
 from experiments.calibration_arguments import CalibrationArguments
 from experiments.calibration_report import CalibrationResults, write_calibrated_card
@@ -56,8 +56,6 @@ def main() -> None:
     if hub.push_only:
         print(push_addressed(open_to_push(training, model_args.token), output_dir, COMMIT_MESSAGE, revision))
         return
-    if model_args.model_name_or_path is None:
-        raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
     calibration.check_given()
     check_sharding("--do_eval" if training.do_eval else None)
     repository = check_push(training, model_args.token)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from experiments.bad_input import BadInput, exit_on_bad_input
+from experiments.bad_input import exit_on_bad_input
 from experiments.command_line import TrainerArguments, parse_arguments
 from experiments.experiment import noted_arguments
 from experiments.hub_arguments import HubArguments, check_push, open_to_push
@@ -50,8 +50,6 @@ def main() -> None:
     if hub.push_only:
         push_sweep(open_to_push(training, model_args.token), output_dir, training.hub_revision or "main")
         return
-    if model_args.model_name_or_path is None:
-        raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
     check_sharding("--r")
     retraining.check_elastic(training, None if retraining.retrain_epochs > 0 else "--retrain_epochs")
     repository = check_push(training, model_args.token)

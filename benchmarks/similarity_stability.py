@@ -339,8 +339,6 @@ def main() -> None:
     model_args, data, stability, training = parse_arguments(
         __doc__, ModelArguments, SweepDataArguments, StabilityArguments, TrainerArguments
     )
-    if model_args.model_name_or_path is None:
-        raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
     set_seed(training.seed)
     # The task draws so many training samples, and tokenizes no others.
     data.max_train_samples = min(2 * stability.sample_counts[-1], data.max_train_samples or sys.maxsize)

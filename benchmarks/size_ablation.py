@@ -95,8 +95,6 @@ def main() -> None:
     model_args, data, ablation, training = parse_arguments(
         __doc__, ModelArguments, SweepDataArguments, AblationArguments, TrainerArguments
     )
-    if model_args.model_name_or_path is None:
-        raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
     set_seed(training.seed)
     task = load_sweep_task(data, model_args, training.seed)
     model, prepared = load_model_and_task(model_args, {}, task, training)

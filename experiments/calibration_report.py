@@ -9,11 +9,11 @@ from typing import Any
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.cost import forward_cost
+from experiments.measurement import environment_line
 from experiments.model_card import (
     SCHEDULE_FILE,
     Measured,
     card_data,
-    environment_line,
     figures,
     metric_name,
     usage_section,
@@ -133,7 +133,7 @@ A [Perceiver IO](https://arxiv.org/abs/2107.14795) whose latents are merged
 
 {arguments}
 
-{environment_line()}.
+{environment_line(results.environment)}.
 """
     measured = [
         Measured("unmerged", 0, results.unmerged),

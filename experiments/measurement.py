@@ -11,7 +11,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import chain
@@ -131,6 +131,11 @@ def describe_environment() -> dict[str, str | int]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def environment_line(environment: Mapping[str, str | int]) -> str:
+    """An environment in one line."""
+    return ", ".join(f"{name} {value}" for name, value in environment.items())
 
 
 def _processor_name() -> str:

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from experiments.cost import forward_cost
-from experiments.measurement import describe_environment
+from experiments.measurement import describe_environment, environment_line
 from experiments.schedule import UNMERGED
 from experiments.schedule_picture import draw_schedule
 from experiments.task import Source
@@ -142,11 +142,6 @@ def results_table(measured: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def environment_line() -> str:
-    """Date, machine and versions, in one line."""
-    return ", ".join(f"{name} {value}" for name, value in describe_environment().items())
-
-
 def write_checkpoint_card(
     folder: Path,
     *,
@@ -204,7 +199,7 @@ takes unmerged.
 
 {arguments}
 
-{environment_line()}.
+{environment_line(describe_environment())}.
 """
     write_card(folder, card_data(source, hub_task, name, measured, base_model), body)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 
+from experiments.measurement import environment_line
 from experiments.model_card import metric_name
 from experiments.sweep import Row, SweepResults
 from experiments.whole_file import write_text, write_whole
@@ -197,7 +198,6 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> str:
     title = f"{results.source.name}: {results.evaluated_on:,} examples"
     write_csv(rows, metric, output_dir / "sweep_results.csv")
     draw_sweep(rows, metric, title, output_dir / "sweep.png")
-    environment = ", ".join(f"{name} {value}" for name, value in results.environment.items())
     batch, rounds = results.arguments["timing_batch_size"], results.arguments["timing_rounds"]
     others = [name for name in _metrics(rows) if name != metric]
     more = "".join(f"\n**{metric_name(name)}**\n\n{metric_table(rows, name)}\n" for name in others)
@@ -218,7 +218,7 @@ Made by
 {command}
 ```
 
-Measured on: {environment}.
+Measured on: {environment_line(results.environment)}.
 """
     write_text(output_dir / "sweep_report.md", f"# {title}\n\n{report}")
     return report

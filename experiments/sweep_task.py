@@ -43,6 +43,8 @@ def load_sweep_task(data: SweepDataArguments, model: ModelArguments, seed: int) 
     Raises:
         BadInput: for a checkpoint or data that are not there or do not fit.
     """
+    if model.model_name_or_path is None:
+        raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
     architectures = requested_config(model).architectures
     name = f"--model_name_or_path {model.model_name_or_path}"
     task = next((task for part, task in TASKS.items() if part in str(architectures)), None)

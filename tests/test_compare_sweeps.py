@@ -55,4 +55,3 @@ def test_sweeps_of_two_metrics_are_not_compared(tmp_path):
     one, two = write_sweep(tmp_path / "one"), write_sweep(tmp_path / "two", "pearson")
     result = run_script("benchmarks/compare_sweeps.py", one, two, "--output_dir", tmp_path / "out")
     assert result.returncode == 2 and "accuracy, pearson" in result.stderr
-
