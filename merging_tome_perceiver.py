@@ -189,6 +189,55 @@ def match_k_center(metric: Tensor, r: int, sizes: Tensor | None = None, depth: f
     return Match(kept=kept, merged=merged, into=_take_pairs(similarity, merged, kept).argmax(dim=-1))
 
 
+@register_merge_method("ward")
+@torch.no_grad()
+def match_ward(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
+    """Agglomerative clustering: R times the two groups merge that add least to the squared distances from their means.
+
+    A group may take up any number of others, and no half of the positions is barred from merging with itself. The group
+    stays where its lowest position is. R steps that depend on each other: costly where R is large and a step slow.
+
+    Args:
+        metric: (B, N, C), scaled to length 1 as for cosine similarity, in float32 or wider. Ties: the pair with the
+            lowest position, and of these with the lowest other.
+        r: R, latents to merge away.
+        sizes: (B, N) how many latents each one stands for; `None` for 1 each.
+
+    Source: Ward (1963), "Hierarchical grouping to optimize an objective function", with the update of distances of
+    Lance & Williams (1967).
+    """
+    batch, num_latents = metric.shape[:2]
+    rows, places = torch.arange(batch, device=metric.device), torch.arange(num_latents, device=metric.device)
+    similarity = _cosine_similarity(metric)
+    squared = similarity.diagonal(dim1=1, dim2=2)
+    size = similarity.new_ones(batch, num_latents) if sizes is None else sizes.to(similarity.dtype)
+    # Symmetric to the last bit, which a product of matrices need not be.
+    similarity = (similarity + similarity.transpose(1, 2)) / 2
+    distance = squared[:, :, None] + squared[:, None, :] - 2 * similarity
+    cost = distance * (size[:, :, None] * size[:, None, :] / (size[:, :, None] + size[:, None, :]))
+    cost = cost.masked_fill(places[:, None] == places, torch.inf)
+    group, gone = places.expand(batch, -1), torch.zeros(batch, num_latents, dtype=torch.bool, device=metric.device)
+    for _ in range(r):
+        pair = cost.flatten(1).argmin(dim=1)
+        # The cost is symmetric, so the first of equals stands above the diagonal.
+        one, other = pair // num_latents, pair % num_latents
+        at_one, at_other = places == one[:, None], places == other[:, None]
+        size_one, size_other = size[rows, one][:, None], size[rows, other][:, None]
+        between = cost[rows, one, other][:, None]
+        merged = (size_one + size) * cost[rows, one] + (size_other + size) * cost[rows, other] - size * between
+        gone = gone | at_other
+        merged = (merged / (size_one + size_other + size)).masked_fill(gone | at_one, torch.inf)
+        cost = torch.where(at_one[:, :, None], merged[:, None, :], cost)
+        cost = torch.where(at_one[:, None, :], merged[:, :, None], cost)
+        cost = cost.masked_fill(at_other[:, :, None] | at_other[:, None, :], torch.inf)
+        size = torch.where(at_one, size_one + size_other, size)
+        group = torch.where(group == other[:, None], one[:, None], group)
+    order = torch.sort(gone.to(torch.int64), dim=1, stable=True).indices
+    kept, merged_away = order[:, : num_latents - r], order[:, num_latents - r :]
+    place_among_kept = (~gone).to(torch.int64).cumsum(dim=1) - 1
+    return Match(kept=kept, merged=merged_away, into=place_among_kept.gather(1, group.gather(1, merged_away)))
+
+
 @register_merge_method("random")
 @torch.no_grad()
 def match_random(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:

@@ -30,7 +30,7 @@ from experiments.schedule import (
     unmerged_fields,
     weakest_member,
 )
-from experiments.schedule_search import SEARCH, ScheduleSearch, undisturbed
+from experiments.schedule_search import SEARCH, ScheduleSearch, starting_families, undisturbed
 from experiments.task import Batch, PreparedTask
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
@@ -83,8 +83,8 @@ class Budget:
         return found
 
     def _least(self, name: str, config: ToMePerceiverConfig) -> float:
-        # No member of a search costs less than the strongest floor on a single block.
-        return self.cost_ratio(named_family(config, "floor" if name == SEARCH else name)(1.0))
+        families = starting_families(config) if name == SEARCH else [named_family(config, name)]
+        return min(self.cost_ratio(family(1.0)) for family in families)
 
     def _not_met(self, name: str, least: float) -> BadInput:
         return BadInput(

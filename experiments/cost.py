@@ -218,6 +218,7 @@ MATCHING_COSTS: dict[str, Callable[[int, int], int]] = {
     "prune": bipartite_flops,
     "random": lambda latents, channels: 0,
     "size_penalty": bipartite_flops,
+    "ward": all_pairs_flops,
 }
 """For each name in `MERGE_METHODS` of `merging_tome_perceiver.py`: FLOPs from N and the channels of the metric."""
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from experiments.bad_input import BadInput
 from experiments.budget import Budget, check_schedule, flops_ratios, latency_ratios
 from experiments.measurement import Quartiles, Timing
 from experiments.schedule import UNMERGED, unmerged_fields
+from experiments.schedule_search import SEARCH, ScheduleSearch
 from tests.tiny_models import tiny_config, tiny_model
 
 HEAD = "ForSequenceClassification"
@@ -77,3 +80,15 @@ def test_what_cannot_be_met_is_named_with_what_can(argument, ratio):
 def test_unknown_schedules_are_named():
     with pytest.raises(BadInput, match="--schedule steep: allowed are .*search.*skip_blocks"):
         check_schedule("steep")
+
+
+def test_a_search_comes_down_as_far_as_it_says():
+    """With fewer blocks than any other schedule."""
+    model = tiny_model(HEAD)
+    cost_ratio = flops_ratios(model.config, (1, 9), type(model).__name__)
+    search = ScheduleSearch(model, [BATCH])
+    with pytest.raises(BadInput, match="where schedule search ends") as error:
+        Budget("flops_ratio", 0.01, cost_ratio).fields(SEARCH, model.config, search)
+    least = float(re.findall(r"0\.\d+", str(error.value))[1])
+    fields = Budget("flops_ratio", least + 0.001, cost_ratio).fields(SEARCH, model.config, search)
+    assert fields["num_blocks"] == 1

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The laws of matching, on tensors alone: which latents merge, and into which, by every method of the registry."""
 
-import itertools
 import random
 
 import numpy as np
@@ -22,6 +21,7 @@ from .tiny_matches import (
     matches,
     randn,
     row_of,
+    signed_basis_vectors,
     unequal_sizes,
 )
 
@@ -45,23 +45,6 @@ def plain_energy(metric, r, depth):
         energy.append(sum(x if x >= margin else np.exp(x - margin) - 1 for x in others) / num_latents)
     crowded = sorted(range(num_latents), key=lambda i: -energy[i])[: 2 * r]
     return {i: max(crowded[1::2], key=lambda j: similarity[i, j]) for i in crowded[::2]}
-
-
-def plain_k_center(metric, r):
-    """One row's edges from the definition: the least similar to those that stay stays too."""
-    similarity = cosines(metric)
-    kept, others = [0], list(range(1, len(similarity)))
-    while len(others) > r:
-        kept.append(min(others, key=lambda i: max(similarity[i, j] for j in kept)))
-        others.remove(kept[-1])
-    return {i: max(sorted(kept), key=lambda j: similarity[i, j]) for i in others}
-
-
-def signed_basis_vectors(num_latents, channels, seed):
-    """(2, N, C) with zeros among them: every similarity is exactly -1, 0 or 1, so nearly all edges tie."""
-    vectors = torch.cat([torch.eye(channels), -torch.eye(channels), torch.zeros(1, channels)])
-    choice = torch.randint(len(vectors), (2, num_latents), generator=torch.Generator().manual_seed(seed))
-    return vectors[choice] * 3
 
 
 def same(one, other):
@@ -118,9 +101,10 @@ def test_all_equal_metric(method, metric):
     for r in range(1, 5):
         match = match_by(method, metric, r)
         for row in range(2):
-            # k-center chooses those that stay, the others those that merge.
-            expected = {9 - r + i: 0 for i in range(r)} if method == "k_center" else {2 * i: 1 for i in range(r)}
-            assert edges(match, row) == expected
+            # k-center chooses those that stay, and Ward's groups stay where their first member is.
+            last, first = {9 - r + i: 0 for i in range(r)}, {1 + i: 0 for i in range(r)}
+            pairs = {2 * i: 1 for i in range(r)}
+            assert edges(match, row) == {"k_center": last, "ward": first}.get(method, pairs)
     merged, sizes = merging.merge_latents(torch.ones(2, 9, 4), None, match)
     assert torch.equal(merged, torch.ones(2, 5, 4))
     assert sorted(sizes[0].tolist()) == [1, 1, 1, 1, 5]
@@ -142,6 +126,7 @@ def test_exact_duplicates_merge_first(num_latents, seed, data):
         ("energy", orthogonal, (order[1 : 2 * r], order[:1].expand(2 * r - 1))),
         # R copies anywhere, of whatever is not a copy.
         ("k_center", latents, (order[:r], order[r:][order[:r] % (num_latents - r)])),
+        ("ward", latents, (order[:r], order[r:][order[:r] % (num_latents - r)])),
     ):
         duplicated = start.clone()
         duplicated[:, copies] = start[:, originals]
@@ -318,47 +303,6 @@ def test_margin_falls_with_the_depth():
     assert edges(merging.match_energy(metric, 4), 0) != edges(merging.match_energy(metric, 4, depth=0.9), 0)
 
 
-# k-center
-
-
-@pytest.mark.parametrize(
-    "num_left, kept", [(1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 2, 3, 5]), (5, [0, 2, 3, 4, 5])]
-)
-def test_farthest_latents_stay_by_hand(num_left, kept):
-    """Angles on a circle: from 0 the farthest is 180, then 100 is 80 away from both, then 300 60, then 195 15."""
-    angles = torch.tensor([0.0, 10.0, 100.0, 180.0, 195.0, 300.0]).deg2rad()
-    match = merging.match_k_center(torch.stack([angles.cos(), angles.sin()], dim=-1)[None], 6 - num_left)
-    assert match.kept.tolist() == [kept]
-    targets = {1: 0, 2: 0, 3: 0, 4: 0, 5: 0} if num_left == 1 else {1: 0, 2: 3, 4: 3, 5: 0}
-    assert edges(match, 0) == {merged: target for merged, target in targets.items() if merged not in kept}
-
-
-@given(matches(["k_center"], channels=2))
-def test_k_center_against_a_plain_reference(drawn):
-    for row, metric in enumerate(drawn.metric):
-        assert edges(drawn.match, row) == plain_k_center(metric, drawn.r)
-
-
-@given(seed=st.integers(0, 2**31), num_latents=st.integers(2, 24), channels=st.integers(1, 4), data=st.data())
-def test_ties_of_k_center_go_to_the_lower_position(seed, num_latents, channels, data):
-    r = data.draw(st.integers(1, num_latents // 2))
-    metric = signed_basis_vectors(num_latents, channels, seed)
-    match = merging.match_k_center(metric, r)
-    for row in range(2):
-        assert edges(match, row) == plain_k_center(metric[row], r)
-
-
-@given(seed=st.integers(0, 2**31), num_latents=st.integers(2, 8), channels=st.integers(2, 4), data=st.data())
-def test_k_center_is_within_twice_the_best_radius(seed, num_latents, channels, data):
-    """Gonzalez' bound: the largest distance to a target, against every choice of as many latents."""
-    r = data.draw(st.integers(1, num_latents - 1))
-    metric = randn(1, num_latents, channels, seed=seed)
-    distance = np.sqrt(np.maximum(2 - 2 * cosines(metric[0]), 0))
-    choices = itertools.combinations(range(num_latents), num_latents - r)
-    best = min(distance[:, list(choice)].min(axis=1).max() for choice in choices)
-    assert max(distance[edge] for edge in edges(merging.match_k_center(metric, r), 0).items()) <= 2 * best + 1e-7
-
-
 # Fixed groups
 
 
@@ -387,7 +331,7 @@ def test_groups_against_a_plain_reference(groups):
 
 
 def test_registry_has_the_methods_and_the_two_controls():
-    assert METHODS == ["bipartite", "energy", "k_center", "prune", "random", "size_penalty"]
+    assert METHODS == ["bipartite", "energy", "k_center", "prune", "random", "size_penalty", "ward"]
     for method in METHODS:
         merging.check_merge_method(method)
 

@@ -83,3 +83,10 @@ def edges(match: Match, row: int) -> dict[int, int]:
 def row_of(match: Match, row: int) -> Match:
     """The match of one row, as a batch of one."""
     return Match(*(None if part is None else part[min(row, len(part) - 1)][None] for part in match))
+
+
+def signed_basis_vectors(num_latents, channels, seed):
+    """(2, N, C) with zeros among them: every similarity is exactly -1, 0 or 1, so nearly all edges tie."""
+    vectors = torch.cat([torch.eye(channels), -torch.eye(channels), torch.zeros(1, channels)])
+    choice = torch.randint(len(vectors), (2, num_latents), generator=torch.Generator().manual_seed(seed))
+    return vectors[choice] * 3
