@@ -19,10 +19,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PerceiverConfig, PerceiverForSequenceClassification
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,13 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.cost import forward_cost
 from experiments.measurement import Timing, describe_environment, time_interleaved
+from experiments.published_models import DTYPES, PUBLISHED_LANGUAGE_SHAPES, PublishedModel, check_outputs
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
 
-# `deepmind/language-perceiver`; every other field has its default.
-PUBLISHED_LANGUAGE_SHAPES: dict[str, Any] = {"qk_channels": 256, "v_channels": 1280}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What rounding may make of the logits of random weights (of order 1) between two orders of summation.
-LOGITS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1, "float16": 1e-2}
 STOCK = "stock"
 
 
@@ -114,38 +108,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def build_models(
-    seed: int, dtype: torch.dtype, device: str
-) -> tuple[PerceiverForSequenceClassification, ToMePerceiverForSequenceClassification]:
-    """The stock model with random weights, and ours on the same tensors."""
-    torch.manual_seed(seed)
-    config = ToMePerceiverConfig(**PUBLISHED_LANGUAGE_SHAPES)
-    # Stock knows no other attention, and a config is written to by the model that it builds.
-    stock_config = PerceiverConfig(**PUBLISHED_LANGUAGE_SHAPES)
-    stock = PerceiverForSequenceClassification(stock_config).eval().requires_grad_(False).to(device, dtype)
-    with torch.device("meta"):
-        ours = ToMePerceiverForSequenceClassification(config).eval().requires_grad_(False)
-    ours.load_state_dict(stock.state_dict(), assign=True)
-    return stock, ours
-
-
-def check_logits(
-    stock: PerceiverForSequenceClassification,
-    ours: ToMePerceiverForSequenceClassification,
-    inputs: torch.Tensor,
-    tolerance: float,
-) -> float:
-    """The largest difference of logits at r = 0.
-
-    Raises:
-        AssertionError: if it is more than rounding, so that the two would not be doing the same work.
-    """
-    ours.r = 0
-    difference = (stock(inputs).logits - ours(inputs).logits).abs().max().item()
-    assert difference <= tolerance, f"logits at r = 0 differ from stock's by {difference}, more than {tolerance}"
-    return difference
-
-
 def summarise(name: str, r: int | None, timing: Timing, input_shape: tuple[int, int]) -> Variant:
     """One variant's rounds as the figures that are reported."""
 
@@ -189,10 +151,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    stock, ours = build_models(options.seed, DTYPES[options.dtype], options.device)
-    input_shape = (options.batch_size, options.length)
-    inputs = torch.randint(stock.config.vocab_size, input_shape, device=options.device)
-    difference = check_logits(stock, ours, inputs, LOGITS_TOLERANCE[options.dtype])
+    published = PublishedModel(
+        "deepmind/language-perceiver", "PerceiverForSequenceClassification", PUBLISHED_LANGUAGE_SHAPES
+    )
+    dtype, input_shape = DTYPES[options.dtype], (options.batch_size, options.length)
+    stock = published.build_stock(options.seed, dtype, options.device)
+    ours = published.build_merging(stock)
+    inputs = published.draw_inputs(input_shape, dtype, options.device)
+    difference = check_outputs(stock, ours, inputs)
 
     def run(r: int | None) -> None:
         if r is None:
@@ -209,13 +175,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for r, timing in zip(variant_r, timings, strict=True)
     ]
     settings: dict[str, object] = {
-        "shapes": "deepmind/language-perceiver, random weights",
+        "shapes": f"{published.hub_id}, random weights",
         "batch size": options.batch_size,
         "bytes": options.length,
         "dtype": options.dtype,
         "rounds": f"{options.rounds} after one of warm-up",
         "attention": f"stock {stock.config._attn_implementation}, ours {ours.config._attn_implementation}",
-        "largest difference of logits at r = 0": f"{difference:.1e}",
+        "largest difference of outputs at r = 0, of the largest": f"{difference:.1e}",
     }
     environment = describe_environment()
     table = as_markdown(variants, settings, environment)

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast a merged Perceiver is against stock transformers, and how much of what the FLOPs promise it keeps.
+
+Models of the published shapes with random weights, all on the same tensors, take turns in one process: in each round
+every variant runs once, the next round starts with the next variant. A speed-up is the median, with quartiles, of
+stock's time over the variant's within a round, so neither a machine that slows down nor a place in the order favours a
+variant. Variants are stock itself (how far it is from 1 against itself is the noise), r latents merged in every layer,
+schedules at shares of the FLOPs, and the same schedules in fixed groups, which match nothing; these are groups of
+consecutive latents, since which latents merge does not matter to the time. A product of (batch x latents, C) with
+(C, C), C the width of a latent, takes its turn too: its rate is what the machine does of such work.
+
+    python benchmarks/throughput.py --small                                       # two minutes on two cores
+    python benchmarks/throughput.py --batch_size 1 --length 128 2048 --output_dir out
+    python benchmarks/throughput.py --device cuda --dtype bfloat16 --batch_size 1 8 32 --compile
+    python benchmarks/throughput.py --shapes vision --training --batch_size 1 --r 0 8
+
+By default --batch_size 1 8 --r 0 2 4 8 16 --flops_ratio 0.59 0.325 --rounds 10: a round of all that takes a minute on
+two cores. With --small, 6 layers of the published widths, --batch_size 1 4 --r 0 8 32 --flops_ratio 0.59 0.4
+--rounds 5. OUTPUT_DIR gets throughput.json, throughput.md and throughput.png.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import matplotlib
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+matplotlib.use("Agg")  # there may be no screen
+from matplotlib import pyplot as plt
+
+# A script's own folder is on the path, the repository's root, where the modules are, is not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.bad_input import BadInput, exit_on_bad_input
+from experiments.command_line import parse_arguments, shown_command
+from experiments.cost import ForwardCost, forward_cost, linear_flops
+from experiments.measurement import (
+    Quartiles,
+    Timing,
+    describe_environment,
+    environment_line,
+    peak_memory_mb,
+    time_interleaved,
+)
+from experiments.output_folder import write_json
+from experiments.published_models import DTYPES, check_outputs
+from experiments.schedule import UNMERGED, Fields
+from experiments.speed_benchmark import Cell, SpeedArguments
+from experiments.whole_file import write_text, write_whole
+
+STOCK = "stock"
+PRODUCTS = 32  # in a turn: one would be over before it can be timed
+
+
+@dataclass
+class ThroughputArguments(SpeedArguments):
+    """What runs, and how."""
+
+    usual: ClassVar[dict[str, Any]] = {
+        "batch_size": [1, 8], "r": [0, 2, 4, 8, 16], "flops_ratio": [0.59, 0.325], "rounds": 10
+    }  # fmt: skip
+    reduced: ClassVar[dict[str, Any]] = {
+        "batch_size": [1, 4], "r": [0, 8, 32], "flops_ratio": [0.59, 0.4], "rounds": 5
+    }  # fmt: skip
+
+    training: bool = field(
+        default=False,
+        metadata={"help": "Time a forward and backward pass; ours with activation checkpointing and without."},
+    )
+    compile: bool = field(
+        default=False, metadata={"help": "Time each variant also after model.compile(), and note its first call."}
+    )
+    compile_backend: str = field(default="inductor", metadata={"help": "Of --compile."})
+    output_dir: str = field(default="outputs/throughput", metadata={"help": "Where the results go."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Only if asked for: to list them takes seconds of imports.
+        if self.compile and self.compile_backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+            raise BadInput(f"--compile_backend {self.compile_backend}: allowed are {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What takes a turn.
+
+    Attributes:
+        name: in the table.
+        model: stock, or ours with what it merges in its config.
+        fields: of a config, that say what it merges.
+        checkpointing: whether its layers are computed again in the backward pass.
+        compiled: whether it is compiled, in its first call.
+    """
+
+    name: str
+    model: PreTrainedModel
+    fields: Fields
+    checkpointing: bool = False
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a variant took.
+
+    Attributes:
+        name: of the variant.
+        latents_per_layer: left after each layer; the decoder reads the last of them.
+        gflops: of a turn of the batch, the matching included.
+        milliseconds: of a turn.
+        speedup: stock's time over this one's in the same round.
+        implied_speedup: stock's FLOPs over this one's.
+        share_of_implied: of the two medians.
+        gflops_per_second: in the median time.
+        share_of_product_rate: of what a matrix product reaches in the same rounds.
+        peak_memory_mb: most that tensors hold at once, the parameters, which all variants share, among them.
+        first_call_seconds: of a compiled model, with its compilation.
+    """
+
+    name: str
+    latents_per_layer: list[int]
+    gflops: float
+    milliseconds: Quartiles
+    speedup: Quartiles
+    implied_speedup: float
+    share_of_implied: float
+    gflops_per_second: float
+    share_of_product_rate: float
+    peak_memory_mb: float
+    first_call_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured in a cell.
+
+    Attributes:
+        cell: its name.
+        outputs_difference: between stock's outputs and ours at r = 0, as a part of the largest.
+        product_shape: (B x N, C) of the matrix products.
+        product_gflops_per_second: their rate.
+        rows: the variants.
+    """
+
+    cell: str
+    outputs_difference: float
+    product_shape: tuple[int, int]
+    product_gflops_per_second: float
+    rows: list[Row]
+
+
+def step_flops(cost: ForwardCost, training: bool, checkpointing: bool) -> int:
+    """FLOPs of a turn.
+
+    A backward pass has two products for each one of the forward pass, for the gradients of its two factors, and none
+    for the matching, which is without gradients. (The convolution on an image has one, since pixels need no gradient.)
+    With checkpointing every layer, its matching included, runs once more.
+    """
+    if not training:
+        return cost.total_with_matching
+    layers = cost.cross_attention + sum(cost.self_attention) + sum(cost.matching) + cost.decoder
+    return 3 * cost.total + sum(cost.matching) + (layers if checkpointing else 0)
+
+
+def infer(model: PreTrainedModel, inputs: Tensor) -> None:
+    """A forward pass."""
+    with torch.inference_mode():
+        model(inputs=inputs)
+
+
+def train(model: PreTrainedModel, inputs: Tensor) -> None:
+    """A forward and a backward pass, whose gradients are dropped. There is no optimizer."""
+    labels = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
+    model(inputs=inputs, labels=labels).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def build_variants(
+    arguments: ThroughputArguments, stock: PreTrainedModel, settings: dict[str, Fields]
+) -> list[Variant]:
+    """Stock and each setting; again checkpointed if training, and again compiled if asked for."""
+
+    def ours(fields: Fields) -> PreTrainedModel:
+        return arguments.model.build_merging(stock, **fields)
+
+    variants = [Variant(STOCK, stock, UNMERGED)]
+    variants += [Variant(name, ours(fields), fields) for name, fields in settings.items()]
+    if arguments.training:
+        for name, fields in settings.items():
+            variants.append(Variant(f"{name}, checkpointed", ours(fields), fields, checkpointing=True))
+            variants[-1].model.gradient_checkpointing_enable()
+    if arguments.compile:
+        again = arguments.model.build_stock_again(stock)
+        variants.append(Variant(f"{STOCK}, compiled", again, UNMERGED, compiled=True))
+        variants += [
+            Variant(f"{name}, compiled", ours(fields), fields, compiled=True) for name, fields in settings.items()
+        ]
+    for variant in variants:
+        if variant.compiled:
+            variant.model.compile(backend=arguments.compile_backend, dynamic=False)
+        variant.model.train(arguments.training).requires_grad_(arguments.training)
+    return variants
+
+
+def first_calls(variants: list[Variant], step: Callable[[PreTrainedModel], object]) -> dict[str, float]:
+    """Seconds that the first call of each compiled variant takes, with its compilation, by name."""
+    seconds = {}
+    torch.compiler.reset()
+    # Every variant has a graph of its own, and all are compiled from the code of the same functions.
+    with torch._dynamo.config.patch(recompile_limit=2 * len(variants) + 8):
+        for variant in variants:
+            if variant.compiled:
+                start = time.perf_counter()
+                step(variant.model)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds[variant.name] = time.perf_counter() - start
+    return seconds
+
+
+def measure(arguments: ThroughputArguments, cell: Cell) -> Table:
+    """Run the rounds of one cell."""
+    published, dtype = arguments.model, DTYPES[cell.dtype]
+    stock = published.build_stock(arguments.seed, dtype, arguments.device)
+    inputs = published.draw_inputs(cell.input_shape, dtype, arguments.device)
+    difference = check_outputs(stock, published.build_merging(stock), inputs)
+    variants = build_variants(arguments, stock, cell.settings)
+
+    def step(model: PreTrainedModel) -> None:
+        return train(model, inputs) if arguments.training else infer(model, inputs)
+
+    compilations = first_calls(variants, step) if arguments.compile else {}
+    width = stock.config.d_latents
+    rows, square = (cell.input_shape[0] * stock.config.num_latents, width), (width, width)
+    factors = [torch.randn(shape, device=arguments.device).to(dtype) for shape in (rows, square)]
+
+    def multiply() -> None:
+        with torch.inference_mode():
+            for _ in range(PRODUCTS):
+                F.linear(*factors)
+
+    turns: list[Callable[[], object]] = [*(partial(step, variant.model) for variant in variants), multiply]
+    timings = time_interleaved(lambda turn: turn(), turns, turns[0], arguments.rounds or 1, desc=cell.name)
+    *timings, product = timings
+    peaks = [peak_memory_mb(turn, variant.model) for variant, turn in zip(variants, turns, strict=False)]
+    product_rate = PRODUCTS * linear_flops(*rows, width) / product.latency_ms.median / 1e6
+
+    def row(variant: Variant, timing: Timing, peak: float) -> Row:
+        flops = variant_flops(arguments, cell, variant)
+        implied = variant_flops(arguments, cell, variants[0]) / flops
+        rate = flops / timing.latency_ms.median / 1e6
+        return Row(
+            name=variant.name,
+            latents_per_layer=published.config(**variant.fields).latents_per_layer,
+            gflops=flops / 1e9,
+            milliseconds=timing.latency_ms,
+            speedup=timing.speedup,
+            implied_speedup=implied,
+            share_of_implied=timing.speedup.median / implied,
+            gflops_per_second=rate,
+            share_of_product_rate=rate / product_rate,
+            peak_memory_mb=peak,
+            first_call_seconds=compilations.get(variant.name),
+        )
+
+    measured = [row(*each) for each in zip(variants, timings, peaks, strict=True)]
+    return Table(cell.name, difference, rows, product_rate, measured)
+
+
+def variant_flops(arguments: ThroughputArguments, cell: Cell, variant: Variant) -> int:
+    """FLOPs of a variant's turn."""
+    config = arguments.model.config(**variant.fields)
+    cost = forward_cost(config, cell.input_shape, arguments.model.architecture)
+    return step_flops(cost, arguments.training, variant.checkpointing)
+
+
+def as_markdown(table: Table) -> str:
+    """A heading, the variants, and what the machine does of matrix products."""
+    compiled = any(row.first_call_seconds is not None for row in table.rows)
+    columns = ["", "latents left", "GFLOPs", "ms", "times stock", "quartiles", "FLOPs imply", "share", "GFLOP/s"]
+    columns += ["of the product's", "peak MB"] + (["first call, s"] if compiled else [])
+    lines = [f"## {table.cell}", "", f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
+    for row in table.rows:
+        cells = [
+            row.name,
+            str(row.latents_per_layer[-1]),
+            f"{row.gflops:.4g}",
+            f"{row.milliseconds.median:.4g}",
+            f"{row.speedup.median:.2f}",
+            f"{row.speedup.lower:.2f} to {row.speedup.upper:.2f}",
+            f"{row.implied_speedup:.2f}",
+            f"{row.share_of_implied:.0%}",
+            f"{row.gflops_per_second:.4g}",
+            f"{row.share_of_product_rate:.0%}",
+            f"{row.peak_memory_mb:.0f}",
+        ]
+        if compiled:
+            cells.append("" if row.first_call_seconds is None else f"{row.first_call_seconds:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    rows, width = table.product_shape
+    lines += [
+        "",
+        f"A matrix product of ({rows}, {width}) with ({width}, {width}) ran at {table.product_gflops_per_second:.4g} "
+        f"GFLOP/s. Outputs at r = 0 differ from stock's by {table.outputs_difference:.1e} of the largest.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(tables: list[Table], path: Path) -> None:
+    """The speed-up that was measured against the one that the FLOPs imply, a colour for each cell."""
+    figure, axes = plt.subplots(figsize=(7, 6), constrained_layout=True)
+    for index, table in enumerate(tables):
+        medians = [row.speedup.median for row in table.rows]
+        errors = [
+            [median - row.speedup.lower for median, row in zip(medians, table.rows, strict=True)],
+            [row.speedup.upper - median for median, row in zip(medians, table.rows, strict=True)],
+        ]
+        implied = [row.implied_speedup for row in table.rows]
+        axes.errorbar(implied, medians, errors, fmt="o", capsize=3, markersize=4, color=f"C{index}", label=table.cell)
+    most = max(row.implied_speedup for table in tables for row in table.rows)
+    axes.plot([0, most], [0, most], "--", color="gray", label="all that the FLOPs imply")
+    axes.set(xlabel="speed-up that the FLOPs imply", ylabel="speed-up over stock, median and quartiles")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    write_whole(path, lambda partial_path: figure.savefig(partial_path, dpi=110, format="png"))
+    plt.close(figure)
+
+
+def write_results(arguments: ThroughputArguments, tables: list[Table]) -> str:
+    """Write the three files, and return the tables as Markdown."""
+    output_dir = Path(arguments.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    turn = "forward and backward pass, without an optimizer" if arguments.training else "forward pass"
+    settings = arguments.described() | {"each turn": turn, "command": shown_command()}
+    environment = describe_environment()
+    cells = [asdict(table) for table in tables]
+    write_json(output_dir / "throughput.json", {"settings": settings, "environment": environment, "cells": cells})
+    notes = [f"- {name}: {value}" for name, value in settings.items()] + [f"- {environment_line(environment)}"]
+    text = "\n".join([*map(as_markdown, tables), *notes]) + "\n"
+    write_text(output_dir / "throughput.md", text)
+    draw(tables, output_dir / "throughput.png")
+    return text
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(__doc__ or "", ThroughputArguments)
+    # All that can be wrong with the arguments shows here, before any model is built.
+    cells = arguments.cells()
+    arguments.use_device()
+    tables: list[Table] = []
+    for cell in cells:
+        tables.append(measure(arguments, cell))
+        # After each cell, so that a stop in a long one leaves what was measured before.
+        text = write_results(arguments, tables)
+    print(text, end="")
+    print(f"written to {arguments.output_dir}: throughput.json, throughput.md and throughput.png")
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()
