@@ -20,7 +20,7 @@ demo: .venv/installed
 	$(BIN)/python eval_sweep.py examples/demo_sweep.yaml
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
