@@ -42,7 +42,7 @@ class Point:
     """A cell of a sweep.
 
     Attributes:
-        line: what points of one line share: the sweep's label, the row's series and the stage.
+        line: what points of one line share: the sweep's label, the row's series and, if there are two, the stage.
         row: name of the row.
         flops_ratio, self_attention_flops_ratio: shares of the unmerged model's.
         change, stderr: of the metric from the unmerged checkpoint, in points, with the standard error.
@@ -90,7 +90,7 @@ def points_of(label: str, results: dict[str, Any], stages: Sequence[str]) -> lis
     change = f"{results['metric']}_change"
     return [
         Point(
-            line=" ".join(part for part in (label, row.get("series", "r"), stage) if part),
+            line=" ".join(part for part in (label, row.get("series", "r"), stage if len(stages) > 1 else "") if part),
             row=row["name"],
             flops_ratio=row["flops_ratio"],
             self_attention_flops_ratio=row["self_attention_flops_ratio"],

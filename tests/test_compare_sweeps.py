@@ -55,3 +55,10 @@ def test_sweeps_of_two_metrics_are_not_compared(tmp_path):
     one, two = write_sweep(tmp_path / "one"), write_sweep(tmp_path / "two", "pearson")
     result = run_script("benchmarks/compare_sweeps.py", one, two, "--output_dir", tmp_path / "out")
     assert result.returncode == 2 and "accuracy, pearson" in result.stderr
+
+
+def test_a_single_stage_needs_no_name(tmp_path):
+    result = run_script(
+        "benchmarks/compare_sweeps.py", write_sweep(tmp_path / "one"), "--stages", "merged", "--output_dir", tmp_path
+    )
+    assert "| floor | flops=0.6 |" in result.stdout

@@ -177,7 +177,7 @@ def test_cost_is_linear_in_the_length_of_the_input(architecture):
     assert short.self_attention == long.self_attention and short.decoder == long.decoder
 
 
-@pytest.mark.parametrize("architecture", INPUT_SHAPES.keys() - {MULTIMODAL})
+@pytest.mark.parametrize("architecture", sorted(INPUT_SHAPES.keys() - {MULTIMODAL}))
 def test_cost_is_linear_in_the_batch(architecture):
     config = ToMePerceiverConfig(**SMALL, r=2)
     one, many = (
