@@ -9,8 +9,7 @@ Letters: B batch, L self-attention layers, N latents that reach a layer, M group
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from experiments.latent_similarity import SIMILARITIES
+from experiments.schedule_search import undisturbed
 from experiments.task import Batch, PreparedTask
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
@@ -60,29 +60,13 @@ def calibrate_groups(
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity = {similarity!r}: allowed are {', '.join(map(repr, sorted(SIMILARITIES)))}")
     merge_groups: list[list[int] | None] = [None] * len(left_after)
-    with _evaluated(model):
+    with undisturbed(model), torch.no_grad():
         for layer, (before, after) in enumerate(pairwise(reaching)):
             if after < before:
                 # Set anew, so that the config takes a copy and not the list that grows here.
                 config.r, config.merge_groups = 0, list(merge_groups)
                 merge_groups[layer] = average_linkage(mean_similarity(model, batches, layer, similarity), after)
     return merge_groups
-
-
-@contextmanager
-def _evaluated(model: ToMePerceiverPreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and no gradients; after it, merging and mode are as they were, module by module."""
-    config = model.config
-    before = config.r, config.merge_groups
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        config.r, config.merge_groups = before
-        for module, mode in modes:
-            module.training = mode
 
 
 def mean_similarity(

@@ -149,15 +149,16 @@ class ScheduleSearch:
 
 @contextmanager
 def undisturbed(model: ToMePerceiverPreTrainedModel) -> Iterator[None]:
-    """Evaluation mode; afterwards merging and mode are as they were."""
+    """Evaluation mode; after it, merging and mode are as they were, module by module."""
     before = {name: getattr(model.config, name) for name in unmerged_fields(model.config)}
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         yield
     finally:
         apply_merging(model.config, before)
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def output_divergence(output: Tensor, before: Tensor, regression: bool) -> Tensor:
