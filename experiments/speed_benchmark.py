@@ -98,10 +98,9 @@ class SpeedArguments:
             self.length = DEFAULT_LENGTH if self.length is None else self.length
         elif self.length is not None:
             raise BadInput(f"--length {_spelled(self.length)}: allowed only with --shapes language")
-        longest = self.model.config().max_position_embeddings
         for name, least, most in (
             ("batch_size", 1, math.inf),
-            ("length", 1, longest),
+            ("length", 1, self.max_length),
             ("r", 0, math.inf),
             ("rounds", 1, math.inf),
             ("threads", 1, math.inf),
@@ -115,6 +114,11 @@ class SpeedArguments:
         """The model of those shapes, with fewer layers if it is to be small."""
         published = PUBLISHED_MODELS[self.shapes]
         return published.small() if self.small else published
+
+    @property
+    def max_length(self) -> int:
+        """Bytes that a text may have."""
+        return self.model.config().max_position_embeddings
 
     def cells(self) -> list[Cell]:
         """Every combination of dtype, batch size and length.

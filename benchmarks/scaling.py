@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the time of a forward pass grows with the length of the input, and falls with merging.
+
+A Perceiver reads S bytes once, in the encoder's cross-attention, and works on its latents from there on (Jaegle et al.,
+2022, section 3.1): by the cost function its FLOPs are a constant, which merging lowers, and a line in S, which merging
+leaves alone. Here is the time beside that: stock transformers and r latents merged in every layer, on texts of many
+lengths, all in turn in every round of one process. The model has the published language model's widths, random weights,
+and positions for the longest text that is asked for. A line is fitted to the medians of each variant, by least squares
+of the residuals as parts of the medians, so that a short text counts as much as a long one; and the FLOPs are turned
+into times by one factor for all, the GFLOP/s of stock on the shortest text.
+
+    python benchmarks/scaling.py --small                                # about a minute on two cores
+    python benchmarks/scaling.py --output_dir out                       # five or six minutes
+    python benchmarks/scaling.py --device cuda --dtype bfloat16 --rounds 30
+
+By default --length 128 512 2048 8192 32768 65536 --r 0 8 16 --rounds 5 --batch_size 1. With --small, 6 layers of the
+published widths, --length 128 512 2048 8192 --r 0 8 32 --rounds 8. OUTPUT_DIR gets scaling.json, scaling.md and
+scaling.png.
+
+Letters: B batch, S bytes of a text.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+import matplotlib
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+matplotlib.use("Agg")  # there may be no screen
+from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
+
+# A script's own folder is on the path, the repository's root, where the modules are, is not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.bad_input import BadInput, exit_on_bad_input, naming
+from experiments.command_line import parse_arguments, shown_command
+from experiments.cost import forward_cost
+from experiments.measurement import (
+    Quartiles,
+    describe_environment,
+    environment_line,
+    peak_memory_mb,
+    time_interleaved,
+)
+from experiments.output_folder import write_json
+from experiments.published_models import DTYPES, PublishedModel, check_outputs
+from experiments.schedule import UNMERGED, Fields
+from experiments.speed_benchmark import Cell, SpeedArguments
+from experiments.whole_file import write_text, write_whole
+
+STOCK = "stock"
+# Far more would not fit in any memory, and a typing error is better found here than there.
+MAX_LENGTH = 2**20
+
+
+@dataclass
+class ScalingArguments(SpeedArguments):
+    """What runs, and how."""
+
+    usual: ClassVar[dict[str, Any]] = {
+        "batch_size": [1], "length": [128, 512, 2048, 8192, 32768, 65536], "r": [0, 8, 16], "rounds": 5
+    }  # fmt: skip
+    reduced: ClassVar[dict[str, Any]] = {"length": [128, 512, 2048, 8192], "r": [0, 8, 32], "rounds": 8}
+
+    # Not arguments here: images have one size, and a share of the FLOPs is another schedule at each length.
+    shapes: str = field(default="language", init=False)
+    flops_ratio: list[float] | None = field(default_factory=list, init=False)
+    schedule: list[str] = field(default_factory=list, init=False)
+
+    length: list[int] | None = field(
+        default=None, metadata={"help": f"Bytes in a text, two or more lengths up to {MAX_LENGTH} (see above)."}
+    )
+    batch_size: list[int] | None = field(default=None, metadata={"help": "Texts in a forward pass, one number."})
+    dtype: list[str] = field(
+        default_factory=lambda: ["float32"],
+        metadata={"help": f"Of weights and activations, one of {', '.join(DTYPES)}."},
+    )
+    output_dir: str = field(default="outputs/scaling", metadata={"help": "Where the results go."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.length is not None and self.batch_size is not None
+        for name, values in (("dtype", self.dtype), ("batch_size", self.batch_size)):
+            if len(values) != 1:
+                raise BadInput(f"--{name} {' '.join(map(str, values))}: allowed is one")
+        self.length = sorted(set(self.length))
+        if len(self.length) < 2:
+            raise BadInput(f"--length {self.length[0]}: allowed are two lengths or more, which a line can go through")
+
+    @property
+    def model(self) -> PublishedModel:
+        """The model with positions for the longest text: they are a parameter, and random as all are."""
+        assert self.length is not None
+        published = super().model
+        return replace(published, fields={**published.fields, "max_position_embeddings": max(self.length)})
+
+    @property
+    def max_length(self) -> int:
+        """Bytes that a text may have."""
+        return MAX_LENGTH
+
+    def described(self) -> dict[str, Any]:
+        """What stands beside the figures."""
+        return super().described() | {"dtype": self.dtype[0], "positions": self.model.config().max_position_embeddings}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a variant took at one length, for the whole batch.
+
+    Attributes:
+        length: S.
+        name: of the variant.
+        latents_left: after the last layer.
+        gflops: by the cost function, the matching included.
+        milliseconds: of a forward pass.
+        predicted_milliseconds: its GFLOPs at the rate of stock on the shortest texts.
+        speedup: stock's time at this length over this one's in the same round.
+        implied_speedup: stock's FLOPs over this one's.
+        peak_memory_mb: most that tensors hold at once, the parameters, which all variants share, among them.
+    """
+
+    length: int
+    name: str
+    latents_left: int
+    gflops: float
+    milliseconds: Quartiles
+    predicted_milliseconds: float
+    speedup: Quartiles
+    implied_speedup: float
+    peak_memory_mb: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line in S: `constant` + `slope` x S."""
+
+    constant: float
+    slope: float
+
+    @classmethod
+    def fit(cls, lengths: Sequence[int], values: Sequence[float]) -> Line:
+        """The line whose residuals, as parts of the values, have the least sum of squares."""
+        weights = 1 / np.array(values)
+        columns = np.stack([weights, weights * np.array(lengths)], axis=1)
+        constant, slope = np.linalg.lstsq(columns, np.ones(len(values)), rcond=None)[0]
+        return cls(float(constant), float(slope))
+
+    def at(self, length: float) -> float:
+        """Its value there."""
+        return self.constant + self.slope * length
+
+    def largest_deviation(self, lengths: Sequence[int], values: Sequence[float]) -> float:
+        """The largest distance of a value from the line, as a part of the value."""
+        return max(abs(self.at(length) / value - 1) for length, value in zip(lengths, values, strict=True))
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a variant grows with S, for the whole batch.
+
+    Attributes:
+        name: of the variant.
+        flops: FLOPs by the cost function, which are this line exactly.
+        milliseconds: fitted to the medians.
+        predicted_milliseconds: the FLOPs at the rate of stock on the shortest texts.
+        largest_deviation: of a median from the fitted line, as a part of the median.
+    """
+
+    name: str
+    flops: Line
+    milliseconds: Line
+    predicted_milliseconds: Line
+    largest_deviation: float
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What was measured.
+
+    Attributes:
+        outputs_difference: between stock's outputs and ours at r = 0 on the shortest texts, as a part of the largest.
+        gflops_per_second: of stock there, the factor of all predictions.
+        rows: every variant at the shortest length, then at the next.
+        growth: of every variant.
+    """
+
+    outputs_difference: float
+    gflops_per_second: float
+    rows: list[Row]
+    growth: list[Growth]
+
+
+def variant_flops(published: PublishedModel, fields: Fields, input_shape: tuple[int, ...]) -> int:
+    """FLOPs of a forward pass with the fields of a config that say what merges."""
+    return forward_cost(published.config(**fields), input_shape, published.architecture).total_with_matching
+
+
+def flops_line(published: PublishedModel, fields: Fields, batch_size: int) -> Line:
+    """The line that the FLOPs are."""
+    one, two = (variant_flops(published, fields, (batch_size, length)) for length in (1, 2))
+    return Line(2 * one - two, two - one)
+
+
+def interleaved_seconds(
+    turns: Sequence[Callable[[], object]], rounds: int, synchronize: Callable[[], object]
+) -> np.ndarray:
+    """Seconds (turns, rounds) of what takes turns in rounds, as `time_interleaved` orders them.
+
+    Its own figures are against one baseline; here every length has its own, so the seconds of each round are kept.
+    """
+    seconds: list[list[float]] = [[] for _ in turns]
+
+    def run(index: int) -> None:
+        start = time.perf_counter()
+        turns[index]()
+        synchronize()
+        seconds[index].append(time.perf_counter() - start)
+
+    time_interleaved(run, range(1, len(turns)), 0, rounds, desc="rounds")
+    # The first round is warm-up.
+    return np.array(seconds)[:, 1:]
+
+
+@torch.inference_mode()
+def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
+    """Run the rounds, in each of which every variant runs once at every length.
+
+    Args:
+        arguments: the model, the rounds, the device.
+        cells: one for each length, the shortest first, all with the same settings.
+    """
+    published, dtype = arguments.model, DTYPES[cells[0].dtype]
+    stock = published.build_stock(arguments.seed, dtype, arguments.device)
+    inputs = [published.draw_inputs(cell.input_shape, dtype, arguments.device) for cell in cells]
+    difference = check_outputs(stock, published.build_merging(stock), inputs[0])
+
+    settings = {STOCK: UNMERGED, **cells[0].settings}
+    models: list[PreTrainedModel] = [
+        stock, *(published.build_merging(stock, **fields) for fields in cells[0].settings.values())
+    ]  # fmt: skip
+    pairs = list(product(inputs, models))
+    turns = [partial(model, inputs=texts) for texts, model in pairs]
+    synchronize = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
+    seconds = interleaved_seconds(turns, arguments.rounds or 1, synchronize)
+    peaks = [peak_memory_mb(turn, model) for turn, (_, model) in zip(turns, pairs, strict=True)]
+
+    rate = variant_flops(published, UNMERGED, cells[0].input_shape) / np.median(seconds[0])
+    rows = []
+    for index, (cell, (name, fields)) in enumerate(product(cells, settings.items())):
+        # The variants of a length stand together, stock first.
+        stocks = seconds[index - index % len(settings)]
+        flops = variant_flops(published, fields, cell.input_shape)
+        rows.append(
+            Row(
+                length=cell.input_shape[1],
+                name=name,
+                latents_left=published.config(**fields).latents_per_layer[-1],
+                gflops=flops / 1e9,
+                milliseconds=Quartiles.of(1e3 * seconds[index]),
+                predicted_milliseconds=1e3 * flops / rate,
+                speedup=Quartiles.of(stocks / seconds[index]),
+                implied_speedup=variant_flops(published, UNMERGED, cell.input_shape) / flops,
+                peak_memory_mb=peaks[index],
+            )
+        )
+    growth = [
+        grow(name, flops_line(published, fields, len(inputs[0])), rate, [row for row in rows if row.name == name])
+        for name, fields in settings.items()
+    ]
+    return Scaling(difference, rate / 1e9, rows, growth)
+
+
+def grow(name: str, flops: Line, rate: float, rows: list[Row]) -> Growth:
+    """The growth of a variant from its rows, with predictions at `rate` FLOPs a second."""
+    lengths, medians = [row.length for row in rows], [row.milliseconds.median for row in rows]
+    line = Line.fit(lengths, medians)
+    return Growth(
+        name=name,
+        flops=flops,
+        milliseconds=line,
+        predicted_milliseconds=Line(1e3 * flops.constant / rate, 1e3 * flops.slope / rate),
+        largest_deviation=line.largest_deviation(lengths, medians),
+    )
+
+
+def as_markdown(scaling: Scaling) -> str:
+    """Two tables: every variant at every length, and the lines."""
+    columns = ["bytes", "", "latents left", "GFLOPs", "ms", "quartiles", "FLOPs imply", "times stock", "quartiles"]
+    columns += ["FLOPs imply", "peak MB"]
+    lines = ["## Times", "", f"| {' | '.join(columns)} |", f"|---:|---{'|---:' * (len(columns) - 2)}|"]
+    for row in scaling.rows:
+        cells = [
+            str(row.length),
+            row.name,
+            str(row.latents_left),
+            f"{row.gflops:.4g}",
+            f"{row.milliseconds.median:.4g}",
+            f"{row.milliseconds.lower:.4g} to {row.milliseconds.upper:.4g}",
+            f"{row.predicted_milliseconds:.4g}",
+            f"{row.speedup.median:.2f}",
+            f"{row.speedup.lower:.2f} to {row.speedup.upper:.2f}",
+            f"{row.implied_speedup:.2f}",
+            f"{row.peak_memory_mb:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    columns = ["", "GFLOPs at 0 bytes", "MFLOPs a byte", "ms at 0 bytes", "FLOPs imply", "µs a byte", "FLOPs imply"]
+    columns += ["largest deviation of a median"]
+    lines += ["", "## Lines", "", f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
+    for each in scaling.growth:
+        cells = [
+            each.name,
+            f"{each.flops.constant / 1e9:.4g}",
+            f"{each.flops.slope / 1e6:.4g}",
+            f"{each.milliseconds.constant:.4g}",
+            f"{each.predicted_milliseconds.constant:.4g}",
+            f"{1e3 * each.milliseconds.slope:.4g}",
+            f"{1e3 * each.predicted_milliseconds.slope:.4g}",
+            f"{each.largest_deviation:.1%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"What the FLOPs imply of times is at the {scaling.gflops_per_second:.4g} GFLOP/s of stock on the shortest "
+        f"texts. Outputs at r = 0 differ from stock's there by {scaling.outputs_difference:.1e} of the largest.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(scaling: Scaling, title: str, path: Path) -> None:
+    """Time over length for each variant: medians with quartiles on the fitted line, and dashed what the FLOPs imply."""
+    figure, axes = plt.subplots(figsize=(7, 5), constrained_layout=True)
+    lengths = sorted({row.length for row in scaling.rows})
+    between = np.geomspace(lengths[0], lengths[-1], 100)
+    for index, growth in enumerate(scaling.growth):
+        times = [row.milliseconds for row in scaling.rows if row.name == growth.name]
+        medians = [each.median for each in times]
+        errors = [[each.median - each.lower for each in times], [each.upper - each.median for each in times]]
+        axes.errorbar(lengths, medians, errors, fmt="o", capsize=3, markersize=4, color=f"C{index}", label=growth.name)
+        for line, style in ((growth.milliseconds, "-"), (growth.predicted_milliseconds, "--")):
+            axes.plot(between, [line.at(length) for length in between], style, color=f"C{index}", alpha=0.7)
+    axes.plot([], [], "-", color="gray", label="fitted line")
+    axes.plot([], [], "--", color="gray", label=f"its FLOPs at {scaling.gflops_per_second:.4g} GFLOP/s")
+    axes.set(xscale="log", yscale="log", xlabel="bytes in a text", ylabel="milliseconds of a forward pass", title=title)
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    # The times may lie within one power of ten.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    write_whole(path, lambda partial_path: figure.savefig(partial_path, dpi=110, format="png"))
+    plt.close(figure)
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(__doc__ or "", ScalingArguments)
+    # All that can be wrong with the arguments shows here, before any model is built.
+    cells = arguments.cells()
+    arguments.use_device()
+    output_dir = Path(arguments.output_dir)
+    with naming(f"--output_dir {output_dir}", OSError):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    scaling = measure(arguments, cells)
+    settings, environment = arguments.described() | {"command": shown_command()}, describe_environment()
+    write_json(output_dir / "scaling.json", {"settings": settings, "environment": environment, **asdict(scaling)})
+    notes = [f"- {name}: {value}" for name, value in settings.items()] + [f"- {environment_line(environment)}"]
+    text = "\n".join([as_markdown(scaling), *notes]) + "\n"
+    write_text(output_dir / "scaling.md", text)
+    draw(scaling, f"{cells[0].dtype}, batch size {cells[0].input_shape[0]}", output_dir / "scaling.png")
+    print(text, end="")
+    print(f"written to {output_dir}: scaling.json, scaling.md and scaling.png")
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()
