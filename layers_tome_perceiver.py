@@ -108,14 +108,17 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
       no fused kernel
     - an additive bias (B or 1, 1, 1, N) instead of a mask
     - also returns the keys and the values, which may be the metric of matching
+    - queries that one row of the batch repeats to all (learned latents, a decoder's positions) are projected once
     """
 
     def forward(
         self, hidden_states: Tensor, inputs: Tensor | None, bias: Tensor | None, output_attentions: bool
     ) -> AttentionOutput:
-        hidden_states = self.layernorm1(hidden_states)
+        batch = hidden_states.shape[0]
+        hidden_states = self.layernorm1(_repeated_row(hidden_states))
         inputs = hidden_states if inputs is None else self.layernorm2(inputs)
         queries = self.transpose_for_scores(self.query(hidden_states), self.qk_channels_per_head)
+        queries = queries.expand(batch, -1, -1, -1)
         keys = self.transpose_for_scores(self.key(inputs), self.qk_channels_per_head)
         values = self.transpose_for_scores(self.value(inputs), self.v_channels_per_head)
         weights = None
@@ -137,6 +140,11 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
         # has 32 and 160); what it then falls back to makes more passes over the scores than this class does.
         same_width = self.qk_channels_per_head == self.v_channels_per_head
         return self.config._attn_implementation != "eager" and (same_width or queries.device.type != "cpu")
+
+
+def _repeated_row(hidden_states: Tensor) -> Tensor:
+    """(1, Q, C) if the rows of (B, Q, C) are one row in memory, as `expand` makes them; otherwise all of them."""
+    return hidden_states[:1] if hidden_states.stride(0) == 0 else hidden_states
 
 
 class ToMePerceiverAttention(upstream.PerceiverAttention):
@@ -230,7 +238,7 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
         cross_attention_weights = layer.attention_weights
         # Where each of the first latents stands now.
         positions = torch.arange(num_latents, device=hidden_states.device).expand(batch, -1)
-        for index, match_latents in enumerate(layer_matchers(self.config)):
+        for index, match_latents in enumerate(layer_matchers(self.config, hidden_states.device)):
             # Only if asked for: held any longer, a layer's latents could not be reused for the next one's.
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
@@ -260,13 +268,17 @@ def latent_bias(config: ToMePerceiverConfig, sizes: Tensor | None, dtype: torch.
     return None if sizes is None or not config.proportional_attention else log_size_bias(sizes, dtype)
 
 
-def layer_matchers(config: ToMePerceiverConfig) -> list[MatchLatents | None]:
+def layer_matchers(config: ToMePerceiverConfig, device: torch.device) -> list[MatchLatents | None]:
     """For each of the L layers what decides its merge, `None` for none.
 
     Matching at run time (`config.r`) and fixed groups (`config.merge_groups`) meet here and are one from here on.
     """
     if config.merge_groups is not None:
-        return [None if groups is None else partial(_match_fixed, groups=groups) for groups in config.merge_groups]
+        # As tensors from here on: a compiled layer would take lists for constants, and be compiled for each.
+        return [
+            None if groups is None else partial(_match_fixed, match=match_groups(groups, device))
+            for groups in config.merge_groups
+        ]
     check_merge_method(config.merge_method)
     config.check_merge_metric()
     matching = partial(_match_by_metric, method=MERGE_METHODS[config.merge_method], metric=METRICS[config.merge_metric])
@@ -287,8 +299,8 @@ def _match_by_metric(
     return method(metric(attention).detach(), r, sizes, depth)
 
 
-def _match_fixed(attention: AttentionOutput, sizes: Tensor | None, groups: list[int]) -> Match:
-    return match_groups(groups, attention.hidden_states.device)
+def _match_fixed(attention: AttentionOutput, sizes: Tensor | None, match: Match) -> Match:
+    return match
 
 
 class ToMePerceiverBasicDecoder(upstream.PerceiverBasicDecoder):

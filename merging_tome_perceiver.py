@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -246,7 +247,8 @@ def match_random(metric: Tensor, r: int, sizes: Tensor | None = None, depth: flo
     The draw depends on N alone and is the same for every input, so that a row's output does not depend on its batch
     and activation checkpointing recomputes the same merges.
     """
-    num_latents = metric.shape[1]
+    # Counted, since to a compiled layer the shape is a symbol, which is no seed.
+    num_latents = len([*range(metric.shape[1])])
     evens, odds = (num_latents + 1) // 2, num_latents // 2
     generator = random.Random(num_latents)
     score = torch.tensor([generator.random() for _ in range(evens)], device=metric.device)
@@ -268,9 +270,9 @@ def match_groups(groups: Sequence[int], device: torch.device) -> Match:
         groups: for each of the N latents its group, numbered 0 to M - 1 with none left out. The first latent of each
             group stays, at its group's number.
     """
-    positions = range(len(groups))
-    kept = [groups.index(group) for group in range(max(groups) + 1)]
-    merged = [position for position in positions if kept[groups[position]] != position]
+    first = {group: position for position, group in reversed(list(enumerate(groups)))}
+    kept = [first[group] for group in range(len(first))]
+    merged = [position for position, group in enumerate(groups) if first[group] != position]
     into = [groups[position] for position in merged]
 
     def row(values: list[int]) -> Tensor:
@@ -283,7 +285,8 @@ def _cosine_similarity(metric: Tensor, rows: slice = EVERY, columns: slice = EVE
     """(B, K, J): between the latents at positions `rows` and at `columns` of (B, N, C), in float32 or wider."""
     metric = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
     # Under autocast the product would run in half precision and the schedule of merges would depend on it.
-    with torch.autocast(metric.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(metric.device.type)
+    with torch.autocast(metric.device.type, enabled=False) if autocast else nullcontext():
         return metric[:, rows] @ metric[:, columns].transpose(1, 2)
 
 
@@ -299,10 +302,11 @@ def _match_edges(edge_score: Tensor, edge_target: Tensor, num_latents: int, r: i
     rows, evens = edge_score.shape
     # A stable sort, so that ties are defined on every device.
     order = torch.sort(edge_score, dim=1, descending=True, stable=True).indices
-    chosen, unmerged = order[:, :r], order[:, r:]
+    even_positions = 2 * order
     odds = torch.arange(1, num_latents, 2, device=edge_score.device)
-    kept = torch.cat([2 * unmerged, odds.expand(rows, -1)], dim=1)
-    return Match(kept=kept, merged=2 * chosen, into=edge_target.gather(1, chosen) + (evens - r))
+    kept = torch.cat([even_positions[:, r:], odds.expand(rows, -1)], dim=1)
+    into = edge_target.gather(1, order[:, :r]) + (evens - r)
+    return Match(kept=kept, merged=even_positions[:, :r], into=into)
 
 
 def merge_latents(latents: Tensor, sizes: Tensor | None, match: Match) -> tuple[Tensor, Tensor]:
@@ -325,20 +329,20 @@ def merge_latents(latents: Tensor, sizes: Tensor | None, match: Match) -> tuple[
     batch, num_latents, channels = latents.shape
     if sizes is None:
         sizes = latents.new_ones((batch, num_latents), dtype=torch.float32)
-    kept = match.kept.expand(batch, -1)
-    kept_latents, kept_sizes = _take_rows(latents, kept), sizes.gather(1, kept)
-    if match.into is None:
-        return kept_latents, kept_sizes
-    merged, into = match.merged.expand(batch, -1), match.into.expand(batch, -1)
-    merged_sizes = sizes.gather(1, merged)
-    total = kept_sizes.scatter_add(1, into, merged_sizes)
     dtype = torch.promote_types(latents.dtype, torch.float32)
-    weight = merged_sizes.to(dtype) / total.gather(1, into)
-    # The mean as a step from the latent that stays towards those that merge: it touches R rows and leaves the others.
-    means, into_rows = kept_latents.to(dtype).flatten(0, 1), _flat_rows(into, kept.shape[1])
-    steps = _take_rows(latents, merged).to(dtype).flatten(0, 1) - means.index_select(0, into_rows)
-    means.index_add_(0, into_rows, steps * weight.flatten().unsqueeze(-1))
-    return means.view(batch, -1, channels).to(latents.dtype), total
+    # The rows of the batch laid end to end: whole rows are copied, and one set of positions serves latents and sizes.
+    latents, sizes = latents.flatten(0, 1), sizes.flatten()
+    kept = _flat_rows(match.kept, batch, num_latents)
+    means, total = latents.index_select(0, kept).to(dtype), sizes.index_select(0, kept)
+    if match.into is not None:
+        merged, into = _flat_rows(match.merged, batch, num_latents), _flat_rows(match.into, batch, match.kept.shape[1])
+        merged_sizes = sizes.index_select(0, merged)
+        total.index_add_(0, into, merged_sizes)
+        weight = merged_sizes.to(dtype) / total.index_select(0, into)
+        # The mean as a step from the latent that stays towards those that merge: it touches R rows and leaves the rest.
+        steps = latents.index_select(0, merged).to(dtype) - means.index_select(0, into)
+        means.index_add_(0, into, steps * weight.unsqueeze(-1))
+    return means.to(latents.dtype).view(batch, -1, channels), total.view(batch, -1)
 
 
 def log_size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -389,16 +393,18 @@ def source_matrix(positions: Tensor, num_left: int) -> Tensor:
     return (positions[:, None, :] == left[None, :, None]).to(torch.float32)
 
 
-def _flat_rows(positions: Tensor, length: int) -> Tensor:
-    """(B, K) positions within rows of `length`, as (B * K) positions in the rows laid end to end."""
-    offsets = torch.arange(0, positions.shape[0] * length, length, device=positions.device)
+def _flat_rows(positions: Tensor, batch: int, length: int) -> Tensor:
+    """(B or 1, K) positions within rows of `length`, as (B * K) positions in B such rows laid end to end."""
+    if batch == 1:
+        return positions.flatten()
+    offsets = torch.arange(0, batch * length, length, device=positions.device)
     return (positions + offsets[:, None]).flatten()
 
 
 def _take_rows(latents: Tensor, positions: Tensor) -> Tensor:
     """(B, K, C): the latents (B, N, C) at positions (B, K). Whole rows are copied, unlike with `gather`."""
     batch, num_latents, channels = latents.shape
-    rows = latents.flatten(0, 1).index_select(0, _flat_rows(positions, num_latents))
+    rows = latents.flatten(0, 1).index_select(0, _flat_rows(positions, batch, num_latents))
     return rows.view(batch, -1, channels)
 
 

@@ -11,6 +11,7 @@ of a head's keys.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,9 @@ except ImportError:
     from configuration_tome_perceiver import ToMePerceiverConfig
     from layers_tome_perceiver import latent_bias, take_tome_classes
     from merging_tome_perceiver import check_merge_method
+
+# More than all layers of a model could need, each for itself.
+COMPILED_GRAPHS = 256
 
 
 @dataclass
@@ -95,6 +99,26 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         except ValueError:
             self.config.r = before
             raise
+
+    def compile_repeated_blocks(self, **kwargs: Any) -> None:
+        """Compile the self-attention layers, in place: one graph serves all of them, with any number of latents.
+
+        Where `model.compile()` makes a graph of all layers with their shapes, which takes minutes and again so for
+        another r, this takes as long as a layer, and setting r costs nothing or a few seconds. Names of parameters,
+        saving and loading stay as they are.
+
+        Args:
+            kwargs: of `torch.compile`; by default `dynamic=True`. With `dynamic=False` every number of latents is
+                compiled for itself.
+
+        Source: the method of that name in diffusers' `ModelMixin`.
+        """
+        kwargs = {"dynamic": True} | kwargs
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            # Of one layer's code there are several graphs: the first merge, later ones, none; one latent; training.
+            kwargs = {"recompile_limit": COMPILED_GRAPHS} | kwargs
+        for layer in self.base_model.encoder.self_attends:
+            layer.compile(**kwargs)
 
 
 class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):

@@ -137,8 +137,8 @@ def charged(model: ToMePerceiverPreTrainedModel, clock: PartClock) -> Iterator[N
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:
         clock.leave()
 
-    def matchers(config: ToMePerceiverConfig) -> list[MatchLatents | None]:
-        return [None if each is None else clock.charging(MATCHING, each) for each in layer_matchers(config)]
+    def matchers(config: ToMePerceiverConfig, device: torch.device) -> list[MatchLatents | None]:
+        return [None if each is None else clock.charging(MATCHING, each) for each in layer_matchers(config, device)]
 
     layer_matchers = layers_tome_perceiver.layer_matchers
     latent_bias = clock.charging(MERGING, layers_tome_perceiver.latent_bias)
@@ -148,6 +148,8 @@ def charged(model: ToMePerceiverPreTrainedModel, clock: PartClock) -> Iterator[N
             stack.callback(module.register_forward_hook(leave).remove)
         for owner, name, function in (
             (layers_tome_perceiver, "layer_matchers", matchers),
+            # Fixed groups become tensors before the layers run.
+            (layers_tome_perceiver, "match_groups", clock.charging(MATCHING, layers_tome_perceiver.match_groups)),
             (layers_tome_perceiver, "merge_latents", clock.charging(MERGING, layers_tome_perceiver.merge_latents)),
             # The log of the sizes, which only what was merged needs.
             (layers_tome_perceiver, "latent_bias", latent_bias),

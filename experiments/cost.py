@@ -39,6 +39,9 @@ INPUT_PADDING, QUERY_PADDING = 4, 2
 class ForwardCost:
     """FLOPs of one forward pass, for the whole batch, by where they are spent.
 
+    Every row counts as the first one does, as in upstream's models. Ours project the queries that all rows repeat
+    (latents before the first input is read, learned positions of a decoder) for the first row only.
+
     Attributes:
         preprocessing: convolutions and projections before the encoder.
         cross_attention: the encoder's cross-attention layer with its MLP; the only part that grows with S, but for
@@ -65,7 +68,7 @@ class ForwardCost:
 
     @property
     def total_with_matching(self) -> int:
-        """FLOPs of everything that runs: what `FlopCounterMode` counts under eager attention."""
+        """FLOPs of everything that runs: what `FlopCounterMode` counts under eager attention for a batch of one."""
         return self.total + sum(self.matching)
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import modeling_tome_perceiver as modeling
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.cost import MATCHING_COSTS, ForwardCost, forward_cost
+from experiments.cost import MASKED_LM_QK_CHANNELS, MATCHING_COSTS, ForwardCost, forward_cost, linear_flops
 from merging_tome_perceiver import MERGE_METHODS
 
 TEXT_CLASSIFIER = "ToMePerceiverForSequenceClassification"
@@ -65,14 +65,14 @@ SMALL: dict[str, Any] = {
 }
 
 INPUT_SHAPES: dict[str, Any] = {
-    "ToMePerceiverModel": (2, 7, 16),
-    TEXT_CLASSIFIER: (2, 7),
-    "ToMePerceiverForMaskedLM": (2, 7),
-    "ToMePerceiverForImageClassificationLearned": (2, 3, 8, 8),
-    "ToMePerceiverForImageClassificationFourier": (2, 3, 8, 6),
-    "ToMePerceiverForImageClassificationConvProcessing": (2, 3, 19, 32),
-    "ToMePerceiverForOpticalFlow": (2, 2, 27, 4, 6),
-    "ToMePerceiverForMultimodalAutoencoding": {"audio": (2, 48, 1), "image": (2, 2, 3, 8, 8), "label": (2, 5)},
+    "ToMePerceiverModel": (1, 7, 16),
+    TEXT_CLASSIFIER: (1, 7),
+    "ToMePerceiverForMaskedLM": (1, 7),
+    "ToMePerceiverForImageClassificationLearned": (1, 3, 8, 8),
+    "ToMePerceiverForImageClassificationFourier": (1, 3, 8, 6),
+    "ToMePerceiverForImageClassificationConvProcessing": (1, 3, 19, 32),
+    "ToMePerceiverForOpticalFlow": (1, 2, 27, 4, 6),
+    "ToMePerceiverForMultimodalAutoencoding": {"audio": (1, 48, 1), "image": (1, 2, 3, 8, 8), "label": (1, 5)},
 }
 OUTPUT_POINTS = {"audio": 4, "image": 7}
 MULTIMODAL = "ToMePerceiverForMultimodalAutoencoding"
@@ -144,6 +144,17 @@ def test_closed_form_is_what_pytorch_counts(architecture, setting):
     assert cost(architecture, config, input_shape).total_with_matching == counted_flops(
         architecture, config, input_shape
     )
+
+
+def test_queries_that_every_row_repeats_are_projected_once():
+    """The closed form counts them for each row, as upstream computes them."""
+    config = ToMePerceiverConfig(**{**SMALL, "r": 2})
+    rows = 3
+    closed_form = cost("ToMePerceiverForMaskedLM", config, (rows, 7)).total_with_matching
+    encoder = linear_flops(config.num_latents, config.d_latents, config.d_model)
+    decoder = linear_flops(config.max_position_embeddings, config.d_model, MASKED_LM_QK_CHANNELS)
+    counted = counted_flops("ToMePerceiverForMaskedLM", config, (rows, 7))
+    assert counted == closed_form - (rows - 1) * (encoder + decoder)
 
 
 def test_every_merging_method_has_a_cost():

@@ -17,6 +17,7 @@ from .tiny_merges import (
     loss_and_gradients,
 )
 from .tiny_models import (
+    HEADS,
     IMAGE_HEADS,
     NUM_LATENTS,
     TEXT_HEADS,
@@ -146,17 +147,81 @@ def test_is_compiled_anew_when_r_is_set():
         assert relative_difference(flat_logits(compiled(**inputs)), expected) <= 1e-12
 
 
-def test_compiled_training_step_has_the_same_gradients():
+def compile_blocks(model, backend):
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile_repeated_blocks(backend=backend, fullgraph=True)
+
+
+def compiled_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("merge", ["k_center", "random", "groups"])
+def test_compiled_layers_merge_alike(merge):
+    head, merge = "ForSequenceClassification", MERGES[merge]
+    model, inputs = tiny_model(head, **merge), tiny_inputs(head)
+    expected = run(model, inputs)
+    compile_blocks(model, "eager")
+    again = run(model, inputs)
+    assert relative_difference(again.logits, expected.logits) <= 1e-12
+    assert torch.equal(again.base.latent_sources, expected.base.latent_sources)
+    assert model.state_dict().keys() == tiny_model(head, **merge).state_dict().keys()
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head not in TEXT_HEADS + IMAGE_HEADS])
+def test_layers_of_heads_that_do_not_compile_as_a_whole_compile(head):
+    model, inputs = tiny_model(head, r=R_LIST), tiny_inputs(head)
+    expected = run(model, inputs).logits
+    compile_blocks(model, "eager")
+    assert relative_difference(run(model, inputs).logits, expected) <= 1e-12
+    assert 0 < compiled_graphs() < len(R_LIST)
+
+
+@pytest.mark.parametrize("merge", ["bipartite", "energy"])
+def test_compiled_layers_serve_every_r_and_every_batch(merge):
+    """No graph for a number of latents, of layers or of rows: after a few settings there are all."""
+    settings = {"num_latents": 64, "num_self_attends_per_block": 12, "num_blocks": 1}
+    model = tiny_model("ForSequenceClassification", **settings, **MERGES[merge] | {"r": 2})
+    eager = tiny_model("ForSequenceClassification", **settings, **MERGES[merge] | {"r": 2})
+    compile_blocks(model, "eager")
+    warm_up = [[4, 3, 2] + [1, 0, 2] * 3, 2, 0]
+    for step, (r, batch) in enumerate([(r, 2) for r in warm_up] + [(3, 4), ([0] * 6 + [5] * 6, 3), (4, 7)]):
+        if step == len(warm_up):
+            graphs = compiled_graphs()
+        model.r = eager.r = r
+        inputs = tiny_inputs("ForSequenceClassification", batch=batch)
+        assert relative_difference(run(model, inputs).logits, run(eager, inputs).logits) <= 1e-12
+    assert compiled_graphs() == graphs < model.config.num_self_attention_layers
+
+
+def compile_whole(model):
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def compile_layers(model):
+    compile_blocks(model, "aot_eager")
+    return model
+
+
+def compile_checkpointed_layers(model):
+    model.gradient_checkpointing_enable()
+    return compile_layers(model)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("compiling", [compile_whole, compile_layers, compile_checkpointed_layers])
+def test_compiled_training_step_has_the_same_gradients(compiling):
     head = "ForSequenceClassification"
-    model, inputs = tiny_model(head, **TWO_LAYERS, **TWO_MERGES["bipartite"]), tiny_inputs(head)
+    model, inputs = tiny_model(head, **TWO_LAYERS, **TWO_MERGES["bipartite"]).train(), tiny_inputs(head)
     loss, gradients = loss_and_gradients(model, inputs)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled_loss, compiled_gradients = loss_and_gradients(compiled, inputs)
+    compiled_loss, compiled_gradients = loss_and_gradients(compiling(model), inputs)
     torch.testing.assert_close(compiled_loss, loss, rtol=1e-12, atol=0)
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    compiled_gradients = {name.removeprefix("_orig_mod."): value for name, value in compiled_gradients.items()}
     for name in gradients:
-        assert (compiled_gradients[f"_orig_mod.{name}"] - gradients[name]).abs().max() <= 1e-10 * largest, name
+        assert (compiled_gradients[name] - gradients[name]).abs().max() <= 1e-10 * largest, name
 
 
 @pytest.mark.parametrize("merge", ["bipartite", "energy of latents", "k_center"])

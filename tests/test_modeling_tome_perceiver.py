@@ -212,7 +212,8 @@ def test_saved_model_loads_back_with_its_schedule(head, merge, tmp_path):
     assert {name: getattr(again.config, name) for name in merge} == merge
     assert again.config.merge_schedule == model.config.merge_schedule != [0] * NUM_LAYERS
     inputs = tiny_inputs(head, dtype=torch.float32)
-    assert torch.equal(run(again, inputs).logits, run(model, inputs).logits)
+    # To rounding: kernels sum in another order where the weights lie elsewhere in memory.
+    assert relative_difference(run(again, inputs).logits, run(model, inputs).logits) <= 1e-6
 
 
 def test_saved_r_is_the_one_that_was_set_last(tmp_path):

@@ -105,7 +105,7 @@ def test_training_steps_are_timed_with_checkpointing_and_without(tmp_path):
 @pytest.mark.parametrize("r", [0, 3])
 def test_flops_of_a_training_step_are_those_that_are_counted(r):
     model = tiny_model("ForSequenceClassification", r=r, attn_implementation="eager").train()
-    inputs = tiny_inputs("ForSequenceClassification")["input_ids"]
+    inputs = tiny_inputs("ForSequenceClassification", batch=1)["input_ids"]
     with FlopCounterMode(display=False) as counter:
         train(model, inputs)
     cost = forward_cost(model.config, inputs.shape, type(model).__name__)
