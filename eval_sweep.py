@@ -51,7 +51,7 @@ def main() -> None:
         push_sweep(open_to_push(training, model_args.token), output_dir, training.hub_revision or "main")
         return
     check_sharding("--r")
-    retraining.check_elastic(training, None if retraining.retrain_epochs > 0 else "--retrain_epochs")
+    retraining.check_elastic(None if retraining.retrain_epochs > 0 else "--retrain_epochs")
     repository = check_push(training, model_args.token)
 
     set_seed(training.seed)

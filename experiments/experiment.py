@@ -101,7 +101,7 @@ def run_experiment(experiment: Experiment) -> None:
             f"--retrain_epochs {retraining.retrain_epochs}: allowed only with --do_train, and with --r above 0, "
             "--flops_ratio or --elastic"
         )
-    retraining.check_elastic(training, None if training.do_train else "--do_train")
+    retraining.check_elastic(None if training.do_train else "--do_train")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise BadInput("--do_train, --do_eval, --do_predict: none is given; allowed is one of them or more")
     if training.push_to_hub and not training.do_train and not (output_dir / "config.json").exists():

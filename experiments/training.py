@@ -76,11 +76,10 @@ class RetrainArguments:
         if not 0 <= self.distillation_weight < math.inf:
             raise BadInput(f"--distillation_weight {self.distillation_weight}: allowed is a number of 0 or more")
 
-    def check_elastic(self, training: TrainingArguments, without: str | None) -> None:
+    def check_elastic(self, without: str | None) -> None:
         """Check that `--elastic` has what it needs.
 
         Args:
-            training: of the last training.
             without: the argument that is missing for there to be any, if one is.
 
         Raises:
@@ -88,8 +87,6 @@ class RetrainArguments:
         """
         if self.elastic and without is not None:
             raise BadInput(f"--elastic: allowed only with {without}")
-        if self.elastic and training.torch_compile:
-            raise BadInput("--elastic: allowed only without --torch_compile, which would compile in every step")
 
     @property
     def trainer_class(self) -> Callable[..., Trainer]:
@@ -111,6 +108,8 @@ def task_trainer(
     arguments.push_to_hub = False
     # The model does not name what its inputs are made of.
     arguments.remove_unused_columns = False
+    if arguments.torch_compile:
+        _compile_layers(model, arguments)
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -126,6 +125,13 @@ def task_trainer(
         # accelerate shards the module that embeds inputs by itself; a Perceiver's are a parameter, in no such module.
         model.get_input_embeddings = lambda: None
     return trainer
+
+
+def _compile_layers(model: PreTrainedModel, arguments: TrainingArguments) -> None:
+    """Compile as `arguments` say, layer by layer: Trainer would compile the model as a whole, and so anew for every r
+    and every length of a batch."""
+    model.compile_repeated_blocks(backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
+    arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
 
 
 class NameOfSharded(TrainerCallback):

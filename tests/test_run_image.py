@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 from transformers import AutoImageProcessor, BertConfig, PerceiverImageProcessorPil
 
 from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
@@ -127,7 +129,6 @@ def test_arguments_from_a_file(inputs, tmp_path):
         (("--retrain_epochs", "-1"), ("--retrain_epochs", "0 or more")),
         (("--retrain_epochs", "1"), ("--retrain_epochs", "--r")),
         (("--elastic",), ("--elastic", "--do_train")),
-        (("--elastic", "--do_train", "--torch_compile"), ("--elastic", "--torch_compile")),
         (("--elastic", "--do_train", "--distillation_weight", "-1"), ("--distillation_weight -1.0", "0 or more")),
         (("--elastic", "--do_train", "--distillation_weight", "nan"), ("--distillation_weight nan", "0 or more")),
         (("--max_eval_samples", "0"), ("--max_eval_samples 0", "1 or more")),
@@ -221,6 +222,17 @@ def test_retrains_for_every_r(inputs, tmp_path):
     assert not (tmp_path / "merged_results.json").exists()  # nothing would have merged
     card = (tmp_path / "README.md").read_text()
     assert "| finetuned | 0 |" in card and "| retrained for every r | 0 |" in card
+
+
+def test_compiled_layers_give_the_same(inputs, finetuned, tmp_path):
+    arguments = ("--model_name_or_path", finetuned, *inputs[2:], "--do_eval", "--use_cpu", "--output_dir", tmp_path)
+    torch.compiler.reset()
+    counters.clear()
+    call_script("run_image.py", *arguments, "--torch_compile", "--torch_compile_backend", "eager")
+    # A graph for each kind of layer: the first merge, later ones, and none after them.
+    assert 0 < counters["stats"]["unique_graphs"] <= NUM_LAYERS
+    assert results(tmp_path)["eval_loss"] == pytest.approx(results(finetuned)["eval_loss"], rel=1e-5)
+    assert results(tmp_path)["eval_accuracy"] == results(finetuned)["eval_accuracy"]
 
 
 def test_trains_on_augmented_images(inputs, tmp_path):
