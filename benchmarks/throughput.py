@@ -11,7 +11,7 @@ consecutive latents, since which latents merge does not matter to the time. A pr
 
     python benchmarks/throughput.py --small                                       # two minutes on two cores
     python benchmarks/throughput.py --batch_size 1 --length 128 2048 --output_dir out
-    python benchmarks/throughput.py --device cuda --dtype bfloat16 --batch_size 1 8 32 --compile
+    python benchmarks/throughput.py --device cuda --dtype bfloat16 --batch_size 1 8 32 --compile layers
     python benchmarks/throughput.py --shapes vision --training --batch_size 1 --r 0 8
 
 By default --batch_size 1 8 --r 0 2 4 8 16 --flops_ratio 0.59 0.325 --rounds 10: a round of all that takes a minute on
@@ -55,10 +55,17 @@ from experiments.measurement import (
 from experiments.output_folder import write_json
 from experiments.published_models import DTYPES, check_outputs
 from experiments.schedule import UNMERGED, Fields
-from experiments.speed_benchmark import Cell, SpeedArguments
+from experiments.speed_benchmark import Cell, SpeedArguments, check_names
 from experiments.whole_file import write_text, write_whole
+from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 STOCK = "stock"
+COMPILERS: dict[str, Callable[..., None]] = {
+    # It takes a stock model too: nothing that it asks for is ours.
+    "layers": ToMePerceiverPreTrainedModel.compile_repeated_blocks,
+    "model": partial(PreTrainedModel.compile, dynamic=False),
+}
+"""For each value of --compile: compiles a model in place."""
 PRODUCTS = 32  # in a turn: one would be over before it can be timed
 
 
@@ -77,14 +84,20 @@ class ThroughputArguments(SpeedArguments):
         default=False,
         metadata={"help": "Time a forward and backward pass; ours with activation checkpointing and without."},
     )
-    compile: bool = field(
-        default=False, metadata={"help": "Time each variant also after model.compile(), and note its first call."}
+    compile: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Time each variant also compiled, and note its first call. layers: the self-attention layers, for "
+            "any number of latents (compile_repeated_blocks); model: as a whole, for its numbers of latents alone. "
+            "Settings are compiled in their order, so that the second one's first call is what a change of r costs."
+        },
     )
     compile_backend: str = field(default="inductor", metadata={"help": "Of --compile."})
     output_dir: str = field(default="outputs/throughput", metadata={"help": "Where the results go."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_names("compile", self.compile, COMPILERS)
         # Only if asked for: to list them takes seconds of imports.
         if self.compile and self.compile_backend not in (known := torch.compiler.list_backends(exclude_tags=())):
             raise BadInput(f"--compile_backend {self.compile_backend}: allowed are {', '.join(known)}")
@@ -99,14 +112,14 @@ class Variant:
         model: stock, or ours with what it merges in its config.
         fields: of a config, that say what it merges.
         checkpointing: whether its layers are computed again in the backward pass.
-        compiled: whether it is compiled, in its first call.
+        compiled: which of `COMPILERS` compiles it, in its first call; "" for none.
     """
 
     name: str
     model: PreTrainedModel
     fields: Fields
     checkpointing: bool = False
-    compiled: bool = False
+    compiled: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,15 +212,16 @@ def build_variants(
         for name, fields in settings.items():
             variants.append(Variant(f"{name}, checkpointed", ours(fields), fields, checkpointing=True))
             variants[-1].model.gradient_checkpointing_enable()
-    if arguments.compile:
+    for compiled in arguments.compile:
         again = arguments.model.build_stock_again(stock)
-        variants.append(Variant(f"{STOCK}, compiled", again, UNMERGED, compiled=True))
+        variants.append(Variant(f"{STOCK}, {compiled} compiled", again, UNMERGED, compiled=compiled))
         variants += [
-            Variant(f"{name}, compiled", ours(fields), fields, compiled=True) for name, fields in settings.items()
+            Variant(f"{name}, {compiled} compiled", ours(fields), fields, compiled=compiled)
+            for name, fields in settings.items()
         ]
     for variant in variants:
         if variant.compiled:
-            variant.model.compile(backend=arguments.compile_backend, dynamic=False)
+            COMPILERS[variant.compiled](variant.model, backend=arguments.compile_backend)
         variant.model.train(arguments.training).requires_grad_(arguments.training)
     return variants
 

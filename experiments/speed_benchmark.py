@@ -11,6 +11,7 @@ Letters: B batch, N latents, M latents left.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from typing import Any, ClassVar
@@ -91,9 +92,9 @@ class SpeedArguments:
         for name, value in {**self.usual, **(self.reduced if self.small else {})}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        _check_names("shapes", [self.shapes], PUBLISHED_MODELS)
-        _check_names("dtype", self.dtype, DTYPES)
-        _check_names("schedule", self.schedule, SCHEDULES)
+        check_names("shapes", [self.shapes], PUBLISHED_MODELS)
+        check_names("dtype", self.dtype, DTYPES)
+        check_names("schedule", self.schedule, SCHEDULES)
         if self.model.takes_text:
             self.length = DEFAULT_LENGTH if self.length is None else self.length
         elif self.length is not None:
@@ -176,7 +177,12 @@ def consecutive_groups(config: ToMePerceiverConfig) -> Fields:
     return UNMERGED | {"merge_groups": groups}
 
 
-def _check_names(argument: str, names: list[str], allowed: Any) -> None:
+def check_names(argument: str, names: Sequence[str], allowed: Collection[str]) -> None:
+    """Check that each name is one of those allowed.
+
+    Raises:
+        BadInput: naming the argument, the value and what is allowed.
+    """
     for name in names:
         if name not in allowed:
             raise BadInput(f"--{argument} {name}: allowed are {', '.join(sorted(allowed))}")

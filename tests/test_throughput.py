@@ -114,16 +114,21 @@ def test_flops_of_a_training_step_are_those_that_are_counted(r):
 
 
 def test_compiled_variants_stand_beside_the_others():
-    arguments = ThroughputArguments(small=True, compile=True, compile_backend="eager", flops_ratio=[1.0])
+    arguments = ThroughputArguments(small=True, compile=["layers", "model"], compile_backend="eager", flops_ratio=[1.0])
     published = arguments.model
     stock = published.build_stock(0, torch.float32, "cpu")
     variants = build_variants(arguments, stock, {"r = 2": UNMERGED | {"r": 2}})
-    assert [variant.name for variant in variants] == [STOCK, "r = 2", "stock, compiled", "r = 2, compiled"]
+    names = [f"{name}, {how} compiled" for how in ("layers", "model") for name in ("stock", "r = 2")]
+    assert [variant.name for variant in variants] == [STOCK, "r = 2", *names]
     inputs = published.draw_inputs((2, 9), torch.float32, "cpu")
-    seconds = first_calls(variants[1::2], lambda model: infer(model, inputs))
-    assert list(seconds) == ["r = 2, compiled"] and seconds["r = 2, compiled"] > 0
+    seconds = first_calls(variants, lambda model: infer(model, inputs))
+    assert list(seconds) == names and min(seconds.values()) > 0
     with torch.inference_mode():
-        torch.testing.assert_close(variants[3].model(inputs=inputs).logits, variants[1].model(inputs=inputs).logits)
+        logits = [variant.model(inputs=inputs).logits for variant in variants]
+    for again in (logits[2], logits[4]):
+        torch.testing.assert_close(again, logits[0])
+    for again in (logits[3], logits[5]):
+        torch.testing.assert_close(again, logits[1])
 
 
 def test_a_model_that_does_something_else_is_not_timed():
@@ -173,7 +178,7 @@ def test_the_published_shapes_reach_their_budgets(monkeypatch, script_arguments,
         (("--schedule", "search"), "--schedule search: allowed are constant"),
         (("--flops_ratio", 0.01), "--flops_ratio 0.01: allowed are"),
         (("--device", "abacus"), "--device abacus: "),
-        (("--compile", "--compile_backend", "gcc"), "--compile_backend gcc: allowed are"),
+        (("--compile", "layers", "--compile_backend", "gcc"), "--compile_backend gcc: allowed are"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, arguments, says):
