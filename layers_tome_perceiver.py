@@ -82,6 +82,9 @@ class AttentionOutput(NamedTuple):
 MatchLatents = Callable[[AttentionOutput, Tensor | None], Match]
 """What a layer merges, from what its attention hands on and the sizes of the latents."""
 
+# 8 MB of them in float32: what caches of today's processors hold.
+CACHED_SCORES = 2**21
+
 METRICS: dict[str, Callable[[AttentionOutput], Tensor]] = {
     # The mean over heads is ToMe's metric (section 3, "token similarity").
     "key": lambda attention: attention.keys.mean(dim=1),
@@ -108,6 +111,7 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
       no fused kernel
     - an additive bias (B or 1, 1, 1, N) instead of a mask
     - also returns the keys and the values, which may be the metric of matching
+    - a few heads at a time where all scores would not fit into a CPU's cache
     - queries that one row of the batch repeats to all (learned latents, a decoder's positions) are projected once
     """
 
@@ -124,22 +128,42 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
         weights = None
         if output_attentions or not self._fused(queries):
             # Scaled before the product: there are far fewer queries than scores.
-            scores = (queries / math.sqrt(self.qk_channels_per_head)) @ keys.transpose(-1, -2)
-            if bias is not None:
-                scores += bias
-            weights = self.dropout(scores.softmax(dim=-1))
-            context = weights @ values
+            queries = queries / math.sqrt(self.qk_channels_per_head)
+            heads = _heads_at_once(queries, keys)
+            if output_attentions or heads == queries.shape[1]:
+                context, weights = self._attend(queries, keys, values, bias)
+            else:
+                parts = zip(*(each.split(heads, dim=1) for each in (queries, keys, values)), strict=True)
+                context = torch.cat([self._attend(q, k, v, bias)[0] for q, k, v in parts], dim=1)
         else:
             dropout = self.dropout.p if self.training else 0.0
             bias = None if bias is None else bias.to(queries.dtype)
             context = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout)
         return AttentionOutput(context.transpose(1, 2).flatten(2), keys, values, weights if output_attentions else None)
 
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores = queries @ keys.transpose(-1, -2)
+        if bias is not None:
+            scores += bias
+        weights = self.dropout(scores.softmax(dim=-1))
+        return weights @ values, weights
+
     def _fused(self, queries: Tensor) -> bool:
         # PyTorch has no fused kernel on the CPU for keys and values of different widths (the published language model
         # has 32 and 160); what it then falls back to makes more passes over the scores than this class does.
         same_width = self.qk_channels_per_head == self.v_channels_per_head
         return self.config._attn_implementation != "eager" and (same_width or queries.device.type != "cpu")
+
+
+def _heads_at_once(queries: Tensor, keys: Tensor) -> int:
+    """How many heads attend together: on a CPU as many as leave the scores in its cache, at least one.
+
+    Compiled, all of them, since it is the compiler that decides what stays in a cache.
+    """
+    batch, heads, rows, _ = queries.shape
+    if torch.compiler.is_compiling() or queries.device.type != "cpu":
+        return heads
+    return min(max(CACHED_SCORES // max(batch * rows * keys.shape[2], 1), 1), heads)
 
 
 def _repeated_row(hidden_states: Tensor) -> Tensor:

@@ -3,23 +3,41 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from argparse import RawDescriptionHelpFormatter
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from experiments.bad_input import naming
 
+logger = logging.getLogger(__name__)
+
 SECRETS = ("--token", "--hub_token", "--hub-token")
+# As `torch.cpu.get_capabilities` calls what multiplies bfloat16 on x86 and on Arm; without any it is emulated.
+BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 class TrainerArguments(TrainingArguments):
-    """`TrainingArguments`. Modifications: `--help` lists them last, under a heading of their own."""
+    """`TrainingArguments`.
+
+    Modifications:
+    - `--help` lists them last, under a heading of their own
+    - a warning if bfloat16 would be emulated
+    """
 
     _argument_group_name = "training and evaluation, as transformers' Trainer takes them"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.bf16 or self.bf16_full_eval) and self.device.type == "cpu":
+            capabilities = torch.cpu.get_capabilities()
+            if not any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS):
+                logger.warning("--bf16: this processor has no instructions for it; float32 is many times faster here")
 
 
 def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -90,9 +91,18 @@ class PublishedModel:
         """A second stock model on the tensors of the first, in evaluation mode and without gradients."""
         return _on_tensors_of(stock, type(stock), PerceiverConfig(**self.fields))
 
-    def build_merging(self, stock: PreTrainedModel, **merging: Any) -> tome.ToMePerceiverPreTrainedModel:
-        """Ours on the tensors of a stock model, in evaluation mode and without gradients."""
-        return _on_tensors_of(stock, getattr(tome, f"ToMe{self.architecture}"), self.config(**merging))
+    def build_merging(
+        self, stock: PreTrainedModel, modeling: ModuleType = tome, **merging: Any
+    ) -> tome.ToMePerceiverPreTrainedModel:
+        """Ours on the tensors of a stock model, in evaluation mode and without gradients.
+
+        Args:
+            stock: the model.
+            modeling: `modeling_tome_perceiver`, of this or of another commit.
+            merging: fields of the config that say what merges.
+        """
+        config = modeling.ToMePerceiverConfig(**{**self.fields, **merging})
+        return _on_tensors_of(stock, getattr(modeling, f"ToMe{self.architecture}"), config)
 
 
 def _on_tensors_of(stock: PreTrainedModel, model_class: type, config: PerceiverConfig) -> PreTrainedModel:
@@ -120,19 +130,19 @@ PUBLISHED_MODELS: dict[str, PublishedModel] = {
 
 
 @torch.inference_mode()
-def check_outputs(stock: PreTrainedModel, unmerged: PreTrainedModel, inputs: Tensor) -> float:
-    """The largest difference between what a stock model and ours that merges nothing give: the latents and the logits,
-    each as a part of the largest of them.
+def check_outputs(model: PreTrainedModel, same: PreTrainedModel, inputs: Tensor) -> float:
+    """The largest difference between what two models give that should give the same, a stock model and ours that merges
+    nothing: the latents and the logits, each as a part of the largest of them.
 
     Raises:
         AssertionError: if it is more than rounding, so that the two would not be doing the same work.
     """
-    expected, given = stock.base_model(inputs), unmerged.base_model(inputs)
+    expected, given = model.base_model(inputs), same.base_model(inputs)
     difference = max(
         relative_difference(given[name], expected[name]).item() for name in ("last_hidden_state", "logits")
     )
-    tolerance = OUTPUT_TOLERANCE[stock.dtype]
-    assert difference <= tolerance, f"outputs at r = 0 differ from stock's by {difference}, more than {tolerance}"
+    tolerance = OUTPUT_TOLERANCE[model.dtype]
+    assert difference <= tolerance, f"outputs differ by {difference} of the largest, more than {tolerance}"
     return difference
 
 

@@ -4,6 +4,7 @@
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What `datasets` remembers of folders of the same name must not come from another run.
@@ -14,6 +15,9 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
+
+from experiments.published_models import PUBLISHED_MODELS
+from tests.tiny_models import SIZES
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -38,3 +42,12 @@ def seeded():
 def cache_removed_at_the_end():
     yield
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture
+def tiny_published(monkeypatch):
+    """Tiny models in place of the published ones."""
+    fields = SIZES | {"max_position_embeddings": 128}
+    fewer_layers = {"num_blocks": 1, "num_self_attends_per_block": 2}
+    for name, model in PUBLISHED_MODELS.items():
+        monkeypatch.setitem(PUBLISHED_MODELS, name, replace(model, fields=fields, fewer_layers=fewer_layers))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,20 +14,12 @@ import layers_tome_perceiver
 import modeling_tome_perceiver
 from benchmarks import breakdown
 from benchmarks.breakdown import ATTENTION, MATCHING, MERGING, MLP, PARTS, REST, PartClock, charged, module_parts
-from experiments.published_models import PUBLISHED_MODELS
 from tests.script_run import bad_input_line, call_script
-from tests.tiny_models import HEADS, SIZES, tiny_inputs, tiny_model
+from tests.tiny_models import HEADS, tiny_inputs, tiny_model
 
 SCRIPT = "benchmarks.breakdown.py"
 TINY = ("--batch_size", 2, "--r", 0, 2, "--flops_ratio", 0.95, "--rounds", 2)
 WITH_DECODER = [head for head in HEADS if head != "Model"]
-
-
-@pytest.fixture
-def tiny_published(monkeypatch):
-    for name, model in PUBLISHED_MODELS.items():
-        fields = SIZES | {"max_position_embeddings": 128}
-        monkeypatch.setitem(PUBLISHED_MODELS, name, replace(model, fields=fields, fewer_layers={}))
 
 
 class Ticks:

@@ -8,9 +8,10 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from experiments.bad_input import BadInput
-from experiments.command_line import parse_arguments, shown_command
+from experiments.command_line import TrainerArguments, parse_arguments, shown_command
 
 
 @dataclass
@@ -50,3 +51,20 @@ def test_a_file_that_cannot_be_meant(monkeypatch, tmp_path, name, text):
     monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / name)])
     with pytest.raises(BadInput):
         parse_arguments("", Arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "capabilities", "warns"),
+    [
+        (["--bf16"], {"avx2": True, "avx512_bf16": False}, True),
+        (["--bf16_full_eval"], {}, True),
+        (["--bf16"], {"avx512_bf16": True}, False),
+        (["--bf16"], {"architecture": "arm64", "bf16": True}, False),
+        ([], {}, False),
+    ],
+)
+def test_emulated_bfloat16_is_said_to_be_slow(monkeypatch, tmp_path, caplog, given, capabilities, warns):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--output_dir", str(tmp_path), "--use_cpu", *given])
+    parse_arguments("", TrainerArguments)
+    assert ("--bf16" in caplog.text) == warns

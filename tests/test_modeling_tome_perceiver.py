@@ -25,11 +25,13 @@ from .tiny_merges import (
     every_attention,
     every_head,
     labels_for,
+    loss_and_gradients,
 )
 from .tiny_models import (
     IMAGE_HEADS,
     NUM_LATENTS,
     NUM_LAYERS,
+    SIZES,
     TEXT_HEADS,
     flat_logits,
     relative_difference,
@@ -93,6 +95,26 @@ def test_sdpa_is_what_runs_unless_one_asks_for_eager(head, monkeypatch):
     calls.clear()
     run(tiny_model(head, attn_implementation="eager"), inputs)
     assert not calls
+
+
+@every_head
+@pytest.mark.parametrize("cached", [0, 200], ids=["in every layer", "in the first layers"])
+def test_heads_that_attend_one_after_another_give_the_same(head, cached, monkeypatch):
+    model, inputs = tiny_model(head, attn_implementation="eager", r=R_LIST), tiny_inputs(head)
+    loss, gradients = loss_and_gradients(model, inputs)
+    called = []
+    real = layers.ToMePerceiverSelfAttention._attend
+    monkeypatch.setattr(
+        layers.ToMePerceiverSelfAttention,
+        "_attend",
+        lambda self, q, k, v, bias: called.append(q.shape[1]) or real(self, q, k, v, bias),
+    )
+    monkeypatch.setattr(layers, "CACHED_SCORES", cached)
+    again, gradients_again = loss_and_gradients(model, inputs)
+    assert min(called) < SIZES["num_self_attention_heads"]
+    torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-9, atol=1e-12)
 
 
 @every_attention

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -22,19 +22,12 @@ from experiments.published_models import PUBLISHED_MODELS
 from experiments.schedule import UNMERGED
 from modeling_tome_perceiver import ToMePerceiverModel
 from tests.script_run import bad_input_line, call_script
-from tests.tiny_models import SIZES
 
 SCRIPT = "benchmarks.scaling.py"
 ROUNDS = 2
 # Twice the same and not in order: neither matters.
 TINY = ("--length", 40, 9, 9, "--r", 0, 2, "--rounds", ROUNDS, "--batch_size", 3)
 LENGTHS, NAMES = [9, 40], [STOCK, "r = 0", "r = 2"]
-
-
-@pytest.fixture
-def tiny_published(monkeypatch):
-    model = PUBLISHED_MODELS["language"]
-    monkeypatch.setitem(PUBLISHED_MODELS, "language", replace(model, fields=SIZES, fewer_layers={"num_blocks": 1}))
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["published", "small"])
