@@ -103,8 +103,8 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
     def compile_repeated_blocks(self, **kwargs: Any) -> None:
         """Compile the self-attention layers, in place: one graph serves all of them, with any number of latents.
 
-        Where `model.compile()` makes a graph of all layers with their shapes, which takes minutes and again so for
-        another r, this takes as long as a layer, and setting r costs nothing or a few seconds. Names of parameters,
+        Where `model.compile()` makes a graph of all layers with their shapes, and a new one for another r, this makes
+        one for each kind of layer that it meets: a first merge, later ones, none, one latent left. Names of parameters,
         saving and loading stay as they are.
 
         Args:
