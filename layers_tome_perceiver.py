@@ -119,7 +119,7 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
         self, hidden_states: Tensor, inputs: Tensor | None, bias: Tensor | None, output_attentions: bool
     ) -> AttentionOutput:
         batch = hidden_states.shape[0]
-        hidden_states = self.layernorm1(_repeated_row(hidden_states))
+        hidden_states = self.layernorm1(hidden_states if inputs is None else _repeated_row(hidden_states))
         inputs = hidden_states if inputs is None else self.layernorm2(inputs)
         queries = self.transpose_for_scores(self.query(hidden_states), self.qk_channels_per_head)
         queries = queries.expand(batch, -1, -1, -1)
