@@ -37,14 +37,12 @@ import layers_tome_perceiver
 import modeling_tome_perceiver
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import exit_on_bad_input
-from experiments.command_line import parse_arguments, shown_command
+from experiments.command_line import parse_arguments
 from experiments.cost import forward_cost
-from experiments.measurement import Quartiles, describe_environment, environment_line, time_interleaved
-from experiments.output_folder import write_json
+from experiments.measurement import Quartiles, time_interleaved
 from experiments.published_models import DTYPES
 from experiments.schedule import Fields, apply_merging
-from experiments.speed_benchmark import Cell, SpeedArguments
-from experiments.whole_file import write_text
+from experiments.speed_benchmark import Cell, SpeedArguments, write_results
 from layers_tome_perceiver import MatchLatents
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
@@ -258,16 +256,10 @@ def main() -> None:
     cells = arguments.cells()
     arguments.use_device()
     measured = [(cell, measure(arguments, cell)) for cell in cells]
-    output_dir = Path(arguments.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    settings, environment = arguments.described() | {"command": shown_command()}, describe_environment()
-    rows = [{"cell": cell.name, "rows": [asdict(each) for each in breakdowns]} for cell, breakdowns in measured]
-    write_json(output_dir / "breakdown.json", {"settings": settings, "environment": environment, "cells": rows})
-    notes = [f"- {name}: {value}" for name, value in settings.items()] + [f"- {environment_line(environment)}"]
-    text = "\n".join([*(as_markdown(*each) for each in measured), *notes]) + "\n"
-    write_text(output_dir / "breakdown.md", text)
-    print(text, end="")
-    print(f"written to {output_dir}: breakdown.json and breakdown.md")
+    cells_measured = [{"cell": cell.name, "rows": [asdict(each) for each in rows]} for cell, rows in measured]
+    tables = [as_markdown(*each) for each in measured]
+    print(write_results(arguments, "breakdown", {"cells": cells_measured}, tables), end="")
+    print(f"written to {arguments.output_dir}: breakdown.json and breakdown.md")
 
 
 if __name__ == "__main__":

@@ -30,12 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import modeling_tome_perceiver as now
 from experiments.bad_input import BadInput, exit_on_bad_input, naming
-from experiments.command_line import parse_arguments, shown_command
-from experiments.measurement import Timing, describe_environment, environment_line, time_interleaved
-from experiments.output_folder import write_json
+from experiments.command_line import parse_arguments
+from experiments.measurement import Timing, time_interleaved
 from experiments.published_models import DTYPES, check_outputs
-from experiments.speed_benchmark import Cell, SpeedArguments
-from experiments.whole_file import write_text
+from experiments.speed_benchmark import Cell, SpeedArguments, write_results
 
 
 @dataclass
@@ -116,16 +114,10 @@ def main() -> None:
         before = modeling_code(Path(arguments.before))
     arguments.use_device()
     measured = [(cell, measure(arguments, before, cell)) for cell in cells]
-    output_dir = Path(arguments.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    settings, environment = arguments.described() | {"command": shown_command()}, describe_environment()
-    tables = [{"cell": cell.name, "rows": [asdict(row) for row in rows]} for cell, rows in measured]
-    write_json(output_dir / "compare_code.json", {"settings": settings, "environment": environment, "cells": tables})
-    notes = [f"- {name}: {value}" for name, value in settings.items()] + [f"- {environment_line(environment)}"]
-    text = "\n".join([*(as_markdown(*each) for each in measured), *notes]) + "\n"
-    write_text(output_dir / "compare_code.md", text)
-    print(text, end="")
-    print(f"written to {output_dir}: compare_code.json and compare_code.md")
+    cells_measured = [{"cell": cell.name, "rows": [asdict(row) for row in rows]} for cell, rows in measured]
+    tables = [as_markdown(*each) for each in measured]
+    print(write_results(arguments, "compare_code", {"cells": cells_measured}, tables), end="")
+    print(f"written to {arguments.output_dir}: compare_code.json and compare_code.md")
 
 
 if __name__ == "__main__":

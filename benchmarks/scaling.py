@@ -44,20 +44,17 @@ from matplotlib.ticker import LogLocator
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.bad_input import BadInput, exit_on_bad_input, naming
-from experiments.command_line import parse_arguments, shown_command
+from experiments.command_line import parse_arguments
 from experiments.cost import forward_cost
 from experiments.measurement import (
     Quartiles,
-    describe_environment,
-    environment_line,
     peak_memory_mb,
     time_interleaved,
 )
-from experiments.output_folder import write_json
 from experiments.published_models import DTYPES, PublishedModel, check_outputs
 from experiments.schedule import UNMERGED, Fields
-from experiments.speed_benchmark import Cell, SpeedArguments
-from experiments.whole_file import write_text, write_whole
+from experiments.speed_benchmark import Cell, SpeedArguments, write_results
+from experiments.whole_file import write_whole
 
 STOCK = "stock"
 # Far more would not fit in any memory, and a typing error is better found here than there.
@@ -373,11 +370,7 @@ def main() -> None:
     with naming(f"--output_dir {output_dir}", OSError):
         output_dir.mkdir(parents=True, exist_ok=True)
     scaling = measure(arguments, cells)
-    settings, environment = arguments.described() | {"command": shown_command()}, describe_environment()
-    write_json(output_dir / "scaling.json", {"settings": settings, "environment": environment, **asdict(scaling)})
-    notes = [f"- {name}: {value}" for name, value in settings.items()] + [f"- {environment_line(environment)}"]
-    text = "\n".join([as_markdown(scaling), *notes]) + "\n"
-    write_text(output_dir / "scaling.md", text)
+    text = write_results(arguments, "scaling", asdict(scaling), [as_markdown(scaling)])
     draw(scaling, f"{cells[0].dtype}, batch size {cells[0].input_shape[0]}", output_dir / "scaling.png")
     print(text, end="")
     print(f"written to {output_dir}: scaling.json, scaling.md and scaling.png")

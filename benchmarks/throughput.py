@@ -42,21 +42,18 @@ from matplotlib import pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.bad_input import BadInput, exit_on_bad_input
-from experiments.command_line import parse_arguments, shown_command
+from experiments.command_line import parse_arguments
 from experiments.cost import ForwardCost, forward_cost, linear_flops
 from experiments.measurement import (
     Quartiles,
     Timing,
-    describe_environment,
-    environment_line,
     peak_memory_mb,
     time_interleaved,
 )
-from experiments.output_folder import write_json
 from experiments.published_models import DTYPES, check_outputs
 from experiments.schedule import UNMERGED, Fields
-from experiments.speed_benchmark import Cell, SpeedArguments, check_names
-from experiments.whole_file import write_text, write_whole
+from experiments.speed_benchmark import Cell, SpeedArguments, check_names, write_results
+from experiments.whole_file import write_whole
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 STOCK = "stock"
@@ -101,6 +98,11 @@ class ThroughputArguments(SpeedArguments):
         # Only if asked for: to list them takes seconds of imports.
         if self.compile and self.compile_backend not in (known := torch.compiler.list_backends(exclude_tags=())):
             raise BadInput(f"--compile_backend {self.compile_backend}: allowed are {', '.join(known)}")
+
+    def described(self) -> dict[str, Any]:
+        """What stands beside the figures."""
+        turn = "forward and backward pass, without an optimizer" if self.training else "forward pass"
+        return super().described() | {"each turn": turn}
 
 
 @dataclass(frozen=True)
@@ -350,22 +352,6 @@ def draw(tables: list[Table], path: Path) -> None:
     plt.close(figure)
 
 
-def write_results(arguments: ThroughputArguments, tables: list[Table]) -> str:
-    """Write the three files, and return the tables as Markdown."""
-    output_dir = Path(arguments.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    turn = "forward and backward pass, without an optimizer" if arguments.training else "forward pass"
-    settings = arguments.described() | {"each turn": turn, "command": shown_command()}
-    environment = describe_environment()
-    cells = [asdict(table) for table in tables]
-    write_json(output_dir / "throughput.json", {"settings": settings, "environment": environment, "cells": cells})
-    notes = [f"- {name}: {value}" for name, value in settings.items()] + [f"- {environment_line(environment)}"]
-    text = "\n".join([*map(as_markdown, tables), *notes]) + "\n"
-    write_text(output_dir / "throughput.md", text)
-    draw(tables, output_dir / "throughput.png")
-    return text
-
-
 def main() -> None:
     (arguments,) = parse_arguments(__doc__ or "", ThroughputArguments)
     # All that can be wrong with the arguments shows here, before any model is built.
@@ -375,7 +361,9 @@ def main() -> None:
     for cell in cells:
         tables.append(measure(arguments, cell))
         # After each cell, so that a stop in a long one leaves what was measured before.
-        text = write_results(arguments, tables)
+        figures = {"cells": [asdict(each) for each in tables]}
+        text = write_results(arguments, "throughput", figures, map(as_markdown, tables))
+        draw(tables, Path(arguments.output_dir) / "throughput.png")
     print(text, end="")
     print(f"written to {arguments.output_dir}: throughput.json, throughput.md and throughput.png")
 

@@ -11,9 +11,10 @@ Letters: B batch, N latents, M latents left.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,8 +22,12 @@ import torch
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, naming
 from experiments.budget import Budget, flops_ratios
+from experiments.command_line import shown_command
+from experiments.measurement import describe_environment, environment_line
+from experiments.output_folder import write_json
 from experiments.published_models import DTYPES, PUBLISHED_MODELS, PublishedModel
 from experiments.schedule import DEFAULT_SCHEDULE, SCHEDULES, UNMERGED, Fields
+from experiments.whole_file import write_text
 
 DEFAULT_LENGTH = [128]
 
@@ -175,6 +180,28 @@ def consecutive_groups(config: ToMePerceiverConfig) -> Fields:
         for before, after in pairwise(reaching)
     ]
     return UNMERGED | {"merge_groups": groups}
+
+
+def write_results(arguments: SpeedArguments, name: str, figures: Mapping[str, Any], tables: Iterable[str]) -> str:
+    """Write what was measured, with the settings, the command and the machine, as NAME.json and NAME.md.
+
+    Args:
+        arguments: of the benchmark; the files go to its `output_dir`.
+        name: of the benchmark.
+        figures: for the JSON file.
+        tables: in Markdown.
+
+    Returns:
+        The text of NAME.md.
+    """
+    output_dir = Path(arguments.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    settings, environment = arguments.described() | {"command": shown_command()}, describe_environment()
+    write_json(output_dir / f"{name}.json", {"settings": settings, "environment": environment, **figures})
+    notes = [f"- {name}: {value}" for name, value in settings.items()] + [f"- {environment_line(environment)}"]
+    text = "\n".join([*tables, *notes]) + "\n"
+    write_text(output_dir / f"{name}.md", text)
+    return text
 
 
 def check_names(argument: str, names: Sequence[str], allowed: Collection[str]) -> None:
