@@ -7,8 +7,11 @@ Letters: L self-attention layers (``num_blocks * num_self_attends_per_block``), 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PerceiverConfig
 
 # A stock checkpoint is loaded as it is; anything else is another architecture.
@@ -17,12 +20,37 @@ LOADABLE_MODEL_TYPES = ("perceiver", "tome_perceiver")
 # What the layers can compare latents by.
 MERGE_METRICS = ("key", "value", "hidden")
 
+# The fields of merging whose names are long enough to be misspelt.
+MERGING_FIELDS = (
+    "r_inflection",
+    "min_latents",
+    "proportional_attention",
+    "merge_method",
+    "merge_metric",
+    "merge_groups",
+)
+
+# Upstream's fields that the shape of a Perceiver is made of.
+SHAPE_FIELDS = (
+    "num_latents",
+    "d_latents",
+    "d_model",
+    "num_blocks",
+    "num_self_attends_per_block",
+    "num_self_attention_heads",
+    "num_cross_attention_heads",
+    "self_attention_widening_factor",
+    "cross_attention_widening_factor",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
 
 class ToMePerceiverConfig(PerceiverConfig):
     r"""Upstream's `PerceiverConfig` with the merging settings of Bolya et al. (2023), "Token Merging".
 
-    Modifications: seven fields, their validation, and what they mean for each layer. Every field of
-    [`~transformers.PerceiverConfig`] keeps its name and its default.
+    Modifications: seven fields, their validation and that of the shape, and what they mean for each layer. Every field
+    of [`~transformers.PerceiverConfig`] keeps its name and its default.
 
     Args:
         r (`int` or `list[int]`, *optional*, defaults to 0):
@@ -61,26 +89,53 @@ class ToMePerceiverConfig(PerceiverConfig):
     merge_groups: list[list[int] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
         self.check_merging()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassFieldValidationError:
+            kind = type(self).__dataclass_fields__[name].type
+            # Upstream's own check, which takes two lines and is no ValueError.
+            raise ValueError(f"{name} = {value!r}: allowed is {getattr(kind, '__name__', kind)}") from None
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Upstream's, with this class's `model_type` in place of a stock Perceiver's, which upstream would warn of.
+
+        Raises:
+            ValueError: if `model_type` is another architecture's.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls._as_own_type(config_dict), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """Upstream's, with a check that the checkpoint is a Perceiver's and of what `kwargs` change.
 
         Raises:
-            ValueError: if `model_type` is another architecture's, or for a merging field out of its range.
+            ValueError: if `model_type` is another architecture's, for a field out of its range, or for a name in
+                `kwargs` that is nearly one of the merging fields'.
         """
+        _refuse_misspelt(kwargs)
+        loaded = super().from_dict(cls._as_own_type(config_dict), **kwargs)
+        # Upstream sets the fields in `kwargs` after construction; with `return_unused_kwargs` it returns a pair.
+        (loaded[0] if isinstance(loaded, tuple) else loaded).check_merging()
+        return loaded
+
+    @classmethod
+    def _as_own_type(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in LOADABLE_MODEL_TYPES:
             raise ValueError(
                 f"model_type = {model_type!r}: this checkpoint is of another architecture; "
                 f"allowed are {' and '.join(map(repr, LOADABLE_MODEL_TYPES))}"
             )
-        loaded = super().from_dict(config_dict, **kwargs)
-        # Upstream sets the fields in `kwargs` after construction; with `return_unused_kwargs` it returns a pair.
-        (loaded[0] if isinstance(loaded, tuple) else loaded).check_merging()
-        return loaded
+        return {**config_dict, "model_type": cls.model_type}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Upstream's, after a check of fields that were set one by one since.
@@ -103,15 +158,35 @@ class ToMePerceiverConfig(PerceiverConfig):
         Raises:
             ValueError: if `r` or `merge_groups` does not fit the layers.
         """
-        removed, left = [], self.num_latents
         if self.merge_groups is None:
-            for requested in self._requested_r():
-                removed.append(max(0, min(requested, left // 2, left - self.min_latents)))
-                left -= removed[-1]
-        else:
-            for groups in self.merge_groups:
-                removed.append(left - max(groups) - 1 if groups else 0)
-                left -= removed[-1]
+            self._check_r(self.r)
+            self._check_r_inflection()
+            return self._capped(self._requested_r())
+        removed, left = [], self.num_latents
+        if self.r != 0 or len(self.merge_groups) != self.num_self_attention_layers:
+            self._check_merge_groups()
+        for groups in self.merge_groups:
+            # Of all that was checked before, what would merge other latents in silence.
+            if groups is not None and len(groups) != left:
+                self._check_merge_groups()
+            removed.append(0 if groups is None else left - max(groups) - 1)
+            left -= removed[-1]
+        return removed
+
+    def schedule_of(self, r: int | list[int]) -> list[int]:
+        """`merge_schedule` with `r` in the place of this config's `r`, `r_inflection` and `merge_groups`.
+
+        Raises:
+            ValueError: in one line naming the value and what is allowed.
+        """
+        self._check_r(r)
+        return self._capped(list(r) if isinstance(r, (list, tuple)) else [r] * self.num_self_attention_layers)
+
+    def _capped(self, requested: list[int]) -> list[int]:
+        removed, left = [], self.num_latents
+        for r in requested:
+            removed.append(max(0, min(r, left // 2, left - self.min_latents)))
+            left -= removed[-1]
         return removed
 
     @property
@@ -125,7 +200,6 @@ class ToMePerceiverConfig(PerceiverConfig):
 
     def _requested_r(self) -> list[int]:
         """`r` as one entry for each layer, before the caps."""
-        self._check_r()
         if isinstance(self.r, (list, tuple)):
             return list(self.r)
         # ToMe's linear ramp from r (1 - inflection) to r (1 + inflection), rounded so that opposite layers still sum
@@ -139,7 +213,20 @@ class ToMePerceiverConfig(PerceiverConfig):
         return ramp
 
     def check_merging(self) -> None:
-        """Check the merging fields against each other and against the layers.
+        """Check the shape, and the merging fields against each other and against the layers.
+
+        Raises:
+            ValueError: in one line naming the field, the value and what is allowed.
+        """
+        self._check_shape()
+        self.check_settings()
+        self._check_r(self.r)
+        self._check_r_inflection()
+        if self.merge_groups is not None:
+            self._check_merge_groups()
+
+    def check_settings(self) -> None:
+        """Check the merging fields that every layer follows, whatever its r.
 
         Raises:
             ValueError: in one line naming the field, the value and what is allowed.
@@ -152,34 +239,72 @@ class ToMePerceiverConfig(PerceiverConfig):
             raise ValueError(f"proportional_attention = {self.proportional_attention!r}: allowed are true and false")
         if not isinstance(self.merge_method, str):
             raise ValueError(f"merge_method = {self.merge_method!r}: allowed is the name of a merging method")
-        self.check_merge_metric()
-        self._check_r()
-        if self.merge_groups is not None:
-            self._check_merge_groups()
-
-    def check_merge_metric(self) -> None:
-        """Check `merge_metric` alone.
-
-        Raises:
-            ValueError: in one line naming the field, the value and what is allowed.
-        """
         if self.merge_metric not in MERGE_METRICS:
             raise ValueError(f"merge_metric = {self.merge_metric!r}: allowed are {', '.join(map(repr, MERGE_METRICS))}")
 
-    def _check_r(self) -> None:
-        layers = self.num_self_attention_layers
-        if isinstance(self.r, (list, tuple)):
-            if len(self.r) != layers:
+    def check_labels(self) -> None:
+        """Check that `label2id` and `id2label` say the same of a classifier's outputs.
+
+        One of them may be left at upstream's LABEL_0, LABEL_1, ..., and two outputs may have the same name (as two of
+        ImageNet's do).
+
+        Raises:
+            ValueError: in one line naming the field, the label and what is allowed.
+        """
+        names, last = self.id2label or {}, self.num_labels - 1
+        if sorted(names) != list(range(len(names))):
+            raise ValueError(f"id2label: of the outputs {sorted(names)}; allowed are 0 to {last} with none left out")
+        named: dict[int, str] = {}
+        for name, index in (self.label2id or {}).items():
+            number = int(index) if isinstance(index, str) and index.isdecimal() else index
+            if not _is_integer(number) or not 0 <= number <= last:
+                raise ValueError(f"label2id[{name!r}] = {index!r}: allowed is an output of the model, 0 to {last}")
+            if number in named:
                 raise ValueError(
-                    f"r = {self.r!r}: a list needs one entry for each of the {layers} self-attention layers, "
-                    f"not {len(self.r)}"
+                    f"label2id: {named[number]!r} and {name!r} are both output {number}; allowed is one name for each"
                 )
-            if not all(_is_integer(entry) and entry >= 0 for entry in self.r):
-                raise ValueError(f"r = {self.r!r}: every entry of a list must be an integer of 0 or more")
-        elif not _is_integer(self.r) or self.r < 0:
+            named[number] = name
+        if _are_default(names) or _are_default(named):
+            return
+        for index, name in names.items():
+            other = named.get(index)
+            if other != name and (other is not None or name not in named.values()):
+                raise ValueError(
+                    f"id2label[{index}] = {name!r}: label2id has {'no such label' if other is None else repr(other)}; "
+                    "allowed is the same in both"
+                )
+
+    def _check_shape(self) -> None:
+        for name in (
+            *SHAPE_FIELDS,
+            *(name for name in ("qk_channels", "v_channels") if getattr(self, name) is not None),
+        ):
+            value = getattr(self, name)
+            if not _is_integer(value) or value < 1:
+                raise ValueError(f"{name} = {value!r}: allowed is an integer of 1 or more")
+        for heads in ("num_self_attention_heads", "num_cross_attention_heads"):
+            for channels in ("d_latents", "qk_channels", "v_channels"):
+                if (getattr(self, channels) or 0) % getattr(self, heads):
+                    raise ValueError(
+                        f"{channels} = {getattr(self, channels)}: allowed is a multiple of {heads} = "
+                        f"{getattr(self, heads)}"
+                    )
+
+    def _check_r(self, r: Any) -> None:
+        layers = self.num_self_attention_layers
+        if isinstance(r, (list, tuple)):
+            if len(r) != layers:
+                raise ValueError(
+                    f"r = {r!r}: a list needs one entry for each of the {layers} self-attention layers, not {len(r)}"
+                )
+            if not all(_is_integer(entry) and entry >= 0 for entry in r):
+                raise ValueError(f"r = {r!r}: every entry of a list must be an integer of 0 or more")
+        elif not _is_integer(r) or r < 0:
             raise ValueError(
-                f"r = {self.r!r}: allowed is an integer of 0 or more, or a list of {layers} of them, one a layer"
+                f"r = {r!r}: allowed is an integer of 0 or more, or a list of {layers} of them, one a layer"
             )
+
+    def _check_r_inflection(self) -> None:
         inflection = self.r_inflection
         if isinstance(inflection, bool) or not isinstance(inflection, (int, float)) or not -1 <= inflection <= 1:
             raise ValueError(f"r_inflection = {inflection!r}: allowed is a number from -1 to 1")
@@ -191,7 +316,10 @@ class ToMePerceiverConfig(PerceiverConfig):
     def _check_merge_groups(self) -> None:
         layers, left = self.num_self_attention_layers, self.num_latents
         if self.r != 0:
-            raise ValueError(f"merge_groups: fixed groups take the place of r, so r must be 0, not {self.r!r}")
+            raise ValueError(
+                f"merge_groups: fixed groups take the place of r, so r must be 0, not {self.r!r}; "
+                "to merge by r, set merge_groups to None"
+            )
         if not isinstance(self.merge_groups, (list, tuple)) or len(self.merge_groups) != layers:
             raise ValueError(
                 f"merge_groups: allowed is a list with one entry for each of the {layers} self-attention layers, "
@@ -220,6 +348,19 @@ class ToMePerceiverConfig(PerceiverConfig):
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_default(names: dict[int, str]) -> bool:
+    """Whether labels are upstream's for a number of outputs; no labels are."""
+    return all(name == f"LABEL_{index}" for index, name in names.items())
+
+
+def _refuse_misspelt(names: Iterable[str]) -> None:
+    """Any name may be a field of a config, so what is nearly a merging field's would change nothing in silence."""
+    for name in names:
+        near = get_close_matches(name, MERGING_FIELDS, n=1, cutoff=0.8)
+        if near and name not in MERGING_FIELDS:
+            raise ValueError(f"{name}: no field of the config; allowed are {near[0]!r}, which it resembles, and others")
 
 
 def _summary(value: object) -> str:
