@@ -97,9 +97,10 @@ class ToMePerceiverConfig(PerceiverConfig):
         try:
             super().__setattr__(name, value)
         except StrictDataclassFieldValidationError:
-            kind = type(self).__dataclass_fields__[name].type
             # Upstream's own check, which takes two lines and is no ValueError.
-            raise ValueError(f"{name} = {value!r}: allowed is {getattr(kind, '__name__', kind)}") from None
+            kind = type(self).__dataclass_fields__[name].type
+            allowed = "an integer of 1 or more" if name in SHAPE_FIELDS else getattr(kind, "__name__", kind)
+            raise ValueError(f"{name} = {value!r}: allowed is {allowed}") from None
 
     @classmethod
     def get_config_dict(

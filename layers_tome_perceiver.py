@@ -247,6 +247,7 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         output_latent_sources: bool = False,
+        r: int | list[int] | None = None,
     ) -> ToMePerceiverEncoderOutput:
         """
         Args:
@@ -254,7 +255,12 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
             inputs: (B, S, C'), preprocessed.
             bias: (B, 1, 1, S), the padding mask as scores.
             output_attentions, output_hidden_states, output_latent_sources: return them too.
+            r: what merges in this call; `None` for what the config says.
+
+        Raises:
+            ValueError: for a setting out of its range, or a config that is of another shape than the model by now.
         """
+        self._check_shape(hidden_states.shape[1])
         all_hidden_states, all_attentions = [], []
         batch, num_latents = hidden_states.shape[:2]
         layer = call_layer(self.cross_attention, hidden_states, None, None, inputs, bias, output_attentions)
@@ -262,7 +268,7 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
         cross_attention_weights = layer.attention_weights
         # Where each of the first latents stands now.
         positions = torch.arange(num_latents, device=hidden_states.device).expand(batch, -1)
-        for index, match_latents in enumerate(layer_matchers(self.config, hidden_states.device)):
+        for index, match_latents in enumerate(layer_matchers(self.config, hidden_states.device, r)):
             # Only if asked for: held any longer, a layer's latents could not be reused for the next one's.
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
@@ -285,6 +291,12 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
             latent_sources=source_matrix(positions, hidden_states.shape[1]) if output_latent_sources else None,
         )
 
+    def _check_shape(self, num_latents: int) -> None:
+        """The schedule is the config's, so a number changed in it later would merge other layers or latents."""
+        for name, built in (("num_self_attends_per_block", len(self.self_attends)), ("num_latents", num_latents)):
+            if getattr(self.config, name) != built:
+                raise ValueError(f"{name} = {getattr(self.config, name)}: allowed is {built}, as the model was built")
+
 
 def latent_bias(config: ToMePerceiverConfig, sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What is added to the scores wherever latents are keys, (B, 1, 1, M): `None` before anything merged, or without
@@ -292,24 +304,29 @@ def latent_bias(config: ToMePerceiverConfig, sizes: Tensor | None, dtype: torch.
     return None if sizes is None or not config.proportional_attention else log_size_bias(sizes, dtype)
 
 
-def layer_matchers(config: ToMePerceiverConfig, device: torch.device) -> list[MatchLatents | None]:
+def layer_matchers(
+    config: ToMePerceiverConfig, device: torch.device, r: int | list[int] | None = None
+) -> list[MatchLatents | None]:
     """For each of the L layers what decides its merge, `None` for none.
 
-    Matching at run time (`config.r`) and fixed groups (`config.merge_groups`) meet here and are one from here on.
+    Matching at run time (`r`, else `config.r`) and fixed groups (`config.merge_groups`) meet here and are one from here
+    on.
+
+    Raises:
+        ValueError: for a setting out of its range, in one line.
     """
-    if config.merge_groups is not None:
+    config.check_settings()
+    check_merge_method(config.merge_method)
+    schedule = config.merge_schedule if r is None else config.schedule_of(r)
+    if r is None and config.merge_groups is not None:
         # As tensors from here on: a compiled layer would take lists for constants, and be compiled for each.
         return [
             None if groups is None else partial(_match_fixed, match=match_groups(groups, device))
             for groups in config.merge_groups
         ]
-    check_merge_method(config.merge_method)
-    config.check_merge_metric()
     matching = partial(_match_by_metric, method=MERGE_METHODS[config.merge_method], metric=METRICS[config.merge_metric])
-    layers = config.num_self_attention_layers
-    return [
-        partial(matching, r=r, depth=index / layers) if r else None for index, r in enumerate(config.merge_schedule)
-    ]
+    layers = len(schedule)
+    return [partial(matching, r=r, depth=index / layers) if r else None for index, r in enumerate(schedule)]
 
 
 def _match_by_metric(

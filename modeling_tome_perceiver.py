@@ -12,11 +12,14 @@ of a head's keys.
 from __future__ import annotations
 
 import inspect
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.perceiver import modeling_perceiver as upstream
 
 # As in the module of the layers, which says why.
@@ -33,6 +36,9 @@ except ImportError:
 
 # More than all layers of a model could need, each for itself.
 COMPILED_GRAPHS = 256
+
+# What tokenizers and Trainer hand to any model, and a Perceiver has no use for.
+WITHOUT_EFFECT = ("token_type_ids", "special_tokens_mask", "num_items_in_batch")
 
 
 @dataclass
@@ -55,11 +61,15 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
 
     Modifications:
     - upstream's parts take the classes of `layers_tome_perceiver.py`
-    - `r`, settable at any time
+    - `r`, settable at any time, and an `r` of each call's own
+    - a keyword that `forward` does not know is an error
+    - a checkpoint loads by `AutoModel` too, as the head that it is: upstream's bare model takes no text and no images
+    - the input embeddings of a text model are its tokens', and can be resized
     - `scaled_dot_product_attention` and activation checkpointing are supported
     """
 
     config_class = ToMePerceiverConfig
+    auto_class = "AutoModel"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["ToMePerceiverLayer"]
@@ -81,10 +91,43 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         config._attn_implementation = self._check_and_adjust_attn_implementation(
             attn_implementation, is_init_check=True
         )
+        if hasattr(self, "num_labels"):
+            config.check_labels()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Upstream's; `auto_map` names this class for `AutoModel` and for the head's own Auto class, however the model
+        was loaded (upstream names it for the one Auto class that loaded it)."""
+        code = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        named = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = named | {"AutoModel": code, self.auto_class: code}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embeddings of a text model's tokens (upstream's are the latents, a parameter).
+
+        Raises:
+            NotImplementedError: for a model of anything else.
+        """
+        return self._text_preprocessor().embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """As `get_input_embeddings`."""
+        self._text_preprocessor().embeddings = value
+
+    def _text_preprocessor(self) -> upstream.PerceiverTextPreprocessor:
+        preprocessor = self.base_model.input_preprocessor
+        if not isinstance(preprocessor, upstream.PerceiverTextPreprocessor):
+            raise NotImplementedError(
+                f"input embeddings: {type(self).__name__} has none; allowed are models of text, whose tokens have them"
+            )
+        return preprocessor
 
     @property
     def r(self) -> int | list[int]:
         """Latents merged in each layer, as `config.r`; what is set is checked at once and is what gets saved.
+
+        A wrapper takes what is set on it for an attribute of its own, in silence. Set `wrapper.module.r` (DataParallel,
+        DistributedDataParallel) or `peft_model.get_base_model().r`, or say it for each call: `wrapper(**inputs, r=8)`.
 
         Raises:
             ValueError: in one line naming the field, the value and what is allowed; the old value stays.
@@ -121,6 +164,52 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
             layer.compile(**kwargs)
 
 
+class _CalledWithR:
+    """A module as one call sees it: everything is the module's own, but calling it says r.
+
+    Upstream's heads hand none of their keywords to their base model. Each call has a view of its own, so threads that
+    call one model with different r do not meet.
+    """
+
+    def __init__(self, module: nn.Module, r: int | list[int]) -> None:
+        self._module, self._r = module, r
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return _CalledWithR(value, self._r) if name == "perceiver" else value
+
+    def __call__(self, **kwargs: Any) -> Any:
+        return self._module(**kwargs, r=self._r)
+
+
+def _with_r(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `forward` of an upstream head.
+
+    Modifications: `r` (`int` or `list[int]`) merges so in this call, in the place of the config's `r`, `r_inflection`
+    and `merge_groups`, and leaves the config alone; a keyword that is not known is a TypeError.
+    """
+    parameters = dict(inspect.signature(forward).parameters)
+    others = parameters.pop("kwargs")
+    own = inspect.Parameter("r", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | list[int] | None")
+    known = frozenset(parameters)
+
+    @wraps(forward)
+    def forward_with_r(self: Any, *args: Any, r: int | list[int] | None = None, **kwargs: Any) -> Any:
+        _check_keywords(self, kwargs, known)
+        return forward(self if r is None else _CalledWithR(self, r), *args, **kwargs)
+
+    # What Trainer, pipelines and torch.export read.
+    forward_with_r.__signature__ = inspect.Signature([*parameters.values(), own, others])  # type: ignore[attr-defined]
+    return forward_with_r
+
+
+def _check_keywords(model: nn.Module, keywords: dict[str, Any], known: frozenset[str] = frozenset()) -> None:
+    """Upstream swallows what it does not know. `None` says nothing, and so does no harm."""
+    for name, value in keywords.items():
+        if name not in known and name not in WITHOUT_EFFECT and value is not None:
+            raise TypeError(f"{name}: no argument of {type(model).__name__}; its forward says which are allowed")
+
+
 class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
     """Upstream's `PerceiverModel`: preprocessor, encoder, decoder, postprocessor, each but the encoder optional.
 
@@ -138,6 +227,7 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         output_latent_sources: bool = False,
+        r: int | list[int] | None = None,
         **kwargs: Any,
     ) -> tuple | ToMePerceiverModelOutput:
         """
@@ -148,10 +238,14 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
             subsampled_output_points: for multimodal autoencoding, as upstream.
             output_attentions, output_hidden_states, interpolate_pos_encoding, return_dict: as upstream.
             output_latent_sources: return `latent_sources` too.
+            r: merges so in this call, in the place of the config's `r`, `r_inflection` and `merge_groups`.
 
         Raises:
-            ValueError: for inputs longer or larger than the model's positions, or a mask of another length.
+            ValueError: for inputs longer or larger than the model's positions, a mask of another shape, or an r out of
+                its range.
+            TypeError: for any other keyword.
         """
+        _check_keywords(self, kwargs)
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -165,6 +259,7 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             output_latent_sources=output_latent_sources,
+            r=r,
         )
         latents, sizes = encoded.last_hidden_state, encoded.latent_sizes
 
@@ -227,13 +322,19 @@ def padding_bias(attention_mask: Tensor, inputs: Tensor) -> Tensor:
         inputs: (B, S, C'), what the mask is for.
 
     Raises:
-        ValueError: for a mask of another length than the inputs.
+        ValueError: for a mask of another length than the inputs, of other dimensions, or of another number of rows.
     """
     dtype = inputs.dtype
     if attention_mask.shape[-1] != inputs.shape[1]:
         raise ValueError(
             f"attention_mask: of shape {tuple(attention_mask.shape)}; allowed is a last dimension of "
             f"{inputs.shape[1]}, one entry for each input"
+        )
+    # A single row would be taken for every row's.
+    if attention_mask.dim() not in (2, 4) or attention_mask.shape[0] != inputs.shape[0]:
+        raise ValueError(
+            f"attention_mask: of shape {tuple(attention_mask.shape)}; allowed are two dimensions, or four, the first "
+            f"of {inputs.shape[0]} rows"
         )
     if attention_mask.dim() == 4 and attention_mask.is_floating_point():
         return attention_mask.to(dtype)
@@ -245,9 +346,26 @@ def padding_bias(attention_mask: Tensor, inputs: Tensor) -> Tensor:
 class ToMePerceiverForSequenceClassification(ToMePerceiverPreTrainedModel, upstream.PerceiverForSequenceClassification):
     """Upstream's text classification. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
+    auto_class = "AutoModelForSequenceClassification"
+    forward = _with_r(upstream.PerceiverForSequenceClassification.forward)
+
 
 class ToMePerceiverForMaskedLM(ToMePerceiverPreTrainedModel, upstream.PerceiverForMaskedLM):
     """Upstream's masked language model. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
+
+    auto_class = "AutoModelForMaskedLM"
+    forward = _with_r(upstream.PerceiverForMaskedLM.forward)
+
+    def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Upstream's, with the output's bias, which is 0 for a new token as it is at first for any."""
+        embeddings = super()._resize_token_embeddings(*args, **kwargs)
+        decoder, tokens = self.embedding_decoder, embeddings.num_embeddings
+        if tokens != decoder.vocab_size:
+            bias = decoder.bias.data.new_zeros(tokens)
+            kept = min(tokens, decoder.vocab_size)
+            bias[:kept] = decoder.bias.data[:kept]
+            decoder.bias.data, decoder.bias.grad, decoder.vocab_size = bias, None, tokens
+        return embeddings
 
 
 class ToMePerceiverForImageClassificationLearned(
@@ -255,11 +373,17 @@ class ToMePerceiverForImageClassificationLearned(
 ):
     """Upstream's image classification with learned positions. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
+    auto_class = "AutoModelForImageClassification"
+    forward = _with_r(upstream.PerceiverForImageClassificationLearned.forward)
+
 
 class ToMePerceiverForImageClassificationFourier(
     ToMePerceiverPreTrainedModel, upstream.PerceiverForImageClassificationFourier
 ):
     """Upstream's image classification with Fourier positions. Modifications: see `ToMePerceiverPreTrainedModel`."""
+
+    auto_class = "AutoModelForImageClassification"
+    forward = _with_r(upstream.PerceiverForImageClassificationFourier.forward)
 
 
 class ToMePerceiverForImageClassificationConvProcessing(
@@ -267,23 +391,30 @@ class ToMePerceiverForImageClassificationConvProcessing(
 ):
     """Upstream's image classification with a convolution first. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
+    auto_class = "AutoModelForImageClassification"
+    forward = _with_r(upstream.PerceiverForImageClassificationConvProcessing.forward)
+
 
 class ToMePerceiverForOpticalFlow(ToMePerceiverPreTrainedModel, upstream.PerceiverForOpticalFlow):
     """Upstream's optical flow. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
+
+    forward = _with_r(upstream.PerceiverForOpticalFlow.forward)
 
 
 class ToMePerceiverForMultimodalAutoencoding(ToMePerceiverPreTrainedModel, upstream.PerceiverForMultimodalAutoencoding):
     """Upstream's multimodal autoencoding. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
+    forward = _with_r(upstream.PerceiverForMultimodalAutoencoding.forward)
 
-for _model_class, _auto_class in (
-    (ToMePerceiverModel, "AutoModel"),
-    (ToMePerceiverForSequenceClassification, "AutoModelForSequenceClassification"),
-    (ToMePerceiverForMaskedLM, "AutoModelForMaskedLM"),
-    (ToMePerceiverForImageClassificationLearned, "AutoModelForImageClassification"),
-    (ToMePerceiverForImageClassificationFourier, "AutoModelForImageClassification"),
-    (ToMePerceiverForImageClassificationConvProcessing, "AutoModelForImageClassification"),
-    (ToMePerceiverForOpticalFlow, "AutoModel"),
-    (ToMePerceiverForMultimodalAutoencoding, "AutoModel"),
+
+for _model_class in (
+    ToMePerceiverModel,
+    ToMePerceiverForSequenceClassification,
+    ToMePerceiverForMaskedLM,
+    ToMePerceiverForImageClassificationLearned,
+    ToMePerceiverForImageClassificationFourier,
+    ToMePerceiverForImageClassificationConvProcessing,
+    ToMePerceiverForOpticalFlow,
+    ToMePerceiverForMultimodalAutoencoding,
 ):
-    _model_class.register_for_auto_class(_auto_class)
+    _model_class.register_for_auto_class(_model_class.auto_class)

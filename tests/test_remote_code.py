@@ -212,6 +212,7 @@ def test_a_saved_folder_carries_its_code(head: str, checkpoints: Checkpoints) ->
         assert (folder / f"{module}.py").read_bytes() == (REPOSITORY / f"{module}.py").read_bytes()
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert auto_map == {
+        "AutoModel": f"modeling_tome_perceiver.ToMePerceiver{head}",
         "AutoConfig": "configuration_tome_perceiver.ToMePerceiverConfig",
         AUTO_CLASSES.get(head, "AutoModel"): f"modeling_tome_perceiver.ToMePerceiver{head}",
     }
