@@ -2,13 +2,15 @@
 """What the merging settings mean for each layer, which are refused, and that they survive JSON."""
 
 import json
+import logging
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PerceiverConfig
 
-from configuration_tome_perceiver import ToMePerceiverConfig
+from configuration_tome_perceiver import SHAPE_FIELDS, ToMePerceiverConfig
 
 NO_CAP = 10**6  # latents enough that neither cap ever binds
 MERGING_FIELDS = [
@@ -279,3 +281,122 @@ def test_bad_value_set_later_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"^r = -5: [^\n]*$"):
         changed.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bad", [0, -1, True, 1.5, "3", None], ids=repr)
+@pytest.mark.parametrize("name", SHAPE_FIELDS)
+def test_a_shape_of_anything_but_positive_integers_is_one_line(name, bad):
+    """When built, and when set and saved."""
+    with pytest.raises(ValueError, match=rf"^{name} = {re.escape(repr(bad))}: allowed is an integer of 1 or more$"):
+        ToMePerceiverConfig(**{name: bad})
+    merging = config()
+    with pytest.raises(ValueError, match=rf"^{name} = [^\n]*$"):
+        setattr(merging, name, bad)
+        merging.check_merging()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [dict(d_latents=1281), dict(qk_channels=12), dict(v_channels=12), dict(num_cross_attention_heads=7)],
+    ids=str,
+)
+def test_channels_that_the_heads_do_not_divide_are_one_line(shape):
+    with pytest.raises(
+        ValueError, match=r"^(d_latents|qk_channels|v_channels) = \d+: allowed is a multiple of [^\n]*$"
+    ):
+        ToMePerceiverConfig(**shape)
+
+
+PUBLISHED = [
+    {},
+    dict(
+        num_latents=512,
+        d_latents=512,
+        d_model=261,
+        num_blocks=8,
+        num_self_attends_per_block=6,
+        num_cross_attention_heads=1,
+    ),
+    dict(qk_channels=256, v_channels=1280),
+    dict(
+        num_latents=2048,
+        d_latents=512,
+        d_model=322,
+        num_self_attends_per_block=24,
+        num_self_attention_heads=16,
+        num_cross_attention_heads=1,
+    ),
+    dict(num_latents=784, d_latents=512, d_model=704, num_self_attends_per_block=8, num_cross_attention_heads=1),
+]
+
+
+@pytest.mark.parametrize("shape", PUBLISHED, ids=str)
+def test_shapes_of_the_published_models_are_fine(shape, tmp_path, caplog):
+    """And load as they are, without upstream's warning of another model type."""
+    PerceiverConfig(**shape).save_pretrained(tmp_path)
+    logging.getLogger("transformers").propagate = True
+    try:
+        with caplog.at_level(logging.WARNING):
+            loaded = ToMePerceiverConfig.from_pretrained(tmp_path)
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert not caplog.records
+    assert loaded.model_type == "tome_perceiver" and loaded.num_latents == PerceiverConfig(**shape).num_latents
+    loaded.check_labels()
+
+
+def test_a_misspelt_field_is_refused(tmp_path):
+    PerceiverConfig().save_pretrained(tmp_path)
+    line = r"^merge_metod: [^\n]*'merge_method'[^\n]*$"
+    for call in (
+        lambda: ToMePerceiverConfig(merge_metod="random"),
+        lambda: ToMePerceiverConfig.from_pretrained(tmp_path, merge_metod="random"),
+        lambda: ToMePerceiverConfig.from_pretrained(tmp_path, merge_metod="random", return_unused_kwargs=True),
+    ):
+        with pytest.raises(ValueError, match=line):
+            call()
+    assert ToMePerceiverConfig(something_of_mine=3).something_of_mine == 3
+
+
+@pytest.mark.parametrize("groups", [[[0] * 11, *[None] * 5], [None] * 5])
+def test_groups_set_afterwards_that_do_not_fit_give_no_schedule(groups):
+    merging = config()
+    merging.merge_groups = groups
+    with pytest.raises(ValueError, match=r"^merge_groups[^\n]*$"):
+        _ = merging.merge_schedule
+    merging.merge_groups, merging.r = [None] * 6, 2
+    with pytest.raises(ValueError, match=r"^merge_groups: [^\n]*r must be 0[^\n]*$"):
+        _ = merging.merge_schedule
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {},
+        dict(num_labels=5),
+        dict(id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}),
+        dict(id2label={0: "no", 1: "yes"}, label2id={"no": "0", "yes": "1"}),
+        dict(id2label={0: "a", 1: "b", 2: "c"}, label2id={"LABEL_0": 0, "LABEL_1": 1}),
+        dict(id2label={0: "crane", 1: "heron", 2: "crane"}, label2id={"heron": 1, "crane": 2}),
+    ],
+    ids=str,
+)
+def test_labels_that_say_the_same_are_fine(labels):
+    ToMePerceiverConfig(**labels).check_labels()
+
+
+@pytest.mark.parametrize(
+    "labels, line",
+    [
+        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 0}), r"label2id: 'a' and 'b' are both output 0"),
+        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 2}), r"label2id\['b'\] = 2: "),
+        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": -1}), r"label2id\['b'\] = -1: "),
+        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 1, "b": 0}), r"id2label\[0\] = 'a': label2id has 'b'"),
+        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 0}), r"id2label\[1\] = 'b': label2id has no such label"),
+        (dict(id2label={0: "a", 2: "b"}, label2id={"a": 0, "b": 1}), r"id2label: of the outputs \[0, 2\]"),
+    ],
+    ids=str,
+)
+def test_labels_that_contradict_each_other_are_one_line(labels, line):
+    with pytest.raises(ValueError, match=rf"^{line}[^\n]*allowed[^\n]*$"):
+        ToMePerceiverConfig(**labels).check_labels()

@@ -17,6 +17,7 @@ from .tiny_merges import (
     loss_and_gradients,
 )
 from .tiny_models import (
+    HEADS,
     TEXT_HEADS,
     relative_difference,
     run,
@@ -200,3 +201,83 @@ def test_unknown_method_or_metric_set_on_a_built_model_is_one_line(name, allowed
     setattr(model.config, name, "best")
     with pytest.raises(ValueError, match=rf"^{name} = 'best': [^\n]*'{allowed}'[^\n]*$"):
         model(**tiny_inputs("ForSequenceClassification"))
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (2, 9, 9), (9,), (3, 1, 1, 9)], ids=str)
+def test_mask_of_other_rows_or_dimensions_is_one_line(shape):
+    """A single row would be every row's, in silence."""
+    model = tiny_model("ForSequenceClassification")
+    with pytest.raises(ValueError, match=r"^attention_mask: of shape [^\n]*allowed are two dimensions[^\n]*2 rows$"):
+        model(input_ids=torch.zeros(2, 9, dtype=torch.long), attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("r", "8"),
+        ("min_latents", 0),
+        ("proportional_attention", "no"),
+        ("r_inflection", 3),
+        ("merge_groups", [[0] * 5, *[None] * 5]),
+        ("num_self_attends_per_block", 4),
+        ("num_latents", 14),
+    ],
+)
+def test_junk_set_in_the_config_of_a_built_model_is_one_line(name, value):
+    model = tiny_model("ForSequenceClassification", min_latents=2)
+    setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=rf"^{name}[^\n]*$"):
+        model(**tiny_inputs("ForSequenceClassification"))
+
+
+def test_labels_that_contradict_each_other_make_no_classifier():
+    bad = dict(id2label={0: "a", 1: "b"}, label2id={"a": 1, "b": 0})
+    with pytest.raises(ValueError, match=r"^id2label\[0\] = 'a': [^\n]*$"):
+        tiny_model("ForSequenceClassification", num_labels=2, **bad)
+    tiny_model("ForMaskedLM", num_labels=2, **bad)
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("head", TEXT_HEADS)
+@pytest.mark.parametrize("tokens", [270, 250], ids=["more", "fewer"])
+def test_tokens_are_resized_and_saved(head, tokens, tmp_path):
+    """What was there before gives what it gave."""
+    model, inputs = tiny_model(head, torch.float32, r=R_LIST), tiny_inputs(head)
+    inputs["input_ids"] = inputs["input_ids"] % 250
+    before = run(model, inputs).logits
+    assert model.get_input_embeddings() is model.perceiver.input_preprocessor.embeddings
+    model.resize_token_embeddings(tokens)
+    assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == tokens
+    after = run(model, inputs).logits
+    if head == "ForMaskedLM":
+        length = after.shape[1] // tokens
+        before, after = before.view(2, length, 262)[..., :250], after.view(2, length, tokens)[..., :250]
+    assert relative_difference(after, before) <= 2e-5
+    loss_and_gradients(model, inputs)
+    model.save_pretrained(tmp_path)
+    again, loading = tome_class(head).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert relative_difference(run(again, inputs).logits, run(model, inputs).logits) <= 2e-5
+
+
+def test_a_new_tokens_bias_learns():
+    model = tiny_model("ForMaskedLM", torch.float32)
+    loss_and_gradients(model, tiny_inputs("ForMaskedLM"))
+    model.resize_token_embeddings(270)
+    _, gradients = loss_and_gradients(model, tiny_inputs("ForMaskedLM"))
+    assert gradients["embedding_decoder.bias"].shape == (270,) and gradients["embedding_decoder.bias"][262:].any()
+
+
+def test_embeddings_are_set():
+    model, new = tiny_model("ForMaskedLM"), torch.nn.Embedding(262, 16).double()
+    model.set_input_embeddings(new)
+    assert model.get_input_embeddings() is new is model.base_model.get_input_embeddings()
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head not in TEXT_HEADS])
+def test_a_model_without_tokens_says_so_in_one_line(head):
+    for call in (lambda m: m.get_input_embeddings(), lambda m: m.resize_token_embeddings(270)):
+        with pytest.raises(NotImplementedError, match=rf"^input embeddings: ToMePerceiver{head} has none; [^\n]*$"):
+            call(tiny_model(head))

@@ -69,6 +69,13 @@ for head, folder in task["folders"].items():
         r=model.r,
         logits=flat(model(**inputs)),
     )
+    # Any head by AutoModel too, and what it saves is what its own Auto class saves.
+    by_auto_model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    entry["auto_model_class"] = type(by_auto_model).__qualname__
+    entry["auto_model_logits"] = flat(by_auto_model(**inputs))
+    by_auto_model.save_pretrained(f"resaved/{head}")
+    entry["auto_map"] = json.loads(Path(f"resaved/{head}/config.json").read_text())["auto_map"]
+    entry["auto_model_files"] = sorted(path.stem for path in Path(f"resaved/{head}").glob("*.py"))
     if "set_r" in task:
         model.r = task["set_r"]
         entry["logits_set"] = flat(model(**inputs))
@@ -103,6 +110,38 @@ for name, folder in task["folders"].items():
         report[name] = dict(loaded=type(model).__module__)
     except BaseException as error:
         report[name] = dict(error=type(error).__name__, message=str(error), trace=traceback.format_exc())
+Path(task["report"]).write_text(json.dumps(report))
+"""
+
+LOAD_WHAT_MAKES_INPUTS = """
+import builtins, json, logging, sys
+from pathlib import Path
+import transformers
+
+task = json.loads(Path(sys.argv[1]).read_text())
+said = []
+
+class Listening(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+
+def ask(question):
+    said.append(question)
+    return "n"
+
+transformers.logging.add_handler(Listening())
+builtins.input = ask
+text, image = task["text"], task["image"]
+loaded = [
+    transformers.AutoTokenizer.from_pretrained(text, trust_remote_code=True),
+    transformers.AutoTokenizer.from_pretrained(text, tokenizer_type="perceiver"),
+    transformers.PerceiverTokenizer.from_pretrained(text),
+    transformers.AutoImageProcessor.from_pretrained(image),
+    transformers.AutoImageProcessor.from_pretrained(image, trust_remote_code=True),
+    transformers.pipeline("text-classification", model=text, trust_remote_code=True).tokenizer,
+    transformers.pipeline("image-classification", model=image, trust_remote_code=True).image_processor,
+]
+report = dict(said=said, loaded=[type(each).__name__ for each in loaded])
 Path(task["report"]).write_text(json.dumps(report))
 """
 
@@ -205,17 +244,18 @@ def second_load(checkpoints: Checkpoints, first_load: dict[str, Any]) -> dict[st
     return torch.load(run_elsewhere(LOAD, checkpoints.task("resaved"), checkpoints.root / "second"))
 
 
+def auto_map(head: str) -> dict[str, str]:
+    code = f"modeling_tome_perceiver.ToMePerceiver{head}"
+    config = "configuration_tome_perceiver.ToMePerceiverConfig"
+    return {"AutoConfig": config, "AutoModel": code, AUTO_CLASSES.get(head, "AutoModel"): code}
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_a_saved_folder_carries_its_code(head: str, checkpoints: Checkpoints) -> None:
     folder = checkpoints.root / "saved" / head
     for module in MODULES:
         assert (folder / f"{module}.py").read_bytes() == (REPOSITORY / f"{module}.py").read_bytes()
-    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-    assert auto_map == {
-        "AutoModel": f"modeling_tome_perceiver.ToMePerceiver{head}",
-        "AutoConfig": "configuration_tome_perceiver.ToMePerceiverConfig",
-        AUTO_CLASSES.get(head, "AutoModel"): f"modeling_tome_perceiver.ToMePerceiver{head}",
-    }
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == auto_map(head)
 
 
 def check_load(report: dict[str, Any], folder: Path, checkpoints: Checkpoints, head: str, r: list[int]) -> None:
@@ -225,6 +265,9 @@ def check_load(report: dict[str, Any], folder: Path, checkpoints: Checkpoints, h
     assert_runs_from(folder, [entry["config_class"], entry["model_class"]])
     assert all(Path(file).is_relative_to(folder / "hf_home") for file in entry["files"])
     assert entry["amiss"] == {}
+    assert entry["auto_model_class"] == f"ToMePerceiver{head}"
+    torch.testing.assert_close(entry["auto_model_logits"], entry["logits"])
+    assert entry["auto_map"] == auto_map(head) and entry["auto_model_files"] == MODULES
     assert entry["config_r"] == entry["r"] == entry["schedule"] == r
     torch.testing.assert_close(entry["logits"], checkpoints.logits(head, r), rtol=1e-4, atol=1e-5)
 
@@ -255,6 +298,16 @@ def test_pipelines_run_a_folder_elsewhere(name, checkpoints, first_load, second_
         assert report[name]["scores"] == pytest.approx(checkpoints.scores(name, r), rel=1e-4)
         assert len(report[name]["scores"]) == 3
     assert first_load[name]["scores"] != second_load[name]["scores"]
+
+
+def test_what_makes_inputs_loads_without_a_question_or_a_warning(checkpoints):
+    """AutoTokenizer reads the config first, whose code it has to be allowed or need not ask for."""
+    report = json.loads(
+        run_elsewhere(LOAD_WHAT_MAKES_INPUTS, checkpoints.task("saved"), checkpoints.root / "quiet").read_text()
+    )
+    assert report["said"] == []
+    tokenizer, processor = "PerceiverTokenizer", "PerceiverImageProcessorPil"
+    assert report["loaded"] == [tokenizer] * 3 + [processor] * 2 + [tokenizer, processor]
 
 
 def test_no_copy_outside_the_checkpoint_was_imported(first_load, second_load):
