@@ -1,16 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's mistake, or what else stops a script: one line on standard error and an exit code, never a traceback."""
+"""What stops a script: one line on standard error and an exit code. A traceback is for a fault of the program alone."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
+from typing import NoReturn
 
+INTERRUPTED = 130
+# What the disk says to whoever writes.
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # How the operating system says it, and the libraries that hide the error it came with.
 DISK_FULL = os.strerror(errno.ENOSPC)
+# What a place says to whoever writes or reads there.
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+# How PyTorch says that there is no memory; of a GPU it has an error of its own.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+IN_A_WORKER = re.compile(r"Caught \w+ in .*\nOriginal Traceback")
 
 
 class Stopped(Exception):
@@ -29,44 +40,108 @@ class BadInput(Stopped):
 def naming(argument: str, *errors: type[Exception]) -> Iterator[None]:
     """Turn `errors` raised inside into a `BadInput` that names `argument`.
 
-    Only for blocks whose failure is the user's input: everything else keeps its traceback.
+    Only for blocks whose failure is the user's input: everything else keeps its traceback. `Exception` stands for all
+    errors, tightly around the one call of a library that reads what the user gave. What stops the script for another
+    reason, a `Stopped` or a full disk or memory, passes.
     """
     try:
         yield
     except errors as error:
-        lines = [_first_line(error)] + ([_first_line(error.__cause__)] if error.__cause__ is not None else [])
+        if isinstance(error, Stopped) or _from_outside(error) is not None:
+            raise
+        lines = [one_line(error)] + ([one_line(error.__cause__)] if error.__cause__ is not None else [])
         raise BadInput(f"{argument}: {'; '.join(dict.fromkeys(lines))}") from error
 
 
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """Print what stopped the block inside as one line and exit; of several processes, the first one prints.
+    """The one guard around a script: print what stopped the block inside as one line, and exit.
 
-    Exit codes: 2 for `BadInput` and a disk that is full, 1 for another `Stopped`.
+    Of several processes, the first one prints. Exit codes: 2 for `BadInput` and for a disk, a place or a memory that
+    the script cannot use, 1 for another `Stopped`, 130 for Ctrl-C. Any other error is a fault of the program: it goes
+    on, for Python to show its traceback, and a line that says so comes after it.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        _exit("interrupted; what was written before is whole", INTERRUPTED)
     except Stopped as error:
-        _exit(_first_line(error), error.exit_code)
+        _exit(one_line(error), error.exit_code)
     except Exception as error:
-        if not _disk_is_full(error):
-            raise
-        _exit(f"--output_dir: {DISK_FULL} ({_first_line(error)}); what was written before is whole", BadInput.exit_code)
+        stopped = next((cause for cause in _causes(error) if isinstance(cause, Stopped)), None)
+        if stopped is not None:
+            _exit(one_line(stopped), stopped.exit_code)
+        outside = _from_outside(error) or _no_access(error)
+        if outside is not None:
+            _exit(outside, BadInput.exit_code)
+        sys.excepthook = _report_fault
+        raise
 
 
-def _exit(line: str, code: int) -> None:
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line that can be understood without the traceback.
+
+    Libraries announce what is wrong in a line that ends in a colon, of which the next one is the message; and some
+    errors say nothing but a key.
+    """
+    text = str(error)
+    name = type(error).__name__
+    if IN_A_WORKER.match(text):
+        # The error of a worker comes with the worker's traceback as its message.
+        found = re.findall(rf"^(?:[\w.]+\.)?{name}: (.*)", text, re.MULTILINE)
+        text = found[-1] if found else text
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return name
+    count = 1
+    while count < len(lines) and lines[count - 1].endswith(":"):
+        count += 1
+    if re.match(r"\d+ validation errors? for ", lines[0]):  # pydantic: the field, then what is wrong with it
+        count = 3
+    line = " ".join(lines[:count])
+    return f"{name}: {line}" if isinstance(error, KeyError) or not re.search(r"\w\s+\S", line) else line
+
+
+def _exit(line: str, code: int) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
+def _report_fault(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, traceback)
+    print(
+        "error: this is a fault of the program, not of what it was given; please report it in the project's issue "
+        "tracker, with the command and the traceback above",
+        file=sys.stderr,
+    )
+
+
+def _from_outside(error: BaseException) -> str | None:
+    """The line for a disk or a memory that is full, which may stop any block."""
+    for cause in _causes(error, context=True):
+        number = getattr(cause, "errno", None)
+        if number in NOT_WRITABLE or DISK_FULL in str(cause):
+            what = os.strerror(number) if number in NOT_WRITABLE else DISK_FULL
+            return f"--output_dir: {what} ({one_line(error)}); what was written before is whole"
+        if isinstance(cause, MemoryError) or any(text in str(cause) for text in NO_MEMORY):
+            return f"out of memory ({one_line(cause)}); allowed are smaller batches, inputs or models"
+    return None
+
+
+def _no_access(error: BaseException) -> str | None:
+    """The line for a file or folder that cannot be used, if nothing nearer to it has named the argument."""
+    for cause in _causes(error, context=True):
+        if isinstance(cause, OSError) and cause.errno in NO_ACCESS and cause.filename is not None:
+            return (
+                f"{cause.filename}: {os.strerror(cause.errno)}; allowed are files that can be read, and an "
+                "--output_dir and a --cache_dir that can be written to; what was written before is whole"
+            )
+    return None
+
+
+def _causes(error: BaseException | None, context: bool = False) -> Iterator[BaseException]:
+    """An error and what it came from; with `context` also what was being handled when it came."""
     while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or DISK_FULL in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        yield error
+        error = error.__cause__ or (error.__context__ if context else None)

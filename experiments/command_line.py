@@ -1,43 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line, or a single JSON or YAML file, to dataclasses of arguments."""
+"""From a command line, with or without a JSON or YAML file of arguments, to dataclasses of arguments."""
 
 from __future__ import annotations
 
-import logging
+import dataclasses
+import math
+import re
 import shlex
 import sys
-from argparse import RawDescriptionHelpFormatter
-from typing import Any
+from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any, NoReturn
 
-import torch
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
-from experiments.bad_input import naming
-
-logger = logging.getLogger(__name__)
+from experiments.argument_file import ENDINGS, suggestion, words_of_file
+from experiments.bad_input import BadInput, naming
 
 SECRETS = ("--token", "--hub_token", "--hub-token")
-# As `torch.cpu.get_capabilities` calls what multiplies bfloat16 on x86 and on Arm; without any it is emulated.
-BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
-class TrainerArguments(TrainingArguments):
-    """`TrainingArguments`.
+class Parser(HfArgumentParser):
+    """transformers' `HfArgumentParser`.
 
     Modifications:
-    - `--help` lists them last, under a heading of their own
-    - a warning if bfloat16 would be emulated
+    - what it refuses is a `BadInput`: one line, without the usage
+    - numbers are finite, wherever one is an argument
+    - a name that is not known comes with the one that may have been meant
     """
 
-    _argument_group_name = "training and evaluation, as transformers' Trainer takes them"
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for kind, convert in ((int, _integer), (float, _number), (string_to_bool, _boolean)):
+            self.register("type", kind, convert)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.bf16 or self.bf16_full_eval) and self.device.type == "cpu":
-            capabilities = torch.cpu.get_capabilities()
-            if not any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS):
-                logger.warning("--bf16: this processor has no instructions for it; float32 is many times faster here")
+    def error(self, message: str) -> NoReturn:
+        argument = re.match(r"argument (--\w+)[^:]*: (.*)", message, re.DOTALL)
+        choice = re.match(r"argument (--\w+)[^:]*: invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
+        required = re.match(r"the following arguments are required: (.*)", message)
+        if choice is not None:
+            # Text that an enumeration shows as NAME.MEMBER in some versions of Python.
+            raise BadInput(f"{choice[1]} {choice[2]}: allowed are {choice[3].replace(chr(39), '')}")
+        if argument is not None:
+            # Our own messages begin with the value, argparse's do not.
+            separator = " " if ": allowed is" in argument[2] else ": "
+            raise BadInput(f"{argument[1]}{separator}{argument[2]}")
+        if required is not None:
+            names = ", ".join(name.partition("/")[0] for name in required[1].split(", "))
+            raise BadInput(f"{names}: not given; allowed is a value for each")
+        raise BadInput(message)
+
+    def refuse_unknown(self, words: list[str]) -> None:
+        """Refuse words that are no arguments.
+
+        Raises:
+            BadInput: naming the first one.
+        """
+        if not words:
+            return
+        word = words[0].partition("=")[0]
+        if word.startswith("--"):
+            near = suggestion(word, [name for action in self._actions for name in action.option_strings])
+            raise BadInput(f"{word}: there is no such argument{near}")
+        where = "; a file of arguments comes first" if word.endswith(ENDINGS) else ""
+        raise BadInput(f"{word}: stands alone; allowed are arguments, --NAME VALUE{where}")
 
 
 def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]:
@@ -48,26 +75,35 @@ def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]
         dataclass_types: whose fields are the arguments.
 
     Returns:
-        An instance of each. `SCRIPT.py FILE.json` or `FILE.yaml` reads the arguments from that file.
+        An instance of each. `SCRIPT.py FILE.json ...` or `FILE.yaml ...` reads arguments from that file; those that
+        follow it come before them.
 
     Raises:
-        BadInput: for a file that is not there or values that the dataclasses refuse. What argparse refuses exits with
-            code 2 by itself.
+        BadInput: for a file that is not there, and for values that argparse or the dataclasses refuse.
     """
-    parser = HfArgumentParser(
+    parser = Parser(
         dataclass_types,
         # A list of them all would be pages long and come before the description.
-        usage="%(prog)s [arguments] | FILE.yaml | FILE.json",
+        usage="%(prog)s [FILE.yaml | FILE.json] [arguments]",
         description=description,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    with naming("arguments", OSError, ValueError, yaml.YAMLError):
-        if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-            return parser.parse_yaml_file(sys.argv[1])
-        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-            return parser.parse_json_file(sys.argv[1])
-        return parser.parse_args_into_dataclasses()
+    words = sys.argv[1:]
+    if not words or not words[0].endswith(ENDINGS) or words[0].startswith("-"):
+        return _parsed(parser, words)
+    fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
+    options = {action.dest: action for action in reversed(parser._actions)}
+    path = Path(words[0])
+    from_file = words_of_file(path, fields, options)
+    try:
+        return _parsed(parser, from_file + words[1:])
+    except BadInput as error:
+        # Said of the file, if it is the one that says it.
+        name = re.match(r"--\w*", str(error))
+        named = name is not None and any(word.partition("=")[0] == name[0] for word in from_file)
+        overridden = name is not None and any(word.partition("=")[0] == name[0] for word in words[1:])
+        raise BadInput(f"{path}: {error}" if named and not overridden else str(error)) from error
 
 
 def shown_command() -> str:
@@ -81,3 +117,33 @@ def shown_command() -> str:
             elif index + 1 < len(words):
                 words[index + 1] = "..."
     return shlex.join(words)
+
+
+def _parsed(parser: Parser, words: list[str]) -> tuple[Any, ...]:
+    parser.refuse_unknown(parser.parse_known_args(words)[1])
+    with naming("arguments", OSError, ValueError):
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text}: allowed is an integer") from None
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ArgumentTypeError(f"{text}: allowed is a number")
+    return number
+
+
+def _boolean(text: str | bool) -> bool:
+    try:
+        return string_to_bool(text)
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"{text}: allowed is true or false") from None

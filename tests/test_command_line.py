@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from experiments.bad_input import BadInput
-from experiments.command_line import TrainerArguments, parse_arguments, shown_command
+from experiments.command_line import parse_arguments, shown_command
+from experiments.trainer_arguments import TrainerArguments
 
 
 @dataclass
