@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data that are not what a command says: files of sentences, their labels, images."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from tests import tiny_images
+from tests.reliability.bad_input_case import BadInputCase, Make
+from tests.reliability.inputs import TRAINING, Command, Inputs
+from tests.tiny_texts import write_glue, write_table
+
+FILES, LABELS, IMAGES = "files of sentences", "labels", "images"
+GOOD = {"text": ["aaa", "bbb", "aaab", "bbba"], "label": ["good", "bad", "good", "bad"]}
+# A train file, byte for byte, and what the line must say.
+TRAIN_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
+    "empty.csv": (b"", ("--train_file", "empty.csv")),
+    "header.csv": (b"text,label\n", ("header.csv",)),
+    "no_label.csv": (b"text,mark\naaa,1\nbbb,0\n", ("no_label.csv", "label")),
+    "no_text.csv": (b"label\n1\n0\n", ("no_text.csv", "label")),
+    "ragged.csv": (b"text,label\naaa,1\nbbb,0,7,8\n", ("ragged.csv",)),
+    "latin1.csv": (b"text,label\n\xe9t\xe9,1\nbbb,0\n", ("latin1.csv",)),
+    "zeros.csv": (b"\0\0\0\0", ("zeros.csv",)),
+    "empty.json": (b"", ("empty.json",)),
+    "broken.json": (b'{"text": "aaa", "label": 1}\n{"text": "bb', ("broken.json",)),
+    "word.json": (b'"hello"', ("word.json",)),
+    "mixed.json": (b'{"text": "a", "label": 1}\n{"text": "b", "label": {"x": 2}}\n', ("mixed.json",)),
+    "lists.json": (b'{"text": ["a"], "label": 1}\n{"text": ["b"], "label": 0}\n', ("lists.json", "text")),
+    "label_lists.json": (b'{"text": "a", "label": [1]}\n{"text": "b", "label": [0]}\n', ("label",)),
+    "numbers.csv": (b"text,label\n1.5,1\n2.5,0\n", ("numbers.csv", "text")),
+    "empty.parquet": (b"", ("empty.parquet",)),
+    "garbage.parquet": (b"PAR1 and nothing else", ("garbage.parquet",)),
+    "zip.parquet": (b"PK\x03\x04" + b"\0" * 40, ("zip.parquet",)),
+    "spaces.csv": (b"   \n \n", ("spaces.csv",)),
+    "table.xlsx": (b"PK", ("table.xlsx", "csv")),
+    "no_ending": (b"text,label\naaa,1\n", ("no_ending", "csv")),
+}
+# Labels to train on and to evaluate on.
+LABEL_PAIRS: dict[str, tuple[list, list, tuple[str, ...]]] = {
+    "one unseen": (["good", "bad"], ["good", "ugly"], ("ugly",)),
+    "all unseen": ([0, 1], [2, 3], ("2",)),
+    "missing in training": (["good", None], ["good", "bad"], ("label",)),
+    "missing in evaluation": (["good", "bad"], ["good", None], ("label",)),
+    "text for numbers": ([0.5, 1.5], ["good", "bad"], ("label",)),
+    "not a number in training": ([0.5, float("nan")], [0.5, 1.5], ("label",)),
+    "not a number in evaluation": ([0.5, 1.5], [0.5, float("nan")], ("label",)),
+    "infinite": ([0.5, float("inf")], [0.5, 1.5], ("label",)),
+    "of one class": (["good", "good"], ["good", "good"], ("label",)),
+}
+
+
+def data_mistakes() -> Iterator[BadInputCase]:
+    for name, (data, says) in TRAIN_FILES.items():
+        yield BadInputCase(FILES, name, "run_glue.py", _train_file(name, data), says)
+    for name in ("empty.csv", "header.csv", "latin1.csv", "broken.json", "garbage.parquet"):
+        data = TRAIN_FILES[name][0]
+        yield BadInputCase(FILES, name, "run_mlm.py", _train_file(name, data, "mlm_config"), (name,))
+    yield BadInputCase(
+        FILES, "blank.txt", "run_mlm.py", _train_file("blank.txt", b"\n \n", "mlm_config"), ("blank.txt",)
+    )
+    for name, (make, says) in _SENTENCES.items():
+        yield BadInputCase(FILES, name, "run_glue.py", make, says)
+    for name, (train, validation, says) in LABEL_PAIRS.items():
+        yield BadInputCase(LABELS, name, "run_glue.py", _labels(train, validation), says)
+    for name, (script, make, says) in _LABELLED.items():
+        yield BadInputCase(LABELS, name, script, make, says)
+    for name, (make, says) in _IMAGES.items():
+        yield BadInputCase(IMAGES, name, "run_image.py", make, says)
+
+
+def _train_file(name: str, data: bytes, config: str = "text_config") -> Make:
+    def make(inputs: Inputs, folder: Path) -> Command:
+        (folder / name).write_bytes(data)
+        good = write_table(folder / f"validation{Path(name).suffix}", GOOD) if Path(name).suffix in TABLES else folder
+        validation = ("--validation_file", good) if good is not folder else ()
+        return ("--config_name", getattr(inputs, config), "--train_file", folder / name, *validation, *TRAINING)
+
+    return make
+
+
+TABLES = (".csv", ".json", ".parquet")
+
+
+def _no_validation(inputs: Inputs, folder: Path) -> Command:
+    return ("--config_name", inputs.text_config, "--train_file", inputs.folder / "train.csv", *TRAINING)
+
+
+def _no_test_file(inputs: Inputs, folder: Path) -> Command:
+    return ("--config_name", inputs.text_config, *inputs.own_files, *TRAINING, "--do_predict")
+
+
+def _a_folder(inputs: Inputs, folder: Path) -> Command:
+    (folder / "train.csv").mkdir()
+    own = inputs.own_files
+    return ("--config_name", inputs.text_config, *own, *TRAINING, "--train_file", folder / "train.csv")
+
+
+def _other_columns(inputs: Inputs, folder: Path) -> Command:
+    path = write_table(folder / "other.csv", {"words": GOOD["text"], "label": GOOD["label"]})
+    return ("--config_name", inputs.text_config, *inputs.own_files, *TRAINING, "--validation_file", path)
+
+
+def _test_without_text(inputs: Inputs, folder: Path) -> Command:
+    path = write_table(folder / "test.csv", {"number": [1, 2]})
+    given = (*inputs.own_files, *TRAINING, "--do_predict", "--test_file", path)
+    return ("--config_name", inputs.text_config, *given)
+
+
+def _missing_sentence(inputs: Inputs, folder: Path) -> Command:
+    path = write_table(folder / "holes.csv", {"text": ["aaa", None, "bbb"], "label": ["good", "bad", "bad"]})
+    return ("--config_name", inputs.text_config, *inputs.own_files, *TRAINING, "--train_file", path)
+
+
+def _empty_dataset(inputs: Inputs, folder: Path) -> Command:
+    (folder / "data").mkdir()
+    return ("--config_name", inputs.text_config, "--dataset_name", folder / "data", *TRAINING)
+
+
+def _no_such_task(inputs: Inputs, folder: Path) -> Command:
+    return ("--config_name", inputs.text_config, "--dataset_name", inputs.glue, "--task_name", "rte", *TRAINING)
+
+
+def _truncated_dataset(inputs: Inputs, folder: Path) -> Command:
+    shutil.copytree(inputs.glue, folder / "glue")
+    path = next((folder / "glue" / "sst2").glob("train*"))
+    path.write_bytes(path.read_bytes()[:-200])
+    return ("--config_name", inputs.text_config, "--dataset_name", folder / "glue", "--task_name", "sst2", *TRAINING)
+
+
+def _images_for_text(inputs: Inputs, folder: Path) -> Command:
+    return ("--config_name", inputs.text_config, "--dataset_name", inputs.images, *TRAINING)
+
+
+_SENTENCES: dict[str, tuple[Make, tuple[str, ...]]] = {
+    "no validation file": (_no_validation, ("--validation_file",)),
+    "no test file": (_no_test_file, ("--test_file",)),
+    "a folder for a file": (_a_folder, ("--train_file", "train.csv")),
+    "other columns to evaluate on": (_other_columns, ("text",)),
+    "a test file without sentences": (_test_without_text, ("text",)),
+    "a sentence that is missing": (_missing_sentence, ("holes.csv", "text")),
+    "an empty dataset folder": (_empty_dataset, ("--dataset_name", "data")),
+    "a task that the dataset has not": (_no_such_task, ("--dataset_name", "rte")),
+    "a dataset file that is cut": (_truncated_dataset, ("--dataset_name", "glue")),
+    "images for sentences": (_images_for_text, ("--dataset_name", "images")),
+}
+
+
+def _labels(train: list, validation: list) -> Make:
+    def make(inputs: Inputs, folder: Path) -> Command:
+        words: list[object] = []
+        for name, labels in (("train", train), ("validation", validation)):
+            path = write_table(folder / f"{name}.csv", {"text": ["aaa", "bbb"] * 4, "label": labels * 4})
+            words += [f"--{name}_file", path]
+        return ("--config_name", inputs.text_config, *words, *TRAINING)
+
+    return make
+
+
+def _hidden_glue(split: str) -> Make:
+    """Labels of -1, as in the test split."""
+
+    def make(inputs: Inputs, folder: Path) -> Command:
+        glue = write_glue(folder / "glue", "sst2")
+        path = next((glue / "sst2").glob(f"{split}-*"))
+        data = Dataset.from_parquet(str(path))
+        hidden = Dataset.from_dict(data.to_dict() | {"label": [-1, *data["label"][1:]]}, features=data.features)
+        hidden.to_parquet(path)
+        return ("--config_name", inputs.text_config, "--dataset_name", glue, "--task_name", "sst2", *TRAINING)
+
+    return make
+
+
+def _hidden_images(split: str) -> Make:
+    def make(inputs: Inputs, folder: Path) -> Command:
+        shutil.copytree(inputs.images, folder / "images")
+        path = folder / "images" / f"{split}.parquet"
+        data = Dataset.from_parquet(str(path))
+        features = data.features
+        labels = [-1, *data["label"][1:]]
+        data.remove_columns("label").add_column("label", labels, feature=features["label"]).to_parquet(path)
+        return ("--config_name", inputs.image_config, "--dataset_name", folder / "images", *TRAINING)
+
+    return make
+
+
+def _unlabelled_images(inputs: Inputs, folder: Path) -> Command:
+    shutil.copytree(inputs.images, folder / "images")
+    path = folder / "images" / "train.parquet"
+    data = Dataset.from_parquet(str(path))
+    labels = [None, *data["label"][1:]]
+    feature = data.features["label"]
+    data.remove_columns("label").add_column("label", labels, feature=feature).to_parquet(path)
+    return ("--config_name", inputs.image_config, "--dataset_name", folder / "images", *TRAINING)
+
+
+def _other_names(script: str) -> Make:
+    """As many labels as the checkpoint has, and other names."""
+
+    def make(inputs: Inputs, folder: Path) -> Command:
+        words: list[object] = []
+        for name in ("train", "validation"):
+            path = write_table(folder / f"{name}.csv", {"text": ["aaa", "bbb"] * 3, "label": ["cat", "dog"] * 3})
+            words += [f"--{name}_file", path]
+        stage = ("--r", 1, *("--timing_rounds", 0)) if script == "eval_sweep.py" else ("--do_eval",)
+        stage = ("--num_groups", 4, "--do_eval") if script == "calibrate.py" else stage
+        return ("--model_name_or_path", inputs.text_model, *words, "--use_cpu", *stage)
+
+    return make
+
+
+def _other_image_names(inputs: Inputs, folder: Path) -> Command:
+    names = ["cat", "cow", "dog"]
+    for split in ("train", "test"):
+        data = Dataset.from_parquet(str(inputs.images / f"{split}.parquet"))
+        (folder / "images").mkdir(exist_ok=True)
+        named = data.cast(Features(data.features | {"label": ClassLabel(names=names)}))
+        named.to_parquet(folder / "images" / f"{split}.parquet")
+    return ("--model_name_or_path", inputs.image_model, "--dataset_name", folder / "images", "--do_eval", "--use_cpu")
+
+
+def _more_labels(inputs: Inputs, folder: Path) -> Command:
+    return (
+        "--model_name_or_path", inputs.text_model, "--dataset_name", inputs.glue, "--task_name", "mnli", "--do_eval",
+        "--use_cpu",
+    )  # fmt: skip
+
+
+def _regression_with_a_classifier(inputs: Inputs, folder: Path) -> Command:
+    return (
+        "--model_name_or_path", inputs.text_model, "--dataset_name", inputs.glue, "--task_name", "stsb", "--do_eval",
+        "--use_cpu",
+    )  # fmt: skip
+
+
+_LABELLED: dict[str, tuple[str, Make, tuple[str, ...]]] = {
+    "-1 in training sentences": ("run_glue.py", _hidden_glue("train"), ("train", "-1")),
+    "-1 in evaluated sentences": ("run_glue.py", _hidden_glue("validation"), ("validation", "-1")),
+    "-1 in training images": ("run_image.py", _hidden_images("train"), ("train", "-1")),
+    "-1 in evaluated images": ("run_image.py", _hidden_images("test"), ("test", "-1")),
+    "missing in training images": ("run_image.py", _unlabelled_images, ("train",)),
+    "other names than the checkpoint's": ("run_glue.py", _other_names("run_glue.py"), ("cat",)),
+    "other names than the swept checkpoint's": ("eval_sweep.py", _other_names("eval_sweep.py"), ("cat",)),
+    "other names than the calibrated checkpoint's": ("calibrate.py", _other_names("calibrate.py"), ("cat",)),
+    "other names than the image checkpoint's": ("run_image.py", _other_image_names, ("cat",)),
+    "more than the checkpoint's": ("run_glue.py", _more_labels, ("3", "--ignore_mismatched_sizes")),
+    "numbers for a classifier": ("run_glue.py", _regression_with_a_classifier, ("--model_name_or_path",)),
+}
+
+
+def _folders(change: Callable[[Path], object], *words: object) -> Make:
+    """Folders of images in which something was changed."""
+
+    def make(inputs: Inputs, folder: Path) -> Command:
+        train = folder / "train"
+        shutil.copytree(inputs.image_folders, train)
+        change(train)
+        return ("--config_name", inputs.image_config, "--train_dir", train, *TRAINING, *words)
+
+    return make
+
+
+def _first(train: Path) -> Path:
+    return train / tiny_images.LABELS[0] / "0.png"
+
+
+def _cut(train: Path) -> None:
+    for path in train.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+
+
+def _cut_one(train: Path) -> None:
+    _first(train).write_bytes(_first(train).read_bytes()[:60])
+
+
+def _remove_all(train: Path) -> None:
+    for path in train.rglob("*.png"):
+        path.unlink()
+
+
+def _flat(train: Path) -> None:
+    for number, path in enumerate(sorted(train.rglob("*.png"))):
+        path.rename(train / f"{number}.png")
+
+
+def _float_images(train: Path) -> None:
+    for path in list(train.rglob("*.png")):
+        pixels = np.full((8, 8), np.nan, np.float32)
+        Image.fromarray(pixels).save(path.with_suffix(".tiff"))
+        path.unlink()
+
+
+def _unseen_class(inputs: Inputs, folder: Path) -> Command:
+    shutil.copytree(inputs.image_folders, folder / "validation")
+    (folder / "validation" / "dark").rename(folder / "validation" / "blue")
+    train = ("--train_dir", inputs.image_folders, "--validation_dir", folder / "validation")
+    return ("--config_name", inputs.image_config, *train, *TRAINING)
+
+
+def _no_image_column(inputs: Inputs, folder: Path) -> Command:
+    for split in ("train", "test"):
+        (folder / "data").mkdir(exist_ok=True)
+        features = Features({"pixels": Value("int32"), "label": ClassLabel(names=["a", "b"])})
+        columns = {"pixels": [1, 2], "label": [0, 1]}
+        Dataset.from_dict(columns, features=features).to_parquet(folder / "data" / f"{split}.parquet")
+    return ("--config_name", inputs.image_config, "--dataset_name", folder / "data", *TRAINING)
+
+
+def _not_an_image(split: str) -> Make:
+    """In a dataset of good images."""
+
+    def make(inputs: Inputs, folder: Path) -> Command:
+        shutil.copytree(inputs.images, folder / "images")
+        path = folder / "images" / f"{split}.parquet"
+        data = Dataset.from_parquet(str(path)).cast_column("image", ImageFeature(decode=False))
+        rows = [{"bytes": b"no image", "path": None}, *data["image"][1:]]
+        changed = data.remove_columns("image").add_column("image", rows)
+        changed.cast_column("image", ImageFeature()).to_parquet(path)
+        return ("--config_name", inputs.image_config, "--dataset_name", folder / "images", *TRAINING)
+
+    return make
+
+
+_IMAGES: dict[str, tuple[Make, tuple[str, ...]]] = {
+    "no image is whole": (_folders(_cut), ("png",)),
+    "one image is cut": (_folders(_cut_one), ("0.png",)),
+    "one image is empty": (_folders(lambda train: _first(train).write_bytes(b"")), ("0.png",)),
+    "one image is text": (_folders(lambda train: _first(train).write_text("hello")), ("0.png",)),
+    "no images": (_folders(_remove_all), ("--train_dir",)),
+    "no folder for each class": (_folders(_flat), ("--train_dir",)),
+    "pixels that are no numbers": (_folders(_float_images), ("tiff",)),
+    "a class that is not trained on": (_unseen_class, ("blue",)),
+    "no column of images": (_no_image_column, ("image",)),
+    "no image among training images": (_not_an_image("train"), ("train",)),
+    "no image among evaluated images": (_not_an_image("test"), ("test",)),
+    "a file for a folder": (
+        lambda inputs, folder: ("--config_name", inputs.image_config, "--train_dir", inputs.image_config, *TRAINING),
+        ("--train_dir", "image_config.json"),
+    ),
+    "a validation folder that is not there": (
+        _folders(lambda train: None, "--validation_dir", "not_there"), ("--validation_dir", "not_there"),
+    ),
+    "a test folder that is needed": (_folders(lambda train: None, "--do_predict"), ("test",)),
+}  # fmt: skip
