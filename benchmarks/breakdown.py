@@ -35,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import layers_tome_perceiver
 import modeling_tome_perceiver
-from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import exit_on_bad_input
 from experiments.command_line import parse_arguments
 from experiments.cost import forward_cost
@@ -135,8 +134,8 @@ def charged(model: ToMePerceiverPreTrainedModel, clock: PartClock) -> Iterator[N
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:
         clock.leave()
 
-    def matchers(config: ToMePerceiverConfig, device: torch.device) -> list[MatchLatents | None]:
-        return [None if each is None else clock.charging(MATCHING, each) for each in layer_matchers(config, device)]
+    def matchers(*arguments: Any) -> list[MatchLatents | None]:
+        return [None if each is None else clock.charging(MATCHING, each) for each in layer_matchers(*arguments)]
 
     layer_matchers = layers_tome_perceiver.layer_matchers
     latent_bias = clock.charging(MERGING, layers_tome_perceiver.latent_bias)
