@@ -30,20 +30,30 @@ from experiments.bad_input import exit_on_bad_input
 from experiments.calibration import calibrate_groups, unlabelled_batches
 from experiments.calibration_arguments import CalibrationArguments
 from experiments.calibration_report import CalibrationResults, write_calibrated_card
-from experiments.command_line import TrainerArguments, parse_arguments
+from experiments.command_line import parse_arguments
 from experiments.cost import forward_cost
-from experiments.experiment import COUNTED_INPUTS, noted_arguments
+from experiments.experiment_run import COUNTED_INPUTS
 from experiments.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.hub_push import push_addressed
+from experiments.identity import (
+    CONTENT,
+    config_fingerprint,
+    content,
+    evaluation_fields,
+    noted_arguments,
+    weights_fingerprint,
+)
 from experiments.latent_parameters import merge_latent_parameters
 from experiments.measurement import describe_environment
 from experiments.model_arguments import ModelArguments, apply_merging
 from experiments.model_card import scores
 from experiments.model_loading import load_model_and_task
-from experiments.output_folder import claim
+from experiments.output_folder import CONFIG, START, claim
 from experiments.schedule import UNMERGED
 from experiments.sweep_task import SweepDataArguments, load_sweep_task
-from experiments.training import changes, check_sharding, evaluate, task_trainer
+from experiments.trainer_arguments import TrainerArguments
+from experiments.training import changes, check_sharding, evaluate, rehearse, task_trainer
+from experiments.whole_file import save_whole
 
 COMMIT_MESSAGE = "Checkpoint with fixed groups of latents"
 
@@ -69,8 +79,11 @@ def main() -> None:
     batch = next(iter(unlabelled_batches(prepared, COUNTED_INPUTS)))
     input_shape, architecture = (1, *batch[task.input_name].shape[1:]), type(model).__name__
     left_after = calibration.left_after(model.config, input_shape, architecture)
-    arguments = noted_arguments(model_args, data, calibration) | {"seed": training.seed}
-    claim(output_dir, arguments, resume=False, write=training.should_save)
+    rehearse(model, prepared, [training])
+    arguments = noted_arguments(model_args, data, calibration) | evaluation_fields(training) | {"seed": training.seed}
+    start = {START: weights_fingerprint(model), CONFIG: config_fingerprint(model.config)}
+    noted = arguments | {CONTENT: start | content(task, prepared, train=True)}
+    claim(output_dir, noted, longer=False, write=training.should_save)
 
     start = time.perf_counter()
     batches = unlabelled_batches(prepared, training.per_device_eval_batch_size)
@@ -109,8 +122,8 @@ def main() -> None:
         seconds=seconds,
         **metrics,
     )
-    model.save_pretrained(output_dir)
-    prepared.processing_class.save_pretrained(output_dir)
+    save_whole(output_dir, model.save_pretrained)
+    save_whole(output_dir, prepared.processing_class.save_pretrained)
     results.save(output_dir)
     write_calibrated_card(output_dir, model.config, unmerged, results, task, model_args.model_name_or_path)
     print(f"{results.summary()}\n\nCheckpoint, results and card: {output_dir}")

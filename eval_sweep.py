@@ -28,18 +28,20 @@ from pathlib import Path
 from transformers import set_seed
 
 from experiments.bad_input import exit_on_bad_input
-from experiments.command_line import TrainerArguments, parse_arguments
-from experiments.experiment import noted_arguments
+from experiments.command_line import parse_arguments
 from experiments.hub_arguments import HubArguments, check_push, open_to_push
+from experiments.identity import config_fingerprint, content, noted_arguments, training_fields, weights_fingerprint
 from experiments.measurement import describe_environment
 from experiments.model_arguments import ModelArguments
 from experiments.model_loading import load_model_and_task
-from experiments.output_folder import check_disk_space, training_fields
+from experiments.output_folder import CONFIG, START, check_disk_space
+from experiments.schedule_search import SEARCH
 from experiments.sweep import SweepResults, plan_rows
 from experiments.sweep_arguments import SweepArguments, unmerged
 from experiments.sweep_run import SweepRun, push_sweep
 from experiments.sweep_task import SweepDataArguments, load_sweep_task
-from experiments.training import RetrainArguments, check_sharding
+from experiments.trainer_arguments import TrainerArguments
+from experiments.training import RetrainArguments, check_sharding, rehearse
 
 
 def main() -> None:
@@ -58,10 +60,15 @@ def main() -> None:
     with training.main_process_first(desc="loading the data"):
         task = load_sweep_task(data, model_args, training.seed)
     model, prepared = load_model_and_task(model_args, {}, task, training)
+    retrains = retraining.retrain_epochs > 0
+    stages = [training, retraining.training_arguments(training)] if retrains else [training]
+    rehearse(model, prepared, stages, retraining.trainer_class)
     batch = prepared.batch(sweep_args.timing_batch_size)
     input_shape, baseline = (1, *batch[task.input_name].shape[1:]), unmerged(model.config)
     results = SweepResults(
         arguments=noted_arguments(model_args, data, sweep_args, retraining) | training_fields(training),
+        content={START: weights_fingerprint(model), CONFIG: config_fingerprint(model.config)}
+        | content(task, prepared, train=retrains or SEARCH in sweep_args.schedule),
         environment=describe_environment(),
         source=task.source,
         evaluated_on=len(prepared.evaluation[""]),
@@ -76,14 +83,14 @@ def main() -> None:
         results.rows = plan_rows(model, merges, baseline, input_shape)
         results.spend("resolving budgets", start)
     retrained = 1 if retraining.elastic else len(results.rows)
-    models = 1 + (retrained if retraining.retrain_epochs else 0)
+    models = 1 + (retrained if retrains else 0)
     check_disk_space(output_dir, model, training, models)
 
     run = SweepRun(
         model_args, sweep_args, retraining, training, task, prepared, results.merges, baseline, results, continued
     )
     run.measure(model, batch)
-    if retraining.retrain_epochs > 0:
+    if retrains:
         run.retrain()
     run.write(model)
     if repository is not None and training.should_save:

@@ -44,8 +44,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.bad_input import BadInput, exit_on_bad_input
 from experiments.calibration import average_linkage, unlabelled_batches
-from experiments.command_line import TrainerArguments, parse_arguments
-from experiments.experiment import noted_arguments
+from experiments.command_line import parse_arguments
+from experiments.identity import noted_arguments
 from experiments.latent_similarity import SIMILARITIES
 from experiments.measurement import Quartiles, describe_environment
 from experiments.model_arguments import ModelArguments
@@ -54,6 +54,7 @@ from experiments.output_folder import write_json
 from experiments.schedule import UNMERGED
 from experiments.sweep_task import SweepDataArguments, load_sweep_task
 from experiments.task import Batch
+from experiments.trainer_arguments import TrainerArguments
 from experiments.whole_file import write_whole
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 

@@ -20,6 +20,7 @@ from scipy.spatial.distance import squareform
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from experiments.bad_input import Stopped
 from experiments.latent_similarity import SIMILARITIES
 from experiments.schedule_search import undisturbed
 from experiments.task import Batch, PreparedTask
@@ -82,6 +83,7 @@ def mean_similarity(
 
     Raises:
         ValueError: if there are no batches.
+        Stopped: if similarities are not finite.
     """
     total, samples = torch.zeros((), dtype=torch.float64), 0
     for batch in tqdm(batches, desc=f"calibrating layer {layer}", unit="batch"):
@@ -91,6 +93,11 @@ def mean_similarity(
         samples += len(each)
     if samples == 0:
         raise ValueError("batches: there are none; allowed is what can be gone through anew for each layer that merges")
+    if not total.isfinite().all():
+        raise Stopped(
+            f"the similarities of the latents that reach layer {layer} are not finite: the weights of the model are "
+            "damaged or training has diverged"
+        )
     return (total / samples).numpy()
 
 

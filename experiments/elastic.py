@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.cost import self_attention_layer_flops
 from experiments.schedule import SCHEDULES, UNMERGED, named_family
+from experiments.trainer import TaskTrainer
 
 LEAST_SHARE = 1 / 8
 """Of the self-attention layers' FLOPs, what is left at the strongest merging that is drawn."""
@@ -104,8 +104,8 @@ def distance(merged: Tensor, unmerged: Tensor, labels: Tensor, regression: bool)
     return F.kl_div(log_merged, log_unmerged, log_target=True, reduction="batchmean")
 
 
-class ElasticTrainer(Trainer):
-    """A `Trainer` for every merging at once.
+class ElasticTrainer(TaskTrainer):
+    """A `TaskTrainer` for every merging at once.
 
     Modifications: the loss of training is the task's, unmerged, and `distillation_weight` times the distance of the
     outputs merged as `MergingDraw` says from the unmerged ones, which are constants in it. All batches of an

@@ -4,43 +4,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from experiments.bad_input import BadInput
-from experiments.command_line import TrainerArguments, parse_arguments
-from experiments.elastic import merging_by
+from experiments.command_line import parse_arguments
+from experiments.experiment_run import Run
 from experiments.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.hub_push import push_addressed
 from experiments.model_arguments import MergeArguments, ModelArguments
-from experiments.model_card import measured_in, write_checkpoint_card
 from experiments.model_loading import load_model_and_task
-from experiments.output_folder import check_disk_space, claim, training_fields
-from experiments.schedule import DEFAULT_SCHEDULE
-from experiments.schedule_search import SEARCH, undisturbed
-from experiments.task import PreparedTask, Task
+from experiments.schedule_search import SEARCH
+from experiments.task import Task
+from experiments.trainer_arguments import TrainerArguments
 from experiments.training import (
     RetrainArguments,
     check_resume,
     check_sharding,
     evaluate_and_save,
     predict_and_save,
-    resumes,
-    stage_resume,
-    task_trainer,
-    train_and_save,
+    rehearse,
 )
-from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
-# Arguments that change where things are read and not what comes out.
-NOT_NOTED = ("token", "cache_dir", "overwrite_cache")
-FINETUNED = "finetuned"
 COMMIT_MESSAGE = "Checkpoint with merged latents"
-# FLOPs are for an input as long as the longest of so many evaluated ones.
-COUNTED_INPUTS = 32
 
 
 @dataclass
@@ -75,11 +64,6 @@ class Experiment:
         groups = (ModelArguments, MergeArguments, data_arguments, RetrainArguments, HubArguments, TrainerArguments)
         model, merging, data, retraining, hub, training = parse_arguments(description, *groups)
         return cls(model, merging, data, retraining, hub, training, load_task)
-
-
-def noted_arguments(*groups: Any) -> dict[str, Any]:
-    """Dataclasses of arguments as one mapping, without those that say only where things are read."""
-    return {name: value for group in groups for name, value in asdict(group).items() if name not in NOT_NOTED}
 
 
 def run_experiment(experiment: Experiment) -> None:
@@ -124,90 +108,27 @@ def run_experiment(experiment: Experiment) -> None:
             experiment.data, training.do_predict, training.seed, **experiment.model.dataset_options()
         )
     model, prepared = load_model_and_task(experiment.model, merging, task, training)
-    input_shape = (1, *prepared.batch(COUNTED_INPUTS)[task.input_name].shape[1:])
-    log_dir = output_dir if training.should_save else None
-    if retrain:
-        # Only whether the budget can be kept; it is resolved for good when finetuning, unmerged, has ended.
-        with undisturbed(model):
-            experiment.merging.apply_budget(model.to(training.device), prepared, input_shape, None, DEFAULT_SCHEDULE)
-    else:
-        experiment.merging.apply_budget(model.to(training.device), prepared, input_shape, log_dir)
-    if training.do_train:
-        arguments = noted_arguments(experiment.model, experiment.data, experiment.merging, retraining)
-        check_disk_space(output_dir, model, training, models=2 if retrain else 1)
-        claim(
-            output_dir,
-            arguments | training_fields(training),
-            resume=resumes(training.resume_from_checkpoint),
-            write=training.should_save,
-        )
-
-    trainer = _train(experiment, model, prepared, input_shape, output_dir)
+    stages = [training, retraining.training_arguments(training)] if retrain else [training]
+    rehearse(model, prepared, stages, retraining.trainer_class)
+    run = Run(
+        model_args=experiment.model,
+        data=experiment.data,
+        merging=experiment.merging,
+        retraining=retraining,
+        training=training,
+        task=task,
+        prepared=prepared,
+        model=model,
+    )
+    run.resolve_merging()
+    run.claim()
+    trainer = run.train()
     if training.do_eval:
         evaluate_and_save(trainer, prepared, "eval")
     if training.do_predict:
         predict_and_save(trainer, prepared, task.source.name)
     if trainer.is_world_process_zero():
         if training.do_train:
-            _write_card(experiment, model, task, input_shape, len(prepared.evaluation[""]))
+            run.write_card()
         if repository is not None:
             print(push_addressed(repository, output_dir, COMMIT_MESSAGE, revision))
-
-
-def _write_card(
-    experiment: Experiment,
-    model: PreTrainedModel,
-    task: Task,
-    input_shape: tuple[int, ...],
-    evaluated_on: int,
-) -> None:
-    output_dir = Path(experiment.training.output_dir)
-    retrained = experiment.retraining.retrain_epochs > 0
-    last = "retrained" if retrained else "trained"
-    stages = [("eval", f"{last} for every r" if experiment.retraining.elastic else last, output_dir, model.r)]
-    if retrained:
-        stages = [
-            ("eval", "finetuned", output_dir / FINETUNED, 0),
-            ("merged", "merged without retraining", output_dir, model.r),
-            *stages,
-        ]
-    write_checkpoint_card(
-        output_dir,
-        source=task.source,
-        hub_task=task.hub_task,
-        config=model.config,
-        input_shape=input_shape,
-        evaluated_on=evaluated_on,
-        measured=[row for split, name, folder, r in stages for row in measured_in(folder, split, name, r)],
-        training=training_fields(experiment.training) | asdict(experiment.retraining),
-        base_model=experiment.model.model_name_or_path,
-        model_id=str(output_dir),
-    )
-
-
-def _train(
-    experiment: Experiment,
-    model: ToMePerceiverPreTrainedModel,
-    task: PreparedTask,
-    input_shape: tuple[int, ...],
-    output_dir: Path,
-) -> Trainer:
-    """Train as asked, if at all; the trainer has the model as it is to be evaluated."""
-    training, retraining = experiment.training, experiment.retraining
-    resume = training.resume_from_checkpoint
-    if retraining.retrain_epochs == 0:
-        trainer = task_trainer(model, task, training, output_dir, retraining.trainer_class)
-        if training.do_train:
-            train_and_save(trainer, resume)
-        return trainer
-    with merging_by(model.config, 0):
-        finetuning = task_trainer(model, task, training, output_dir / FINETUNED)
-        train_and_save(finetuning, stage_resume(resume, output_dir / FINETUNED, output_dir))
-        evaluate_and_save(finetuning, task, "eval")
-    experiment.merging.apply_budget(model, task, input_shape, output_dir if training.should_save else None)
-    arguments = retraining.training_arguments(training)
-    trainer = task_trainer(model, task, arguments, output_dir, retraining.trainer_class)
-    if experiment.merging.merges or any(model.config.merge_schedule):
-        evaluate_and_save(trainer, task, "merged")
-    train_and_save(trainer, stage_resume(resume, output_dir, output_dir))
-    return trainer

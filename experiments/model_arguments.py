@@ -142,6 +142,14 @@ class MergeArguments:
         """Whether any merging is asked for."""
         return self.has_budget or bool(self.config_fields().get("r"))
 
+    @property
+    def budget_line(self) -> str | None:
+        """The budget in words, for a card; `None` without one."""
+        if not self.has_budget:
+            return None
+        kind, ratio = ("FLOPs", self.flops_ratio) if self.latency_ratio is None else ("time", self.latency_ratio)
+        return f"at most {ratio:g} of the unmerged model's {kind}, schedule {self.schedule}"
+
     def apply_budget(
         self,
         model: ToMePerceiverPreTrainedModel,

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, TrainingArguments
 
 from experiments.cost import forward_cost
 from experiments.measurement import describe_environment, environment_line
@@ -37,6 +37,11 @@ PIPELINE_INPUTS = {
 SET_R = "model.r = 0  # merge nothing; any other r works too, without reloading"
 # What `usage_section` writes.
 LOADED_FROM = re.compile(r'(pipeline\("[a-z-]+", |\.from_pretrained\()"[^"]*"')
+# What a card says of a training in any case; whatever else decides it is said where it is not the default.
+TRAINING_SHOWN = (
+    "seed", "num_train_epochs", "max_steps", "learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type",
+    "optim", "bf16", "fp16", "per_device_train_batch_size", "gradient_accumulation_steps", "processes",
+)  # fmt: skip
 METRIC_NAMES = {"f1": "F1", "mse": "MSE", "pearson": "Pearson", "spearmanr": "Spearman"}
 
 
@@ -150,8 +155,10 @@ def write_checkpoint_card(
     config: PreTrainedConfig,
     input_shape: Sequence[int],
     evaluated_on: int,
+    trained_on: int,
     measured: Sequence[Measured],
-    training: dict[str, Any],
+    budget: str | None,
+    trainings: Mapping[str, Mapping[str, Any]],
     base_model: str | None,
     model_id: str,
     revision: str | None = None,
@@ -163,9 +170,10 @@ def write_checkpoint_card(
         source, hub_task: data and task.
         config: of the checkpoint.
         input_shape: of one input, (1, S) or (1, 3, height, width), to state its cost.
-        evaluated_on: number of examples behind the figures.
+        evaluated_on, trained_on: numbers of examples.
         measured: the figures.
-        training: arguments of the training, to be listed.
+        budget: that decided what merges, in words, if one did.
+        trainings: what decided each training, as `experiments.identity.training_fields`, under its heading.
         base_model: what was finetuned.
         model_id: the folder that becomes the repository.
         revision: branch of it that the checkpoint becomes, if not the main one.
@@ -176,7 +184,8 @@ def write_checkpoint_card(
     )
     draw_schedule(config, cost, unmerged, folder / SCHEDULE_FILE)
     results = f"{results_table(measured)}\n\nOn {evaluated_on:,} examples, with standard errors." if measured else ""
-    arguments = "\n".join(f"- `{name}`: {value}" for name, value in training.items() if value is not None)
+    headed = [f"## {heading}\n\n{training_lines(fields, trained_on)}" for heading, fields in trainings.items()]
+    sections = "\n\n".join(headed)
     name = folder.resolve().name if revision is None else f"{Path(model_id).resolve().name}, {revision}"
     body = f"""# {name}
 
@@ -195,13 +204,44 @@ takes unmerged.
 
 {results}
 
-## Training
+## Merging
 
-{arguments}
+{merging_lines(config, budget)}
+
+{sections}
 
 {environment_line(describe_environment())}.
 """
     write_card(folder, card_data(source, hub_task, name, measured, base_model), body)
+
+
+def merging_lines(config: PreTrainedConfig, budget: str | None) -> str:
+    """What merges, as a list: every setting, and the budget that it followed from."""
+    lines = {
+        "r": "fixed groups, `merge_groups`" if config.merge_groups is not None else shown_r(config.r),
+        "latents left after each layer": shown_r(config.latents_per_layer),
+        "merge_method": config.merge_method,
+        "merge_metric": config.merge_metric,
+        "proportional_attention": config.proportional_attention,
+        "min_latents": config.min_latents,
+        "r_inflection": config.r_inflection or None,
+        "num_blocks": config.num_blocks,
+        "budget": budget,
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items() if value is not None)
+
+
+def training_lines(fields: Mapping[str, Any], trained_on: int) -> str:
+    """What decided a training, as a list: its main arguments, and all others that are not the defaults."""
+    defaults = TrainingArguments.__dataclass_fields__
+
+    def shown(name: str, value: Any) -> bool:
+        if name in TRAINING_SHOWN or name not in defaults:
+            return value is not None
+        return value not in (None, [], {}, False, defaults[name].default)
+
+    lines = [f"- `{name}`: {value}" for name, value in fields.items() if shown(name, value)]
+    return "\n".join([f"- training samples: {trained_on:,}", *lines])
 
 
 def write_card(folder: Path, data: ModelCardData, body: str) -> None:

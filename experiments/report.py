@@ -198,15 +198,13 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> str:
     title = f"{results.source.name}: {results.evaluated_on:,} examples"
     write_csv(rows, metric, output_dir / "sweep_results.csv")
     draw_sweep(rows, metric, title, output_dir / "sweep.png")
-    batch, rounds = results.arguments["timing_batch_size"], results.arguments["timing_rounds"]
     others = [name for name in _metrics(rows) if name != metric]
     more = "".join(f"\n**{metric_name(name)}**\n\n{metric_table(rows, name)}\n" for name in others)
     report = f"""{markdown_table(rows, metric)}
 
 {metric_name(metric)} times 100 with its standard error, on {results.evaluated_on:,} examples of the split
 '{results.source.split}'; change: from the unmerged checkpoint, paired example by example. GFLOPs: for one input of
-shape {tuple(results.input_shape[1:])}. Speed-up: median of the per-round ratios to the unmerged model, with quartiles,
-at batch {batch} over {rounds} interleaved rounds.
+shape {tuple(results.input_shape[1:])}, with their matching. {_timing_line(results.timing)}
 
 ![{metric_name(metric)} against r and FLOPs, and the speed-up](sweep.png)
 {more}
@@ -222,6 +220,17 @@ Measured on: {environment_line(results.environment)}.
 """
     write_text(output_dir / "sweep_report.md", f"# {title}\n\n{report}")
     return report
+
+
+def _timing_line(timing: dict[str, Any] | None) -> str:
+    """How the rows were timed, if they were."""
+    if timing is None:
+        return "Nothing was timed."
+    where = f" ({environment_line(timing['environment'])})" if "environment" in timing else ""
+    return (
+        "Speed-up: median of the per-round ratios to the unmerged model, with quartiles, at batch "
+        f"{timing['batch_size']} over {timing['rounds']} interleaved rounds{where}."
+    )
 
 
 def metric_table(rows: list[Row], metric: str) -> str:

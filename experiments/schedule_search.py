@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.bad_input import Stopped
 from experiments.schedule import (
     SCHEDULES,
     CostRatio,
@@ -87,7 +89,7 @@ class ScheduleSearch:
             families = postponed(self.model.config, best)
             moves = _without_repeats(weakest_member(family, ratio, cost_ratio) for family in families)
             candidate = min([best, *moves], key=lambda fields: self._seen(fields, bar))
-            if self.divergence(candidate) >= self.divergence(best):
+            if not self.divergence(candidate) < self.divergence(best):
                 return best
             best = candidate
 
@@ -104,7 +106,9 @@ class ScheduleSearch:
             pairs = zip(self._outputs(fields), self._reference, strict=True)
             regression = self.model.config.problem_type == "regression"
             each = [output_divergence(output, before, regression) for output, before in pairs]
-            self._divergences[name] = float(torch.cat(each).mean())
+            divergence = float(torch.cat(each).mean())
+            # Outputs that are not finite are as far as can be, and JSON has no infinity.
+            self._divergences[name] = divergence if math.isfinite(divergence) else sys.float_info.max
             if self.log is not None:
                 self.log.parent.mkdir(parents=True, exist_ok=True)
                 found = {"searched": self._fingerprint, "divergences": self._divergences}
@@ -113,7 +117,13 @@ class ScheduleSearch:
 
     @cached_property
     def _reference(self) -> list[Tensor]:
-        return self._outputs(unmerged_fields(self.model.config))
+        outputs = self._outputs(unmerged_fields(self.model.config))
+        if not all(output.isfinite().all() for output in outputs):
+            raise Stopped(
+                f"--schedule {SEARCH}: the outputs of the model are not finite, so there is nothing to keep to; its "
+                "weights are damaged or training has diverged"
+            )
+        return outputs
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,16 +15,22 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer
 
 from experiments.cost import forward_cost
-from experiments.measurement import peak_memory_mb, time_interleaved
+from experiments.identity import CONTENT, Noted
+from experiments.measurement import describe_environment, peak_memory_mb, time_interleaved
 from experiments.model_card import scores
-from experiments.output_folder import check_no_other_experiment, check_same_experiment, write_json
+from experiments.output_folder import (
+    SWEEP_FILE,
+    check_no_other_experiment,
+    check_same_experiment,
+    read_json,
+    write_json,
+)
 from experiments.sweep_arguments import VARIED, Merge, SweepArguments
 from experiments.task import Batch, PreparedTask, Source
 from experiments.training import Evaluation, changes, evaluate
 from experiments.whole_file import write_whole
 
 PREDICTIONS = "predictions"
-RESULTS_FILE = "sweep_results.json"
 # Timing may be left out at first, or be repeated with more rounds.
 NOT_COMPARED = ("timing_rounds",)
 
@@ -77,16 +82,19 @@ class SweepResults:
 
     Attributes:
         arguments: that decide a cell's value.
-        environment: that it was measured in.
+        content: fingerprints of the weights and the data, which decide it too.
+        environment: that the sweep was begun in.
         source: of the data.
         evaluated_on: number of examples.
         input_shape: of one input of the timed batch; `gflops` are for it.
         metric: that tables and pictures show; `merged` and `retrained` hold all of the task's.
         rows: one for each r.
         seconds: what went by, by what it was spent on; of every run that filled cells.
+        timing: how the rows were timed, and where if that is another environment; `None` if they were not.
     """
 
     arguments: dict[str, Any]
+    content: dict[str, str]
     environment: dict[str, Any]
     source: Source
     evaluated_on: int
@@ -94,6 +102,12 @@ class SweepResults:
     metric: str
     rows: list[Row] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    timing: dict[str, Any] | None = None
+
+    @property
+    def noted(self) -> Noted:
+        """What decides every cell."""
+        return self.arguments | {CONTENT: self.content}
 
     @property
     def merges(self) -> list[Merge]:
@@ -103,7 +117,7 @@ class SweepResults:
     def save(self, output_dir: Path) -> None:
         """Write the file, whole or not at all."""
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / RESULTS_FILE, asdict(self))
+        write_json(output_dir / SWEEP_FILE, asdict(self))
 
     def take_over(self, output_dir: Path) -> bool:
         """Take over the cells that an earlier run of the same sweep left in `output_dir`.
@@ -114,14 +128,15 @@ class SweepResults:
         Raises:
             BadInput: if what is there is another experiment.
         """
-        check_no_other_experiment(output_dir, RESULTS_FILE)
-        path = output_dir / RESULTS_FILE
+        check_no_other_experiment(output_dir, SWEEP_FILE)
+        path = output_dir / SWEEP_FILE
         if not path.exists():
             return False
-        earlier = json.loads(path.read_text())
-        compared = {name: value for name, value in self.arguments.items() if name not in NOT_COMPARED}
-        check_same_experiment(output_dir, earlier["arguments"], compared)
+        earlier = read_json(path)
+        noted = earlier["arguments"] | {CONTENT: earlier.get("content", {})}
+        check_same_experiment(output_dir, noted, self.noted, NOT_COMPARED)
         self.environment, self.rows, self.seconds = earlier["environment"], earlier["rows"], earlier["seconds"]
+        self.timing = earlier.get("timing")
         return True
 
     def spend(self, what: str, since: float) -> None:
@@ -193,6 +208,9 @@ class Cells:
                 model(**inputs)
 
         timings = time_interleaved(forward, self.merges, baseline=self.baseline, rounds=arguments.timing_rounds)
+        self.results.timing = {"rounds": arguments.timing_rounds, "batch_size": size}
+        if (here := describe_environment()) != self.results.environment:
+            self.results.timing["environment"] = here
         for row, merge, timing in zip(rows, self.merges, timings, strict=True):
             row["latency_ms"], row["speedup"] = asdict(timing.latency_ms), asdict(timing.speedup)
             row["throughput"] = 1e3 * size / timing.latency_ms.median

@@ -59,7 +59,10 @@ class SweepArguments:
 
     r: list[str] = field(
         default_factory=list,
-        metadata={"help": "Each an integer, or a comma-separated list, one a layer. Without any budget: 0."},
+        metadata={
+            "help": "Each an integer, or a comma-separated list, one a layer. 0, the unmerged model that all others "
+            "are compared with, is always among them."
+        },
     )
     flops_ratio: list[float] = field(
         default_factory=list,
@@ -104,7 +107,7 @@ class SweepArguments:
         for value in self.proportional_attention:
             if value not in BOOLEANS:
                 raise BadInput(f"--proportional_attention {value}: allowed are {', '.join(BOOLEANS)}")
-        self.r = [spelled_r(r) for r in self.r] or ([] if budgets else ["0"])
+        self.r = [spelled_r(r) for r in self.r]
         for name in ("r", "flops_ratio", "latency_ratio", "schedule", *VARIED):
             values = getattr(self, name)
             if repeated := {value for value in values if values.count(value) > 1}:
@@ -122,7 +125,7 @@ class SweepArguments:
         input_shape: tuple[int, ...],
         log_dir: Path | None,
     ) -> list[Merge]:
-        """What each row merges: every r, then every budget with every schedule; all that with every variant.
+        """What each row merges: nothing, then with every variant every r, and every budget with every schedule.
 
         Args:
             model: whose merging it is; a search runs it, and so does a budget of time.
@@ -135,16 +138,39 @@ class SweepArguments:
             BadInput: for what the config cannot mean.
         """
         config = model.config
-        base = unmerged(config).fields
+        baseline = unmerged(config)
+        merges = [baseline]
         attention = [BOOLEANS[value] for value in self.proportional_attention]
-        variants: dict[str, list] = dict(zip(VARIED, (self.merge_method, self.merge_metric, attention), strict=True))
-        given: Fields = {name: values[0] for name, values in variants.items() if values}
-        if self.min_latents is not None:
-            given["min_latents"] = self.min_latents
-        # A schedule is resolved, and searched, for the first of several variants.
-        apply_merging(config, base | given)
+        given: dict[str, list] = dict(zip(VARIED, (self.merge_method, self.merge_metric, attention), strict=True))
+        variants = {name: values or [getattr(config, name)] for name, values in given.items()}
+        for values in product(*variants.values()):
+            variant = dict(zip(variants, values, strict=True))
+            if self.min_latents is not None:
+                variant["min_latents"] = self.min_latents
+            # A budget is for what a method costs, and a search for what it does to the outputs.
+            apply_merging(config, baseline.fields | variant)
+            named = [_spelled(variant[name]) for name in VARIED if len(variants[name]) > 1]
+            for name, series, fields in self._rows(model, prepared, batch, input_shape, log_dir):
+                merged = baseline.fields | variant | fields
+                if _merges(merged, config):
+                    merges.append(Merge(" ".join([name, *named]), " ".join([series, *named]), merged))
+                elif name not in (merge.name for merge in merges):
+                    # How it would merge makes no difference, so there is one of it.
+                    merges.append(Merge(name, series, merged))
+        return merges
+
+    def _rows(
+        self,
+        model: ToMePerceiverPreTrainedModel,
+        prepared: PreparedTask,
+        batch: Batch,
+        input_shape: tuple[int, ...],
+        log_dir: Path | None,
+    ) -> list[tuple[str, str, Fields]]:
+        """Name, series and fields of each row, for what the config says of method and metric."""
+        config = model.config
         inflection = {} if self.r_inflection is None else {"r_inflection": self.r_inflection}
-        rows = [(f"r={r}", "r", base | given | inflection | {"r": parse_r(r)}) for r in self.r]
+        rows = [(f"r={r}", "r", inflection | {"r": parse_r(r)}) for r in self.r]
         cost = {
             "flops_ratio": flops_ratios(config, input_shape, type(model).__name__),
             "latency_ratio": latency_ratios(model, batch),
@@ -155,17 +181,8 @@ class SweepArguments:
             search = searching(model, prepared, self.calibration_samples, log_dir)
         for name, budget in product(self.schedule, budgets):
             found = budget.fields(name, config, search)
-            rows.append((f"{budget.name}={budget.ratio:g} {name}", name, base | given | found))
-        varied = {name: values for name, values in variants.items() if len(values) > 1}
-        merges = [Merge(name, series, fields) for name, series, fields in rows if not _merges(fields, config)]
-        for values in product(*varied.values()):
-            spelled, variant = [_spelled(value) for value in values], dict(zip(varied, values, strict=True))
-            merges += [
-                Merge(" ".join([name, *spelled]), " ".join([series, *spelled]), fields | variant)
-                for name, series, fields in rows
-                if _merges(fields, config)
-            ]
-        return merges
+            rows.append((f"{budget.name}={budget.ratio:g} {name}", name, found))
+        return rows
 
 
 def _merges(fields: Fields, config: ToMePerceiverConfig) -> bool:

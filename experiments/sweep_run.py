@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -15,15 +15,17 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
 from experiments.hub_push import push_addressed
 from experiments.hub_upload import HubRepository
+from experiments.identity import training_fields
 from experiments.model_arguments import ModelArguments
 from experiments.model_card import Measured, card_data, figures, usage_section, write_card, write_checkpoint_card
 from experiments.model_loading import load_config, load_model
-from experiments.output_folder import training_fields
+from experiments.output_folder import claim
 from experiments.report import write_report
 from experiments.sweep import Cells, Row, SweepResults
 from experiments.sweep_arguments import Merge, SweepArguments
 from experiments.task import Batch, PreparedTask, Task
 from experiments.training import RetrainArguments, task_trainer, train_and_save
+from experiments.whole_file import save_whole
 
 RETRAINED = "retrained"
 # Folder below it, and branch, of the one checkpoint for all rows.
@@ -106,7 +108,10 @@ class SweepRun:
         start = time.perf_counter()
         arguments = self.retraining.training_arguments(self.training)
         folder = self.output_dir / RETRAINED / branch
-        trainer = task_trainer(model, self.prepared, arguments, folder, self.retraining.trainer_class)
+        # What the sweep is, and which of its rows.
+        experiment = self.results.noted | {"row": merge.fields}
+        claim(folder, experiment, longer=False, write=self.training.should_save)
+        trainer = task_trainer(model, self.prepared, arguments, folder, self.retraining.trainer_class, experiment)
         train_and_save(trainer, "last" if self.continued else None)
         self.results.spend("retraining", start)
         return trainer
@@ -114,9 +119,13 @@ class SweepRun:
     def _write_its_card(self, merge: Merge, row: Row, trainer: Trainer) -> None:
         config = trainer.model.config
         measured = [Measured(name, config.r, figures(row[stage])) for stage, name in self._stage_names.items()]
-        self._write_retrained_card(merge.branch, config, measured)
+        self._write_retrained_card(merge.branch, config, measured, merge.name)
 
-    def _write_retrained_card(self, branch: str, config: ToMePerceiverConfig, measured: list[Measured]) -> None:
+    def _write_retrained_card(
+        self, branch: str, config: ToMePerceiverConfig, measured: list[Measured], budget: str | None = None
+    ) -> None:
+        distilled = {"elastic": True, "distillation_weight": self.retraining.distillation_weight}
+        elastic = distilled if self.retraining.elastic else {}
         write_checkpoint_card(
             self.output_dir / RETRAINED / branch,
             source=self.task.source,
@@ -125,7 +134,9 @@ class SweepRun:
             input_shape=self.results.input_shape,
             evaluated_on=self.results.evaluated_on,
             measured=measured,
-            training=training_fields(self.training) | asdict(self.retraining),
+            trained_on=len(self.prepared.train),
+            budget=None if budget is None else f"row '{budget}' of the sweep",
+            trainings={"Retraining": training_fields(self.retraining.training_arguments(self.training)) | elastic},
             base_model=self.model_args.model_name_or_path,
             model_id=str(self.output_dir),
             revision=branch,
@@ -151,8 +162,8 @@ class SweepRun:
         if not self.training.should_save:
             return
         self.baseline.apply(model.config)
-        model.save_pretrained(self.output_dir)
-        self.prepared.processing_class.save_pretrained(self.output_dir)
+        save_whole(self.output_dir, model.save_pretrained)
+        save_whole(self.output_dir, self.prepared.processing_class.save_pretrained)
         self.results.save(self.output_dir)
         report = write_report(self.results, shown_command(), self.output_dir)
         measured = self._measured(*self._stage_names)

@@ -10,7 +10,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,19 +21,23 @@ from typing import Any, ClassVar, TypeGuard
 import numpy as np
 from safetensors.torch import load_model
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from experiments.bad_input import BadInput
+from experiments.bad_input import BadInput, Stopped, naming
+from experiments.checkpoint import check_checkpoint, checkpoints, last_checkpoint, remove_checkpoints
 from experiments.elastic import ElasticTrainer
-from experiments.output_folder import TRAINED_FILE, is_checkpoint, last_checkpoint, save_metrics
-from experiments.scores import paired_change
+from experiments.identity import CONTENT, Noted, weights_fingerprint
+from experiments.output_folder import TRAINED_FILE, WEIGHTS, note_content, read_note, save_metrics
+from experiments.scores import SCORES, paired_change
 from experiments.task import PreparedTask
-from experiments.whole_file import write_text
+from experiments.trainer import TaskTrainer
+from experiments.whole_file import save_whole, write_text
 
 logger = logging.getLogger(__name__)
 
 # With fewer bytes free, a disk is what stopped a write.
 NOTHING_FREE = 1_000_000
+WEIGHTS_FILE = "model.safetensors"
 # Values of --resume_from_checkpoint that mean the newest one, as the official scripts and Trainer spell it.
 LAST = ("true", "last")
 
@@ -71,10 +76,10 @@ class RetrainArguments:
         return arguments
 
     def __post_init__(self) -> None:
-        if self.retrain_epochs < 0:
-            raise BadInput(f"--retrain_epochs {self.retrain_epochs}: allowed is a number of 0 or more")
-        if not 0 <= self.distillation_weight < math.inf:
-            raise BadInput(f"--distillation_weight {self.distillation_weight}: allowed is a number of 0 or more")
+        for name in ("retrain_epochs", "retrain_learning_rate", "distillation_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise BadInput(f"--{name} {value}: allowed is a number of 0 or more")
 
     def check_elastic(self, without: str | None) -> None:
         """Check that `--elastic` has what it needs.
@@ -89,9 +94,9 @@ class RetrainArguments:
             raise BadInput(f"--elastic: allowed only with {without}")
 
     @property
-    def trainer_class(self) -> Callable[..., Trainer]:
+    def trainer_class(self) -> Callable[..., TaskTrainer]:
         """What makes the Trainer of the last training."""
-        return partial(ElasticTrainer, distillation_weight=self.distillation_weight) if self.elastic else Trainer
+        return partial(ElasticTrainer, distillation_weight=self.distillation_weight) if self.elastic else TaskTrainer
 
 
 def task_trainer(
@@ -99,9 +104,17 @@ def task_trainer(
     task: PreparedTask,
     arguments: TrainingArguments,
     output_dir: Path,
-    trainer_class: Callable[..., Trainer] = Trainer,
-) -> Trainer:
-    """A Trainer for the task that writes to `output_dir` and saves what makes its inputs beside the model."""
+    trainer_class: Callable[..., TaskTrainer] = TaskTrainer,
+    experiment: Noted | None = None,
+) -> TaskTrainer:
+    """A Trainer for the task that writes to `output_dir` and saves what makes its inputs beside the model.
+
+    Args:
+        model, task, arguments: what to train, on what, and how.
+        output_dir: in place of that of the arguments.
+        trainer_class: as `RetrainArguments.trainer_class`.
+        experiment: what decides the outcome; needed to train.
+    """
     arguments = copy.deepcopy(arguments)
     arguments.output_dir = str(output_dir)
     # What is pushed is pushed at the end, from what is on disk.
@@ -114,17 +127,51 @@ def task_trainer(
         model=model,
         args=arguments,
         train_dataset=task.train,
-        eval_dataset=task.evaluation[""],
+        eval_dataset=task.evaluation.get(""),
         processing_class=task.processing_class,
         data_collator=task.collate,
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduce_logits,
         callbacks=[*task.callbacks, NameOfSharded()],
+        experiment=experiment,
     )
     if trainer.is_fsdp_enabled:
         # accelerate shards the module that embeds inputs by itself; a Perceiver's are a parameter, in no such module.
         model.get_input_embeddings = lambda: None
     return trainer
+
+
+def rehearse(
+    model: PreTrainedModel,
+    task: PreparedTask,
+    stages: Sequence[TrainingArguments],
+    trainer_class: Callable[..., TaskTrainer] = TaskTrainer,
+) -> None:
+    """Make for each stage what training needs, before the first one begins; nothing is trained or written.
+
+    What `TrainingArguments` cannot know by themselves shows here: optimizers and trackers whose package is missing,
+    values that an optimizer or a scheduler refuses, a metric that the task does not have.
+
+    Raises:
+        BadInput: for whatever would stop a later stage.
+    """
+    for arguments in stages:
+        _check_best_metric(task, arguments)
+        with tempfile.TemporaryDirectory() as folder, naming("arguments of the training", Exception):
+            trainer = task_trainer(model, task, arguments, Path(folder), trainer_class)
+            if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # these make optimizers of their own
+                trainer.create_optimizer_and_scheduler(num_training_steps=1)
+            # Callbacks may hold files open there.
+            trainer.callback_handler.callbacks.clear()
+
+
+def _check_best_metric(task: PreparedTask, arguments: TrainingArguments) -> None:
+    name = arguments.metric_for_best_model
+    if name is None or not arguments.load_best_model_at_end and arguments.save_strategy != "best":
+        return
+    allowed = ["loss", *SCORES[task.kind], *(["combined_score"] if len(SCORES[task.kind]) > 1 else [])]
+    if name.removeprefix("eval_") not in allowed:
+        raise BadInput(f"--metric_for_best_model {name}: allowed are {', '.join(allowed)}")
 
 
 def _compile_layers(model: PreTrainedModel, arguments: TrainingArguments) -> None:
@@ -162,20 +209,19 @@ def check_sharding(untrained: str | None) -> None:
         )
 
 
-def check_resume(resume_from_checkpoint: str | None) -> None:
-    """Check `--resume_from_checkpoint` before anything is loaded.
+def check_resume(resume_from_checkpoint: str | None, experiment: Noted | None = None) -> None:
+    """Check `--resume_from_checkpoint`, as far as is known; before anything is loaded, whether it is a checkpoint.
+
+    Args:
+        resume_from_checkpoint: as given.
+        experiment: that is to go on from it, once it is known.
 
     Raises:
-        BadInput: for a folder that is no checkpoint.
+        BadInput: for a folder that is no checkpoint, or of another experiment.
     """
     name = resume_from_checkpoint
-    if not resumes(name) or name.lower() in LAST:
-        return
-    if not is_checkpoint(Path(name)):
-        raise BadInput(
-            f"--resume_from_checkpoint {name}: allowed is 'true' or 'last', for the newest one in --output_dir, or the "
-            "folder of a whole checkpoint: trainer_state.json, and the optimizer's state beside the weights"
-        )
+    if resumes(name) and name.lower() not in LAST:
+        check_checkpoint(name, experiment)
 
 
 def resumes(resume_from_checkpoint: str | None) -> TypeGuard[str]:
@@ -203,40 +249,94 @@ def stage_resume(resume_from_checkpoint: str | None, stage: Path, output_dir: Pa
     return "last" if folder == output_dir.resolve() else name
 
 
-def train_and_save(trainer: Trainer, resume_from_checkpoint: str | None = None) -> None:
+def check_begins(resume_from_checkpoint: str | None, *stages: Path) -> None:
+    """Check that nothing that was stopped is begun anew in silence: its checkpoints would go.
+
+    Args:
+        resume_from_checkpoint: as given.
+        stages: folders of the trainings, which hold this experiment or nothing.
+
+    Raises:
+        BadInput: if there is something to go on from, and nobody said what to do with it.
+    """
+    if resume_from_checkpoint is not None or (stages[-1] / TRAINED_FILE).exists():
+        return
+    for folder in reversed(stages):
+        ended = (folder / TRAINED_FILE).exists()
+        if ended or checkpoints(folder):
+            what = "has ended" if ended else f"was stopped after {checkpoints(folder)[0].name}"
+            raise BadInput(
+                f"--output_dir {stages[-1]}: the training in {folder} {what}; allowed is --resume_from_checkpoint "
+                "last, to go on from there, or --resume_from_checkpoint false, to begin anew"
+            )
+
+
+def train_and_save(trainer: TaskTrainer, resume_from_checkpoint: str | None = None) -> None:
     """Train, and write the checkpoint, `trainer_state.json` and then `train_results.json`.
 
     Args:
-        trainer: with the model.
+        trainer: with the model, and with a folder that is claimed for it.
         resume_from_checkpoint: a folder, or "true" or "last" for the newest checkpoint in the trainer's folder. If
             training has ended there, and is not to be longer now, its weights are loaded; if it has not begun, it
             begins.
+
+    Raises:
+        Diverged: if the loss or the weights are not finite any more.
+        Stopped: if the weights that an ended training left have changed since.
     """
-    folder = Path(trainer.args.output_dir)
+    folder, writes = Path(trainer.args.output_dir), trainer.is_world_process_zero()
     resume = resume_from_checkpoint if resumes(resume_from_checkpoint) else None
     if resume is not None and resume.lower() in LAST:
         if _has_ended(trainer):
-            load_model(trainer.model, folder / "model.safetensors")
+            _load_trained(trainer)
             return
-        newest = last_checkpoint(folder)
+        newest = last_checkpoint(folder, trainer.experiment)
         if newest is None:
             logger.warning("no checkpoint in %s yet: training begins at the start", folder)
         resume = None if newest is None else str(newest)
-    if trainer.is_world_process_zero():
+    trainer.accelerator.wait_for_everyone()
+    if writes:
         (folder / TRAINED_FILE).unlink(missing_ok=True)
+        note_content(folder, WEIGHTS, None)
+        if resume is None:
+            remove_checkpoints(folder)
+    trainer.accelerator.wait_for_everyone()
     # An evaluation has prepared the model, for evaluation alone. accelerate would take it for ready to train, and of
     # several processes each would train a model of its own.
     trainer.model_wrapped = trainer.model
-    vars(trainer.model).pop("_is_accelerate_prepared", None)
+    trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     with _explaining_a_full_disk(folder):
         result = trainer.train(resume_from_checkpoint=resume)
-        trainer.save_model()
+        trainer.check_weights()
+        if writes:
+            save_whole(folder, lambda partial: trainer.save_model(str(partial)))
+        else:
+            trainer.save_model()  # of sharded weights every process has a part
         trainer.save_state()
     metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}
+    if resume is not None:
+        # Of the time and the speed, which are those since.
+        metrics["train_resumed_from"] = Path(resume).name
     trainer.log_metrics("train", metrics)
-    if trainer.is_world_process_zero():
+    if writes:
+        note_content(folder, WEIGHTS, _saved_weights(folder))
         save_metrics(folder, "train", metrics)
     trainer.accelerator.wait_for_everyone()
+
+
+def _load_trained(trainer: TaskTrainer) -> None:
+    """Load what an ended training left, if it still is that."""
+    folder = Path(trainer.args.output_dir)
+    noted = read_note(folder).get(CONTENT, {}).get(WEIGHTS)
+    with naming(f"--output_dir {folder}: {WEIGHTS_FILE}", Exception):
+        found = _saved_weights(folder)
+        if noted is not None and found != noted:
+            raise ValueError("is not what training left there; --resume_from_checkpoint false begins anew")
+        load_model(trainer.model, folder / WEIGHTS_FILE)
+
+
+def _saved_weights(folder: Path) -> str:
+    return weights_fingerprint(folder / WEIGHTS_FILE)
 
 
 @dataclass(frozen=True)
@@ -253,22 +353,31 @@ class Evaluation:
     references: dict[str, np.ndarray]
 
 
-def evaluate(trainer: Trainer, task: PreparedTask, split: str) -> Evaluation:
+def evaluate(trainer: TaskTrainer, task: PreparedTask, split: str) -> Evaluation:
     """Evaluate on every evaluation split.
 
     Args:
         trainer: with the model to evaluate.
         task: with the splits.
         split: what figures begin with: "eval" for the model that is saved, "merged" before it is retrained.
+
+    Raises:
+        Stopped: for outputs that are not finite, of which any figure would be a fiction.
     """
     evaluation = Evaluation({}, {}, {})
     for suffix, dataset in task.evaluation.items():
         # As `Trainer.evaluate`, and with the predictions.
         output = trainer.predict(dataset, metric_key_prefix=split)
+        loss = output.metrics.get(f"{split}_loss", 0.0)
+        if not (math.isfinite(loss) and np.isfinite(output.predictions).all()):
+            raise Stopped(
+                f"the outputs of the model for '{split}{suffix}' are not finite (loss {loss}): its weights are damaged "
+                "or training has diverged, or half precision does not suffice for them"
+            )
         evaluation.metrics.update({with_suffix(name, suffix): value for name, value in output.metrics.items()})
         evaluation.metrics[f"{split}_samples{suffix}"] = len(dataset)
-        evaluation.predictions[suffix] = task.predicted(output.predictions)
-        evaluation.references[suffix] = output.label_ids
+        evaluation.predictions[suffix] = task.predictions(output.predictions)
+        evaluation.references[suffix] = task.references(output.label_ids)
     return evaluation
 
 
@@ -287,7 +396,7 @@ def changes(kind: str, after: Evaluation, before: dict[str, np.ndarray]) -> dict
     }
 
 
-def evaluate_and_save(trainer: Trainer, task: PreparedTask, split: str) -> None:
+def evaluate_and_save(trainer: TaskTrainer, task: PreparedTask, split: str) -> None:
     """`evaluate`, and write `SPLIT_results.json`, and `all_results.json`."""
     metrics = evaluate(trainer, task, split).metrics
     trainer.log_metrics(split, metrics)
@@ -295,7 +404,7 @@ def evaluate_and_save(trainer: Trainer, task: PreparedTask, split: str) -> None:
         save_metrics(Path(trainer.args.output_dir), split, metrics)
 
 
-def predict_and_save(trainer: Trainer, task: PreparedTask, name: str) -> None:
+def predict_and_save(trainer: TaskTrainer, task: PreparedTask, name: str) -> None:
     """Predict, and write `predict_results_NAME.txt`, a line for each input, and `predict_results.json`.
 
     Args:
@@ -304,16 +413,12 @@ def predict_and_save(trainer: Trainer, task: PreparedTask, name: str) -> None:
         name: of the task.
     """
     folder = Path(trainer.args.output_dir)
-    labels = trainer.model.config.id2label
-    regression = trainer.model.config.problem_type == "regression"
     metrics: dict[str, Any] = {}
     for suffix, dataset in task.prediction.items():
         output = trainer.predict(dataset, metric_key_prefix="predict")
         metrics |= {with_suffix(key, suffix): value for key, value in (output.metrics or {}).items()}
         metrics[f"predict_samples{suffix}"] = len(dataset)
-        predicted = [
-            f"{value:.3f}" if regression else labels[value] for value in task.predicted(output.predictions).tolist()
-        ]
+        predicted = task.written(task.predictions(output.predictions))
         if trainer.is_world_process_zero():
             lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in enumerate(predicted))]
             text = "\n".join(lines) + "\n"
@@ -336,7 +441,7 @@ def _explaining_a_full_disk(folder: Path) -> Iterator[None]:
         raise
 
 
-def _has_ended(trainer: Trainer) -> bool:
+def _has_ended(trainer: TaskTrainer) -> bool:
     """Whether the trainer's folder holds what as much training leaves as the trainer is to do."""
     folder, arguments = Path(trainer.args.output_dir), trainer.args
     if not (folder / TRAINED_FILE).exists():

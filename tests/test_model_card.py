@@ -85,12 +85,19 @@ def test_a_card_is_whole_and_moves_to_its_repository(tmp_path, measured):
     config = tiny_config(r=2, architectures=["ToMePerceiverForSequenceClassification"])
     write_checkpoint_card(
         tmp_path, source=GLUE, hub_task="text-classification", config=config, input_shape=(1, 20), evaluated_on=1500,
-        measured=measured, training={"learning_rate": 0.1, "data_seed": None}, base_model=None,
+        trained_on=3000, measured=measured, budget="at most 0.5 of the FLOPs", base_model=None,
+        trainings={
+            "Finetuning": {"learning_rate": 0.1, "data_seed": None, "max_grad_norm": 1.0},
+            "Retraining": {"learning_rate": 0.2, "max_grad_norm": 2.0, "elastic": True},
+        },
         model_id=str(tmp_path), revision="r2",
     )  # fmt: skip
     before = (tmp_path / "README.md").read_text()
     assert f'from_pretrained("{tmp_path}", revision="r2"' in before
-    assert "12 latents to 1" in before and "`learning_rate`: 0.1" in before and "data_seed" not in before
+    assert "12 latents to 1" in before and "data_seed" not in before
+    assert "`learning_rate`: 0.1" in before and "`learning_rate`: 0.2" in before and "samples: 3,000" in before
+    assert "`max_grad_norm`: 2.0" in before and "`max_grad_norm`: 1.0" not in before and "`elastic`: True" in before
+    assert "merge_method: bipartite" in before and "budget: at most 0.5 of the FLOPs" in before
     address_card(tmp_path, "someone/model")
     after = (tmp_path / "README.md").read_text()
     assert str(tmp_path) not in after and after.count('"someone/model", revision="r2"') == 2

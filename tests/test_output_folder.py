@@ -16,59 +16,22 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from experiments import output_folder
 from experiments.bad_input import BadInput
+from experiments.checkpoint import last_checkpoint
 from experiments.output_folder import (
     check_disk_space,
     check_no_other_experiment,
-    check_same_experiment,
     claim,
-    is_checkpoint,
-    last_checkpoint,
+    claim_for_evaluation,
+    note_content,
+    read_note,
     save_metrics,
-    training_fields,
+    write_json,
 )
 from tests.script_run import bad_input_line, call_script
 from tests.tiny_texts import write_glue, write_model_config
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
-
-
-def write_checkpoint(folder: Path, step: int, state: str = '{"global_step": 1}', whole: bool = True) -> Path:
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    (path / "trainer_state.json").write_text(state)
-    if whole:
-        (path / "rng_state.pth").write_bytes(b"")
-    return path
-
-
-def test_the_last_checkpoint_is_the_one_of_the_most_steps(tmp_path):
-    """By number: 10 comes after 9."""
-    assert last_checkpoint(tmp_path) is None
-    for step in (9, 10, 2):
-        write_checkpoint(tmp_path, step)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-
-
-def test_checkpoints_that_are_not_whole_are_passed_over(tmp_path):
-    write_checkpoint(tmp_path, 1)
-    write_checkpoint(tmp_path, 2, whole=False)
-    write_checkpoint(tmp_path, 3, state='{"global_st')
-    write_checkpoint(tmp_path, 4, state="")
-    (tmp_path / "checkpoint-5").mkdir()
-    write_checkpoint(tmp_path / "checkpoint-best", 6)
-    (tmp_path / "checkpoint-7").write_text("a file")
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
-
-
-@pytest.mark.parametrize("names", [("rng_state.pth",), ("rng_state_0.pth", "rng_state_1.pth")])
-def test_a_checkpoint_of_one_or_of_several_processes(tmp_path, names):
-    path = write_checkpoint(tmp_path, 1, whole=False)
-    assert not is_checkpoint(path)
-    for name in names:
-        (path / name).write_bytes(b"")
-    assert is_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -130,12 +93,12 @@ def test_metrics_are_whole_or_not_there(tmp_path, monkeypatch, call):
     save_metrics(tmp_path, "eval", {"eval_accuracy": 0.5})
     write_text, calls = Path.write_text, []
 
-    def stopping(path: Path, text: str, *arguments: object) -> int:
+    def stopping(path: Path, text: str, **options: object) -> int:
         calls.append(path)
         if len(calls) == call:
             write_text(path, text[: len(text) // 2])
             raise KeyboardInterrupt
-        return write_text(path, text, *arguments)
+        return write_text(path, text, **options)
 
     monkeypatch.setattr(Path, "write_text", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -147,63 +110,109 @@ def test_metrics_are_whole_or_not_there(tmp_path, monkeypatch, call):
     assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_accuracy": 1.0}
 
 
-def test_a_folder_is_claimed_once(tmp_path):
-    """The same arguments again are the same experiment; without `write` nothing is written."""
+def noted(**changes: object) -> dict[str, object]:
+    """What decides a training."""
+    contents = {"weights_to_start_from": "a", "train": "b", "evaluation": "c"}
+    return {"seed": 1, "betas": (0.9, 0.99), "content": contents | changes.pop("content", {}), **changes}
+
+
+def test_a_folder_is_claimed_once_something_is_there(tmp_path):
+    """A note alone owns nothing; with anything beside it, the same arguments and contents are the same experiment."""
     folder = tmp_path / "out"
-    arguments = {"r": "2", "seed": 1, "betas": (0.9, 0.99)}
-    claim(folder, arguments, resume=False, write=False)
+    claim(folder, noted(), longer=False, write=False)
     assert not folder.exists()
-    claim(folder, arguments, resume=False, write=True)
+    claim(folder, noted(seed=2), longer=False, write=True)
+    claim(folder, noted(), longer=False, write=True)
+    (folder / "config.json").write_text("{}")
     before = (folder / "arguments.json").read_bytes()
-    claim(folder, arguments, resume=False, write=True)
+    claim(folder, noted(), longer=False, write=True)
     assert (folder / "arguments.json").read_bytes() == before
     with pytest.raises(BadInput, match="holds another experiment, whose seed is 1 and not 2"):
-        claim(folder, arguments | {"seed": 2}, resume=True, write=True)
+        claim(folder, noted(seed=2), longer=True, write=True)
     with pytest.raises(BadInput, match="whose task is None and not rte"):
-        claim(folder, arguments | {"task": "rte"}, resume=False, write=True)
+        claim(folder, noted(task="rte"), longer=False, write=True)
+    for name in noted()["content"]:
+        with pytest.raises(BadInput, match=f"with another content of its {name.replace('_', ' ')}"):
+            claim(folder, noted(content={name: "x"}), longer=False, write=True)
     assert (folder / "arguments.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["num_train_epochs", "max_steps"])
-def test_only_what_is_resumed_and_has_one_stage_may_be_longer(tmp_path, name):
-    claim(tmp_path, {name: 2, "retrain_epochs": 0.0}, resume=False, write=True)
+def test_only_what_goes_on_may_be_longer_and_says_so(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    write_json(tmp_path / "arguments.json", noted(**{name: 2}))
     with pytest.raises(BadInput, match=f"whose {name} is 2 and not 3"):
-        claim(tmp_path, {name: 3, "retrain_epochs": 0.0}, resume=False, write=True)
-    claim(tmp_path, {name: 3, "retrain_epochs": 0.0}, resume=True, write=True)
-    assert json.loads((tmp_path / "arguments.json").read_text())[name] == 3
-    two_stages = tmp_path / "two_stages"
-    claim(two_stages, {name: 2, "retrain_epochs": 1.0}, resume=False, write=True)
-    with pytest.raises(BadInput, match=f"whose {name} is 2 and not 3"):
-        claim(two_stages, {name: 3, "retrain_epochs": 1.0}, resume=True, write=True)
+        claim(tmp_path, noted(**{name: 3}), longer=False, write=True)
+    with pytest.raises(BadInput, match=f"whose {name} is 2 and not 1"):
+        claim(tmp_path, noted(**{name: 1}), longer=True, write=True)
+    for _ in range(2):
+        claim(tmp_path, noted(**{name: 3}), longer=True, write=True)
+        note = read_note(tmp_path)
+        assert note[name] == 3 and note["continued_from"] == {name: 2}
 
 
-@pytest.mark.parametrize("trace", ["config.json", "trainer_state.json", "sweep_results.json", "checkpoint-3"])
+@pytest.mark.parametrize(
+    "trace", ["config.json", "trainer_state.json", "sweep_results.json", "all_results.json", "checkpoint-3"]
+)
 def test_what_is_there_without_a_claim_is_another_experiment(tmp_path, trace):
     (tmp_path / trace).mkdir()
-    with pytest.raises(BadInput, match=r"holds another experiment \(") as error:
-        check_no_other_experiment(tmp_path, "arguments.json")
-    assert trace.partition("-")[0] in str(error.value) and str(tmp_path) in str(error.value)
-    (tmp_path / "arguments.json").write_text("{}")
-    check_no_other_experiment(tmp_path, "arguments.json")
+    for check in (
+        lambda: check_no_other_experiment(tmp_path, "sweep.json"),
+        lambda: claim(tmp_path, noted(), longer=True, write=True),
+        lambda: claim_for_evaluation(tmp_path, {"content": {"weights": "a"}}, write=True),
+    ):
+        with pytest.raises(BadInput, match=r"holds another experiment, \(") as error:
+            check()
+        assert trace in str(error.value) and str(tmp_path) in str(error.value)
+    (tmp_path / "sweep.json").write_text("{}")
+    check_no_other_experiment(tmp_path, "sweep.json")
 
 
 def test_other_files_are_no_experiment(tmp_path):
-    """Logs, or what an evaluation leaves."""
-    for name in ("all_results.json", "train.log", "checkpoint-best"):
+    for name in ("train.log", "checkpoint-best"):
         (tmp_path / name).write_text("")
-    check_no_other_experiment(tmp_path, "arguments.json")
-    check_no_other_experiment(tmp_path / "not_there", "arguments.json")
+    check_no_other_experiment(tmp_path, "sweep.json")
+    check_no_other_experiment(tmp_path / "not_there", "sweep.json")
+    claim(tmp_path, noted(), longer=False, write=True)
 
 
-def test_arguments_are_compared_as_they_are_noted(tmp_path):
-    """JSON has no tuples and no enums."""
-    fields = training_fields(TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
-    assert fields["lr_scheduler_type"] == "linear"
-    noted = json.loads(json.dumps(fields))
-    check_same_experiment(tmp_path, noted, fields)
-    check_same_experiment(tmp_path, {"r": [1, 2], "more": 1}, {"r": (1, 2)})
-    with pytest.raises(BadInput, match=r"whose r is \[1, 2\] and not \[2, 1\]; allowed is the same command"):
-        check_same_experiment(tmp_path, {"r": [1, 2]}, {"r": (2, 1)})
+def test_an_evaluation_is_of_what_a_training_left_or_has_a_folder_of_its_own(tmp_path):
+    evaluation = {"bf16": False, "content": {"weights": "z", "config": "y", "evaluation": "c"}}
+    claim(tmp_path, noted(bf16=False), longer=False, write=True)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match="holds another experiment"):
+        claim_for_evaluation(tmp_path, evaluation, write=True)  # training has not ended
+    for name, fingerprint in (("weights", "z"), ("config", "y")):
+        note_content(tmp_path, name, fingerprint)
+    claim_for_evaluation(tmp_path, evaluation, write=True)
+    with pytest.raises(BadInput, match="whose bf16 is False and not True"):
+        claim_for_evaluation(tmp_path, evaluation | {"bf16": True}, write=True)
+    for name in evaluation["content"]:
+        other = evaluation | {"content": evaluation["content"] | {name: "x"}}
+        with pytest.raises(BadInput, match=f"content of its {name}"):
+            claim_for_evaluation(tmp_path, other, write=True)
+    # Predictions are noted when they come, and then count too.
+    predicting = evaluation | {"content": evaluation["content"] | {"prediction": "p"}}
+    claim_for_evaluation(tmp_path, predicting, write=True)
+    with pytest.raises(BadInput, match="content of its prediction"):
+        claim_for_evaluation(tmp_path, evaluation | {"content": {"prediction": "q"}}, write=True)
+    claim(tmp_path, noted(bf16=False), longer=False, write=True)  # the training is still the same
+
+
+def test_a_checkpoint_of_another_program_may_be_evaluated_where_it_is(tmp_path):
+    """As long as there are no figures of something else."""
+    (tmp_path / "config.json").write_text("{}")
+    evaluation = {"model_name_or_path": str(tmp_path), "content": {"weights": "z"}}
+    claim_for_evaluation(tmp_path, evaluation, write=False)
+    (tmp_path / "all_results.json").write_text("{}")
+    with pytest.raises(BadInput, match="holds another experiment"):
+        claim_for_evaluation(tmp_path, evaluation, write=False)
+
+
+def test_json_is_what_every_parser_takes(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "results.json", {"loss": float("nan")})
+    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +236,6 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays(command, tmp_path, c
     assert "train_loss" in json.loads((tmp_path / "train_results.json").read_text())
     assert (tmp_path / "model.safetensors").stat().st_size > 10_000
     assert not (tmp_path / name.removeprefix(".").removesuffix(".partial")).exists()
-    (tmp_path / name).unlink()
     call_script("run_glue.py", *command, "--output_dir", tmp_path, "--resume_from_checkpoint", "last")
     assert len((tmp_path / "predict_results_sst2.txt").read_text().splitlines()) == 1 + 6
 
@@ -279,8 +287,3 @@ def test_a_disk_that_is_full_behind_another_error(command, tmp_path, capsys, mon
     code = errno.EIO
     with pytest.raises(RuntimeError, match="writing failed"):
         call_script("run_glue.py", *command, "--output_dir", tmp_path / "broken")
-
-
-def test_training_fields_are_arguments():
-    assert set(output_folder.LENGTH_FIELDS) < set(output_folder.TRAINING_FIELDS)
-    assert set(output_folder.TRAINING_FIELDS) <= set(TrainingArguments.__dataclass_fields__)

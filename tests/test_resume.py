@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
 
 from experiments import training
-from experiments.output_folder import last_checkpoint
+from experiments.checkpoint import last_checkpoint
 from experiments.sweep import SweepResults
 from tests import tiny_images
 from tests.script_run import ROOT, bad_input_line, call_script
@@ -283,19 +284,98 @@ def test_finetuning_before_retraining_may_not_go_on_for_longer(both_stages, tmp_
     assert contents(tmp_path / "copy") == contents(whole)
 
 
-def test_what_is_trained_may_be_evaluated_where_it_is(inputs, trained, tmp_path):
-    _, whole = trained
+def test_what_is_trained_may_be_evaluated_where_it_is(inputs, trained, tmp_path, capsys):
+    """The same figures come out; those of another merging, another model or other data would be taken for its own."""
+    arguments, whole = trained
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
-    call_script(
-        "run_glue.py", *inputs[2:], "--do_eval", "--use_cpu", "--r", 2, "--model_name_or_path", copy,
-        "--output_dir", copy,
-    )  # fmt: skip
-    before, after = (json.loads((folder / "all_results.json").read_text()) for folder in (whole, copy))
-    assert after["train_loss"] == before["train_loss"]
-    assert after["eval_loss"] != before["eval_loss"]  # it merges
-    changed = {name for name, value in contents(whole).items() if contents(copy).get(name) != value}
-    assert changed == {"all_results.json", "eval_results.json"}
+    evaluation = (*inputs[2:], "--do_eval", "--use_cpu", "--output_dir", copy)
+    call_script("run_glue.py", *evaluation, "--model_name_or_path", copy)
+    before, after = (json.loads((folder / "eval_results.json").read_text()) for folder in (whole, copy))
+    for name in ("eval_loss", "eval_accuracy"):
+        assert after[name] == pytest.approx(before[name], rel=1e-6)
+    left_there = contents(copy)
+    others = {
+        "another content of its config": ("--model_name_or_path", copy, "--r", 2),
+        "another content of its weights": ("--model_name_or_path", whole / "checkpoint-3"),
+        "another content of its evaluation": ("--model_name_or_path", copy, "--max_eval_samples", 5),
+    }
+    for says, other in others.items():
+        assert says in bad_input_line(capsys, "run_glue.py", *evaluation, *other)
+    assert contents(copy) == left_there
+    call_script("run_glue.py", *arguments, *LAST, "--output_dir", copy)
+
+
+def test_what_was_stopped_is_not_begun_anew_in_silence(trained, tmp_path, capsys):
+    """Its checkpoints would go; when they are to go, none of them is left for a later run to go on from."""
+    arguments, whole = trained
+    arguments = (*arguments, "--output_dir", tmp_path)
+    kill("run_glue.py", arguments, Trainer, "training_step", 8)
+    before = contents(tmp_path)
+    line = bad_input_line(capsys, "run_glue.py", *arguments)
+    assert "stopped after checkpoint-6" in line and "--resume_from_checkpoint last" in line and "false" in line
+    assert contents(tmp_path) == before
+    kill("run_glue.py", (*arguments, "--resume_from_checkpoint", "false"), Trainer, "training_step", 2)
+    assert last_checkpoint(tmp_path) is None
+    call_script("run_glue.py", *arguments, *LAST)
+    assert left(tmp_path) == left(whole)
+
+
+def test_the_loss_after_a_resume_is_that_of_all_steps(trained, tmp_path):
+    arguments, whole = trained
+    arguments = (*arguments, "--output_dir", tmp_path)
+    kill("run_glue.py", arguments, Trainer, "training_step", 8)
+    call_script("run_glue.py", *arguments, *LAST)
+    results, expected = (json.loads((folder / "train_results.json").read_text()) for folder in (tmp_path, whole))
+    assert results["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-12)
+    assert results["train_resumed_from"] == "checkpoint-6" and "train_resumed_from" not in expected
+    logged = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][-1]
+    assert logged["train_loss"] == results["train_loss"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_checkpoint_with_one_byte_changed_is_passed_over(trained, tmp_path, name, caplog):
+    arguments, whole = trained
+    arguments = (*arguments, "--output_dir", tmp_path)
+    kill("run_glue.py", arguments, Trainer, "training_step", 8)
+    path = tmp_path / "checkpoint-6" / name
+    data = bytearray(path.read_bytes())
+    data[-20 if name.endswith("json") else len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    assert steps_of("run_glue.py", *arguments, *LAST) == 8 - 3
+    assert "checkpoint-6 is passed over" in caplog.text
+    assert left(tmp_path) == left(whole)
+
+
+def test_a_training_that_diverges_stops_with_the_last_good_checkpoint(inputs, tmp_path, capsys):
+    arguments = (*inputs, *TRAINING, *BATCH, "--output_dir", tmp_path / "out")
+    step, calls = Trainer.compute_loss, 0
+
+    def diverging(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        loss = step(*args, **kwargs)
+        return loss * float("nan") if calls == 5 else loss
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+        patch.setattr(Trainer, "compute_loss", diverging)
+        call_script("run_glue.py", *arguments)
+    assert exit_info.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "the loss is nan after step 4" in line and "checkpoint-3 is the last good checkpoint" in line
+    assert last_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(inputs, tmp_path, capsys):
+    """The loss that shows it would come one step later, after the checkpoint."""
+    arguments = (*inputs, *TRAINING, *BATCH, "--max_grad_norm", 0, "--learning_rate", 1e30, "--output_dir", tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        call_script("run_glue.py", *arguments, "--save_steps", 1, "--optim", "sgd")
+    assert exit_info.value.code == 1
+    assert "training has diverged" in capsys.readouterr().err
+    for weights in tmp_path.glob("checkpoint-*/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(weights).values())
 
 
 @pytest.mark.parametrize("kind", ["not there", "empty", "half", "weights alone", "the end of training"])
