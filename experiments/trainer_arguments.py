@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import json
 import logging
 import os
 import tempfile
@@ -11,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from experiments.bad_input import BadInput, naming
 
@@ -31,7 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
             "eval_accumulation_steps", "torch_empty_cache_steps", "save_total_limit", "dataloader_prefetch_factor",
             "ddp_bucket_cap_mb",
         ),
-        (1, 10**9),
+        (1, 10**6),  # PyTorch makes room for as many entries
     ),
     **dict.fromkeys(
         ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha"), (0, MOST)
@@ -61,7 +64,9 @@ REFUSED = {
     "optim_target_modules": "optimizers of low rank are not for layers that are shared between blocks",
     "length_column_name": "inputs have no column of lengths",
 }
-# Optimizers that need what a training loop of its own, a package or a layer gives.
+# Of the arguments that are mappings, those that may also be the name of a JSON file.
+IN_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
+# How the names of optimizers of low rank begin.
 LOW_RANK = ("galore", "apollo")
 
 
@@ -93,7 +98,7 @@ class TrainerArguments(TrainingArguments):
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
-                raise BadInput(f"--{name} {value}: allowed is a number from {least:g} to {most:g}")
+                raise BadInput(f"--{name} {value}: allowed is a number from {least} to {most}")
         if self.max_steps == 0:
             raise BadInput("--max_steps 0: allowed is 1 or more, or -1 for as many as --num_train_epochs says")
         for name, why in REFUSED.items():
@@ -105,10 +110,12 @@ class TrainerArguments(TrainingArguments):
             raise BadInput("--eval_do_concat_batches false: allowed is true; metrics are computed of all predictions")
         if self.output_dir == "":
             raise BadInput("--output_dir '': allowed is the name of a folder")
-        if isinstance(self.report_to, str):
-            self.report_to = self.report_to.split(",")
+        self._check_mappings()
+        trackers = vars(self)["report_to"] or "none"
+        trackers = trackers.split(",") if isinstance(trackers, str) else trackers
+        vars(self)["report_to"] = trackers
         available = get_available_reporting_integrations()
-        for tracker in self.report_to or []:
+        for tracker in trackers:
             if tracker not in ("all", "none", *available):
                 raise BadInput(
                     f"--report_to {tracker}: allowed are {', '.join(['none', 'all', *available])}; another tracker's "
@@ -116,18 +123,71 @@ class TrainerArguments(TrainingArguments):
                 )
         if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
             raise BadInput(f"--deepspeed {self.deepspeed}: its package is not installed: pip install deepspeed")
+        for name in ("fsdp", "ddp_backend"):
+            if getattr(self, name) and "RANK" not in os.environ:
+                raise BadInput(
+                    f"--{name} {getattr(self, name)}: allowed with several processes only, which torchrun or "
+                    "accelerate launch start"
+                )
+        for name, needed in (("dataloader_persistent_workers", "dataloader_num_workers"), ("fsdp_config", "fsdp")):
+            if getattr(self, name) and not getattr(self, needed):
+                raise BadInput(f"--{name} {getattr(self, name)}: allowed with --{needed} only")
+
+    def _check_mappings(self) -> None:
+        """Check that what stands for a mapping is one: JSON, or the file that holds it where a file is allowed."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                continue
+            with naming(f"--{name} {value}", OSError, ValueError):
+                is_file = name in IN_FILES and not value.startswith("{")
+                mapping = json.loads(Path(value).read_text(encoding="utf-8") if is_file else value)
+            if not isinstance(mapping, dict):
+                raise BadInput(f"--{name} {value}: allowed is a mapping in JSON")
 
     def _check_meant(self) -> None:
         """Check what several arguments say together."""
-        if str(self.optim.value).startswith(LOW_RANK):
+        if self.optim.value.startswith(LOW_RANK):
             raise BadInput(f"--optim {self.optim.value}: {REFUSED['optim_target_modules']}; allowed are others")
-        if self.fsdp and "RANK" not in os.environ:
-            raise BadInput(f"--fsdp {self.fsdp}: allowed with several processes only, see torchrun or accelerate launch")
-        best = self.load_best_model_at_end or self.save_strategy == SaveStrategy.BEST
-        if self.save_strategy == SaveStrategy.BEST and self.eval_strategy == "no":
-            raise BadInput("--save_strategy best: allowed with an --eval_strategy only, steps or epoch")
-        if best and self.save_strategy == SaveStrategy.BEST and self.metric_for_best_model is None:
+        given = f"--optim {self.optim.value}" + (f" --optim_args {self.optim_args}" if self.optim_args else "")
+        with naming(given, Exception):
+            Trainer.get_optimizer_cls_and_kwargs(self)
+        self._rehearse_scheduler()
+        if self.torch_compile:
+            with naming(f"--torch_compile_backend {self.torch_compile_backend}", Exception):
+                torch.compile(torch.nn.Identity(), backend=self.torch_compile_backend, mode=self.torch_compile_mode)
+        allowed = {"every_n_layers", "preserve_rng_state", *inspect.signature(checkpoint).parameters} - {
+            "function",
+            "args",
+            "kwargs",
+        }
+        if unknown := set(self.activation_checkpointing_kwargs or {}) - allowed:
+            raise BadInput(
+                f"--activation_checkpointing_kwargs {min(unknown)}: allowed are {', '.join(sorted(allowed))}"
+            )
+        for given, needs in (
+            ("--load_best_model_at_end", self.load_best_model_at_end),
+            ("--save_strategy best", self.save_strategy == SaveStrategy.BEST),
+        ):
+            if needs and self.eval_strategy == IntervalStrategy.NO:
+                raise BadInput(f"{given}: allowed with an --eval_strategy only, steps or epoch")
+        if self.save_strategy == SaveStrategy.BEST and self.metric_for_best_model is None:
             raise BadInput("--save_strategy best: allowed with --metric_for_best_model only")
+
+    def _rehearse_scheduler(self) -> None:
+        """Make the scheduler for a parameter of no model: of its arguments, each kind takes others."""
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        given = f"--lr_scheduler_type {self.lr_scheduler_type.value}"
+        if self.lr_scheduler_kwargs:
+            given += f" --lr_scheduler_kwargs {json.dumps(self.lr_scheduler_kwargs)}"
+        with naming(given, Exception):
+            get_scheduler(
+                self.lr_scheduler_type,
+                optimizer,
+                num_warmup_steps=self.get_warmup_steps(2),
+                num_training_steps=2,
+                scheduler_specific_kwargs=dict(self.lr_scheduler_kwargs or {}),
+            )
 
 
 def check_writable(folder: Path) -> None:
