@@ -33,7 +33,6 @@ MISTAKES: dict[str, dict[str, str]] = {
             --gradient_accumulation_steps 0
             --seed -1
             --seed 99999999999999999999
-            --data_seed -1
             --max_grad_norm nan
             --adam_beta1 1.5
             --adam_beta2 -0.1
@@ -47,7 +46,7 @@ MISTAKES: dict[str, dict[str, str]] = {
             --save_steps 0
             --save_steps -3
             --eval_steps -3 --eval_strategy steps
-            --eval_delay nan
+            --eval_delay nan --eval_strategy steps --eval_steps 3
             --dataloader_num_workers -1
             --eval_accumulation_steps 0
             --max_train_samples 0
@@ -92,7 +91,7 @@ MISTAKES: dict[str, dict[str, str]] = {
             --random_replace_prob nan
             --validation_split_percentage 0
             --validation_split_percentage 100
-            --max_seq_length 100000
+            --max_seq_length 0
             --weight_decay inf
         """,
         SWEEP: """
@@ -238,11 +237,10 @@ MISTAKES: dict[str, dict[str, str]] = {
             --optim schedule_free_adamw
             --report_to wandb
             --report_to tensorboard
-            --report_to comet_ml mlflow
+            --report_to comet_ml
             --use_liger_kernel
             --deepspeed not_there.json
             --fsdp full_shard
-            --fp16
             --tf32 true
             --torch_compile_mode fastest
         """,
@@ -258,12 +256,12 @@ MISTAKES: dict[str, dict[str, str]] = {
             --schedule geometric
             --schedule search --flops_ratio 0.9 => --model_name_or_path
             --load_best_model_at_end --save_strategy no --eval_strategy epoch
-            --load_best_model_at_end => --eval_strategy
+            --load_best_model_at_end
             --bf16 --fp16
-            --metric_for_best_model accuracy --load_best_model_at_end => --eval_strategy
-            --dataloader_prefetch_factor 2
+            --metric_for_best_model accuracy --load_best_model_at_end =>> load_best_model_at_end
+            --dataloader_prefetch_factor 2 =>> dataloader_prefetch_factor
             --max_steps 0 --do_predict --dataset_name not/there =>> --dataset_name not/there
-            --model_name_or_path not/there
+            --model_name_or_path not/there =>> --config_name
         """,
         IMAGE: """
             --do_predict --train_dir . --dataset_name not/there =>> not/there
@@ -290,7 +288,7 @@ MISTAKES: dict[str, dict[str, str]] = {
         """,
         CALIBRATE: """
             --do_eval =>> --num_groups
-            --num_groups 4 --flops_ratio 0.5 => --flops_ratio
+            --num_groups 4 --flops_ratio 0.5 =>> --num_groups --flops_ratio
             --num_groups 4,2
             --merge_layer 3,1 --num_groups 4,2
             --merge_layer start,1 --num_groups 4,2
@@ -333,10 +331,10 @@ MISTAKES: dict[str, dict[str, str]] = {
             --push_to_hub --hub_strategy checkpoint =>> --hub_strategy checkpoint
             --push_to_hub --hub_token hf_notatoken =>> push_to_hub
             --push_to_hub --hub_token "hf_two words" =>> --hub_token
-            --push_only => token
+            --push_only =>> token
         """,
-        SWEEP: "--push_to_hub --r 1 => token\n--push_only => token",
-        CALIBRATE: "--push_to_hub --num_groups 4 => token\n--push_only => token",
+        SWEEP: "--push_to_hub --r 1 => token\n--push_only =>> token",
+        CALIBRATE: "--push_to_hub --num_groups 4 => token\n--push_only =>> token",
         IMAGE: "--push_to_hub --do_train false => --output_dir",
     },
 }

@@ -125,6 +125,7 @@ def _judged(case: BadInputCase, outcome: Outcome, before: dict[str, str], after:
 
 def _names(line: str, part: str) -> bool:
     """Whether a line has a part in it, a number as whatever it is written, and a list with or without brackets."""
+    line, part = line.lower(), part.lower()
     if part in line or part in line.replace(", ", ","):
         return True
     try:

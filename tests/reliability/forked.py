@@ -37,17 +37,19 @@ WARMED = (
 
 @dataclass(frozen=True)
 class Kill:
-    """When a run gets SIGKILL: after so many seconds, or as it calls a function for the n-th time.
+    """When a run gets SIGKILL: after so many seconds, or as it calls a function for the n-th time; or never.
 
     Attributes:
         seconds: after the script began.
         function: "module:name" or "module:Class.name".
         call: the first one is 1.
+        half: after the call, with half of the file that it has written.
     """
 
     seconds: float | None = None
     function: str | None = None
     call: int = 1
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _child(
         os.chdir(cwd)
         _count_steps(steps)
         if kill.function is not None:
-            _kill_at(kill.function, kill.call)
+            _kill_at(kill)
         sys.argv = [script, *map(str, arguments)]
         runpy.run_path(str(ROOT / script), run_name="__main__")
         code = 0
@@ -214,21 +216,27 @@ def _adder(steps: mmap.mmap, place: int) -> Callable[[], None]:
     return add
 
 
-def _kill_at(function: str, call: int) -> None:
-    module, _, path = function.partition(":")
+def _kill_at(kill: Kill) -> None:
+    module, _, path = str(kill.function).partition(":")
     *owners, name = path.split(".")
     owner: object = importlib.import_module(module)
     for part in owners:
         owner = getattr(owner, part)
-    calls = 0
+    function, calls = getattr(owner, name), 0
 
-    def kill() -> None:
+    def killing(*args: object, **kwargs: object) -> object:
         nonlocal calls
         calls += 1
-        if calls == call:
+        if calls == kill.call:
+            if kill.half:
+                function(*args, **kwargs)
+                paths = [value for value in (*args, *kwargs.values()) if isinstance(value, (str, os.PathLike))]
+                written = max(filter(os.path.isfile, paths), key=os.path.getmtime)
+                os.truncate(written, os.path.getsize(written) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
 
-    _before(owner, name, kill)
+    setattr(owner, name, killing)
 
 
 def _before(owner: object, name: str, do: Callable[[], None]) -> None:

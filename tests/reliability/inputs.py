@@ -133,6 +133,11 @@ class Inputs:
         return ("--config_name", self.text_config, *self.text_data, *TRAINING)
 
     @property
+    def text_evaluation(self) -> Command:
+        """Of `run_glue.py`."""
+        return ("--model_name_or_path", self.text_model, *self.text_data, "--use_cpu", "--do_eval")
+
+    @property
     def image_training(self) -> Command:
         """Of `run_image.py`, from scratch."""
         return ("--config_name", self.image_config, *self.image_data, *TRAINING)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves in its folder, without what may differ: times, dates, and what says where the folder is."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors import safe_open
+
+from tests.reliability.forked import ROOT
+
+# Names of figures that are times of this machine, or made of them.
+TIMES = re.compile(
+    r"runtime|preparation_time|per_second|seconds|latency|speedup|throughput|peak_memory|environment|date|jit_compilation|resumed|total_flos"
+)
+# Lines with times in them are left out, and tables with any.
+TIMED_LINES = re.compile(
+    r"second|latency|speed|throughput|[0-9] s\b|MB|date 20|Times|round|output_dir|--model_name_or_path|\bms\b"
+)
+# What is said in them stands in other files too, or it is no result: pickles with times in them, states of optimizers.
+NOT_COMPARED = re.compile(r"(optimizer|scheduler|scaler|rng_state.*)\.(pt|pth|bin)$|training_args\.bin$|\.png$")
+
+
+def left(folder: Path) -> dict[str, Any]:
+    """What is in a folder by the path in it, such that what must be equal is."""
+    return dict(_files(folder))
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any], but: str = r"(?!)") -> list[str]:
+    """Which files are missing, are too many or differ, and in which figure.
+
+    Args:
+        found, expected: from `left`.
+        but: pattern of paths that may differ.
+    """
+    wrong = []
+    for path in sorted(found.keys() | expected.keys()):
+        if re.search(but, path):
+            continue
+        if path not in found:
+            wrong.append(f"{path} is missing")
+        elif path not in expected:
+            wrong.append(f"{path} should not be there")
+        elif found[path] != expected[path]:
+            wrong.append(f"{path} differs{_where(found[path], expected[path])}")
+    return wrong
+
+
+def broken(folder: Path) -> list[str]:
+    """Which files are not whole: JSON that no parser takes, weights and pictures that do not open, modules that are
+    not this repository's, and what is written beside a file before it takes its place."""
+    wrong = []
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and (message := _broken(path)):
+            wrong.append(f"{name}: {message}")
+    return wrong
+
+
+def _broken(path: Path) -> str:
+    if path.name.endswith((".partial", ".tmp", ".incomplete")):
+        return "left over"
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(), parse_constant=_refuse)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118
+                    weights.get_tensor(key)
+        elif path.suffix == ".png":
+            with Image.open(path) as picture:
+                picture.load()
+        elif path.suffix == ".py" and path.read_bytes() != (ROOT / path.name).read_bytes():
+            return "not the module of this repository"
+    except Exception as error:
+        return f"{type(error).__name__} {error}"
+    return ""
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Any]]:
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not path.is_file():
+            continue
+        if NOT_COMPARED.search(name):
+            yield name, "there"
+        elif path.suffix == ".json":
+            try:
+                yield name, _without_times(json.loads(path.read_text()))
+            except ValueError:
+                yield name, "no JSON"
+        elif path.suffix == ".csv":
+            with path.open() as file:
+                yield name, [_without_times(row) for row in csv.DictReader(file)]
+        elif path.suffix == ".md":
+            yield name, list(_untimed_lines(path.read_text().splitlines()))
+        else:
+            yield name, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _untimed_lines(lines: list[str]) -> Iterator[str]:
+    """Lines without times; of a table with times, none."""
+    for is_table, block in groupby(lines, lambda line: line.startswith("|")):
+        kept = list(block)
+        untimed = [line for line in kept if not TIMED_LINES.search(line)]
+        yield from untimed if not is_table or len(untimed) == len(kept) else ()
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_times(each) for name, each in value.items() if not TIMES.search(str(name))}
+    if isinstance(value, list):
+        return [_without_times(each) for each in value]
+    return value
+
+
+def _where(found: Any, expected: Any) -> str:
+    """The first figure that differs."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for name in found.keys() | expected.keys():
+            if found.get(name) != expected.get(name):
+                return f", {name}{_where(found.get(name), expected.get(name))}"
+    if isinstance(found, list) and isinstance(expected, list):
+        for one, other in zip(found, expected, strict=False):
+            if one != other:
+                return _where(one, other)
+    if isinstance(found, str) and len(found) == 64:
+        return ""
+    return f": {str(found)[:80]} and not {str(expected)[:80]}"
