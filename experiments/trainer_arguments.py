@@ -62,6 +62,7 @@ REFUSED = {
     "parallelism_config": "a mesh of processes is for accelerate's own configuration: accelerate launch --config_file",
     "label_names": "the labels are always called labels here",
     "optim_target_modules": "optimizers of low rank are not for layers that are shared between blocks",
+    "dataloader_drop_last": "it would leave out evaluated examples, too",
     "length_column_name": "inputs have no column of lengths",
 }
 # Of the arguments that are mappings, those that may also be the name of a JSON file.

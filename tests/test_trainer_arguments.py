@@ -51,7 +51,7 @@ WORK = {
         "--restore_callback_states_from_checkpoint",
     ),
     "data": (
-        "--seed", 2**32 - 1, "--data_seed", 0, "--dataloader_drop_last", "--dataloader_num_workers", 1,
+        "--seed", 2**32 - 1, "--data_seed", 0, "--dataloader_num_workers", 1,
         "--dataloader_prefetch_factor", 1, "--dataloader_persistent_workers", "--dataloader_multiprocessing_context",
         "fork", "--dataloader_in_order", "false", "--dataloader_pin_memory", "false", "--train_sampling_strategy",
         "sequential", "--remove_unused_columns", "false", "--accelerator_config", '{"split_batches": true}',
@@ -72,6 +72,7 @@ ELSEWHERE = {
 # Values that the arguments alone show to be wrong.
 WRONG: list[tuple[object, ...]] = [
     ("--batch_eval_metrics",),
+    ("--dataloader_drop_last",),
     ("--eval_do_concat_batches", "false"),
     ("--include_for_metrics", "inputs"),
     ("--prediction_loss_only",),
