@@ -65,6 +65,8 @@ class CalibrationArguments:
             raise BadInput(f"--similarity {self.similarity}: allowed are {', '.join(sorted(SIMILARITIES))}")
         if self.calibration_samples < 1:
             raise BadInput(f"--calibration_samples {self.calibration_samples}: allowed is an integer of 1 or more")
+        if self.flops_ratio is not None and not 0 < self.flops_ratio < 1:
+            raise BadInput(f"--flops_ratio {self.flops_ratio}: allowed is a share above 0 and below 1")
         layers = self._layers()
         if any(later <= earlier for earlier, later in pairwise(layers)):
             raise BadInput(f"--merge_layer {self.merge_layer}: allowed are layers in rising order")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +13,8 @@ from transformers.trainer_utils import HubStrategy
 
 from experiments.bad_input import BadInput
 from experiments.hub_upload import HubRepository, open_repository
+
+BRANCH = r"(?!.*\.\.)\w[\w./-]*(?<![./])"
 
 
 @dataclass
@@ -43,11 +46,16 @@ def open_to_push(training: TrainingArguments, token: str | None) -> HubRepositor
     """The repository that `--hub_model_id` names, by default after `--output_dir`.
 
     Raises:
-        BadInput: if it cannot be written to.
+        BadInput: if it cannot be written to, or `--hub_revision` is no name of a branch.
     """
     if training.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
         raise BadInput(
             f"--hub_strategy {training.hub_strategy.value}: allowed is 'end'; checkpoints to resume from stay on disk"
+        )
+    revision = training.hub_revision
+    if revision is not None and not re.fullmatch(BRANCH, revision):
+        raise BadInput(
+            f"--hub_revision {revision}: allowed is the name of a branch: letters, digits, '.', '_', '-', '/'"
         )
     output_dir = Path(training.output_dir)
     return open_repository(training.hub_model_id, output_dir, training.hub_token or token, training.hub_private_repo)

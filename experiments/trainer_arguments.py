@@ -109,8 +109,9 @@ class TrainerArguments(TrainingArguments):
                 raise BadInput(f"--{name} {getattr(self, name)}: allowed is to leave it out; {why}")
         if not self.eval_do_concat_batches:
             raise BadInput("--eval_do_concat_batches false: allowed is true; metrics are computed of all predictions")
-        if self.output_dir == "":
-            raise BadInput("--output_dir '': allowed is the name of a folder")
+        for name in ("output_dir", "hub_model_id", "hub_revision"):
+            if getattr(self, name) == "":
+                raise BadInput(f"--{name} '': allowed is a name")
         self._check_mappings()
         trackers = vars(self)["report_to"] or "none"
         trackers = trackers.split(",") if isinstance(trackers, str) else trackers
