@@ -14,6 +14,8 @@ from datasets import Dataset
 from PIL import Image, ImageOps
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from experiments.image_reading import read_image
+
 # Of width, and the inverse of height: aspect ratios from 3/4 to 4/3.
 MAX_LOG_STRETCH = math.log(4 / 3) / 2
 
@@ -56,7 +58,7 @@ class AugmentedImages(torch.utils.data.Dataset):
     killed and resumed, or that has more workers or processes, sees the same images.
 
     Args:
-        images: with the column `image`.
+        images: with the column `image`, as `experiments.image_reading.AS_STORED`.
         augmentation: what may happen to them.
         process: from a batch of columns to the model's.
         seed: of what is drawn.
@@ -75,7 +77,7 @@ class AugmentedImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.images[index]
         random = np.random.default_rng((self.seed, int(self.epoch), index))
-        example["image"] = self.augmentation(example["image"].convert("RGB"), random)
+        example["image"] = self.augmentation(read_image(example["image"], f"{index} of training"), random)
         batch = self.process({name: [value] for name, value in example.items()})
         return {name: values[0] for name, values in batch.items()}
 

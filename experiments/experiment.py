@@ -104,9 +104,9 @@ def run_experiment(experiment: Experiment) -> None:
 
     set_seed(training.seed)
     with training.main_process_first(desc="loading the data"):
-        task = experiment.load_task(
-            experiment.data, training.do_predict, training.seed, **experiment.model.dataset_options()
-        )
+        evaluate = training.do_eval or retrain or training.eval_strategy != "no"
+        options = experiment.model.dataset_options()
+        task = experiment.load_task(experiment.data, training.do_predict, training.seed, evaluate, **options)
     model, prepared = load_model_and_task(experiment.model, merging, task, training)
     stages = [training, retraining.training_arguments(training)] if retrain else [training]
     rehearse(model, prepared, stages, retraining.trainer_class)

@@ -217,7 +217,7 @@ class Run:
             hub_task=self.task.hub_task,
             config=config,
             input_shape=self.input_shape,
-            evaluated_on=len(self.prepared.evaluation[""]),
+            evaluated_on=len(self.prepared.evaluation.get("", ())),
             trained_on=len(self.prepared.train),
             measured=measured,
             budget=self.merging.budget_line,

@@ -3,27 +3,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+import numpy as np
+from datasets import Dataset, DatasetDict, Value
 from transformers import AutoTokenizer, DataCollatorWithPadding, PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, naming
-from experiments.scores import classes, numbers
-from experiments.task import (
-    NOT_THERE,
-    READ_ANEW,
-    PreparedTask,
-    SampleArguments,
-    Source,
-    Task,
-    check_labels,
+from experiments.data_reading import TABLE_FORMATS, ending, read_dataset, read_file
+from experiments.labels import (
+    check_trained,
+    has_labels,
+    label_ids,
+    label_names,
     listed,
-    take_split,
+    refuse_missing,
+    spelling,
+    with_label_ids,
+    with_numbers,
 )
+from experiments.scores import classes, numbers
+from experiments.task import PreparedTask, SampleArguments, Source, Task, evaluated_split, take_split
 
 GLUE_DATASET = "nyu-mll/glue"
 SENTENCES = {
@@ -34,10 +37,10 @@ SENTENCES = {
 MAIN_METRIC = {"cola": "matthews_correlation", "stsb": "pearson"}
 # MNLI is evaluated on sentences of the training set's genres and, with results that end in _mm, of others.
 SPLITS = {"mnli": {"": "_matched", "_mm": "_mismatched"}}
-FILE_FORMATS = ("csv", "json", "parquet")
+# The class that F1 is about, by task; GLUE has it last.
+POSITIVE = {"mrpc": "equivalent", "qqp": "duplicate"}
+REGRESSION = "stsb"
 LABEL = "label"
-# What test splits have in place of labels that are kept back: GLUE's, and files without the column beside others.
-NO_LABEL = (-1, None)
 
 
 @dataclass
@@ -45,7 +48,7 @@ class GlueDataArguments(SampleArguments):
     """Which sentences."""
 
     _argument_group_name: ClassVar[str] = "sentences"
-    file_formats: ClassVar[tuple[str, ...]] = FILE_FORMATS
+    file_formats: ClassVar[tuple[str, ...]] = TABLE_FORMATS
 
     task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(sorted(SENTENCES))}."})
     dataset_name: str | None = field(
@@ -59,8 +62,8 @@ class GlueDataArguments(SampleArguments):
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": f"Own data ({', '.join(FILE_FORMATS)}): a column 'label' (a number with a point: regression) and "
-            "'sentence1', 'sentence2', or else the first two other columns, or the only one."
+            "help": f"Own data ({', '.join(TABLE_FORMATS)}): a column 'label' (a number with a point: regression) and "
+            "'sentence1', 'sentence2', or else the first two other columns of text, or the only one."
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
@@ -85,7 +88,7 @@ class GlueDataArguments(SampleArguments):
             path = getattr(self, name)
             if path is None:
                 continue
-            if Path(path).suffix.removeprefix(".") not in self.file_formats:
+            if ending(path) not in self.file_formats:
                 raise BadInput(f"--{name} {path}: allowed are files that end in .{', .'.join(self.file_formats)}")
             if not Path(path).is_file():
                 raise BadInput(f"--{name} {path}: there is no such file")
@@ -120,7 +123,7 @@ class GlueTask(Task):
         """The tokenizer; with no name, the published language model's, whose tokens are bytes."""
         if name is None:
             return PerceiverTokenizer()
-        with naming(f"--tokenizer_name {name}", OSError, ValueError):
+        with naming(f"--tokenizer_name {name}", Exception):
             return AutoTokenizer.from_pretrained(name, **download)
 
     def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
@@ -128,7 +131,10 @@ class GlueTask(Task):
         config.vocab_size = len(processing_class)
 
     def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
-        """Tokens and labels, padded to the longest of each batch unless the arguments say otherwise."""
+        """Tokens and labels, padded to the longest of each batch unless the arguments say otherwise.
+
+        The tokenizer learns how many positions the model has, so that what is saved cuts to them.
+        """
         tokenizer = processing_class
         if len(tokenizer) > config.vocab_size:
             raise BadInput(
@@ -139,16 +145,26 @@ class GlueTask(Task):
         length = self.arguments.max_seq_length or positions
         if length > positions:
             raise BadInput(f"--max_seq_length {length}: allowed are 1 to {positions}, the positions of the model")
+        if tokenizer.pad_token is None:
+            raise BadInput("--tokenizer_name: has no token to pad with; allowed is a tokenizer with a pad_token")
+        special = tokenizer.num_special_tokens_to_add(pair=len(self.sentence_columns) > 1)
+        if length <= special:
+            raise BadInput(
+                f"--max_seq_length {length}: allowed are {special + 1} to {positions}, since {special} tokens are "
+                "around the text"
+            )
+        tokenizer.model_max_length = positions
         padding = "max_length" if self.arguments.pad_to_max_length else False
-        # The checkpoint's order of the same labels, which may be another one.
-        label_ids = [config.label2id[label] for label in self.labels]
+        ids = label_ids(config, self.labels) if self.labels else []
 
         def tokenize(batch: dict[str, list]) -> dict[str, list]:
             sentences = [batch[column] for column in self.sentence_columns]
-            tokens = tokenizer(*sentences, truncation=True, max_length=length, padding=padding)
+            tokens = tokenizer(
+                *sentences, truncation=True, max_length=length, padding=padding, return_attention_mask=True
+            )
             columns = {name: tokens[name] for name in ("input_ids", "attention_mask")}
             if LABEL in batch:
-                columns["labels"] = [label_ids[label] if label_ids else float(label) for label in batch[LABEL]]
+                columns["labels"] = [ids[label] if ids else float(label) for label in batch[LABEL]]
             return columns
 
         def tokens(dataset: Dataset, description: str) -> Dataset:
@@ -168,119 +184,169 @@ class GlueTask(Task):
             collate=DataCollatorWithPadding(tokenizer),
             predicted=classes if self.labels else numbers,
             kind=self.arguments.task_name or ("classification" if self.labels else "regression"),
+            labels=self.labels,
+            label_ids=ids,
         )
 
 
-def load_glue_task(arguments: GlueDataArguments, predict: bool, seed: int, **download: Any) -> GlueTask:
+def load_glue_task(
+    arguments: GlueDataArguments, predict: bool, seed: int, evaluate: bool = True, **download: Any
+) -> GlueTask:
     """Load the sentences that the arguments mean.
 
     Args:
         arguments: which sentences.
         predict: whether the test split is needed too.
         seed: of the order in which training examples are cut off by `max_train_samples`.
+        evaluate: whether anything is evaluated; if not, there may be nothing to evaluate on.
         download: `cache_dir` and `token` for `datasets.load_dataset`.
 
     Raises:
-        BadInput: for a dataset, split or column that is not there, an empty split, or labels that are not among those
-            of the training split.
+        BadInput: for a dataset, split or column that is not there, an empty split, text or labels that are missing or
+            no text and no labels, or labels that are not among those of the training split.
     """
     splits, source = _load_splits(arguments, predict, download)
     suffixes = SPLITS.get(arguments.task_name or "", {"": ""})
-    names = {
-        "train": ["train"],
-        "validation": [f"validation{ending}" for ending in suffixes.values()],
-        "test": [f"test{ending}" for ending in suffixes.values()] if predict else [],
-    }
-    counts = {"train": None, "validation": arguments.max_eval_samples, "test": arguments.max_predict_samples}
-    taken = {
-        name: take_split(splits, name, source.argument, counts[role]) for role, roles in names.items() for name in roles
-    }
-    sentence_columns = _sentence_columns(arguments, taken["train"], source.argument)
-    labels = _labels(taken["train"], source.argument)
-    for name, split in taken.items():
-        needed = set(sentence_columns) | (set() if name in names["test"] else {LABEL})
-        if missing := needed - set(split.column_names):
-            raise BadInput(f"{source.argument}: split '{name}' has no column {listed(missing)}")
-        where = f"{source.argument}: split '{name}'"
-        taken[name] = _with_labels(split, labels, name in names["test"], where, splits["train"])
-    train = taken["train"]
-    if arguments.max_train_samples is not None:
-        train = train.shuffle(seed=seed).select(range(min(arguments.max_train_samples, len(train))))
-    return GlueTask(
+    evaluated = {suffix: f"validation{end}" for suffix, end in suffixes.items()}
+    if arguments.task_name is None:
+        labelled = lambda split: has_labels(split, LABEL)  # noqa: E731
+        if evaluate or "validation" in splits:
+            evaluated = {"": evaluated_split(splits, source.argument, labelled)}
+            source = replace(source, split=evaluated[""])
+        else:
+            evaluated = {}
+    predicted = {suffix: f"test{end}" for suffix, end in suffixes.items()} if predict else {}
+
+    train = take_split(splits, "train", source.argument, None)
+    sentence_columns = _sentence_columns(arguments, train, source.argument)
+    labels = _labels(arguments, train, source.argument)
+
+    def taken(name: str, count: int | None, may_lack: bool = False) -> Dataset:
+        split, where = take_split(splits, name, source.argument, count), f"{source.argument}: split '{name}'"
+        _check_sentences(split, sentence_columns, where)
+        if may_lack and not has_labels(split, LABEL):
+            return split.remove_columns(LABEL) if LABEL in split.features else split
+        if LABEL not in split.features:
+            raise BadInput(f"{where} has no column '{LABEL}'")
+        if not labels:
+            return with_numbers(split, LABEL, where)
+        split = with_label_ids(split, LABEL, labels, where)
+        check_trained(split, train, LABEL, where)
+        return split
+
+    where = f"{source.argument}: split 'train'"
+    _check_sentences(train, sentence_columns, where)
+    train = with_label_ids(train, LABEL, labels, where) if labels else with_numbers(train, LABEL, where)
+    task = GlueTask(
         source=source,
         labels=labels,
         train=train,
-        evaluation={suffix: taken[f"validation{ending}"] for suffix, ending in suffixes.items()},
-        prediction={suffix: taken[f"test{ending}"] for suffix, ending in suffixes.items()} if predict else {},
+        evaluation={suffix: taken(name, arguments.max_eval_samples) for suffix, name in evaluated.items()},
+        prediction={suffix: taken(name, arguments.max_predict_samples, True) for suffix, name in predicted.items()},
         main_metric=MAIN_METRIC.get(arguments.task_name or "", "accuracy" if labels else "pearson"),
         arguments=arguments,
         sentence_columns=sentence_columns,
     )
+    if arguments.max_train_samples is not None:
+        task.train = train.shuffle(seed=seed).select(range(min(arguments.max_train_samples, len(train))))
+    return task
 
 
 def _load_splits(arguments: GlueDataArguments, predict: bool, download: dict[str, Any]) -> tuple[DatasetDict, Source]:
     task, dataset = arguments.task_name, arguments.dataset_name
-    if arguments.overwrite_cache:
-        # datasets knows a folder with several configurations by its name alone, whatever has changed in it.
-        download = download | READ_ANEW
     if task is not None:
         # A folder that stands in for GLUE holds what the Hub does.
         argument = f"--task_name {task}" if dataset is None else f"--dataset_name {dataset}"
         source = Source(argument, GLUE_DATASET, True, task, f"validation{SPLITS.get(task, {'': ''})['']}")
-        with naming(argument, *NOT_THERE):
-            return load_dataset(dataset or GLUE_DATASET, task, **download), source
+        return read_dataset(argument, dataset or GLUE_DATASET, task, arguments.overwrite_cache, **download), source
     if dataset is not None:
         source = Source.of_dataset(dataset, arguments.dataset_config_name, "validation")
-        with naming(source.argument, *NOT_THERE):
-            return load_dataset(dataset, arguments.dataset_config_name, **download), source
-    paths = {"train": arguments.train_file, "validation": arguments.validation_file}
-    if predict:
-        paths["test"] = arguments.test_file
-    files = {split: path for split, path in paths.items() if path is not None}
-    if missing := set(paths) - set(files):
+        config = arguments.dataset_config_name
+        return read_dataset(source.argument, dataset, config, arguments.overwrite_cache, **download), source
+    paths = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
+    needed = {"train"} | ({"test"} if predict else set())
+    if arguments.validation_file is None and arguments.test_file is None:
+        needed.add("validation")
+    if missing := sorted(name for name in needed if paths[name] is None):
         raise BadInput(
-            f"--{min(missing)}_file: not given; allowed are --task_name, --dataset_name, or files of one's own for "
-            "every split (a test file only with --do_predict)"
+            f"--{missing[0]}_file: not given; allowed are --task_name, --dataset_name, or files of one's own to train "
+            "on and to evaluate on (a test file for --do_predict)"
         )
-    formats = {Path(path).suffix.removeprefix(".") for path in files.values()}
-    source = Source(f"--train_file {files['train']}", Path(files["train"]).stem)
-    if len(formats) > 1:
-        raise BadInput(f"{source.argument}: allowed are files of one format, here {listed(formats)}")
-    with naming(source.argument, *NOT_THERE):
-        return load_dataset(formats.pop(), data_files=files, **download), source
+    source = Source(f"--train_file {arguments.train_file}", Path(str(arguments.train_file)).stem)
+    if not predict and arguments.validation_file is not None:
+        del paths["test"]
+    return DatasetDict(
+        {
+            name: read_file(f"--{name}_file {path}", path, arguments.overwrite_cache, **download)
+            for name, path in paths.items()
+            if path is not None
+        }
+    ), source
+
+
+def _is_text(dataset: Dataset, column: str) -> bool:
+    feature = dataset.features[column]
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def _sentence_columns(arguments: GlueDataArguments, train: Dataset, argument: str) -> tuple[str, ...]:
     if arguments.task_name is not None:
         return SENTENCES[arguments.task_name]
     others = [name for name in train.column_names if name not in (LABEL, "idx")]
-    if not others:
-        raise BadInput(f"{argument}: has no column with sentences beside {listed(train.column_names)}")
     if {"sentence1", "sentence2"} <= set(others):
         return ("sentence1", "sentence2")
-    return tuple(others[:2])
+    # A number beside the text, such as an identity, is none of it.
+    columns = [name for name in others if _is_text(train, name)]
+    if not columns:
+        raise BadInput(
+            f"{argument}: has no column with sentences; allowed is one of text, here {listed(train.features)}"
+        )
+    return tuple(columns[:2])
 
 
-def _labels(train: Dataset, argument: str) -> list[str]:
-    """Names of the classes; none where labels are numbers with a point."""
+def _check_sentences(split: Dataset, columns: tuple[str, ...], where: str) -> None:
+    """Check that there is text for each example, which may be of no letters."""
+    if missing := set(columns) - set(split.column_names):
+        raise BadInput(f"{where} has no column {listed(missing)}")
+    for column in columns:
+        if not _is_text(split, column):
+            feature = split.features[column]
+            kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+            raise BadInput(f"{where}: column '{column}' holds {kind}; allowed is text")
+        missing_rows = [index for index, value in enumerate(split[column]) if value is None]
+        refuse_missing(missing_rows, len(split), column, where)
+
+
+def _labels(arguments: GlueDataArguments, train: Dataset, argument: str) -> list[str]:
+    """Names of the classes, in the order in which they are scored; none where labels are numbers."""
     if LABEL not in train.features:
         raise BadInput(f"{argument}: has no column '{LABEL}', only {listed(train.column_names)}")
-    feature = train.features[LABEL]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    if feature.dtype.startswith("float"):
+    task = arguments.task_name
+    if task == REGRESSION:
         return []
-    return [str(label) for label in sorted(train.unique(LABEL))]
+    labels = label_names(train, LABEL, argument)
+    if labels is None:
+        values = np.unique(np.array([value for value in train.unique(LABEL) if value is not None], dtype=float))
+        if task is not None or len(values) <= 2 and np.array_equal(values, np.round(values)):
+            raise BadInput(
+                f"{argument}: column '{LABEL}' holds numbers with a point, {listed(values)}; allowed are classes by "
+                "name or as integers (with a point they are numbers to predict)"
+            )
+        return []
+    if len(labels) < 2:
+        raise BadInput(f"{argument}: column '{LABEL}' has the class {listed(labels)} alone; allowed are two or more")
+    if task in POSITIVE:
+        return _positive_last(labels, POSITIVE[task], argument)
+    return labels
 
 
-def _with_labels(split: Dataset, labels: list[str], may_lack: bool, where: str, train: Dataset) -> Dataset:
-    """The split with its labels as places in `labels`, or without any where they are kept back."""
-    if may_lack and (LABEL not in split.features or set(split.unique(LABEL)) <= set(NO_LABEL)):
-        return split.remove_columns(LABEL) if LABEL in split.features else split
-    if not labels:
-        with naming(f"{where}, column '{LABEL}'", ValueError, TypeError):
-            return split.cast_column(LABEL, Value("float32"))
-    check_labels(split, train, LABEL, labels, where)
-    if isinstance(split.features[LABEL], ClassLabel):
-        return split
-    return split.cast_column(LABEL, Value("string")).cast_column(LABEL, ClassLabel(names=labels))
+def _positive_last(labels: list[str], positive: str, argument: str) -> list[str]:
+    """The two classes as GLUE has them, whatever their order in the data."""
+    by_spelling = {spelling(label): label for label in labels}
+    for known in ((f"not_{positive}", positive), ("0", "1")):
+        if set(by_spelling) == set(known) and len(labels) == 2:
+            return [by_spelling[name] for name in known]
+    raise BadInput(
+        f"{argument}: has the classes {listed(labels)}; allowed are 'not_{positive}' and '{positive}', or 0 and 1, "
+        "since F1 is about one of them"
+    )

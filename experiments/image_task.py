@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from datasets.features import Image
+from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import Image as ImageFeature
 from transformers import AutoImageProcessor, PerceiverImageProcessorPil
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.augmentation import Augmentation, AugmentedImages, NextEpoch
 from experiments.bad_input import BadInput, naming
+from experiments.data_reading import read_dataset
+from experiments.image_reading import AS_STORED, IMAGE, LABEL, check_images, image_folder, read_image
+from experiments.labels import check_trained, has_labels, label_ids, listed, with_label_ids
 from experiments.scores import classes
-from experiments.task import NOT_THERE, Batch, PreparedTask, SampleArguments, Source, Task, check_labels, take_split
+from experiments.task import Batch, PreparedTask, SampleArguments, Source, Task, evaluated_split, take_split
 
-# Where evaluation happens if the dataset has no split of the first name.
-EVALUATION_SPLITS = ("validation", "test")
 MODEL_CLASSES = tuple(
     f"ToMePerceiverForImageClassification{inputs}" for inputs in ("ConvProcessing", "Fourier", "Learned")
 )
@@ -40,7 +41,7 @@ class ImageDataArguments(SampleArguments):
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images for each class."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
-    test_dir: str | None = field(default=None, metadata={"help": "The same, to predict."})
+    test_dir: str | None = field(default=None, metadata={"help": "The same, or a folder of images, to predict."})
     train_val_split: float = field(
         default=0.15,
         metadata={"help": "Share of the training images to evaluate on, if there is no validation or test split."},
@@ -77,7 +78,7 @@ class ImageDataArguments(SampleArguments):
 
 @dataclass
 class ImageTask(Task):
-    """Images, in the column `image`, and a class for each, in the column `label`."""
+    """Images as they are stored, in the column `image`, and a class for each, in the column `label`."""
 
     augmentation: Augmentation
 
@@ -105,33 +106,37 @@ class ImageTask(Task):
                 image_mean=[0.5, 0.5, 0.5],
                 image_std=[0.5, 0.5, 0.5],
             )
-        with naming(f"--image_processor_name {name}", OSError, ValueError):
+        with naming(f"--image_processor_name {name}", Exception):
             return AutoImageProcessor.from_pretrained(name, **download)
 
     def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
         """Nothing: it is the image processor that follows the config."""
 
     def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
-        """`pixel_values` (3, height, width) and `labels`, made on access; greyscale as RGB."""
-        # The checkpoint's order of the same labels, which may be another one.
-        label_ids = [config.label2id[label] for label in self.labels]
+        """`pixel_values` (3, height, width) and `labels`, made on access."""
+        ids = label_ids(config, self.labels)
 
         def process(batch: dict[str, list]) -> dict[str, Any]:
-            images = [image.convert("RGB") for image in batch["image"]]
-            columns = {"pixel_values": processing_class(images, return_tensors="pt")["pixel_values"]}
-            if "label" in batch:
-                columns["labels"] = [label_ids[label] for label in batch["label"]]
+            columns = {"pixel_values": processing_class(batch[IMAGE], return_tensors="pt")["pixel_values"]}
+            if LABEL in batch:
+                columns["labels"] = [ids[label] for label in batch[LABEL]]
             return columns
 
+        def read_and_process(batch: dict[str, list]) -> dict[str, Any]:
+            return process(batch | {IMAGE: [read_image(stored, "without a name") for stored in batch[IMAGE]]})
+
+        _check_processed(self, config, processing_class)
         train = AugmentedImages(self.train, self.augmentation, process, seed)
         return PreparedTask(
             train=train,
-            evaluation={suffix: split.with_transform(process) for suffix, split in self.evaluation.items()},
-            prediction={suffix: split.with_transform(process) for suffix, split in self.prediction.items()},
+            evaluation={suffix: split.with_transform(read_and_process) for suffix, split in self.evaluation.items()},
+            prediction={suffix: split.with_transform(read_and_process) for suffix, split in self.prediction.items()},
             processing_class=processing_class,
             collate=collate_images,
             predicted=classes,
             kind="classification",
+            labels=self.labels,
+            label_ids=ids,
             callbacks=[NextEpoch(train)],
         )
 
@@ -144,48 +149,86 @@ def collate_images(examples: list[dict[str, Any]]) -> Batch:
     return batch
 
 
-def load_image_task(arguments: ImageDataArguments, predict: bool, seed: int, **download: Any) -> ImageTask:
+def _check_processed(task: ImageTask, config: ToMePerceiverConfig, processing_class: Any) -> None:
+    """Check on the first image that the image processor makes what the model takes."""
+    image = read_image(task.train[0][IMAGE], "0 of split 'train'")
+    with naming("--image_processor_name", Exception):
+        shape = tuple(processing_class([image], return_tensors="pt")["pixel_values"].shape)
+        side = config.image_size
+        if len(shape) != 4 or shape[1] != 3:
+            raise ValueError(f"makes pixel_values of shape {shape}; allowed is (images, 3, height, width)")
+        # Positions that are learned are those of one size.
+        if "Learned" in task.model_class_name(config) and shape[2:] != (side, side):
+            raise ValueError(f"makes images of {shape[2]} x {shape[3]}; allowed is image_size = {side} of the model")
+
+
+def load_image_task(
+    arguments: ImageDataArguments, predict: bool, seed: int, evaluate: bool = True, **download: Any
+) -> ImageTask:
     """Load the images that the arguments mean.
 
     Args:
         arguments: which images.
         predict: whether the test split is needed too.
         seed: for a validation split made here and for `max_train_samples`.
+        evaluate: whether anything is evaluated; there always is something.
         download: `cache_dir` and `token` for `datasets.load_dataset`.
 
     Raises:
-        BadInput: for a dataset, split or column that is not there, an empty split, or labels that training has not.
+        BadInput: for a dataset, split or column that is not there, an empty split, labels that are missing or that
+            training has not, or an image that cannot be read.
     """
     splits, argument = _load_splits(arguments, download)
     train = take_split(splits, "train", argument, None)
-    evaluation_split = next((name for name in EVALUATION_SPLITS if name in splits), None)
-    if evaluation_split is None:
-        splits = splits["train"].train_test_split(arguments.train_val_split, seed=seed)
-        train, evaluation_split = splits["train"], "test"
-    image_column = _column(train, Image, "image_column_name", arguments.image_column_name)
+    image_column = _column(train, ImageFeature, "image_column_name", arguments.image_column_name)
     label_column = _column(train, ClassLabel, "label_column_name", arguments.label_column_name)
     labels = list(train.features[label_column].names)
+    if len(labels) < 2:
+        raise BadInput(f"{argument}: has the class {listed(labels)} alone; allowed are two or more")
 
-    def columns(name: str, count: int | None) -> Dataset:
-        split = take_split(splits, name, argument, count)
-        wanted = {image_column: "image", label_column: "label"}
-        if missing := set(wanted) - set(split.column_names):
-            raise BadInput(f"{argument}: split '{name}' has no column '{missing.pop()}'")
-        return split.select_columns(list(wanted)).rename_columns(
+    def columns(split: Dataset, where: str, may_lack: bool = False) -> Dataset:
+        if image_column not in split.column_names:
+            raise BadInput(f"{where} has no column '{image_column}'")
+        wanted = {image_column: IMAGE}
+        if has_labels(split, label_column) or not may_lack:
+            wanted[label_column] = LABEL
+            if label_column not in split.column_names:
+                raise BadInput(f"{where} has no column '{label_column}'")
+        split = split.select_columns(list(wanted)).rename_columns(
             {old: new for old, new in wanted.items() if old != new}
         )
+        split = split.cast_column(IMAGE, AS_STORED)
+        if LABEL in split.column_names:
+            split = with_label_ids(split, LABEL, labels, where)
+        return split
 
-    train = columns("train", None)
-    evaluation = columns(evaluation_split, arguments.max_eval_samples)
-    prediction = {"": columns("test", arguments.max_predict_samples)} if predict else {}
-    for name, split in {evaluation_split: evaluation, "test": prediction.get("", evaluation)}.items():
-        check_labels(split, train, "label", labels, f"{argument}: split '{name}'")
+    train = columns(train, f"{argument}: split 'train'")
+    if "validation" in splits or ("test" in splits and has_labels(splits["test"], label_column)):
+        name = evaluated_split(splits, argument, lambda split: has_labels(split, label_column))
+        where = f"{argument}: split '{name}'"
+        evaluation = columns(take_split(splits, name, argument, arguments.max_eval_samples), where)
+    else:
+        name, where = "test", f"{argument}: the images of --train_val_split {arguments.train_val_split}"
+        with naming(f"--train_val_split {arguments.train_val_split}", ValueError):
+            parts = train.train_test_split(arguments.train_val_split, seed=seed)
+        train = parts["train"]
+        evaluation = take_split(parts, "test", argument, arguments.max_eval_samples)
+    check_trained(evaluation, train, LABEL, where)
+    prediction = {}
+    if predict:
+        where = f"{argument}: split 'test'"
+        split = take_split(splits, "test", argument, arguments.max_predict_samples)
+        prediction[""] = columns(split, where, may_lack=True)
+        if LABEL in prediction[""].column_names:
+            check_trained(prediction[""], train, LABEL, where)
     train = train.shuffle(seed=seed)
     if arguments.max_train_samples is not None:
         train = train.select(range(min(arguments.max_train_samples, len(train))))
+    for part, split in {"train": train, name: evaluation, "test": prediction.get("", evaluation)}.items():
+        check_images(split, f"{argument}: split '{part}'")
     dataset = arguments.dataset_name or str(arguments.train_dir)
     return ImageTask(
-        source=Source.of_dataset(dataset, arguments.dataset_config_name, evaluation_split),
+        source=Source.of_dataset(dataset, arguments.dataset_config_name, name),
         labels=labels,
         train=train,
         evaluation={"": evaluation},
@@ -198,15 +241,18 @@ def load_image_task(arguments: ImageDataArguments, predict: bool, seed: int, **d
 def _load_splits(arguments: ImageDataArguments, download: dict[str, Any]) -> tuple[DatasetDict, str]:
     if arguments.dataset_name is not None:
         argument = f"--dataset_name {arguments.dataset_name}"
-        with naming(argument, *NOT_THERE):
-            return load_dataset(arguments.dataset_name, arguments.dataset_config_name, **download), argument
+        return read_dataset(
+            argument, arguments.dataset_name, arguments.dataset_config_name, anew=False, **download
+        ), argument
     if arguments.train_dir is None:
         raise BadInput("--dataset_name: not given; allowed is a Hub id or a folder (or --train_dir FOLDER)")
     folders = {"train": arguments.train_dir, "validation": arguments.validation_dir, "test": arguments.test_dir}
-    files = {split: f"{folder}/**" for split, folder in folders.items() if folder is not None}
-    argument = f"--train_dir {arguments.train_dir}"
-    with naming(argument, *NOT_THERE):
-        return load_dataset("imagefolder", data_files=files, **download), argument
+    splits = {
+        name: image_folder(f"--{name}_dir {folder}", folder, unlabelled=name == "test")
+        for name, folder in folders.items()
+        if folder is not None
+    }
+    return DatasetDict(splits), f"--train_dir {arguments.train_dir}"
 
 
 def _column(dataset: Dataset, kind: type, argument: str, name: str | None) -> str:

@@ -13,22 +13,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset, Value, load_dataset
+from datasets import Dataset, Value
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification
 
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.bad_input import BadInput, naming
-from experiments.glue_task import FILE_FORMATS, LABEL, GlueDataArguments, GlueTask
+from experiments.bad_input import BadInput
+from experiments.data_reading import TEXT_FORMATS, read_dataset, read_file
+from experiments.glue_task import LABEL, GlueDataArguments, GlueTask
+from experiments.labels import listed
 from experiments.scores import NOT_ASKED
-from experiments.task import NOT_THERE, READ_ANEW, Batch, PreparedTask, Source, listed
+from experiments.task import Batch, PreparedTask, Source
 
 MODEL_CLASS = "ToMePerceiverForMaskedLM"
 SENTENCE = "sentence"
 TRAIN, VALIDATION = "train", "validation"
-# Of `datasets`, for files whose name ends otherwise.
-BUILDERS = {"txt": "text"}
 # Of the order of evaluated sentences and of what is hidden in them: the same for all models that are compared, whatever
 # they were trained with.
 EVALUATION_SEED = 0
@@ -39,7 +39,7 @@ class MlmDataArguments(GlueDataArguments):
     """Which sentences, and how many of their tokens are hidden."""
 
     _argument_group_name: ClassVar[str] = "sentences"
-    file_formats: ClassVar[tuple[str, ...]] = (*FILE_FORMATS, *BUILDERS)
+    file_formats: ClassVar[tuple[str, ...]] = TEXT_FORMATS
 
     dataset_config_name: str | None = field(
         default=None,
@@ -186,7 +186,9 @@ def likeliest_tokens(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def load_mlm_task(arguments: MlmDataArguments, predict: bool, seed: int, **download: Any) -> MlmTask:
+def load_mlm_task(
+    arguments: MlmDataArguments, predict: bool, seed: int, evaluate: bool = True, **download: Any
+) -> MlmTask:
     """Load the sentences that the arguments mean, of several configurations as one.
 
     What is evaluated is dropped from training, and sentences that differ by case and punctuation alone are one.
@@ -195,6 +197,7 @@ def load_mlm_task(arguments: MlmDataArguments, predict: bool, seed: int, **downl
         arguments: which sentences.
         predict: whether predictions are asked for; there are none.
         seed: of the order in which training sentences are cut off by `max_train_samples`.
+        evaluate: whether anything is evaluated; there always is something.
         download: `cache_dir` and `token` for `datasets.load_dataset`.
 
     Raises:
@@ -227,15 +230,12 @@ def load_mlm_task(arguments: MlmDataArguments, predict: bool, seed: int, **downl
 
 def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple[dict[str, list[Dataset]], Source]:
     """The splits to train on and those to evaluate on, which may be none."""
-    if arguments.overwrite_cache:
-        download = download | READ_ANEW
-    configs = arguments.dataset_config_name
+    configs, anew = arguments.dataset_config_name, arguments.overwrite_cache
     pools: dict[str, list[Dataset]] = {TRAIN: [], VALIDATION: []}
     if arguments.dataset_name is not None:
         source = Source.of_dataset(arguments.dataset_name, configs, VALIDATION)
         for config in [None] if configs is None else configs.split(","):
-            with naming(source.argument, *NOT_THERE):
-                splits = load_dataset(arguments.dataset_name, config, **download)
+            splits = read_dataset(source.argument, arguments.dataset_name, config, anew, **download)
             if TRAIN not in splits:
                 raise BadInput(f"{source.argument}: has no split '{TRAIN}', only {listed(splits)}")
             for role, pool in pools.items():
@@ -247,11 +247,7 @@ def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple
     source = Source(f"--train_file {arguments.train_file}", Path(arguments.train_file).stem)
     for role, path in ((TRAIN, arguments.train_file), (VALIDATION, arguments.validation_file)):
         if path is not None:
-            ending = Path(path).suffix.removeprefix(".")
-            with naming(f"--{role}_file {path}", *NOT_THERE):
-                # Whatever is in a single file, `datasets` calls it "train".
-                split = load_dataset(BUILDERS.get(ending, ending), data_files=path, split="train", **download)
-            pools[role].append(split)
+            pools[role].append(read_file(f"--{role}_file {path}", path, anew, **download))
     return pools, source
 
 

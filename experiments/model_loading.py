@@ -4,16 +4,25 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 import modeling_tome_perceiver as modeling
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, naming
+from experiments.labels import checkpoint_labels, listed, matched, warn_of_order
 from experiments.model_arguments import ModelArguments, apply_merging
 from experiments.task import PreparedTask, Task
+
+logger = logging.getLogger(__name__)
+
+# Names of weights that belong to a head, and what a checkpoint may lack: old ones have no count of batches.
+HEADS = ("perceiver.decoder.", "embedding_decoder.")
+UNIMPORTANT = "num_batches_tracked"
 
 
 def load_model_and_task(
@@ -69,13 +78,51 @@ def load_model(
     model_class = getattr(modeling, task.model_class_name(config))
     if arguments.model_name_or_path is None:
         return model_class(config)
-    with naming(f"--model_name_or_path {arguments.model_name_or_path}", OSError, RuntimeError):
-        return model_class.from_pretrained(
+    with naming(f"--model_name_or_path {arguments.model_name_or_path}", Exception):
+        model, loaded = model_class.from_pretrained(
             arguments.model_name_or_path,
             config=config,
             ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
+            output_loading_info=True,
             **arguments.download_options(),
         )
+    start = requested_config(arguments)
+    same_head = model_class.__name__.removeprefix("ToMe") in str(start.architectures)
+    _check_loaded(arguments, loaded, new_head=arguments.ignore_mismatched_sizes or not same_head)
+    if task.classifies and _is_classifier(start) and _misfit(start, task) is not None:
+        _start_head_anew(model)
+    return model
+
+
+def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], new_head: bool) -> None:
+    """Check that nothing but a head began at random, and that nothing of the trunk was left out: transformers only warns
+    of it."""
+    for what, names in (
+        ("lack", loaded["missing_keys"]),
+        ("have, beyond what the config has room for,", loaded["unexpected_keys"]),
+        ("have of another shape than the config", [entry[0] for entry in loaded["mismatched_keys"]]),
+    ):
+        wrong = sorted(
+            name for name in names if not (new_head and name.startswith(HEADS) or name.endswith(UNIMPORTANT))
+        )
+        if wrong:
+            raise BadInput(
+                f"--model_name_or_path {arguments.model_name_or_path}: its weights {what} {wrong[0]}"
+                + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+                + "; allowed are weights that are whole and those of its config"
+            )
+
+
+def _is_classifier(config: ToMePerceiverConfig) -> bool:
+    return "Classification" in str(config.architectures)
+
+
+@torch.no_grad()
+def _start_head_anew(model: modeling.ToMePerceiverPreTrainedModel) -> None:
+    """Draw what a class has of its own, as transformers does where the number of classes is another."""
+    layer = model.base_model.decoder.decoder.final_layer
+    layer.weight.normal_(0.0, model.config.initializer_range)
+    layer.bias.zero_()
 
 
 def load_config(arguments: ModelArguments, merging: dict[str, Any], task: Task) -> ToMePerceiverConfig:
@@ -84,8 +131,8 @@ def load_config(arguments: ModelArguments, merging: dict[str, Any], task: Task) 
     Args:
         arguments: a checkpoint, or a config for a model from scratch.
         merging: fields of the config, as `MergeArguments.config_fields` gives them.
-        task: whose labels the model is to tell apart; a classifier of another number of labels needs
-            `--ignore_mismatched_sizes`.
+        task: whose labels the model is to tell apart; a classifier of other labels needs
+            `--ignore_mismatched_sizes`, and starts with a new head.
 
     Raises:
         BadInput: for a checkpoint or file that is not there, is no config, is for another task, or cannot mean that
@@ -100,21 +147,46 @@ def load_config(arguments: ModelArguments, merging: dict[str, Any], task: Task) 
 
 
 def _take_labels(config: ToMePerceiverConfig, arguments: ModelArguments, task: Task) -> None:
-    is_classifier = arguments.model_name_or_path is not None and "Classification" in str(config.architectures)
-    num_labels = len(task.labels) or 1
-    if is_classifier and config.num_labels != num_labels and not arguments.ignore_mismatched_sizes:
-        raise BadInput(
-            f"--model_name_or_path {arguments.model_name_or_path}: its head has {config.num_labels} labels and the "
-            f"data {num_labels}; --ignore_mismatched_sizes starts the head anew"
-        )
+    """Give the config the task's labels; a classifier's own names and order of the same labels stay."""
+    named = f"--model_name_or_path {arguments.model_name_or_path}"
+    is_trained = arguments.model_name_or_path is not None and _is_classifier(config)
+    misfit = _misfit(config, task) if is_trained else None
+    if misfit is not None:
+        if not arguments.ignore_mismatched_sizes:
+            raise BadInput(f"{named}: {misfit}; --ignore_mismatched_sizes starts the head anew")
+        logger.warning("%s: %s, so its head starts anew, since --ignore_mismatched_sizes is given", named, misfit)
     if not task.labels:
         config.num_labels, config.problem_type = 1, "regression"
-    else:
-        config.problem_type = "single_label_classification"
-        # A classifier's own order of the same labels stays.
-        if set(config.label2id) != set(task.labels):
-            config.label2id = {name: index for index, name in enumerate(task.labels)}
-            config.id2label = dict(enumerate(task.labels))
+        return
+    names = task.labels
+    if is_trained and misfit is None:
+        names = checkpoint_labels(config)
+        warn_of_order(task.labels, names, named)
+    config.problem_type = "single_label_classification"
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+
+
+def _misfit(config: ToMePerceiverConfig, task: Task) -> str | None:
+    """What a classifier's head has otherwise than the data, if anything."""
+    num_labels = len(task.labels) or 1
+    if config.num_labels != num_labels:
+        return f"its head has {config.num_labels} labels and the data {num_labels}"
+    is_regression = config.problem_type == "regression" or config.problem_type is None and config.num_labels == 1
+    kind = "a number" if is_regression else "several labels" if _is_multi_label(config) else "a class"
+    asked = "a class" if task.labels else "a number"
+    if kind != asked:
+        return f"its head predicts {kind} for an input, problem_type = {config.problem_type}, and the data have {asked}"
+    if task.labels and matched(task.labels, checkpoint_labels(config)) is None:
+        return (
+            f"its head has the labels {listed(checkpoint_labels(config), ordered=True)} and the data "
+            f"{listed(task.labels, ordered=True)}"
+        )
+    return None
+
+
+def _is_multi_label(config: ToMePerceiverConfig) -> bool:
+    return config.problem_type == "multi_label_classification"
 
 
 def requested_config(arguments: ModelArguments) -> ToMePerceiverConfig:
@@ -129,19 +201,27 @@ def requested_config(arguments: ModelArguments) -> ToMePerceiverConfig:
                 raise BadInput(
                     f"--{name} {getattr(arguments, name)}: only for a model from scratch, without --model_name_or_path"
                 )
-        return _read_config("model_name_or_path", arguments.model_name_or_path, arguments)
+        config = _read_config("model_name_or_path", arguments.model_name_or_path, arguments)
+        if _is_classifier(config):
+            with naming(f"--model_name_or_path {arguments.model_name_or_path}", ValueError):
+                config.check_labels()
+        return config
     if arguments.config_name is not None:
         config = _read_config("config_name", arguments.config_name, arguments)
     else:
         config = ToMePerceiverConfig()
     if arguments.config_overrides is not None:
-        with naming(f"--config_overrides {arguments.config_overrides}", ValueError, KeyError):
+        with naming(f"--config_overrides {arguments.config_overrides}", Exception):
             config.update_from_string(arguments.config_overrides)
+            config.check_merging()
     return config
 
 
 def _read_config(argument: str, name: str, arguments: ModelArguments) -> ToMePerceiverConfig:
-    with naming(f"--{argument} {name}", OSError, ValueError):
-        if name.endswith(".json"):
-            return ToMePerceiverConfig.from_dict(json.loads(Path(name).read_text()))
-        return ToMePerceiverConfig.from_pretrained(name, **arguments.download_options())
+    with naming(f"--{argument} {name}", Exception):
+        if not name.endswith(".json"):
+            return ToMePerceiverConfig.from_pretrained(name, **arguments.download_options())
+        fields = json.loads(Path(name).read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"holds a {type(fields).__name__}; allowed is a mapping of a config's fields")
+        return ToMePerceiverConfig.from_dict(fields)

@@ -6,15 +6,15 @@ Letters: B batch.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, DownloadMode, VerificationMode
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, DatasetDict
 from torch import Tensor
 from transformers import EvalPrediction, TrainerCallback
 
@@ -22,11 +22,9 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput
 from experiments.scores import standard_errors
 
+logger = logging.getLogger(__name__)
+
 Batch = dict[str, Tensor]
-NOT_THERE: tuple[type[Exception], ...] = (OSError, ValueError, DatasetsError)
-"""What `datasets` raises of data that are not there or cannot be read."""
-READ_ANEW = {"download_mode": DownloadMode.FORCE_REDOWNLOAD, "verification_mode": VerificationMode.NO_CHECKS}
-"""For `datasets.load_dataset`, which knows a folder with several configurations by its name, whatever has changed."""
 
 
 @dataclass
@@ -78,13 +76,18 @@ class Source:
 class PreparedTask:
     """A task as a model sees it.
 
+    Classes are the model's in batches and logits, and the task's, by their names, in whatever is scored or written.
+
     Attributes:
         train: examples that `collate` takes.
         evaluation, prediction: the same, by the suffix that their results carry: "" and, for MNLI, "_mm".
         processing_class: the tokenizer or image processor that made them.
         collate: from examples to a batch.
-        predicted: from logits to classes or numbers, one for each example, or to a row of tokens for each.
+        predicted: from logits, the task's classes in their order, to a class or number for each example, or to a row of
+            tokens for each.
         kind: how predictions are scored, a key of `experiments.scores.SCORES`.
+        labels: names of the classes, in the order in which they are scored; empty where nothing is classified.
+        label_ids: the model's index of each.
         callbacks: that training needs.
         reduce_logits: from a batch's logits and labels to what `predicted` takes, while the evaluation still runs; for
             logits that would not fit in memory all at once. `None`: they are kept as they are.
@@ -97,6 +100,8 @@ class PreparedTask:
     collate: Callable[[list[dict[str, Any]]], Batch]
     predicted: Callable[[np.ndarray], np.ndarray]
     kind: str
+    labels: list[str] = field(default_factory=list)
+    label_ids: list[int] = field(default_factory=list)
     callbacks: list[TrainerCallback] = field(default_factory=list)
     reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -104,13 +109,28 @@ class PreparedTask:
         """From logits and labels to figures by name, each with its standard error under NAME_stderr."""
         from experiments.glue_metric import GlueMetric  # takes seconds
 
-        predicted, labels = self.predicted(prediction.predictions), prediction.label_ids
+        predicted, asked = self.predictions(prediction.predictions), self.references(prediction.label_ids)
         metric = GlueMetric(config_name=self.kind, keep_in_memory=True)
-        return metric.compute(predictions=predicted, references=labels) | standard_errors(self.kind, predicted, labels)
+        return metric.compute(predictions=predicted, references=asked) | standard_errors(self.kind, predicted, asked)
+
+    def predictions(self, logits: np.ndarray) -> np.ndarray:
+        """From a model's logits to what is scored: for each example a place in `labels`, a number or a row of tokens."""
+        return self.predicted(logits[:, self.label_ids] if self.label_ids else logits)
+
+    def references(self, label_ids: np.ndarray) -> np.ndarray:
+        """The same of a batch's labels."""
+        return np.argsort(self.label_ids)[label_ids] if self.label_ids else label_ids
+
+    def written(self, predictions: np.ndarray) -> list[str]:
+        """Predictions as people read them: the names of classes, or numbers."""
+        return [self.labels[value] if self.labels else f"{value:.3f}" for value in predictions.tolist()]
 
     def batch(self, size: int) -> Batch:
-        """The first `size` evaluated inputs, fewer if there are no more, without their labels."""
-        dataset = self.evaluation[""]
+        """The first `size` evaluated inputs, fewer if there are no more, without their labels.
+
+        Where nothing is evaluated, those to predict or to train on.
+        """
+        dataset = next(iter((self.evaluation or self.prediction).values()), self.train)
         batch = dict(self.collate([dataset[index] for index in range(min(size, len(dataset)))]))
         batch.pop("labels", None)
         return batch
@@ -122,7 +142,8 @@ class Task(ABC):
 
     Attributes:
         source: where it is from.
-        labels: names of the classes; empty for regression, and where nothing is classified.
+        labels: names of the classes, in the order in which they are scored; empty for regression, and where nothing is
+            classified.
         train, evaluation, prediction: examples, as in `PreparedTask`.
         main_metric: the figure that tables and pictures show.
     """
@@ -186,33 +207,23 @@ def take_split(splits: DatasetDict, name: str, argument: str, count: int | None)
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
-def check_labels(split: Dataset, train: Dataset, column: str, labels: list[str], where: str) -> None:
-    """Check that training has all the labels of a split.
+def evaluated_split(splits: DatasetDict, argument: str, labelled: Callable[[Dataset], bool]) -> str:
+    """What there is to evaluate on: "validation", or else "test" if that has labels.
 
     Args:
-        split, train: with the labels in `column`, as names, or as places in the names of a `ClassLabel`.
-        column: their name.
-        labels: names of the classes.
-        where: what the split is, for the message.
+        splits: all there are.
+        argument: that chose the data, with its value.
+        labelled: whether a split has labels.
 
     Raises:
-        BadInput: naming the labels that training has not.
+        BadInput: if there is neither.
     """
-    seen = _label_names(train, column) & set(labels)
-    if unseen := _label_names(split, column) - seen:
-        raise BadInput(f"{where} has the labels {listed(unseen)}; allowed are those of training, {listed(seen)}")
-
-
-def listed(names: Iterable[object]) -> str:
-    """Names in quotes, in order."""
-    return ", ".join(f"'{name}'" for name in sorted(map(str, names)))
-
-
-def _label_names(dataset: Dataset, column: str) -> set[str]:
-    feature, found = dataset.features[column], dataset.unique(column)
-    if isinstance(feature, ClassLabel):
-        return {
-            feature.names[label] if label is not None and 0 <= label < len(feature.names) else str(label)
-            for label in found
-        }
-    return {str(label) for label in found}
+    if "validation" in splits:
+        return "validation"
+    if "test" in splits and labelled(splits["test"]):
+        logger.warning("%s: has no split 'validation'; evaluated on its split 'test'", argument)
+        return "test"
+    raise BadInput(
+        f"{argument}: has nothing to evaluate on; allowed is a split 'validation', or 'test' with labels, here "
+        f"{', '.join(sorted(splits))}"
+    )

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
 
 from experiments.augmentation import Augmentation, AugmentedImages, NextEpoch
+from experiments.image_reading import AS_STORED
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8))
 
@@ -24,6 +25,7 @@ def pixels(image: Image.Image) -> list:
 
 def augmented(count: int = 3, seed: int = 0) -> AugmentedImages:
     images = Dataset.from_dict({"image": [PICTURE] * count}, features=Features({"image": ImageFeature()}))
+    images = images.cast_column("image", AS_STORED)
     return AugmentedImages(images, Augmentation(0.3, 0.5), lambda batch: {"seen": batch["image"]}, seed)
 
 

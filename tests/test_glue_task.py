@@ -17,7 +17,12 @@ from tests.tiny_texts import LABELS, MODEL, POSITIONS, write_glue, write_table
 
 def config_for(task: GlueTask, **changes: object) -> ToMePerceiverConfig:
     config = ToMePerceiverConfig(**MODEL | changes)
-    config.label2id = {name: index for index, name in enumerate(task.labels)}
+    return config if not task.labels else with_labels(config, task.labels)
+
+
+def with_labels(config: ToMePerceiverConfig, names: list[str]) -> ToMePerceiverConfig:
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
     return config
 
 
@@ -101,8 +106,7 @@ def test_the_checkpoints_order_of_the_labels_stays(tmp_path):
     task = load_glue_task(
         GlueDataArguments(task_name="sst2", dataset_name=str(write_glue(tmp_path, "sst2"))), predict=False, seed=0
     )
-    config = config_for(task)
-    config.label2id = {"positive": 0, "negative": 1}
+    config = with_labels(config_for(task), ["positive", "negative"])
     sight = task.prepared(config, PerceiverTokenizer(), seed=0)
     assert [1 - example["label"] for example in task.train] == [example["labels"] for example in sight.train]
 
@@ -137,11 +141,11 @@ def test_arguments_that_cannot_be_meant(given, says):
 @pytest.mark.parametrize(
     ("train", "validation", "says"),
     [
-        ({"text": ["a"], "label": ["x"]}, {"text": ["a"], "label": ["y"]}, ["'validation'", "'y'", "'x'"]),
-        ({"text": ["a"], "label": ["x"]}, {"text": ["a"]}, ["validation"]),
+        ({"text": ["a", "b"], "label": ["x", "z"]}, {"text": ["a"], "label": ["y"]}, ["'validation'", "'y'", "'x'"]),
+        ({"text": ["a", "b"], "label": ["x", "z"]}, {"text": ["a"]}, ["validation"]),
         ({"text": ["a"], "kind": ["x"]}, {"text": ["a"], "kind": ["x"]}, ["'label'", "'kind'"]),
         ({"label": ["x"]}, {"label": ["x"]}, ["no column with sentences"]),
-        ({"text": ["a"], "label": ["x"]}, {"text": [], "label": []}, ["validation"]),
+        ({"text": ["a", "b"], "label": ["x", "z"]}, {"text": [], "label": []}, ["validation"]),
     ],
 )
 def test_files_that_do_not_fit(tmp_path, train, validation, says):
@@ -153,7 +157,7 @@ def test_files_that_do_not_fit(tmp_path, train, validation, says):
     with pytest.raises(BadInput) as error:
         load_glue_task(arguments, predict=False, seed=0)
     assert "\n" not in str(error.value)
-    assert all(part in str(error.value) for part in (*says, "train.csv")), error.value
+    assert all(part in str(error.value) for part in (*says, ".csv")), error.value
 
 
 @pytest.mark.parametrize(
@@ -162,7 +166,6 @@ def test_files_that_do_not_fit(tmp_path, train, validation, says):
         ({}, False, ["--train_file", "--task_name"]),
         ({"train_file": "own.csv"}, False, ["--validation_file"]),
         ({"train_file": "own.csv", "validation_file": "own.csv"}, True, ["--test_file", "--do_predict"]),
-        ({"train_file": "own.csv", "validation_file": "own.json"}, False, ["own.csv", "one format"]),
         ({"dataset_name": "not/there"}, False, ["--dataset_name not/there"]),
         ({"task_name": "rte", "dataset_name": "."}, False, ["--dataset_name ."]),
     ],

@@ -22,6 +22,7 @@ def load(predict: bool = False, **given: object) -> ImageTask:
 def prepared(task: ImageTask, label2id: dict[str, int] | None = None) -> PreparedTask:
     config = ToMePerceiverConfig(**MODEL)
     config.label2id = label2id or {name: index for index, name in enumerate(task.labels)}
+    config.id2label = {index: name for name, index in config.label2id.items()}
     processor = PerceiverImageProcessorPil(do_center_crop=False, size={"height": 16, "width": 16})
     return task.prepared(config, processor, seed=0)
 
