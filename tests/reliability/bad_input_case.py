@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.reliability.forked import TIME_LIMIT, Outcome, run_forked
 from tests.reliability.inputs import Command, Inputs
+from tests.reliability.verdicts import Verdict
 from tests.script_run import run_script
 
 OUTPUT = "out"
@@ -45,35 +46,12 @@ class BadInputCase:
     works: bool = False
 
     @property
-    def id(self) -> str:
-        return f"{self.script.removesuffix('.py')}: {self.mistake}: {self.name}"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Of any case.
-
-    Attributes:
-        kind: of law, "bad input", "changed" or "kill".
-        row: class in the table.
-        id: of the case.
-        wrong: what was wrong; empty if it passed.
-        fault: which kind of wrong it is: "wrong in silence", "traceback", "hang" or "other".
-        command: what was run.
-        detail: what came out, for the log.
-    """
-
-    kind: str
-    row: str
-    id: str
-    wrong: str
-    fault: str
-    command: str
-    detail: str
+    def row(self) -> str:
+        return self.mistake
 
     @property
-    def passed(self) -> bool:
-        return not self.wrong
+    def id(self) -> str:
+        return f"{self.script.removesuffix('.py')}: {self.mistake}: {self.name}"
 
 
 def try_bad_input(case: BadInputCase, inputs: Inputs, folder: Path, real: bool = False) -> Verdict:
@@ -95,7 +73,7 @@ def try_bad_input(case: BadInputCase, inputs: Inputs, folder: Path, real: bool =
     if outcome.hung:
         detail += f" in {' > '.join(outcome.stack[-6:])}"
     shown = f"python {case.script} {shlex.join(map(str, command))}"
-    kind = "bad input, in an interpreter of its own" if real else "bad input"
+    kind = "some of them in an interpreter of their own" if real else "bad inputs"
     return Verdict(kind, case.mistake, case.id, wrong, fault, shown, detail)
 
 

@@ -133,6 +133,11 @@ class Inputs:
         return ("--config_name", self.text_config, *self.text_data, *TRAINING)
 
     @property
+    def text_training_on(self) -> Command:
+        """Of `run_glue.py`, from a checkpoint."""
+        return ("--model_name_or_path", self.text_model, *self.text_data, *TRAINING)
+
+    @property
     def text_evaluation(self) -> Command:
         """Of `run_glue.py`."""
         return ("--model_name_or_path", self.text_model, *self.text_data, "--use_cpu", "--do_eval")

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.reliability.bad_input_case import OUTPUT, Verdict
+from tests.reliability.bad_input_case import OUTPUT
 from tests.reliability.forked import Kill, Outcome, run_forked
 from tests.reliability.inputs import LAST, Command, Inputs
 from tests.reliability.left import broken, differences, left
+from tests.reliability.verdicts import Verdict
 
 # A run is killed at most so often before it may end.
 MOST_KILLS = 3
@@ -129,6 +130,10 @@ class KillCase:
     half: bool = False
 
     @property
+    def row(self) -> str:
+        return self.scenario.id
+
+    @property
     def id(self) -> str:
         where = f"at {self.function}{', half written' if self.half else ''}" if self.function else "at a random time"
         return f"{self.scenario.id}: {where}, seed {self.seed}"
@@ -168,12 +173,8 @@ def run_whole(scenario: Scenario, inputs: Inputs, folder: Path) -> Whole:
     return Whole(left(folder / OUTPUT), outcome.seconds)
 
 
-def try_kill(case: KillCase, inputs: Inputs, whole: Whole, folder: Path) -> tuple[Verdict, list[str]]:
-    """Kill a run, and call it again until it ends.
-
-    Returns:
-        The verdict, and the stage that each kill met.
-    """
+def try_kill(case: KillCase, inputs: Inputs, folder: Path, whole: Whole) -> Verdict:
+    """Kill a run, and call it again until it ends."""
     chance = random.Random(f"{case.id}")
     scenario = case.scenario
     command = (*scenario.command(inputs), "--output_dir", OUTPUT)
@@ -195,7 +196,7 @@ def try_kill(case: KillCase, inputs: Inputs, whole: Whole, folder: Path) -> tupl
     wrong, fault = _judged(outcomes, folder / OUTPUT, whole)
     shown = f"python {scenario.script} {shlex.join(map(str, command))}"
     detail = f"killed while {', '.join(stages) or 'never'}; {outcomes[-1].stderr[-1500:] if wrong else ''}"
-    return Verdict("kill", f"{scenario.id}", case.id, wrong, fault, shown, detail), stages
+    return Verdict("kills", case.row, case.id, wrong, fault, shown, detail, tuple(stages))
 
 
 def _first_kill(case: KillCase, chance: random.Random, command: Command, seconds: float, folder: Path) -> list[Outcome]:

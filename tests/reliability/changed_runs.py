@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One thing is changed, and the same command runs again into the same folder: what was there is never taken for new.
+
+The law: the command is refused and the folder stays as it is, or it leaves what it would leave in an empty folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from tests.reliability.bad_input_case import OUTPUT, contents
+from tests.reliability.forked import Outcome, run_forked
+from tests.reliability.inputs import LAST, Command, Inputs
+from tests.reliability.left import left
+from tests.reliability.verdicts import Verdict
+
+KIND = "one thing changed"
+RETRAINED: Command = ("--r", 2, "--retrain_epochs", 1)
+# What a run is, by its name here: script, attribute of `Inputs`, what is added, and what to resume with.
+RUNS: dict[str, tuple[str, str, Command, Command]] = {
+    "training": ("run_glue.py", "text_training", ("--r", 1), LAST),
+    "training on from a checkpoint": ("run_glue.py", "text_training_on", (), LAST),
+    "two stages": ("run_image.py", "image_training", RETRAINED, LAST),
+    "masked tokens": ("run_mlm.py", "mlm_training", ("--r", 1), LAST),
+    "evaluation": ("run_glue.py", "text_evaluation", ("--do_predict", "--r", 1), ()),
+    "sweep": ("eval_sweep.py", "text_sweep", ("--r", 0, 2, "--retrain_epochs", 1, "--save_strategy", "no"), ()),
+    "sweep of budgets": (
+        "eval_sweep.py", "image_sweep",
+        ("--flops_ratio", 0.985, "--schedule", "floor", "search", "--calibration_samples", 4), (),
+    ),
+    "calibration": ("calibrate.py", "calibration", ("--num_groups", 4), ()),
+}  # fmt: skip
+# Another value of every training argument whose type does not say one; `None`: there is none that runs here.
+VALUES: dict[str, Command | None] = {
+    **dict.fromkeys(("output_dir", "resume_from_checkpoint", "do_train", "use_cpu", "local_rank"), None),
+    **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), None),
+    **dict.fromkeys(("hub_always_push", "hub_revision", "project", "trackio_space_id", "trackio_bucket_id"), None),
+    **dict.fromkeys(("trackio_static_space_id", "liger_kernel_config", "parallelism_config"), None),
+    "lr_scheduler_type": ("cosine",), "lr_scheduler_kwargs": ('{"num_cycles": 1}', "--lr_scheduler_type", "cosine"),
+    "optim": ("sgd",), "optim_args": ("momentum=0.5", "--optim", "sgd"), "optim_target_modules": ("all-linear",),
+    "logging_strategy": ("epoch",), "log_level": ("error",), "log_level_replica": ("error",), "report_to": ("none",),
+    "run_name": ("mine",), "eval_strategy": ("epoch",), "save_strategy": ("epoch",), "eval_steps": (2,),
+    "include_for_metrics": ("loss",), "metric_for_best_model": ("loss",), "label_names": ("labels",),
+    "train_sampling_strategy": ("sequential",), "length_column_name": ("lengths",), "debug": ("underflow_overflow",),
+    "adam_beta1": (0.8,), "adam_beta2": (0.9,), "adam_epsilon": (1e-3,), "learning_rate": (1e-3,), "seed": (7,),
+    "data_seed": (7,), "weight_decay": (0.1,), "warmup_steps": (2,), "num_train_epochs": (3,), "max_steps": (5,),
+    "max_grad_norm": (0.1,), "label_smoothing_factor": (0.2,), "gradient_accumulation_steps": (2,),
+    "per_device_train_batch_size": (4,), "per_device_eval_batch_size": (3,), "neftune_noise_alpha": (1.0,),
+    "torch_compile_backend": ("eager",), "torch_compile_mode": ("default",), "ddp_backend": ("gloo",),
+    "activation_checkpointing_kwargs": ('{"use_reentrant": false}',),
+    "accelerator_config": ('{"split_batches": true}',),
+    "gradient_checkpointing_kwargs": ('{"use_reentrant": false}',), "deepspeed": ("none.json",),
+    "fsdp": ("full_shard",), "fsdp_config": ('{"min_num_params": 1}',), "include_num_input_tokens_seen": ("all",),
+    "dataloader_multiprocessing_context": ("fork",), "logging_steps": (1,), "save_steps": (2,),
+    "torch_compile": ("true", "--torch_compile_backend", "eager"),
+}  # fmt: skip
+# Of our own arguments, another value of each that says what comes out, by run.
+OWN: dict[str, tuple[str, ...]] = {
+    "training": (
+        "--r 2", "--r 1,0,1,0", "--flops_ratio 0.98", "--r_inflection -1", "--min_latents 6", "--merge_method prune",
+        "--merge_metric hidden", "--proportional_attention false", "--config_overrides num_latents=6",
+        "--max_train_samples 12", "--max_eval_samples 5", "--max_seq_length 6", "--pad_to_max_length", "--elastic",
+        "--task_name mrpc", "--retrain_epochs 1", "--elastic --distillation_weight 0.5",
+    ),
+    "two stages": (
+        "--retrain_epochs 2", "--retrain_learning_rate 1e-3", "--elastic", "--crop_scale 0.5", "--horizontal_flip 0.5",
+        "--r 1", "--merge_method k_center", "--merge_metric value", "--max_train_samples 12", "--max_eval_samples 5",
+        "--proportional_attention false", "--min_latents 6", "--num_train_epochs 3", "--max_steps 3",
+        "--train_val_split 0.5", "--label_smoothing_factor 0.2", "--seed 7", "--flops_ratio 0.9 --r_inflection 0",
+    ),
+    "masked tokens": (
+        "--mlm_probability 0.3", "--mask_replace_prob 0.5", "--random_replace_prob 0.2", "--dataset_config_name one",
+        "--max_train_samples 12", "--max_eval_samples 5", "--max_seq_length 40", "--r 2", "--seed 7",
+    ),
+    "evaluation": ("--r 2", "--max_eval_samples 5", "--max_predict_samples 3", "--merge_method prune"),
+    "sweep": (
+        "--r 0 1", "--r 0 2 1", "--merge_method prune", "--merge_metric hidden", "--proportional_attention false",
+        "--min_latents 6", "--r_inflection -1", "--max_eval_samples 5", "--max_train_samples 12",
+        "--retrain_epochs 2", "--retrain_learning_rate 1e-3", "--elastic", "--elastic --distillation_weight 0.5",
+        "--learning_rate 1e-3", "--seed 7", "--label_smoothing_factor 0.2", "--max_grad_norm 0.1", "--adam_beta1 0.8",
+        "--adam_epsilon 1e-3", "--weight_decay 0.1", "--lr_scheduler_type cosine", "--optim sgd",
+        "--per_device_train_batch_size 4", "--gradient_accumulation_steps 2", "--warmup_steps 2", "--data_seed 7",
+        "--max_seq_length 6", "--timing_rounds 2", "--timing_batch_size 3", "--flops_ratio 0.98",
+        "--per_device_eval_batch_size 3", "--ignore_mismatched_sizes", "--retrain_epochs 0",
+    ),
+    "sweep of budgets": (
+        "--flops_ratio 0.98", "--schedule floor", "--schedule search floor", "--calibration_samples 5",
+        "--merge_method prune", "--merge_method bipartite prune", "--merge_metric hidden", "--min_latents 4",
+        "--proportional_attention false", "--max_eval_samples 5", "--max_train_samples 12", "--seed 7", "--r 0 1",
+        "--crop_scale 0.5",
+    ),
+    "calibration": (
+        "--num_groups 3", "--num_groups 4,2 --merge_layer 0,1", "--merge_layer 1", "--merge_layer start",
+        "--similarity key", "--calibration_samples 5", "--max_train_samples 12", "--max_eval_samples 5", "--seed 7",
+    ),
+}  # fmt: skip
+# Training may go on for longer than was first asked, from where it was: no folder that is empty leaves the same.
+LENGTH = ("num_train_epochs", "max_steps")
+# What a finished run leaves that the second need not: noted arguments, logs, and the states of training in between.
+NOT_COMPARED = re.compile(
+    r"arguments\.json$|trainer_state\.json$|checkpoint-\d+/|\.png$|training_args\.bin$|README\.md$"
+)
+CHECKPOINT = re.compile(r"(^|/)checkpoint-\d+/")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done between two runs.
+
+    Attributes:
+        run: key of `RUNS`.
+        name: of the change.
+        added: arguments of the second run.
+        edit: what happens to the inputs, name of a function here.
+        resume: whether the second run resumes.
+    """
+
+    run: str
+    name: str
+    added: Command = ()
+    edit: str = ""
+    resume: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"{self.run}: {self.name}{', resumed' if self.resume else ''}"
+
+    @property
+    def row(self) -> str:
+        """Of the table."""
+        what = "an input" if self.edit else "a training argument" if self.run_of_trainer else "one of our arguments"
+        return f"{self.run}, {what} changed"
+
+    @property
+    def run_of_trainer(self) -> bool:
+        return not self.edit and self.name in TrainingArguments.__dataclass_fields__
+
+
+def changes() -> Iterator[Change]:
+    """Every training argument, every argument of ours, and every input, one at a time."""
+    for name, value in other_values().items():
+        for resume in (False, True):
+            yield Change("training", name, (f"--{name}", *value), resume=resume)
+    for run, lines in OWN.items():
+        for line in lines:
+            for resume in (False, True) if RUNS[run][3] else (False,):
+                yield Change(run, line, tuple(shlex.split(line)), resume=resume)
+    for run, edits in EDITED.items():
+        for edit in edits:
+            for resume in (False, True) if RUNS[run][3] else (False,):
+                yield Change(run, edit.replace("_", " "), edit=edit, resume=resume)
+
+
+def other_values() -> dict[str, Command]:
+    """For every training argument that can be given here, a value that is not its default."""
+    found: dict[str, Command] = {}
+    for field in dataclasses.fields(TrainingArguments):
+        if field.name in VALUES:
+            value = VALUES[field.name]
+        elif isinstance(field.default, bool) or "bool" in str(field.type):
+            value = ("false",) if field.default is True else ("true",)
+        elif isinstance(field.default, int):
+            value = (field.default + 1,)
+        elif isinstance(field.default, float):
+            value = (field.default / 2 or 0.1,)
+        else:
+            value = (2,)
+        if value is not None:
+            found[field.name] = value
+    return found
+
+
+def try_change(change: Change, inputs: Inputs, folder: Path) -> Verdict:
+    """Run to the end, change one thing, run again, and compare with the same in an empty folder.
+
+    Args:
+        change: what is changed.
+        inputs: that are copied where they are to be changed.
+        folder: a new one for the case.
+    """
+    folder.mkdir(parents=True)
+    script, base, added, resume = RUNS[change.run]
+    if change.edit:
+        shutil.copytree(inputs.folder, folder / "inputs", symlinks=True)
+        inputs = Inputs(folder / "inputs")
+    command = (*getattr(inputs, base), *added, "--output_dir", OUTPUT)
+    shown = f"python {script} {shlex.join(map(str, (*command, *change.added)))}"
+    first = run_forked(script, command, folder)
+    if first.exit_code:
+        wrong = f"the run before the change fails: exit code {first.exit_code}"
+        return Verdict(KIND, change.row, change.id, wrong, "other", shown, first.stderr[-1500:])
+    if change.edit:
+        EDITS[change.edit](inputs)
+    before = contents(folder / OUTPUT)
+    again = (*command, *change.added, *(resume if change.resume else ()))
+    outcome = run_forked(script, again, folder)
+    wrong, fault = _judged(change, outcome, before, folder, script, (*command, *change.added))
+    detail = " / ".join(outcome.errors) or outcome.stderr[-1500:]
+    return Verdict(KIND, change.row, change.id, wrong, fault, shown, detail)
+
+
+def _judged(
+    change: Change, outcome: Outcome, before: dict[str, str], folder: Path, script: str, command: Command
+) -> tuple[str, str]:
+    if outcome.hung:
+        return "hangs", "hang"
+    if outcome.has_traceback:
+        return f"a traceback, exit code {outcome.exit_code}", "traceback"
+    after = contents(folder / OUTPUT)
+    if outcome.exit_code:
+        if len(outcome.errors) != 1:
+            return f"exit code {outcome.exit_code} and {len(outcome.errors)} lines that say why", "other"
+        if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
+            return f"refused, but written or changed: {', '.join(changed[:4])}", "other"
+        return "", ""
+    (folder / "fresh").mkdir()
+    fresh = run_forked(script, command, folder / "fresh")
+    if fresh.exit_code:
+        return f"in an empty folder it ends with exit code {fresh.exit_code}", "other"
+    if change.resume and change.name in LENGTH:
+        state = json.loads((folder / OUTPUT / "trainer_state.json").read_text())
+        asked = json.loads((folder / "fresh" / OUTPUT / "trainer_state.json").read_text())
+        longer = state["global_step"] >= asked["global_step"] and state["global_step"] > 8
+        return ("", "") if longer else (f"only {state['global_step']} steps", "wrong in silence")
+    wrong = _stale(left(folder / OUTPUT), left(folder / "fresh" / OUTPUT))
+    return ("; ".join(wrong[:3]), "wrong in silence") if wrong else ("", "")
+
+
+def _stale(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Results that are not those of an empty folder, and checkpoints that are of no run of this command."""
+    wrong = []
+    for path, value in expected.items():
+        if not NOT_COMPARED.search(path) and not _alike(found.get(path), value):
+            wrong.append(f"{path} is not what an empty folder gets")
+    theirs, ours = ({path for path in each if CHECKPOINT.search(path)} for each in (expected, found))
+    folders = {path.rpartition("/")[0] for path in ours} - {path.rpartition("/")[0] for path in theirs}
+    if theirs and folders:
+        wrong.append(f"of another run: {', '.join(sorted(folders))}")
+    return wrong
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Equal but for the rounding of sums in another order."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-7)
+    return bool(one == other)
+
+
+def _edit_bytes(path: Path) -> None:
+    """One byte in the middle: the low bits of one number, or what a file says."""
+    data = bytearray(path.read_bytes())
+    data[len(data) * 3 // 4] ^= 0x55
+    path.write_bytes(bytes(data))
+
+
+def _edit_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def _edit_row(path: Path, column: str, change: Callable[[Any], Any]) -> None:
+    """One value of a parquet file."""
+    data = Dataset.from_parquet(str(path), keep_in_memory=True)
+    values = list(data[column])
+    values[1] = change(values[1])
+    feature = data.features[column]
+    order = data.column_names
+    changed = data.remove_columns(column).add_column(column, values, feature=feature).select_columns(order)
+    changed.to_parquet(path)
+
+
+def _text_file(inputs: Inputs, split: str) -> Path:
+    return next((inputs.glue / "sst2").glob(f"{split}-*"))
+
+
+def _brighter(image: Any) -> Any:
+    return image.point(lambda value: 255 - value)
+
+
+def _edit_image(path: Path) -> None:
+    data = Dataset.from_parquet(str(path), keep_in_memory=True)
+    rows = data.to_list()
+    images = list(data["image"])
+    images[1] = _brighter(images[1])
+    columns = {"image": images, "label": [row["label"] for row in rows]}
+    Dataset.from_dict(columns, features=data.features).to_parquet(path)
+
+
+EDITS: dict[str, Callable[[Inputs], None]] = {
+    "one_byte_of_the_text_weights": lambda inputs: _edit_bytes(inputs.text_model / "model.safetensors"),
+    "one_byte_of_the_image_weights": lambda inputs: _edit_bytes(inputs.image_model / "model.safetensors"),
+    "one_field_of_the_config": lambda inputs: _edit_json(inputs.text_config, num_self_attends_per_block=1),
+    "one_field_of_the_image_config": lambda inputs: _edit_json(inputs.image_config, num_latents=6),
+    "one_field_of_the_masked_config": lambda inputs: _edit_json(inputs.mlm_config, num_latents=6),
+    "one_field_of_the_text_checkpoint": lambda inputs: _edit_json(
+        inputs.text_model / "config.json", layer_norm_eps=0.1
+    ),
+    "one_field_of_the_image_checkpoint": (
+        lambda inputs: _edit_json(inputs.image_model / "config.json", layer_norm_eps=0.1)
+    ),
+    "the_tokenizer": (
+        lambda inputs: _edit_json(inputs.text_model / "tokenizer_config.json", padding_side="left", cls_token="[SEP]")
+    ),
+    "the_image_processor": (
+        lambda inputs: _edit_json(inputs.image_model / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
+    ),
+    "one_label_to_train_on": lambda inputs: _edit_row(_text_file(inputs, "train"), "label", lambda label: 1 - label),
+    "one_label_to_evaluate_on": (
+        lambda inputs: _edit_row(_text_file(inputs, "validation"), "label", lambda label: 1 - label)
+    ),
+    "one_sentence_to_train_on": lambda inputs: _edit_row(_text_file(inputs, "train"), "sentence", lambda text: "zzz"),
+    "one_sentence_to_evaluate_on": (
+        lambda inputs: _edit_row(_text_file(inputs, "validation"), "sentence", lambda text: "zzz")
+    ),
+    "one_sentence_to_predict": lambda inputs: _edit_row(_text_file(inputs, "test"), "sentence", lambda text: "zzz"),
+    "one_masked_sentence": (
+        lambda inputs: _edit_row(inputs.sentences / "one" / "train.parquet", "text", lambda text: "zzzzzzz")
+    ),
+    "one_image_to_train_on": lambda inputs: _edit_image(inputs.images / "train.parquet"),
+    "one_image_to_evaluate_on": lambda inputs: _edit_image(inputs.images / "test.parquet"),
+    "one_image_label_to_train_on": lambda inputs: _edit_row(inputs.images / "train.parquet", "label", _next_label),
+    "one_image_label_to_evaluate_on": lambda inputs: _edit_row(inputs.images / "test.parquet", "label", _next_label),
+}
+
+
+def _next_label(label: int) -> int:
+    return (label + 1) % 3
+
+
+_TEXT = (
+    "one_label_to_train_on", "one_label_to_evaluate_on", "one_sentence_to_train_on", "one_sentence_to_evaluate_on",
+)  # fmt: skip
+_IMAGES = (
+    "one_image_to_train_on", "one_image_to_evaluate_on", "one_image_label_to_train_on",
+    "one_image_label_to_evaluate_on",
+)  # fmt: skip
+_CHECKPOINT = ("one_byte_of_the_text_weights", "one_field_of_the_text_checkpoint", "the_tokenizer")
+_IMAGE_CHECKPOINT = ("one_byte_of_the_image_weights", "one_field_of_the_image_checkpoint", "the_image_processor")
+EDITED: dict[str, tuple[str, ...]] = {
+    "training": ("one_field_of_the_config", *_TEXT),
+    "training on from a checkpoint": (*_CHECKPOINT, *_TEXT),
+    "two stages": ("one_field_of_the_image_config", *_IMAGES),
+    "masked tokens": ("one_field_of_the_masked_config", "one_masked_sentence"),
+    "evaluation": (*_CHECKPOINT, "one_label_to_evaluate_on", "one_sentence_to_evaluate_on", "one_sentence_to_predict"),
+    "sweep": (*_CHECKPOINT, *_TEXT),
+    "sweep of budgets": (*_IMAGE_CHECKPOINT, *_IMAGES),
+    "calibration": (*_IMAGE_CHECKPOINT, *_IMAGES),
+}
