@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ def words_of_file(path: Path, fields: dict[str, dataclasses.Field], options: dic
     for name, value in given.items():
         if name not in fields:
             raise BadInput(f"{path}: {name}: there is no such argument{suggestion(str(name), fields)}")
-        with naming(str(path), BadInput):
+        try:
             words += _words(name, value, fields[name], options[name])
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from error
     return words
 
 
@@ -67,10 +69,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def suggestion(name: str, names: Sequence[str] | dict[str, Any]) -> str:
-    """The name that may have been meant, to end a message with."""
-    near = get_close_matches(name.replace("-", "_"), list(names), n=1, cutoff=0.7)
-    return f"; did you mean {near[0]}?" if near else ""
+def suggestion(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """The name that may have been meant, with the prefix of all names, to end a message with."""
+    near = get_close_matches(name.removeprefix(prefix).replace("-", "_"), list(names), n=1, cutoff=0.7)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def _words(name: str, value: Any, field: dataclasses.Field, option: argparse.Action) -> list[str]:

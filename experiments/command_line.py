@@ -61,7 +61,7 @@ class Parser(HfArgumentParser):
             return
         word = words[0].partition("=")[0]
         if word.startswith("--"):
-            near = suggestion(word, [name for action in self._actions for name in action.option_strings])
+            near = suggestion(word, [action.dest for action in self._actions], "--")
             raise BadInput(f"{word}: there is no such argument{near}")
         where = "; a file of arguments comes first" if word.endswith(ENDINGS) else ""
         raise BadInput(f"{word}: stands alone; allowed are arguments, --NAME VALUE{where}")

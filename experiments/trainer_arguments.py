@@ -113,9 +113,9 @@ class TrainerArguments(TrainingArguments):
             if getattr(self, name) == "":
                 raise BadInput(f"--{name} '': allowed is a name")
         self._check_mappings()
-        trackers = vars(self)["report_to"] or "none"
+        trackers = self.__dict__["report_to"] or "none"
         trackers = trackers.split(",") if isinstance(trackers, str) else trackers
-        vars(self)["report_to"] = trackers
+        self.__dict__["report_to"] = trackers
         available = get_available_reporting_integrations()
         for tracker in trackers:
             if tracker not in ("all", "none", *available):

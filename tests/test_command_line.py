@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+from transformers.trainer_utils import IntervalStrategy
 
 from experiments.bad_input import BadInput
 from experiments.command_line import parse_arguments, shown_command
@@ -18,6 +19,24 @@ from experiments.trainer_arguments import TrainerArguments
 @dataclass
 class Arguments:
     size: int = 1
+    rate: float = 0.5
+    name: str | None = None
+    names: list[str] = field(default_factory=list)
+    shares: list[float] | None = None
+    flag: bool = False
+    kept: bool = True
+    strategy: IntervalStrategy = IntervalStrategy.STEPS
+    settings: dict | str | None = None
+
+
+@dataclass
+class Needed:
+    needed_name: str
+
+
+def parse(monkeypatch, *words: object) -> Arguments:
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, words)])
+    return parse_arguments("", Arguments)[0]
 
 
 @pytest.mark.parametrize(
@@ -36,22 +55,128 @@ def test_a_command_is_shown_without_its_tokens(monkeypatch, given):
     assert shlex.split(shown)[:4] == ["python", "run.py", "--r", "1 2"] and shown.endswith(" --do_eval")
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.json", '{"size": 3}'), ("a.yaml", "size: 3"), ("a.yml", "size: 3")])
-def test_arguments_stand_in_a_file(monkeypatch, tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / name)])
-    assert parse_arguments("", Arguments)[0].size == 3
+@pytest.mark.parametrize("ending", ["yaml", "yml", "json"])
+def test_arguments_stand_in_a_file_and_those_that_follow_come_first(monkeypatch, tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    path.write_text('{"size": 3, "rate": 0.25, "names": ["a", "b"]}')
+    assert parse(monkeypatch, path) == Arguments(size=3, rate=0.25, names=["a", "b"])
+    later = parse(monkeypatch, path, "--size", 4, "--names", "c")
+    assert later == Arguments(size=4, rate=0.25, names=["c"])
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("a.json", '{"sise": 3}'), ("a.json", "{"), ("a.yaml", "[1"), ("b.yaml", None)]
+    ("text", "expected"),
+    [
+        ("rate: 1e-3", {"rate": 1e-3}),
+        ("rate: -1.5e-3", {"rate": -1.5e-3}),
+        ("rate: 2", {"rate": 2.0}),
+        ("size: '8'", {"size": 8}),
+        ("size: -8", {"size": -8}),
+        ("name: 8", {"name": "8"}),
+        ("name: -x", {"name": "-x"}),
+        ("name: --flag", {"name": "--flag"}),
+        ("name: 'a b'", {"name": "a b"}),
+        ("name: true", {"name": "true"}),
+        ("name: [8, 4]", {"name": "8,4"}),
+        ("names: floor", {"names": ["floor"]}),
+        ("names: [8, [4, 2]]", {"names": ["8", "4,2"]}),
+        ("shares: 0.5", {"shares": [0.5]}),
+        ("shares: [0.5, 1e-1]", {"shares": [0.5, 0.1]}),
+        ("flag: yes", {"flag": True}),
+        ("flag: 'yes'", {"flag": True}),
+        ("kept: false", {"kept": False}),
+        ("strategy: no", {"strategy": "no"}),
+        ("settings: {a: 1}", {"settings": '{"a": 1}'}),
+        ("name: null\nshares: null\nnames: []", {}),
+        ("\ufeffsize: 3", {"size": 3}),
+    ],
 )
-def test_a_file_that_cannot_be_meant(monkeypatch, tmp_path, name, text):
+def test_a_value_in_a_file_is_what_it_would_be_on_a_command_line(monkeypatch, tmp_path, text, expected):
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    assert parse(monkeypatch, tmp_path / "a.yaml") == Arguments(**expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.json", b'{"sise": 3}', "sise: there is no such argument; did you mean size?"),
+        ("a.yaml", b"no-flag: 3", "no-flag: there is no such argument"),
+        ("a.yaml", b"1: 3", "1: there is no such argument"),
+        ("a.json", b"{", "Expecting property name"),
+        ("a.yaml", b"[1", "line 1: "),
+        ("a.yaml", b"size: 1\n  rate: 2", "line 2: "),
+        ("a.yaml", b"x: !!python/object:x {}", "could not determine a constructor"),
+        ("a.yaml", b"---\nsize: 1\n---\nsize: 2", "line 3: "),
+        ("a.yaml", b"", "is empty; allowed is a mapping"),
+        ("a.json", b"", "Expecting value"),
+        ("a.json", b"null", "is empty; allowed is a mapping"),
+        ("a.yaml", b"- size", "holds a list; allowed is a mapping"),
+        ("a.yaml", b"size", "holds a single value, 'size'; allowed is a mapping"),
+        ("a.yaml", b"size: 1\nsize: 2", "size: stands there twice"),
+        ("a.json", b'{"size": 1, "size": 2}', "size: stands there twice"),
+        ("a.yaml", b"name: \xff", "utf-8"),
+        ("a.yaml", b"size: one", "--size one: allowed is an integer"),
+        ("a.yaml", b"size: 1.5", "--size 1.5: allowed is an integer"),
+        ("a.yaml", b"size: true", "--size true: allowed is an integer"),
+        ("a.yaml", b"size: [1, 2]", "--size [1, 2]: allowed is a single value"),
+        ("a.yaml", b"size: {a: 1}", "--size {'a': 1}: allowed is a single value"),
+        ("a.yaml", b"size: null", "--size null: allowed is a value"),
+        ("a.yaml", b"rate: .nan", "--rate nan: allowed is a number"),
+        ("a.json", b'{"rate": -Infinity}', "--rate -inf: allowed is a number"),
+        ("a.yaml", b"flag: perhaps", "--flag perhaps: allowed is true or false"),
+        ("a.yaml", b"flag: 2", "--flag 2: allowed is true or false"),
+        ("a.yaml", b"names: [a, null]", "--names: an entry of the list is null"),
+        ("a.yaml", b"name: [[1], 2]", "--name [[1], 2]: allowed are single values"),
+        ("a.yaml", b"shares: [0.5, x]", "--shares x: allowed is a number"),
+        ("a.yaml", b"strategy: never", "--strategy never: allowed are no, steps, epoch"),
+        ("b.yaml", None, "No such file"),
+    ],
+)
+def test_a_file_that_cannot_be_meant(monkeypatch, tmp_path, name, text, says):
+    path = tmp_path / name
     if text is not None:
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / name)])
-    with pytest.raises(BadInput):
-        parse_arguments("", Arguments)
+        path.write_bytes(text)
+    with pytest.raises(BadInput) as error:
+        parse(monkeypatch, path)
+    line = str(error.value)
+    assert line.startswith(f"{path}: ") and says in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--sise", 3], "--sise: there is no such argument; did you mean --size?"),
+        (["--sise=3"], "--sise: there is no such argument; did you mean --size?"),
+        (["--zzz"], "--zzz: there is no such argument"),
+        (["--size", 3, "extra"], "extra: stands alone; allowed are arguments, --NAME VALUE"),
+        (["--size", 3, "a.yaml"], "a.yaml: stands alone; allowed are arguments, --NAME VALUE; a file of arguments"),
+        (["--size"], "--size: expected one argument"),
+        (["--size", "x"], "--size x: allowed is an integer"),
+        (["--size", ""], "--size : allowed is an integer"),
+        (["--rate", "nan"], "--rate nan: allowed is a number"),
+        (["--rate=-inf"], "--rate -inf: allowed is a number"),
+        (["--shares", 1, "inf"], "--shares inf: allowed is a number"),
+        (["--flag", "perhaps"], "--flag perhaps: allowed is true or false"),
+        (["--strategy", "never"], "--strategy never: allowed are no, steps, epoch"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant_is_one_line(monkeypatch, capsys, words, line):
+    with pytest.raises(BadInput) as error:
+        parse(monkeypatch, *words)
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_argument_that_has_to_be_given(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    with pytest.raises(BadInput, match="^--needed_name: not given; allowed is a value for each$"):
+        parse_arguments("", Needed)
+
+
+def test_what_the_command_line_overrides_is_not_said_of_the_file(monkeypatch, tmp_path):
+    (tmp_path / "a.yaml").write_text("size: 3")
+    with pytest.raises(BadInput, match="^--size x: "):
+        parse(monkeypatch, tmp_path / "a.yaml", "--size", "x")
 
 
 @pytest.mark.parametrize(
