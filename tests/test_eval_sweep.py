@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import PerceiverImageProcessorPil, PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
@@ -125,6 +126,15 @@ def test_table_csv_and_picture(sweep):
 def test_retrained_checkpoints_are_kept_and_merge(sweep):
     model = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(sweep / "retrained" / "r2_0_1_0")
     assert model.r == [2, 0, 1, 0]
+    card = (sweep / "retrained" / "r2_0_1_0" / "README.md").read_text()
+    for said in (
+        "## Retraining",
+        "`num_train_epochs`: 1",
+        "training samples: 24",
+        "merge_method: bipartite",
+        "'r=2,0,1,0'",
+    ):
+        assert said in card
 
 
 def test_the_same_command_continues(inputs, sweep, tmp_path):
@@ -141,6 +151,36 @@ def test_the_same_command_continues(inputs, sweep, tmp_path):
     measured = read(output_dir)["rows"][1]["merged"]
     assert measured == pytest.approx(lost)
     assert measured["accuracy_change"] == pytest.approx(measured["accuracy"] - accuracy)
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "label", "label_smoothing_factor", "min_latents"])
+def test_what_an_earlier_sweep_measured_is_of_the_same_weights_data_and_arguments(
+    sweep, inputs, tmp_path, capsys, change
+):
+    """The paths are the same; one number behind them, or one argument, is not."""
+    model, images, output_dir = (tmp_path / name for name in ("model", "images", "sweep"))
+    shutil.copytree(inputs[1], model)
+    shutil.copytree(inputs[3], images)
+    shutil.copytree(sweep, output_dir)
+    given = ("--model_name_or_path", model, "--dataset_name", images, *inputs[4:], "--r", *R, "--retrain_epochs", 1)
+    given = (*given, "--output_dir", output_dir, "--cache_dir", tmp_path / "cache")
+    before = (output_dir / "sweep_results.json").read_bytes()
+    call_script("eval_sweep.py", *given)  # the same content at another place is the same sweep
+    assert json.loads((output_dir / "sweep_results.json").read_bytes())["rows"] == json.loads(before)["rows"]
+    if change == "weights":
+        tensors = load_file(model / "model.safetensors")
+        next(tensor for tensor in tensors.values() if tensor.is_floating_point()).view(-1)[0] += 1e-6
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    elif change == "config":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"attention_probs_dropout_prob": 0.1}))
+    elif change == "label":
+        write_images(images, {"train": 24, "test": 20}, first_label=2)
+    else:
+        given = (*given, f"--{change}", {"label_smoothing_factor": 0.1, "min_latents": 2}[change])
+    line = bad_input_line(capsys, "eval_sweep.py", *given)
+    says = {"weights": "weights to start from", "label": "content of its evaluation"}.get(change, change)
+    assert "holds another experiment" in line and says in line
 
 
 def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, capsys):
@@ -212,7 +252,6 @@ def test_budgets_schedules_and_methods_are_rows(inputs, tmp_path):
     ]
     assert list(rows) == ["r=0", *merging]
     assert all(rows[name]["merge_method"] in name and rows[name]["flops_ratio"] <= 0.99 for name in merging)
-    assert rows["flops=0.99 floor prune"]["r"] == rows["flops=0.99 floor bipartite"]["r"]
     assert all(("accuracy_change" in row["merged"]) == ("r=0" not in name) for name, row in rows.items())
     assert (tmp_path / "sweep" / "predictions" / "merged_flops0.99_floor_prune.npy").exists()
 
@@ -241,6 +280,9 @@ def test_controls_searches_and_ablations_are_rows(inputs, tmp_path):
     assert "accuracy_change" in skipping["merged"]
     assert all(row["flops_ratio"] <= 0.99 for name, row in rows.items() if "search" in name)
     searched = json.loads((tmp_path / "sweep" / "schedule_search.json").read_text())
+    # For each variant by itself.
+    variants = {tuple(json.loads(name)[1:3]) for name in searched["divergences"]}
+    assert variants == {(metric, attention) for metric in ("key", "hidden") for attention in (True, False)}
     # Continued, nothing is searched for again: the rows are what they were.
     (tmp_path / "sweep" / "schedule_search.json").unlink()
     call_script("eval_sweep.py", *given)
@@ -253,5 +295,6 @@ def test_a_share_of_the_time_is_a_row(inputs, tmp_path):
     call_script(
         "eval_sweep.py", *inputs, "--latency_ratio", 1.0, "--timing_rounds", 0, "--output_dir", tmp_path / "sweep",
     )  # fmt: skip
-    (row,) = read(tmp_path / "sweep")["rows"]
+    unmerged, row = read(tmp_path / "sweep")["rows"]
+    assert unmerged["name"] == "r=0"
     assert row["name"] == "latency=1 floor" and sum(row["r"]) == 0

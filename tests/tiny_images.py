@@ -36,7 +36,9 @@ def write_model_config(folder: Path, **changes: object) -> Path:
     return path
 
 
-def write_images(folder: Path, splits: dict[str, int], columns: tuple[str, str] = ("image", "label")) -> Path:
+def write_images(
+    folder: Path, splits: dict[str, int], columns: tuple[str, str] = ("image", "label"), first_label: int = 0
+) -> Path:
     """Greyscale 8x8 images whose brightness is their class, as parquet files, one for each split."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
@@ -45,6 +47,7 @@ def write_images(folder: Path, splits: dict[str, int], columns: tuple[str, str] 
         images = [
             PilImage.fromarray(random.integers(80 * label, 80 * label + 80, (8, 8), np.uint8)) for label in labels
         ]
+        labels[0] = first_label
         features = Features({columns[0]: Image(), columns[1]: ClassLabel(names=LABELS)})
         Dataset.from_dict(dict(zip(columns, (images, labels), strict=True)), features=features).to_parquet(
             folder / f"{split}.parquet"
