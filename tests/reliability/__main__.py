@@ -12,25 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 from experiments.measurement import describe_environment, environment_line
-from tests.reliability.bad_input_case import try_bad_input
-from tests.reliability.bad_inputs import BAD_INPUTS, in_interpreters
-from tests.reliability.changed_runs import changes, try_change
 from tests.reliability.forked import isolate, warm_pool
 from tests.reliability.inputs import Inputs
-from tests.reliability.kills import SCENARIOS, Whole, kill_cases, run_whole, try_kill
+from tests.reliability.trying import submitted
 from tests.reliability.verdicts import Verdict, report, write_report
 
 
@@ -70,7 +64,7 @@ def _command() -> str:
 def _try_all(pool: ProcessPoolExecutor, inputs: Inputs, folder: Path, arguments: argparse.Namespace) -> list[Verdict]:
     """Verdicts in the order of the tables, logged as they come."""
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    futures = list(_submitted(pool, inputs, folder, arguments))
+    futures = list(submitted(pool, inputs, folder, arguments.only, arguments.kills))
     places = {future: place for place, future in enumerate(futures)}
     verdicts: dict[int, Verdict] = {}
     failed = 0
@@ -85,55 +79,6 @@ def _try_all(pool: ProcessPoolExecutor, inputs: Inputs, folder: Path, arguments:
                 bar.write(f"{verdict.id} ({verdict.fault}): {verdict.wrong}")
             bar.set_postfix(failed=failed)
     return [verdicts[place] for place in sorted(verdicts)]
-
-
-def _submitted(
-    pool: ProcessPoolExecutor, inputs: Inputs, folder: Path, arguments: argparse.Namespace
-) -> Iterator[Future[Verdict]]:
-    """A future for each case that is wanted."""
-    number = 0
-
-    def submit(tried: Callable[..., Verdict], case: object, kind: str, *more: object) -> Future[Verdict]:
-        nonlocal number
-        number += 1
-        return pool.submit(_guarded, tried, case, kind, inputs, folder / str(number), *more)
-
-    kills = [case for case in kill_cases(arguments.kills) if arguments.only in f"kill: {case.id}"]
-    scenarios = [scenario for scenario in SCENARIOS if any(case.scenario == scenario for case in kills)]
-    wholes = {
-        scenario.id: pool.submit(run_whole, scenario, inputs, folder / "whole" / str(place))
-        for place, scenario in enumerate(scenarios)
-    }
-    for case in BAD_INPUTS:
-        if arguments.only in f"bad input: {case.id}":
-            yield submit(try_bad_input, case, "bad input")
-    for case in in_interpreters():
-        if arguments.only in f"interpreter: {case.id}":
-            yield submit(try_bad_input, case, "bad input", True)
-    for change in changes():
-        if arguments.only in f"changed: {change.id}":
-            yield submit(try_change, change, "changed")
-    for case in kills:
-        whole = wholes[case.scenario.id]
-        if error := whole.exception():
-            yield submit(_not_run, case, "kill", str(error))
-        else:
-            yield submit(try_kill, case, "kill", whole.result())
-
-
-def _not_run(case: object, inputs: Inputs, folder: Path, why: str) -> Verdict:
-    raise RuntimeError(why)
-
-
-def _guarded(tried: Callable[..., Verdict], case: object, kind: str, inputs: Inputs, folder: Path, *more: Whole):
-    """A verdict also where trying itself fails."""
-    try:
-        return tried(case, inputs, folder, *more)
-    except Exception as error:
-        wrong = f"could not be tried: {str(error)[:500]}"
-        return Verdict(kind, case.row, case.id, wrong, "other", "", traceback.format_exc())  # type: ignore[attr-defined]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any one thing changed, and the old result is never served: some of the changes of `make reliability`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from transformers import TrainingArguments
+
+from tests.reliability.changed_runs import VALUES, Change, changes, other_values
+from tests.reliability.trying import changed
+
+NAMED = (
+    "training: label_smoothing_factor, resumed",
+    "training: adam_beta1, resumed",
+    "training: one label to train on, resumed",
+    "training on from a checkpoint: one byte of the text weights, resumed",
+    "two stages: --retrain_learning_rate 1e-3, resumed",
+    "masked tokens: one masked sentence",
+    "sweep: one byte of the text weights",
+    "sweep: one label to evaluate on",
+    "sweep: --max_grad_norm 0.1",
+    "sweep of budgets: --calibration_samples 5",
+    "calibration: one image to train on",
+    "evaluation: one byte of the text weights",
+)
+
+
+@pytest.mark.parametrize("change", [change for change in changes() if change.id in NAMED], ids=lambda change: change.id)
+def test_the_old_result_is_never_served(run, change: Change):
+    verdict = run(changed, change)
+    assert verdict.passed, f"{verdict.wrong}: {verdict.command}\n{verdict.detail}"
+
+
+def test_every_training_argument_is_changed():
+    """Or stands among those that cannot be, such as the folder itself."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert set(VALUES) <= names
+    assert names == set(other_values()) | {name for name, value in VALUES.items() if value is None}
+
+
+def test_the_changes_are_there():
+    ids = [change.id for change in changes()]
+    assert len(set(ids)) == len(ids)
+    assert set(NAMED) <= set(ids)

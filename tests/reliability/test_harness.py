@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tries the scripts sees what is wrong: runs that hang or are killed, files that are not whole, stale results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.reliability.bad_input_case import BadInputCase, try_bad_input
+from tests.reliability.forked import Kill, Outcome, run_forked
+from tests.reliability.inputs import Inputs
+from tests.reliability.left import broken, differences, left
+from tests.reliability.verdicts import BEGIN, END, Verdict, report, write_report
+from tests.script_run import ROOT
+
+
+def evaluated(inputs: Inputs, folder: Path, kill: Kill | None = None, time_limit: float = 60.0) -> Outcome:
+    folder.mkdir()
+    arguments = (*inputs.text_evaluation, "--output_dir", "out")
+    return run_forked("run_glue.py", arguments, folder, kill, time_limit)
+
+
+def test_a_run_is_what_it_is_in_an_interpreter(run):
+    outcome = run(evaluated)
+    assert (outcome.exit_code, outcome.training_steps, outcome.evaluation_steps) == (0, 0, 3)
+    assert not outcome.has_traceback and not outcome.errors
+
+
+@pytest.mark.parametrize("kill", [Kill(seconds=0.1), Kill(function="transformers:Trainer.predict")])
+def test_a_kill_is_seen(run, kill):
+    outcome = run(evaluated, kill)
+    assert outcome.killed and not outcome.hung and outcome.evaluation_steps == 0
+    assert kill.seconds is None or "<module>" in outcome.stack
+
+
+def test_half_a_file_is_left_by_a_kill_while_it_is_written(run, tmp_path):
+    outcome = run(evaluated, Kill(function="pathlib:Path.write_text", half=True))
+    assert outcome.killed
+    files = [path for path in (tmp_path / "case" / "out").rglob("*") if path.is_file()]
+    assert files and any(not path.read_text().endswith("}\n") for path in files)
+
+
+def test_a_run_that_takes_too_long_hangs(run):
+    outcome = run(evaluated, None, 0.1)
+    assert outcome.hung and not outcome.killed and outcome.stack
+
+
+def judged(inputs: Inputs, folder: Path, name: str) -> Verdict:
+    made = {
+        "a command that works": ("run_glue.py", lambda inputs, folder: inputs.text_evaluation, ()),
+        "a line without the value": ("run_glue.py", lambda inputs, folder: ("--r", -1, "--do_eval"), ("-2",)),
+        "a good line": ("run_glue.py", lambda inputs, folder: ("--task_name", "x", "--do_eval"), ("task_name", "x")),
+    }
+    script, make, says = made[name]
+    return try_bad_input(BadInputCase("a class", name, script, make, says), inputs, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("a command that works", "wrong in silence"), ("a line without the value", "other"), ("a good line", "")],
+)
+def test_what_is_no_refusal_does_not_pass(run, name, fault):
+    verdict = run(judged, name)
+    assert (verdict.fault, verdict.passed) == (fault, not fault)
+
+
+def test_files_that_are_not_whole(tmp_path):
+    save_file({"weight": torch.zeros(64)}, tmp_path / "good.safetensors")
+    (tmp_path / "good.json").write_text('{"a": 1}')
+    module = ROOT / "configuration_tome_perceiver.py"
+    (tmp_path / module.name).write_bytes(module.read_bytes())
+    assert broken(tmp_path) == []
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "good.safetensors").read_bytes()[:-8])
+    (tmp_path / "cut.json").write_text('{"a": ')
+    (tmp_path / "nan.json").write_text('{"a": NaN}')
+    (tmp_path / ".x.json.partial").write_text("")
+    (tmp_path / module.name).write_bytes(module.read_bytes()[:4096])
+    names = {line.partition(":")[0] for line in broken(tmp_path)}
+    assert names == {"cut.safetensors", "cut.json", "nan.json", ".x.json.partial", module.name}
+
+
+def test_only_times_may_differ(tmp_path):
+    figures = {"eval_loss": 1.0, "eval_runtime": 2.0, "rows": [{"accuracy": 0.5, "latency_ms": {"median": 3}}]}
+    folders = [tmp_path / name for name in ("one", "other")]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        later = figures | {"eval_runtime": number, "rows": [{"accuracy": 0.5, "latency_ms": {"median": number}}]}
+        (folder / "results.json").write_text(json.dumps(later))
+        (folder / "README.md").write_text(f"Accuracy 0.5\n\n| r | speed |\n|---|---|\n| 0 | {number}.0x |\n")
+    one, other = map(left, folders)
+    assert differences(one, other) == []
+    changed = json.loads((folders[0] / "results.json").read_text())
+    changed["rows"][0]["accuracy"] = 0.25
+    (folders[0] / "results.json").write_text(json.dumps(changed))
+    (folders[0] / "README.md").write_text("Accuracy 0.25\n")
+    (folders[0] / "more.txt").write_text("x")
+    wrong = differences(left(folders[0]), other)
+    assert len(wrong) == 3 and any("0.25 and not 0.5" in line for line in wrong)
+
+
+def test_the_tables_count_and_stand_between_the_markers(tmp_path):
+    verdicts = [
+        Verdict("bad inputs", "images", "one", "", "", "", ""),
+        Verdict("bad inputs", "images", "two", "exit code 0", "wrong in silence", "", ""),
+        Verdict("kills", "run_glue", "three", "", "", "", "", ("training", "training")),
+    ]
+    text = report(verdicts, "heading")
+    assert "| images | 2 | 1 | 1 | 0 | 0 | 0 |" in text and "| training | 2 |" in text
+    assert "- two (wrong in silence): exit code 0" in text
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_report(page, text)
+    written = page.read_text()
+    assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written and text in written
+    with pytest.raises(ValueError, match="has no lines"):
+        page.write_text("no markers")
+        write_report(page, text)
