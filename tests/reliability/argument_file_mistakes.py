@@ -50,7 +50,7 @@ VALUES: dict[str, tuple[object, str]] = {
     "not_an_argument": (1, "not_an_argument"),
     "pad_to_max_length": ("sometimes", "sometimes"),
 }
-OUTPUT_DIRS: dict[str, object] = {"a number": 5, "a list": ["a", "b"], "nothing": None}
+OUTPUT_DIRS: dict[str, object] = {"a list": ["a", "b"], "a mapping": {"a": 1}}
 
 
 def argument_file_mistakes() -> Iterator[BadInputCase]:

@@ -37,7 +37,7 @@ MISTAKES: dict[str, dict[str, str]] = {
             --adam_beta1 1.5
             --adam_beta2 -0.1
             --adam_beta1 nan
-            --adam_epsilon -1e-8
+            --adam_epsilon -0.001
             --label_smoothing_factor 2
             --label_smoothing_factor -1
             --label_smoothing_factor nan
@@ -176,7 +176,7 @@ MISTAKES: dict[str, dict[str, str]] = {
     "names that are not there": {
         GLUE: """
             --task_name glue => sst2
-            --not_an_argument 5
+            --not_an_argument 5 =>> not_an_argument
             --optim adam_of_the_future
             --lr_scheduler_type steep
             --report_to nobody
@@ -202,14 +202,14 @@ MISTAKES: dict[str, dict[str, str]] = {
         IMAGE: """
             --image_processor_name not/there
             --dataset_name not/there
-            --dataset_config_name not_there
+            --dataset_config_name not_there =>> not_there
             --train_dir not_there
             --image_column_name picture
             --label_column_name kind
             --optim adam_of_the_future
         """,
         MLM: """
-            --dataset_config_name one,three
+            --dataset_config_name one,three =>> three
             --train_file not_there.txt
             --validation_file not_there.csv
             --tokenizer_name not/there
@@ -241,7 +241,7 @@ MISTAKES: dict[str, dict[str, str]] = {
             --use_liger_kernel
             --deepspeed not_there.json
             --fsdp full_shard
-            --tf32 true
+            --tf32 true =>> tf32
             --torch_compile_mode fastest
         """,
         SWEEP: """
@@ -260,7 +260,7 @@ MISTAKES: dict[str, dict[str, str]] = {
             --bf16 --fp16
             --metric_for_best_model accuracy --load_best_model_at_end =>> load_best_model_at_end
             --dataloader_prefetch_factor 2 =>> dataloader_prefetch_factor
-            --max_steps 0 --do_predict --dataset_name not/there =>> --dataset_name not/there
+            --max_steps 0
             --model_name_or_path not/there =>> --config_name
         """,
         IMAGE: """

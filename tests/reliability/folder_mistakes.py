@@ -24,13 +24,16 @@ def folder_mistakes() -> Iterator[BadInputCase]:
             yield BadInputCase(FOLDERS, f"with {name}", script, _into(script, _occupied(file)), (OUTPUT, file))
     for script, file in RESULTS.items():
         for what, text in (("empty", ""), ("cut", '{"r": '), ("a list", "[]"), ("of nothing", "{}")):
-            make = _into(script, _holding(file, text))
+            make = _into(script, _holding(file, text, **{"config.json": "{}"}))
             yield BadInputCase(FOLDERS, f"whose {file} is {what}", script, make, (OUTPUT,))
     for script in ("run_glue.py", "run_image.py", "run_mlm.py"):
         for name, change in NO_CHECKPOINTS.items():
             make = _resumed(script, change)
             says = ("--resume_from_checkpoint", "checkpoint-3")
             yield BadInputCase(RESUMED, name, script, make, says)
+    for script in ("run_glue.py", "run_image.py", "run_mlm.py"):
+        make = _evaluation_into_training(script)
+        yield BadInputCase(FOLDERS, "with training of another model, to evaluate in", script, make, ("--output_dir",))
     yield BadInputCase(RESUMED, "of another task", "run_glue.py", _of_another_task, ("--resume_from_checkpoint",))
     yield BadInputCase(RESUMED, "a word", "run_glue.py", _word, ("--resume_from_checkpoint", "newest"))
     for name, (script, words) in DIVERGING.items():
@@ -90,12 +93,21 @@ def _occupied(file: str) -> Callable[[Inputs, Path], Path]:
     return _holding(file, json.dumps({"of": "another experiment"}))
 
 
-def _holding(file: str, text: str) -> Callable[[Inputs, Path], Path]:
+def _holding(file: str, text: str, **others: str) -> Callable[[Inputs, Path], Path]:
     def make(inputs: Inputs, folder: Path) -> Path:
         output_dir = folder / OUTPUT
         output_dir.mkdir()
-        (output_dir / file).write_text(text)
+        for name, content in {file: text, **others}.items():
+            (output_dir / name).write_text(content)
         return output_dir
+
+    return make
+
+
+def _evaluation_into_training(script: str) -> Make:
+    def make(inputs: Inputs, folder: Path) -> Command:
+        shutil.copytree(inputs.checkpoint_of(script).parent, folder / OUTPUT)
+        return (*inputs.evaluation(script), "--output_dir", folder / OUTPUT)
 
     return make
 

@@ -140,7 +140,7 @@ class Inputs:
     @property
     def text_evaluation(self) -> Command:
         """Of `run_glue.py`."""
-        return ("--model_name_or_path", self.text_model, *self.text_data, "--use_cpu", "--do_eval")
+        return self.evaluation("run_glue.py")
 
     @property
     def image_training(self) -> Command:
@@ -175,6 +175,15 @@ class Inputs:
     def checkpoint_of(self, script: str) -> Path:
         """A whole checkpoint after three steps of `usual(script)`."""
         return self.folder / "trained" / script.removesuffix(".py") / "checkpoint-3"
+
+    def evaluation(self, script: str) -> Command:
+        """Of a checkpoint, that is not the one of `usual(script)`."""
+        model, data = {
+            "run_glue.py": (self.text_model, self.text_data),
+            "run_image.py": (self.image_model, self.image_data),
+            "run_mlm.py": (self.mlm_model, self.mlm_data),
+        }[script]
+        return ("--model_name_or_path", model, *data, "--use_cpu", "--do_eval")
 
     def usual(self, script: str) -> Command:
         """A command of a script that works, but for its `--output_dir`."""
