@@ -182,25 +182,37 @@ def other_values() -> dict[str, Command]:
     return found
 
 
-def try_change(change: Change, inputs: Inputs, folder: Path) -> Verdict:
+def run_to_the_end(run: str, inputs: Inputs, folder: Path) -> Outcome:
+    """Run the command of a key of `RUNS` in a folder, for what several changes begin with."""
+    folder.mkdir(parents=True)
+    script, base, added, _ = RUNS[run]
+    return run_forked(script, (*getattr(inputs, base), *added, "--output_dir", OUTPUT), folder)
+
+
+def try_change(change: Change, inputs: Inputs, folder: Path, finished: Path | None = None) -> Verdict:
     """Run to the end, change one thing, run again, and compare with the same in an empty folder.
 
     Args:
         change: what is changed.
         inputs: that are copied where they are to be changed.
         folder: a new one for the case.
+        finished: where `run_to_the_end` ran, if it did; used where the inputs stay as they are.
     """
-    folder.mkdir(parents=True)
     script, base, added, resume = RUNS[change.run]
     if change.edit:
         shutil.copytree(inputs.folder, folder / "inputs", symlinks=True)
         inputs = Inputs(folder / "inputs")
+        finished = None
     command = (*getattr(inputs, base), *added, "--output_dir", OUTPUT)
     shown = f"python {script} {shlex.join(map(str, (*command, *change.added)))}"
-    first = run_forked(script, command, folder)
-    if first.exit_code:
-        wrong = f"the run before the change fails: exit code {first.exit_code}"
-        return Verdict(KIND, change.row, change.id, wrong, "other", shown, first.stderr[-1500:])
+    if finished is not None:
+        shutil.copytree(finished, folder)
+    else:
+        first = run_to_the_end(change.run, inputs, folder / "run")
+        folder = folder / "run"
+        if first.exit_code:
+            wrong = f"the run before the change fails: exit code {first.exit_code}"
+            return Verdict(KIND, change.row, change.id, wrong, "other", shown, first.stderr[-1500:])
     if change.edit:
         EDITS[change.edit](inputs)
     before = contents(folder / OUTPUT)

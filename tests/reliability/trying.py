@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.reliability.bad_input_case import try_bad_input
 from tests.reliability.bad_inputs import BAD_INPUTS, in_interpreters
-from tests.reliability.changed_runs import changes, try_change
+from tests.reliability.changed_runs import changes, run_to_the_end, try_change
 from tests.reliability.inputs import Inputs
 from tests.reliability.kills import SCENARIOS, kill_cases, run_whole, try_kill
 from tests.reliability.verdicts import Verdict
@@ -37,22 +37,28 @@ def submitted(
         number += 1
         return pool.submit(_guarded, tried, inputs, folder / str(number), *more)
 
+    wanted = [change for change in changes() if only in f"changed: {change.id}"]
     kills = [case for case in kill_cases(kills_at_random) if only in f"kill: {case.id}"]
-    wanted = {case.scenario.id for case in kills}
+    # What several cases begin with, or are compared with, comes first.
+    runs = dict.fromkeys(change.run for change in wanted if not change.edit)
+    finished = {run: folder / "finished" / run for run in runs}
+    ends = [pool.submit(run_to_the_end, run, inputs, finished[run]) for run in runs]
     wholes = {
         scenario.id: pool.submit(run_whole, scenario, inputs, folder / "whole" / str(place))
         for place, scenario in enumerate(SCENARIOS)
-        if scenario.id in wanted
+        if any(case.scenario == scenario for case in kills)
     }
+    for run, end in zip(runs, ends, strict=True):
+        if end.result().exit_code:
+            finished.pop(run)  # each case says so
     for case in BAD_INPUTS:
         if only in f"bad input: {case.id}":
             yield submit(bad_input, case.id)
     for case in in_interpreters():
         if only in f"interpreter: {case.id}":
             yield submit(bad_input, case.id, True)
-    for change in changes():
-        if only in f"changed: {change.id}":
-            yield submit(changed, change)
+    for change in wanted:
+        yield submit(changed, change, finished.get(change.run))
     for kill in kills:
         whole = wholes[kill.scenario.id]
         yield submit(killed, kill, None if whole.exception() else whole.result(), str(whole.exception()))
@@ -64,8 +70,8 @@ def bad_input(inputs: Inputs, folder: Path, case_id: str, real: bool = False) ->
     return try_bad_input(case, inputs, folder, real)
 
 
-def changed(inputs: Inputs, folder: Path, change: Any) -> Verdict:
-    return try_change(change, inputs, folder)
+def changed(inputs: Inputs, folder: Path, change: Any, finished: Path | None = None) -> Verdict:
+    return try_change(change, inputs, folder, finished)
 
 
 def killed(inputs: Inputs, folder: Path, case: Any, whole: Any, why: str = "") -> Verdict:
