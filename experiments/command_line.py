@@ -26,13 +26,13 @@ class Parser(HfArgumentParser):
 
     Modifications:
     - what it refuses is a `BadInput`: one line, without the usage
-    - numbers are finite, wherever one is an argument
+    - numbers are finite and texts are not empty, as one is from a variable of the shell that is not set
     - a name that is not known comes with the one that may have been meant
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for kind, convert in ((int, _integer), (float, _number), (string_to_bool, _boolean)):
+        for kind, convert in ((int, _integer), (float, _number), (str, _text), (string_to_bool, _boolean)):
             self.register("type", kind, convert)
 
     def error(self, message: str) -> NoReturn:
@@ -129,7 +129,7 @@ def _integer(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ArgumentTypeError(f"{text}: allowed is an integer") from None
+        raise ArgumentTypeError(f"{_shown(text)}: allowed is an integer") from None
 
 
 def _number(text: str) -> float:
@@ -138,8 +138,14 @@ def _number(text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ArgumentTypeError(f"{text}: allowed is a number")
+        raise ArgumentTypeError(f"{_shown(text)}: allowed is a number")
     return number
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise ArgumentTypeError(f"{_shown(text)}: allowed is a text that is not empty")
+    return text
 
 
 def _boolean(text: str | bool) -> bool:
@@ -147,3 +153,8 @@ def _boolean(text: str | bool) -> bool:
         return string_to_bool(text)
     except ArgumentTypeError:
         raise ArgumentTypeError(f"{text}: allowed is true or false") from None
+
+
+def _shown(text: str) -> str:
+    """A value in a message, visible also where it is empty."""
+    return text if text.strip() else f"'{text}'"

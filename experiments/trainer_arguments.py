@@ -109,9 +109,6 @@ class TrainerArguments(TrainingArguments):
                 raise BadInput(f"--{name} {getattr(self, name)}: allowed is to leave it out; {why}")
         if not self.eval_do_concat_batches:
             raise BadInput("--eval_do_concat_batches false: allowed is true; metrics are computed of all predictions")
-        for name in ("output_dir", "hub_model_id", "hub_revision"):
-            if getattr(self, name) == "":
-                raise BadInput(f"--{name} '': allowed is a name")
         self._check_mappings()
         trackers = self.__dict__["report_to"] or "none"
         trackers = trackers.split(",") if isinstance(trackers, str) else trackers

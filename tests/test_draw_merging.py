@@ -127,7 +127,7 @@ IMAGE_MODEL, TEXT_MODEL = "ForImageClassificationConvProcessing", "ForSequenceCl
         (TEXT_MODEL, ("--texts", "a", "--images", "grey.png"), "--images and --texts: allowed is exactly one"),
         (TEXT_MODEL, ("--images", "grey.png"), "a model for text (ToMePerceiverForSequenceClassification)"),
         (IMAGE_MODEL, ("--texts", "a"), "a model for images (ToMePerceiverForImageClassificationConvProcessing)"),
-        (TEXT_MODEL, ("--texts", ""), "a text is empty"),
+        (TEXT_MODEL, ("--texts", ""), "allowed is a text that is not empty"),
         (TEXT_MODEL, ("--texts", "a", "--max_length", "2"), "--max_length 2: allowed"),
         (TEXT_MODEL, ("--texts", "a", "--split", "test"), "--split test: allowed only with --dataset_name"),
         (TEXT_MODEL, ("--texts", "a", "--r", "-1"), "r = -1: allowed"),
