@@ -7,7 +7,7 @@ import csv
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +120,13 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(parent) / name for name in names)
 
 
-def _state(files: Any) -> str:
+def _state(files: Iterable[Path]) -> str:
     """Of files as they are now. `datasets` knows a folder with a card by its name, and a file by its time, which a copy
     of another may have too; the time of the last change of the file itself cannot be set."""
     digest = hashlib.sha256()
     for path in sorted(files):
         if path.exists():
             status = path.stat()
-            digest.update(
-                f"{path.resolve()}\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}\n".encode(
-                    errors="surrogateescape"
-                )
-            )
+            times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+            digest.update(os.fsencode(f"{path.resolve()}\0{status.st_size} {status.st_ino} {times}\n"))
     return digest.hexdigest()[:16]

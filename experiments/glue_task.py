@@ -15,6 +15,7 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, naming
 from experiments.data_reading import TABLE_FORMATS, ending, read_dataset, read_file
 from experiments.labels import (
+    check_none_missing,
     check_trained,
     has_labels,
     label_ids,
@@ -298,9 +299,7 @@ def _sentence_columns(arguments: GlueDataArguments, train: Dataset, argument: st
     # A number beside the text, such as an identity, is none of it.
     columns = [name for name in others if _is_text(train, name)]
     if not columns:
-        raise BadInput(
-            f"{argument}: has no column with sentences; allowed is one of text, here {listed(train.features)}"
-        )
+        raise BadInput(f"{argument}: has no column with sentences, of text, beside {listed(train.features)}")
     return tuple(columns[:2])
 
 
@@ -326,7 +325,9 @@ def _labels(arguments: GlueDataArguments, train: Dataset, argument: str) -> list
         return []
     labels = label_names(train, LABEL, argument)
     if labels is None:
-        values = np.unique(np.array([value for value in train.unique(LABEL) if value is not None], dtype=float))
+        # A missing label makes numbers with a point of all others in a .csv file.
+        check_none_missing(train[LABEL], LABEL, f"{argument}: split 'train'")
+        values = np.unique(train[LABEL])
         if task is not None or len(values) <= 2 and np.array_equal(values, np.round(values)):
             raise BadInput(
                 f"{argument}: column '{LABEL}' holds numbers with a point, {listed(values)}; allowed are classes by "

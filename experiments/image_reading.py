@@ -117,8 +117,8 @@ def image_folder(argument: str, folder: str, unlabelled: bool = False) -> Datase
     if deeper is not None or (flat and (by_class or not unlabelled)):
         found = deeper or flat[0]
         raise BadInput(
-            f"{argument}: {found.relative_to(root.resolve())} is not where images are to be; allowed is one folder of images "
-            "for each class" + (", or images and no folders" if unlabelled else "")
+            f"{argument}: {found.relative_to(root.absolute())} is not where images are to be; allowed is one folder of "
+            "images for each class" + (", or images and no folders" if unlabelled else "")
         )
     if flat:
         return Dataset.from_dict({IMAGE: list(map(str, flat))}, features=Features({IMAGE: AS_STORED}))
@@ -134,4 +134,4 @@ def image_folder(argument: str, folder: str, unlabelled: bool = False) -> Datase
 def _images(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in ImageFolder.EXTENSIONS and not path.name.startswith(".") and path.is_file():
-            yield path.resolve()
+            yield path.absolute()

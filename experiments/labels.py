@@ -111,9 +111,11 @@ def label_names(dataset: Dataset, column: str, where: str) -> list[str] | None:
 
 def has_labels(dataset: Dataset, column: str) -> bool:
     """Whether a split has any labels: test splits may lack the column, or have -1 or nothing everywhere."""
-    return column in dataset.features and not all(
-        _is_missing(value) or value == NO_LABEL for value in dataset.unique(column)
-    )
+    if column not in dataset.features:
+        return False
+    if not isinstance(dataset.features[column], (Value, ClassLabel)):
+        return True  # of a kind that is refused where they are read
+    return not all(_is_missing(value) or value == NO_LABEL for value in dataset.unique(column))
 
 
 def with_label_ids(dataset: Dataset, column: str, labels: Sequence[str], where: str) -> Dataset:
@@ -134,15 +136,16 @@ def with_label_ids(dataset: Dataset, column: str, labels: Sequence[str], where: 
     values = list(dataset[column])
     if own_names is not None:
         values = [own_names[v] if v is not None and 0 <= v < len(own_names) else None for v in values]
-    refuse_missing([index for index, value in enumerate(values) if _is_missing(value)], len(values), column, where)
+    check_none_missing(values, column, where)
     names = [str(value) for value in values]
     place = {name: index for index, name in enumerate(labels)}
     if unknown := set(names) - set(place):
         raise BadInput(f"{where} has the labels {listed(unknown)}; allowed are those of training, {listed(labels)}")
     if own_names == list(labels):
         return dataset
-    others = dataset.remove_columns(column)
-    return others.add_column(column, [place[name] for name in names], feature=ClassLabel(names=list(labels)))
+    ids = [place[name] for name in names]
+    added = dataset.add_column(f"{column}_ids", ids, feature=ClassLabel(names=list(labels)))
+    return added.remove_columns(column).rename_column(f"{column}_ids", column)
 
 
 def with_numbers(dataset: Dataset, column: str, where: str) -> Dataset:
@@ -151,8 +154,10 @@ def with_numbers(dataset: Dataset, column: str, where: str) -> Dataset:
     Raises:
         BadInput: for what is no number, with how many and where the first is.
     """
+    if isinstance(dataset.features[column], ClassLabel):
+        raise BadInput(f"{where}: column '{column}' holds classes; allowed are numbers")
     values = list(dataset[column])
-    refuse_missing([index for index, value in enumerate(values) if _is_missing(value)], len(values), column, where)
+    check_none_missing(values, column, where)
     with naming(f"{where}, column '{column}'", Exception):
         finite = np.isfinite(np.array(values, dtype=object).astype(np.float32))
         dataset = dataset.cast_column(column, Value("float32"))
@@ -162,6 +167,16 @@ def with_numbers(dataset: Dataset, column: str, where: str) -> Dataset:
             f"{int(np.argmin(finite))}; allowed are finite ones"
         )
     return dataset
+
+
+def check_none_missing(values: Iterable[object], column: str, where: str) -> None:
+    """Check that there is a label for each example.
+
+    Raises:
+        BadInput: with how many are missing and which is the first.
+    """
+    values = list(values)
+    refuse_missing([index for index, value in enumerate(values) if _is_missing(value)], len(values), column, where)
 
 
 def refuse_missing(missing: Sequence[int], count: int, column: str, where: str) -> None:

@@ -95,16 +95,14 @@ def load_model(
 
 
 def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], new_head: bool) -> None:
-    """Check that nothing but a head began at random, and that nothing of the trunk was left out: transformers only warns
-    of it."""
+    """Check that nothing but a head began at random, and that nothing else was left out: transformers only warns."""
     for what, names in (
         ("lack", loaded["missing_keys"]),
         ("have, beyond what the config has room for,", loaded["unexpected_keys"]),
         ("have of another shape than the config", [entry[0] for entry in loaded["mismatched_keys"]]),
     ):
-        wrong = sorted(
-            name for name in names if not (new_head and name.startswith(HEADS) or name.endswith(UNIMPORTANT))
-        )
+        counted = [name for name in names if not name.endswith(UNIMPORTANT)]
+        wrong = sorted(name for name in counted if not (new_head and name.startswith(HEADS)))
         if wrong:
             raise BadInput(
                 f"--model_name_or_path {arguments.model_name_or_path}: its weights {what} {wrong[0]}"

@@ -114,7 +114,7 @@ class PreparedTask:
         return metric.compute(predictions=predicted, references=asked) | standard_errors(self.kind, predicted, asked)
 
     def predictions(self, logits: np.ndarray) -> np.ndarray:
-        """From a model's logits to what is scored: for each example a place in `labels`, a number or a row of tokens."""
+        """From logits to what is scored: for each example a place in `labels`, a number or a row of tokens."""
         return self.predicted(logits[:, self.label_ids] if self.label_ids else logits)
 
     def references(self, label_ids: np.ndarray) -> np.ndarray:

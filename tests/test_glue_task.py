@@ -194,10 +194,111 @@ def test_a_tokenizer_or_a_length_that_the_model_has_no_room_for(tmp_path, change
     assert all(part in str(error.value) for part in says), error.value
 
 
-def test_data_that_changed_are_read_again_when_asked(tmp_path):
+def own(tmp_path: Path, train: dict, predict: bool = False, evaluate: bool = True, **others: dict) -> GlueTask:
+    paths = {f"{name}_file": str(write_table(tmp_path / f"{name}.jsonl", columns)) for name, columns in others.items()}
+    paths["train_file"] = str(write_table(tmp_path / "train.parquet", train))
+    return load_glue_task(GlueDataArguments(**paths), predict, seed=0, evaluate=evaluate)
+
+
+GOOD = {"text": ["aa", "bb", "cc"], "label": ["x", "y", "x"]}
+
+
+@pytest.mark.parametrize("names", [["equivalent", "not_equivalent"], ["Not-Equivalent", "EQUIVALENT"], ["0", "1"]])
+def test_f1_is_about_the_same_class_whatever_the_data_call_it_and_in_whatever_order(tmp_path, names):
+    folder = write_glue(tmp_path, "mrpc", labels=names)
+    task = load_glue_task(GlueDataArguments(task_name="mrpc", dataset_name=str(folder)), predict=False, seed=0)
+    assert [name.lower().replace("-", "_") for name in task.labels] in (LABELS["mrpc"], ["0", "1"])
+    sentences = dict(zip(task.train["sentence1"], task.train["label"], strict=True))
+    for sentence, label in sentences.items():
+        assert task.labels[label] == names[ord(sentence[0]) - ord("a")]
+
+
+def test_a_task_of_other_classes_is_refused(tmp_path):
+    folder = write_glue(tmp_path, "mrpc", labels=["no", "yes"])
+    with pytest.raises(BadInput, match="'no', 'yes'.*'not_equivalent' and 'equivalent'"):
+        load_glue_task(GlueDataArguments(task_name="mrpc", dataset_name=str(folder)), predict=False, seed=0)
+
+
+def test_files_of_different_formats(tmp_path):
+    """Labels by name: integers in one are strings in the other."""
+    task = own(tmp_path, {"text": ["a", "b"], "label": [0, 1]}, validation={"text": ["c"], "label": ["1"]})
+    assert (task.labels, task.evaluation[""]["label"]) == (["0", "1"], [1])
+
+
+def test_classes_of_truth_values(tmp_path):
+    task = own(tmp_path, {"text": ["a", "b"], "label": [True, False]}, validation={"text": ["c"], "label": [True]})
+    assert (task.labels, task.evaluation[""]["label"]) == (["False", "True"], [1])
+
+
+def test_a_number_beside_the_text_is_no_sentence(tmp_path):
+    table = {"id": [3, 4, 5]} | GOOD
+    assert own(tmp_path, table, validation=table).sentence_columns == ("text",)
+
+
+def test_without_a_validation_file_a_labelled_test_file_is_evaluated(tmp_path):
+    task = own(tmp_path, GOOD, test=GOOD, predict=True)
+    assert len(task.evaluation[""]) == len(task.prediction[""]) == 3
+    assert task.source.split == "test"
+
+
+def test_where_nothing_is_evaluated_there_need_not_be_anything(tmp_path):
+    task = own(tmp_path, GOOD, test={"text": ["aa"]}, predict=True, evaluate=False)
+    assert not task.evaluation and len(task.prediction[""]) == 1
+    assert prepared(task).batch(4)["input_ids"].shape[0] == 1
+    with pytest.raises(BadInput, match="nothing to evaluate on"):
+        own(tmp_path, GOOD, test={"text": ["aa"]}, predict=True)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "says"),
+    [
+        (GOOD | {"label": ["x", None, "y"]}, GOOD, "split 'train': column 'label' has no value.* 1 of 3"),
+        (GOOD | {"label": [0, -1, 1]}, GOOD, "split 'train': column 'label' has no value.* example 1"),
+        (GOOD, GOOD | {"label": ["x", "y", None]}, "split 'validation': column 'label' has no value.* example 2"),
+        (GOOD | {"label": [0.0, 1.0, 0.0]}, GOOD, "numbers with a point, '0.0', '1.0'"),
+        (GOOD | {"label": [0.5, None, 1.5]}, GOOD, "split 'train': column 'label' has no value"),
+        (GOOD | {"label": [[0], [1], [0]]}, GOOD, "column 'label' holds List"),
+        (GOOD | {"label": ["x", "x", "x"]}, GOOD, "'x' alone"),
+        (GOOD | {"text": [1, 2, 3]}, GOOD, "no column with sentences"),
+        (GOOD | {"text": ["a", None, "b"]}, GOOD, "split 'train': column 'text' has no value"),
+        (GOOD, GOOD | {"text": [1, 2, 3]}, "split 'validation': column 'text' holds int64"),
+        (GOOD, GOOD | {"text": ["a", "b", None]}, "split 'validation': column 'text' has no value"),
+        (GOOD, GOOD | {"text": [["a"], ["b"], ["c"]]}, "split 'validation': column 'text' holds List"),
+        (GOOD, GOOD | {"label": [True, False, True]}, "labels 'False', 'True'; allowed are those of training"),
+    ],
+)
+def test_what_is_missing_or_of_another_kind_is_refused(tmp_path, train, validation, says):
+    with pytest.raises(BadInput, match=says) as error:
+        own(tmp_path, train, validation=validation)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_sentence_is_one(tmp_path):
+    table = GOOD | {"text": ["", "b", "c"]}
+    assert prepared(own(tmp_path, table, validation=table)).train[0]["attention_mask"] == [1, 1]
+
+
+def test_a_tokenizer_without_padding_and_a_length_without_text_are_named(tmp_path):
+    task = own(tmp_path, GOOD, validation=GOOD)
+    tokenizer = PerceiverTokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(BadInput, match="pad"):
+        task.prepared(config_for(task), tokenizer, seed=0)
+    task.arguments.max_seq_length = 2
+    with pytest.raises(BadInput, match="--max_seq_length 2: allowed are 3 to"):
+        prepared(task)
+
+
+def test_the_tokenizer_learns_the_positions_of_the_model(tmp_path):
+    assert prepared(own(tmp_path, GOOD, validation=GOOD)).processing_class.model_max_length == POSITIONS
+
+
+@pytest.mark.parametrize("overwrite_cache", [False, True])
+def test_data_that_changed_are_read_again(tmp_path, overwrite_cache):
     """datasets would go on with what it knows of a folder of that name."""
     options = dict(predict=False, seed=0, cache_dir=str(tmp_path / "cache"))
     for count in (18, 9):
         folder = str(write_glue(tmp_path / "glue", "sst2", validation=count))
-        task = load_glue_task(GlueDataArguments(task_name="sst2", dataset_name=folder, overwrite_cache=True), **options)
-        assert len(task.evaluation[""]) == count
+        arguments = GlueDataArguments(task_name="sst2", dataset_name=folder, overwrite_cache=overwrite_cache)
+        task = load_glue_task(arguments, **options)
+        assert len(task.evaluation[""]) == len(prepared(task).evaluation[""]) == count

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,53 @@ def test_folders_of_images(tmp_path):
     task = load(**folders, max_train_samples=4)
     assert task.labels == sorted(LABELS)
     assert (len(task.train), len(task.evaluation[""])) == (4, 6)
+
+
+def test_unlabelled_images_are_predicted(tmp_path):
+    train = write_image_folders(tmp_path / "train", 6)
+    flat = tmp_path / "test"
+    flat.mkdir()
+    for index, path in enumerate(sorted(train.glob("*/*.png"))[:4]):
+        (flat / f"{index}.png").write_bytes(path.read_bytes())
+    sight = prepared(load(predict=True, train_dir=str(train), test_dir=str(flat), train_val_split=0.5))
+    assert set(sight.prediction[""][0]) == {"pixel_values"} and len(sight.prediction[""]) == 4
+
+
+def test_a_validation_folder_of_fewer_classes_goes_by_name(tmp_path):
+    train, validation = write_image_folders(tmp_path / "train", 2), write_image_folders(tmp_path / "validation", 2)
+    shutil.rmtree(validation / "bright")
+    task = load(train_dir=str(train), validation_dir=str(validation))
+    assert {task.labels[label] for label in task.evaluation[""]["label"]} == {"dark", "middle"}
+    (validation / "dark").rename(validation / "black")
+    with pytest.raises(BadInput, match="has the labels 'black'; allowed are those of training"):
+        load(train_dir=str(train), validation_dir=str(validation))
+
+
+@pytest.mark.parametrize("value", [-1, None])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_missing_labels_are_refused_unless_they_are_to_predict(tmp_path, split, value):
+    folder = write_images(tmp_path, {"train": 6, "validation": 3, "test": 3}, missing={split: value, "test": value})
+    with pytest.raises(BadInput, match=f"split '{split}': column 'label' has no value"):
+        load(dataset_name=str(folder))
+    folder = write_images(tmp_path / "good", {"train": 6, "validation": 3, "test": 3}, missing={"test": value})
+    assert set(prepared(load(True, dataset_name=str(folder))).prediction[""][0]) == {"pixel_values"}
+
+
+def test_a_cut_image_is_refused_before_any_work(tmp_path):
+    train = write_image_folders(tmp_path / "train", 6)
+    path = train / "dark" / "1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(BadInput, match="dark/1.png"):
+        load(train_dir=str(train), train_val_split=0.5)
+
+
+def test_an_image_processor_that_does_not_fit_is_named(tmp_path):
+    task = load(dataset_name=str(write_images(tmp_path, {"train": 6, "test": 3})))
+    config = ToMePerceiverConfig(**MODEL | {"architectures": ["PerceiverForImageClassificationLearned"]})
+    config.id2label = dict(enumerate(task.labels))
+    config.label2id = {name: index for index, name in enumerate(task.labels)}
+    with pytest.raises(BadInput, match="--image_processor_name: makes images of 8 x 8; allowed is image_size = 16"):
+        task.prepared(config, PerceiverImageProcessorPil(do_center_crop=False, size={"height": 8, "width": 8}), 0)
 
 
 def test_columns_of_other_names(tmp_path):

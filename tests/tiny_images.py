@@ -37,9 +37,16 @@ def write_model_config(folder: Path, **changes: object) -> Path:
 
 
 def write_images(
-    folder: Path, splits: dict[str, int], columns: tuple[str, str] = ("image", "label"), first_label: int = 0
+    folder: Path,
+    splits: dict[str, int],
+    columns: tuple[str, str] = ("image", "label"),
+    first_label: int = 0,
+    missing: dict[str, int | None] | None = None,
 ) -> Path:
-    """Greyscale 8x8 images whose brightness is their class, as parquet files, one for each split."""
+    """Greyscale 8x8 images whose brightness is their class, as parquet files, one for each split.
+
+    In the splits in `missing`, all labels but those of the first two images are its value, and in "test" those too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for split, count in splits.items():
@@ -48,6 +55,9 @@ def write_images(
             PilImage.fromarray(random.integers(80 * label, 80 * label + 80, (8, 8), np.uint8)) for label in labels
         ]
         labels[0] = first_label
+        if split in (missing or {}):
+            kept = 0 if split == "test" else 2
+            labels = labels[:kept] + [missing[split]] * (count - kept)
         features = Features({columns[0]: Image(), columns[1]: ClassLabel(names=LABELS)})
         Dataset.from_dict(dict(zip(columns, (images, labels), strict=True)), features=features).to_parquet(
             folder / f"{split}.parquet"

@@ -45,8 +45,14 @@ def write_model_config(folder: Path, **changes: object) -> Path:
     return path
 
 
-def write_glue(folder: Path, task: str, train: int = 24, validation: int = 18, test: int = 6) -> Path:
-    """A folder that `load_dataset(folder, task)` reads like the Hub's GLUE: names, features, splits, hidden labels."""
+def write_glue(
+    folder: Path, task: str, train: int = 24, validation: int = 18, test: int = 6, labels: list[str] | None = None
+) -> Path:
+    """A folder that `load_dataset(folder, task)` reads like the Hub's GLUE: names, features, splits, hidden labels.
+
+    With `labels`, its classes have other names.
+    """
+    names = labels or LABELS[task]
     endings = ("_matched", "_mismatched") if task == "mnli" else ("",)
     counts = {"train": train}
     for ending in endings:
@@ -54,11 +60,11 @@ def write_glue(folder: Path, task: str, train: int = 24, validation: int = 18, t
         counts |= {f"validation{ending}": validation + len(ending), f"test{ending}": test + len(ending)}
     (folder / task).mkdir(parents=True, exist_ok=True)
     for split, count in counts.items():
-        labels, sentences = _sentences(task, count, seed=len(split))
-        label = ClassLabel(names=LABELS[task]) if LABELS[task] else Value("float32")
+        values, sentences = _sentences(task, count, seed=len(split))
+        label = ClassLabel(names=names) if names else Value("float32")
         if split.startswith("test"):
-            labels = [-1] * count
-        columns = dict(zip(SENTENCES[task], sentences, strict=True)) | {"label": labels, "idx": list(range(count))}
+            values = [-1] * count
+        columns = dict(zip(SENTENCES[task], sentences, strict=True)) | {"label": values, "idx": list(range(count))}
         features = Features(
             {name: Value("string") for name in SENTENCES[task]} | {"label": label, "idx": Value("int32")}
         )
@@ -77,8 +83,9 @@ def write_glue(folder: Path, task: str, train: int = 24, validation: int = 18, t
 def write_table(path: Path, columns: dict[str, list]) -> Path:
     """Own data, in the format that the file's name ends in."""
     table = pd.DataFrame(columns)
-    write = {".csv": table.to_csv, ".json": table.to_json, ".parquet": table.to_parquet}[path.suffix]
-    options = {".json": {"orient": "records", "lines": True}}.get(path.suffix, {"index": False})
+    kinds = {".csv": table.to_csv, ".json": table.to_json, ".jsonl": table.to_json, ".parquet": table.to_parquet}
+    write, lines = kinds[path.suffix], path.suffix.startswith(".json")
+    options = {"orient": "records", "lines": True} if lines else {"index": False}
     write(path, **options)
     return path
 
