@@ -246,19 +246,19 @@ def _judged(
         asked = json.loads((folder / "fresh" / OUTPUT / "trainer_state.json").read_text())
         longer = state["global_step"] >= asked["global_step"] and state["global_step"] > 8
         return ("", "") if longer else (f"only {state['global_step']} steps", "wrong in silence")
-    wrong = _stale(left(folder / OUTPUT), left(folder / "fresh" / OUTPUT))
+    wrong = _stale(left(folder / OUTPUT), left(folder / "fresh" / OUTPUT), change.resume)
     return ("; ".join(wrong[:3]), "wrong in silence") if wrong else ("", "")
 
 
-def _stale(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Results that are not those of an empty folder, and checkpoints that are of no run of this command."""
+def _stale(found: dict[str, Any], expected: dict[str, Any], resumed: bool) -> list[str]:
+    """Results that are not those of an empty folder, and checkpoints that a run that started over has not written."""
     wrong = []
     for path, value in expected.items():
         if not NOT_COMPARED.search(path) and not _alike(found.get(path), value):
             wrong.append(f"{path} is not what an empty folder gets")
     theirs, ours = ({path for path in each if CHECKPOINT.search(path)} for each in (expected, found))
     folders = {path.rpartition("/")[0] for path in ours} - {path.rpartition("/")[0] for path in theirs}
-    if theirs and folders:
+    if theirs and folders and not resumed:
         wrong.append(f"of another run: {', '.join(sorted(folders))}")
     return wrong
 
