@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 from tests.reliability.bad_input_case import OUTPUT, contents
 from tests.reliability.forked import Outcome, run_forked
 from tests.reliability.inputs import LAST, Command, Inputs
-from tests.reliability.left import left
+from tests.reliability.left import left, where
 from tests.reliability.verdicts import Verdict
 
 KIND = "one thing changed"
@@ -255,7 +255,7 @@ def _stale(found: dict[str, Any], expected: dict[str, Any], resumed: bool) -> li
     wrong = []
     for path, value in expected.items():
         if not NOT_COMPARED.search(path) and not _alike(found.get(path), value):
-            wrong.append(f"{path} is not what an empty folder gets")
+            wrong.append(f"{path} is not what an empty folder gets{where(found.get(path), value)}")
     theirs, ours = ({path for path in each if CHECKPOINT.search(path)} for each in (expected, found))
     folders = {path.rpartition("/")[0] for path in ours} - {path.rpartition("/")[0] for path in theirs}
     if theirs and folders and not resumed:

@@ -19,7 +19,7 @@ from tests.reliability.forked import ROOT
 
 # Names of figures that are times of this machine, or made of them.
 TIMES = re.compile(
-    r"runtime|preparation_time|per_second|seconds|latency|speedup|throughput|peak_memory|environment|date|jit_compilation|resumed|total_flos"
+    r"_mem_|runtime|preparation_time|per_second|seconds|latency|speedup|throughput|peak_memory|environment|date|jit_compilation|resumed|total_flos"
 )
 # Lines with times in them are left out, and tables with any.
 TIMED_LINES = re.compile(
@@ -50,7 +50,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any], but: str = r"(?
         elif path not in expected:
             wrong.append(f"{path} should not be there")
         elif found[path] != expected[path]:
-            wrong.append(f"{path} differs{_where(found[path], expected[path])}")
+            wrong.append(f"{path} differs{where(found[path], expected[path])}")
     return wrong
 
 
@@ -126,16 +126,16 @@ def _without_times(value: Any) -> Any:
     return value
 
 
-def _where(found: Any, expected: Any) -> str:
+def where(found: Any, expected: Any) -> str:
     """The first figure that differs."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for name in found.keys() | expected.keys():
             if found.get(name) != expected.get(name):
-                return f", {name}{_where(found.get(name), expected.get(name))}"
+                return f", {name}{where(found.get(name), expected.get(name))}"
     if isinstance(found, list) and isinstance(expected, list):
         for one, other in zip(found, expected, strict=False):
             if one != other:
-                return _where(one, other)
+                return where(one, other)
     if isinstance(found, str) and len(found) == 64:
         return ""
     return f": {str(found)[:80]} and not {str(expected)[:80]}"
