@@ -25,8 +25,10 @@ TIMES = re.compile(
 TIMED_LINES = re.compile(
     r"second|latency|speed|throughput|[0-9] s\b|MB|date 20|Times|round|output_dir|--model_name_or_path|\bms\b"
 )
-# What is said in them stands in other files too, or it is no result: pickles with times in them, states of optimizers.
-NOT_COMPARED = re.compile(r"(optimizer|scheduler|scaler|rng_state.*)\.(pt|pth|bin)$|training_args\.bin$|\.png$")
+# No results, and with times in them, or hashes of files with times: pickles, states of optimizers, checkpoints' stamps.
+NOT_COMPARED = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state.*)\.(pt|pth|bin)$|training_args\.bin$|\.png$|checkpoint-\d+/experiment\.json$"
+)
 
 
 def left(folder: Path) -> dict[str, Any]:
