@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.bad_input import BadInput, exit_on_bad_input
 from experiments.model_card import metric_name
-from experiments.sweep import RESULTS_FILE
+from experiments.output_folder import SWEEP_FILE
 from experiments.whole_file import write_text, write_whole
 
 matplotlib.use("Agg")  # there may be no screen
@@ -79,9 +79,9 @@ def read_sweep(spelled: str) -> tuple[str, dict[str, Any]]:
         BadInput: if there is none.
     """
     label, _, folder = spelled.rpartition("=")
-    path = Path(folder) / RESULTS_FILE
+    path = Path(folder) / SWEEP_FILE
     if not path.is_file():
-        raise BadInput(f"sweeps {spelled}: allowed is a folder with {RESULTS_FILE}, as eval_sweep.py writes it")
+        raise BadInput(f"sweeps {spelled}: allowed is a folder with {SWEEP_FILE}, as eval_sweep.py writes it")
     return label, json.loads(path.read_text())
 
 

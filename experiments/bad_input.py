@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import NoReturn
 
+from tqdm import tqdm
+
 INTERRUPTED = 130
 # What the disk says to whoever writes.
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -104,7 +106,8 @@ def one_line(error: BaseException) -> str:
 
 def _exit(line: str, code: int) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {line}", file=sys.stderr)
+        # A progress bar that was stopped leaves the cursor behind it; the line is one of its own.
+        tqdm.write(f"error: {line}", file=sys.stderr)
     sys.exit(code)
 
 

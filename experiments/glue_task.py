@@ -112,7 +112,7 @@ class GlueTask(Task):
 
     def model_class_name(self, config: ToMePerceiverConfig) -> str:
         """Any text model may start a classifier; its decoder is new if it was no classifier."""
-        for name in config.architectures or []:
+        for name in map(str, config.architectures or []):
             if "ForSequenceClassification" not in name and "ForMaskedLM" not in name:
                 raise BadInput(
                     f"architectures = {config.architectures}: allowed for text are PerceiverForSequenceClassification, "

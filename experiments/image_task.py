@@ -87,7 +87,7 @@ class ImageTask(Task):
 
     def model_class_name(self, config: ToMePerceiverConfig) -> str:
         """The class that the checkpoint was saved from, ours for a stock one; for none, convolution first."""
-        name = (config.architectures or [MODEL_CLASSES[0]])[0]
+        name = str((config.architectures or [MODEL_CLASSES[0]])[0])
         name = name if name.startswith("ToMe") else f"ToMe{name}"
         if name not in MODEL_CLASSES:
             raise BadInput(

@@ -96,7 +96,7 @@ class MlmTask(GlueTask):
 
     def model_class_name(self, config: ToMePerceiverConfig) -> str:
         """The masked language model, and no other."""
-        for name in config.architectures or []:
+        for name in map(str, config.architectures or []):
             if "ForMaskedLM" not in name:
                 raise BadInput(
                     f"architectures = {config.architectures}: allowed for masked language modelling are "

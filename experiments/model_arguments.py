@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from configuration_tome_perceiver import MERGE_METRICS
 from experiments.bad_input import BadInput
 from experiments.budget import SCHEDULE_NAMES, Budget, check_schedule, flops_ratios, latency_ratios, searching
 from experiments.schedule import DEFAULT_SCHEDULE, apply_merging
@@ -118,6 +120,15 @@ class MergeArguments:
     def __post_init__(self) -> None:
         if self.r is not None:
             self.r = spelled_r(self.r)
+        check_merging(
+            r=self.r,
+            flops_ratio=self.flops_ratio,
+            latency_ratio=self.latency_ratio,
+            r_inflection=self.r_inflection,
+            min_latents=self.min_latents,
+            merge_method=self.merge_method,
+            merge_metric=self.merge_metric,
+        )
         check_schedule(self.schedule)
         if self.schedule != DEFAULT_SCHEDULE and not self.has_budget:
             raise BadInput(f"--schedule {self.schedule}: allowed with a budget only, --flops_ratio or --latency_ratio")
@@ -196,6 +207,32 @@ class MergeArguments:
         return {name: value for name, value in given.items() if value is not None}
 
 
+def check_merging(**given: Any) -> None:
+    """Check merging arguments as far as they can be without a model.
+
+    Args:
+        given: one value for each argument, by its name; `None` for what is not given.
+
+    Raises:
+        BadInput: for a value that no model can mean.
+    """
+    if given.get("r") is not None:
+        parse_r(given["r"])
+    for names, lowest, highest in (
+        (("flops_ratio", "latency_ratio"), 0, 1), (("r_inflection",), -1, 1), (("min_latents",), 1, math.inf),
+    ):  # fmt: skip
+        for name in names:
+            value = given.get(name)
+            if value is not None and (not lowest <= value <= highest or value == 0 and "ratio" in name):
+                above = "above 0 to 1" if "ratio" in name else f"from {lowest} to {highest}"
+                allowed = "of 1 or more" if highest == math.inf else above
+                raise BadInput(f"--{name} {value}: allowed is a number {allowed}")
+    for name, known in (("merge_method", MERGE_METHODS), ("merge_metric", MERGE_METRICS)):
+        value = given.get(name)
+        if value is not None and value not in known:
+            raise BadInput(f"--{name} {value}: allowed are {', '.join(sorted(known))}")
+
+
 def spelled_r(r: object) -> str:
     """`r` as on a command line, also if it is a number or a list because it comes from a JSON or YAML file."""
     return ",".join(map(str, r)) if isinstance(r, list) else str(r)
@@ -209,6 +246,8 @@ def parse_r(text: str) -> int | list[int]:
     """
     try:
         entries = [int(entry) for entry in text.split(",")]
+        if min(entries) < 0:
+            raise ValueError("a negative number")
     except ValueError:
         raise BadInput(
             f"--r {text}: allowed is an integer of 0 or more, or a comma-separated list of them, one a layer"

@@ -77,7 +77,9 @@ def load_model(
     """
     model_class = getattr(modeling, task.model_class_name(config))
     if arguments.model_name_or_path is None:
-        return model_class(config)
+        # The config's values are the user's, and what they may be only PyTorch's modules say.
+        with naming(f"--config_name {arguments.config_name}", ValueError, TypeError, KeyError):
+            return model_class(config)
     with naming(f"--model_name_or_path {arguments.model_name_or_path}", Exception):
         model, loaded = model_class.from_pretrained(
             arguments.model_name_or_path,
@@ -199,11 +201,7 @@ def requested_config(arguments: ModelArguments) -> ToMePerceiverConfig:
                 raise BadInput(
                     f"--{name} {getattr(arguments, name)}: only for a model from scratch, without --model_name_or_path"
                 )
-        config = _read_config("model_name_or_path", arguments.model_name_or_path, arguments)
-        if _is_classifier(config):
-            with naming(f"--model_name_or_path {arguments.model_name_or_path}", ValueError):
-                config.check_labels()
-        return config
+        return _read_config("model_name_or_path", arguments.model_name_or_path, arguments)
     if arguments.config_name is not None:
         config = _read_config("config_name", arguments.config_name, arguments)
     else:
@@ -217,9 +215,12 @@ def requested_config(arguments: ModelArguments) -> ToMePerceiverConfig:
 
 def _read_config(argument: str, name: str, arguments: ModelArguments) -> ToMePerceiverConfig:
     with naming(f"--{argument} {name}", Exception):
-        if not name.endswith(".json"):
-            return ToMePerceiverConfig.from_pretrained(name, **arguments.download_options())
-        fields = json.loads(Path(name).read_text(encoding="utf-8"))
-        if not isinstance(fields, dict):
-            raise ValueError(f"holds a {type(fields).__name__}; allowed is a mapping of a config's fields")
-        return ToMePerceiverConfig.from_dict(fields)
+        if name.endswith(".json"):
+            fields = json.loads(Path(name).read_text(encoding="utf-8"))
+            if not isinstance(fields, dict):
+                raise ValueError(f"holds a {type(fields).__name__}; allowed is a mapping of a config's fields")
+            config = ToMePerceiverConfig.from_dict(fields)
+        else:
+            config = ToMePerceiverConfig.from_pretrained(name, **arguments.download_options())
+        config.check_labels()
+        return config

@@ -100,10 +100,18 @@ def read_note(output_dir: Path) -> Noted:
     """The note of a folder; empty if there is none.
 
     Raises:
-        BadInput: if it cannot be read.
+        BadInput: if it cannot be read, or is none.
     """
     path = output_dir / ARGUMENTS_FILE
-    return read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    noted = read_json(path)
+    if not isinstance(noted, dict) or not isinstance(noted.get(CONTENT), dict):
+        raise BadInput(
+            f"--output_dir {output_dir}: its {ARGUMENTS_FILE} does not say what the folder holds; allowed is the file "
+            "as a run wrote it, or another folder"
+        )
+    return noted
 
 
 def check_same_experiment(output_dir: Path, noted: Noted, current: Noted, ignored: tuple[str, ...] = ()) -> None:

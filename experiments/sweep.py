@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer
 
+from experiments.bad_input import BadInput
 from experiments.cost import forward_cost
 from experiments.identity import CONTENT, Noted
 from experiments.measurement import describe_environment, peak_memory_mb, time_interleaved
@@ -133,7 +134,15 @@ class SweepResults:
         if not path.exists():
             return False
         earlier = read_json(path)
-        noted = earlier["arguments"] | {CONTENT: earlier.get("content", {})}
+        # As the file of an older version, which did not say of which weights and data it was.
+        if not isinstance(earlier, dict) or not {"arguments", "content", "environment", "rows", "seconds"} <= set(
+            earlier
+        ):
+            raise BadInput(
+                f"--output_dir {output_dir}: its {SWEEP_FILE} does not say what was measured; allowed is the file as a "
+                "sweep wrote it, or another folder"
+            )
+        noted = earlier["arguments"] | {CONTENT: earlier["content"]}
         check_same_experiment(output_dir, noted, self.noted, NOT_COMPARED)
         self.environment, self.rows, self.seconds = earlier["environment"], earlier["rows"], earlier["seconds"]
         self.timing = earlier.get("timing")

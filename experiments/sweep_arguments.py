@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput
 from experiments.budget import SCHEDULE_NAMES, Budget, check_schedule, flops_ratios, latency_ratios, searching
-from experiments.model_arguments import parse_r, spelled_r
+from experiments.model_arguments import check_merging, parse_r, spelled_r
 from experiments.schedule import DEFAULT_SCHEDULE, Fields, apply_merging, unmerged_fields
 from experiments.schedule_search import SEARCH
 from experiments.task import Batch, PreparedTask
@@ -20,6 +20,8 @@ from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 # Fields of the config that a sweep may cross with every row.
 VARIED = ("merge_method", "merge_metric", "proportional_attention")
+# Of rounds and samples: more would only be a slip of the finger.
+MOST = 10**6
 BOOLEANS = {"true": True, "false": False}
 
 
@@ -100,8 +102,8 @@ class SweepArguments:
 
     def __post_init__(self) -> None:
         for name, smallest in (("timing_rounds", 0), ("timing_batch_size", 1), ("calibration_samples", 1)):
-            if getattr(self, name) < smallest:
-                raise BadInput(f"--{name} {getattr(self, name)}: allowed is an integer of {smallest} or more")
+            if not smallest <= getattr(self, name) <= MOST:
+                raise BadInput(f"--{name} {getattr(self, name)}: allowed is an integer from {smallest} to {MOST}")
         budgets = self.flops_ratio or self.latency_ratio
         self.proportional_attention = [str(value).lower() for value in self.proportional_attention]
         for value in self.proportional_attention:
@@ -110,8 +112,11 @@ class SweepArguments:
         self.r = [spelled_r(r) for r in self.r]
         for name in ("r", "flops_ratio", "latency_ratio", "schedule", *VARIED):
             values = getattr(self, name)
+            for value in values:
+                check_merging(**{name: value})
             if repeated := {value for value in values if values.count(value) > 1}:
                 raise BadInput(f"--{name} {min(repeated)}: stands there twice; allowed is each once")
+        check_merging(r_inflection=self.r_inflection, min_latents=self.min_latents)
         for name in self.schedule:
             check_schedule(name)
             if name != DEFAULT_SCHEDULE and not budgets:

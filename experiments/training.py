@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # With fewer bytes free, a disk is what stopped a write.
 NOTHING_FREE = 1_000_000
+# Of epochs, a learning rate and a weight: more would only be a slip of the finger.
+MOST = 1e6
 WEIGHTS_FILE = "model.safetensors"
 # Values of --resume_from_checkpoint that mean the newest one, as the official scripts and Trainer spell it.
 LAST = ("true", "last")
@@ -78,8 +80,8 @@ class RetrainArguments:
     def __post_init__(self) -> None:
         for name in ("retrain_epochs", "retrain_learning_rate", "distillation_weight"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise BadInput(f"--{name} {value}: allowed is a number of 0 or more")
+            if value is not None and not 0 <= value <= MOST:
+                raise BadInput(f"--{name} {value}: allowed is a number of 0 or more, up to {MOST:g}")
 
     def check_elastic(self, without: str | None) -> None:
         """Check that `--elastic` has what it needs.
@@ -157,6 +159,11 @@ def rehearse(
     """
     for arguments in stages:
         _check_best_metric(task, arguments)
+        if arguments.label_smoothing_factor and model.config.problem_type == "regression":
+            raise BadInput(
+                f"--label_smoothing_factor {arguments.label_smoothing_factor}: allowed is 0 for numbers, which are not "
+                "classes"
+            )
         with tempfile.TemporaryDirectory() as folder, naming("arguments of the training", Exception):
             trainer = task_trainer(model, task, arguments, Path(folder), trainer_class)
             if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # these make optimizers of their own

@@ -286,7 +286,7 @@ def test_a_mistake_is_one_line_and_no_success(two):
     assert result.returncode != 0
     errors = [[line for line in text.splitlines() if line.startswith("error: ")] for text in logs(folder, "stderr")]
     assert len(errors[0]) == 1 and errors[1] == []
-    assert "r = -1" in errors[0][0]
+    assert "--r -1" in errors[0][0]
     assert not (folder / "mistaken").exists()
     assert "Traceback" not in "".join(logs(folder, "stderr"))
 

@@ -130,7 +130,7 @@ IMAGE_MODEL, TEXT_MODEL = "ForImageClassificationConvProcessing", "ForSequenceCl
         (TEXT_MODEL, ("--texts", ""), "allowed is a text that is not empty"),
         (TEXT_MODEL, ("--texts", "a", "--max_length", "2"), "--max_length 2: allowed"),
         (TEXT_MODEL, ("--texts", "a", "--split", "test"), "--split test: allowed only with --dataset_name"),
-        (TEXT_MODEL, ("--texts", "a", "--r", "-1"), "r = -1: allowed"),
+        (TEXT_MODEL, ("--texts", "a", "--r", "-1"), "--r -1: allowed"),
         (TEXT_MODEL, ("--texts", "a", "--r", "1,2"), "one entry for each of the 6 self-attention layers"),
         (TEXT_MODEL, ("--texts", "a", "--r", "many"), "--r many: allowed"),
         (TEXT_MODEL, ("--texts", "a", "--output_file", "picture.jpg"), "--output_file picture.jpg: allowed"),

@@ -193,13 +193,13 @@ def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, caps
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--r", "0", "-2"), ("r = -2", "0 or more")),
+        (("--r", "0", "-2"), ("--r -2", "0 or more")),
         (("--r", "x"), ("--r x", "integer")),
         (("--r", "1", "2", "1"), ("--r 1", "twice")),
         (("--r", "1,1"), ("r = [1, 1]", "4")),
-        (("--r", "1", "--timing_rounds", "-1"), ("--timing_rounds -1", "0 or more")),
-        (("--r", "1", "--timing_batch_size", "0"), ("--timing_batch_size 0", "1 or more")),
-        (("--r", "1", "--merge_method", "glue"), ("'glue'", "'bipartite'")),
+        (("--r", "1", "--timing_rounds", "-1"), ("--timing_rounds -1", "from 0")),
+        (("--r", "1", "--timing_batch_size", "0"), ("--timing_batch_size 0", "from 1")),
+        (("--r", "1", "--merge_method", "glue"), ("--merge_method glue", "bipartite")),
         (("--r", "1", "--min_latents", "99"), ("min_latents = 99", "8")),
         (("--flops_ratio", "0.01"), ("--flops_ratio 0.01", "floor")),
         (("--flops_ratio", "1.5"), ("--flops_ratio 1.5", "to 1")),
@@ -210,8 +210,8 @@ def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, caps
         (("--latency_ratio", "0"), ("--latency_ratio 0.0", "to 1")),
         (("--flops_ratio", "0.01", "--schedule", "search"), ("--flops_ratio 0.01", "search")),
         (("--flops_ratio", "0.1", "--schedule", "skip_blocks"), ("--flops_ratio 0.1", "skip_blocks")),
-        (("--r", "1", "--calibration_samples", "0"), ("--calibration_samples 0", "1 or more")),
-        (("--r", "1", "--merge_metric", "query"), ("merge_metric = 'query'", "'key'")),
+        (("--r", "1", "--calibration_samples", "0"), ("--calibration_samples 0", "from 1")),
+        (("--r", "1", "--merge_metric", "query"), ("--merge_metric query", "key")),
         (("--r", "1", "--proportional_attention", "true", "true"), ("--proportional_attention true", "twice")),
     ],
 )

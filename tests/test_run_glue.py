@@ -189,7 +189,7 @@ def test_own_files(tmp_path):
     ("arguments", "says"),
     [
         (("--task_name", "glue"), ("--task_name glue", "sst2")),
-        (("--r", "-1"), ("r = -1", "0 or more")),
+        (("--r", "-1"), ("--r -1", "0 or more")),
         (("--r", "1,1"), ("r = [1, 1]", str(NUM_LAYERS))),
         (("--flops_ratio", "0.9", "--r", "1"), ("--flops_ratio 0.9", "--r 1")),
         (("--flops_ratio", "0.1"), ("--flops_ratio 0.1", "floor", "to 1")),

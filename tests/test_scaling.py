@@ -182,8 +182,8 @@ def test_positions_are_as_many_as_the_longest_text_has_bytes(small):
         (("--r", -1), "--r -1: allowed are integers from 0"),
         (("--rounds", 0), "--rounds 0: allowed are integers from 1"),
         (("--device", "abacus"), "--device abacus: "),
-        (("--flops_ratio", 0.5), "arguments: "),
-        (("--shapes", "vision"), "arguments: "),
+        (("--flops_ratio", 0.5), "--flops_ratio: "),
+        (("--shapes", "vision"), "--shapes: "),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(tiny_published, tmp_path, capsys, arguments, says):
