@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import CONFIG_NAME
 
 import modeling_tome_perceiver as modeling
 from configuration_tome_perceiver import ToMePerceiverConfig
@@ -220,6 +221,9 @@ def _read_config(argument: str, name: str, arguments: ModelArguments) -> ToMePer
             if not isinstance(fields, dict):
                 raise ValueError(f"holds a {type(fields).__name__}; allowed is a mapping of a config's fields")
             config = ToMePerceiverConfig.from_dict(fields)
+        elif Path(name).is_dir() and not (Path(name) / CONFIG_NAME).exists():
+            # Of which transformers makes the default config.
+            raise ValueError(f"has no {CONFIG_NAME}; allowed is a Hub id or a folder with a checkpoint")
         else:
             config = ToMePerceiverConfig.from_pretrained(name, **arguments.download_options())
         config.check_labels()

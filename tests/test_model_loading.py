@@ -210,6 +210,12 @@ def test_configs_that_cannot_be_meant(tmp_path, given, says):
     assert "\n" not in str(error.value) and says in str(error.value), error.value
 
 
+def test_a_folder_without_a_config_is_no_model_from_scratch(tmp_path):
+    for given in ({"model_name_or_path": str(tmp_path)}, {"config_name": str(tmp_path)}):
+        with pytest.raises(BadInput, match="has no config.json"):
+            requested_config(ModelArguments(**given))
+
+
 def test_a_pipeline_cuts_long_text_to_the_positions_of_the_model(data, tmp_path):
     folder = saved(tmp_path / "start", ["negative", "positive"])
     training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
