@@ -26,7 +26,7 @@ class Parser(HfArgumentParser):
 
     Modifications:
     - what it refuses is a `BadInput`: one line, without the usage
-    - numbers are finite and texts are not empty, as one is from a variable of the shell that is not set
+    - numbers are finite, and -1e-3 is one; texts are not empty, as one is from a variable of the shell that is not set
     - a name that is not known comes with the one that may have been meant
     """
 
@@ -34,6 +34,8 @@ class Parser(HfArgumentParser):
         super().__init__(*args, **kwargs)
         for kind, convert in ((int, _integer), (float, _number), (str, _text), (string_to_bool, _boolean)):
             self.register("type", kind, convert)
+        # argparse takes -1 for a value, and -1e-3 for an argument.
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|^-(inf|nan)$", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         argument = re.match(r"argument (--\w+)[^:]*: (.*)", message, re.DOTALL)

@@ -6,12 +6,23 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, DownloadMode, VerificationMode, load_dataset
+import pyarrow.parquet as pq
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    DownloadMode,
+    Features,
+    VerificationMode,
+    load_dataset,
+    load_dataset_builder,
+)
 
 from experiments.bad_input import BadInput, naming
 
@@ -59,6 +70,9 @@ def read_dataset(argument: str, dataset: str, config: str | None, anew: bool, **
         options["config_id"] = f"{config or 'default'}-{_state(_files_below(Path(dataset)))}"
     with naming(argument, Exception):
         splits = load_dataset(dataset, config, **options)
+        if "config_id" in options:
+            builder = load_dataset_builder(dataset, config, cache_dir=download.get("cache_dir"))
+            _check_stored_names([file for files in (builder.config.data_files or {}).values() for file in files])
     if not isinstance(splits, DatasetDict):
         raise BadInput(f"{argument}: allowed is a dataset with splits")
     return splits
@@ -97,6 +111,24 @@ def read_file(argument: str, path: str, anew: bool, **download: Any) -> Dataset:
             "at the beginning of a field; allowed is an example in each line"
         )
     return dataset
+
+
+def _check_stored_names(files: list[str]) -> None:
+    """`datasets` takes the names of classes from the first file for all of them, whatever order the others have."""
+    first: dict[str, tuple[str, list[str]]] = {}
+    for file in files:
+        if ending(file) != "parquet":
+            continue
+        stored = (pq.read_schema(file).metadata or {}).get(b"huggingface")
+        features = Features.from_dict(json.loads(stored)["info"]["features"]) if stored else {}
+        for column, feature in features.items():
+            if isinstance(feature, ClassLabel):
+                other, names = first.setdefault(column, (file, feature.names))
+                if names != feature.names:
+                    raise ValueError(
+                        f"the classes of column '{column}' are {feature.names} in {Path(file).name} and {names} in "
+                        f"{Path(other).name}; allowed is one order of the same names"
+                    )
 
 
 def _check_header(argument: str, path: str) -> None:

@@ -39,7 +39,7 @@ MAY_DIFFER = frozenset({
     "output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
     "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter",
     "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
-    "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics", "debug",
+    "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "debug",
     "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
     "per_device_eval_batch_size", "eval_accumulation_steps", "eval_use_gather_object", "eval_do_concat_batches",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
@@ -47,10 +47,10 @@ MAY_DIFFER = frozenset({
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_find_unused_parameters", "ddp_backend",
     "ddp_timeout", "local_rank",
 })  # fmt: skip
-# When training evaluates and saves: it matters only where an evaluation decides what is kept or how training goes on.
+# When training saves: it matters only where an evaluation decides what is kept or how training goes on. When it
+# evaluates always matters: that takes random numbers, which dropout then has not.
 WHEN = frozenset({
-    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps", "save_total_limit",
-    "save_only_model", "metric_for_best_model", "greater_is_better",
+    "save_strategy", "save_steps", "save_total_limit", "save_only_model", "metric_for_best_model", "greater_is_better",
 })  # fmt: skip
 # Of `TrainingArguments`, what a figure of an evaluation depends on.
 EVALUATION = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "label_smoothing_factor")

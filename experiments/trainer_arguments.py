@@ -128,7 +128,11 @@ class TrainerArguments(TrainingArguments):
                     f"--{name} {getattr(self, name)}: allowed with several processes only, which torchrun or "
                     "accelerate launch start"
                 )
-        for name, needed in (("dataloader_persistent_workers", "dataloader_num_workers"), ("fsdp_config", "fsdp")):
+        for name, needed in (
+            ("dataloader_persistent_workers", "dataloader_num_workers"),
+            ("dataloader_multiprocessing_context", "dataloader_num_workers"),
+            ("fsdp_config", "fsdp"),
+        ):
             if getattr(self, name) and not getattr(self, needed):
                 raise BadInput(f"--{name} {getattr(self, name)}: allowed with --{needed} only")
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from experiments.bad_input import BadInput
 from experiments.data_reading import read_dataset, read_file
@@ -96,6 +96,15 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, name, content, says):
 def test_a_mark_of_the_byte_order_is_no_part_of_a_name(tmp_path):
     assert read(written(tmp_path / "a.csv", "\ufefftext,label\na,x\n")).column_names == ["text", "label"]
     assert read(written(tmp_path / "a.json", "\ufeff" + json.dumps(ROWS))).to_list() == ROWS
+
+
+def test_classes_in_another_order_in_another_split_are_refused(tmp_path):
+    for split, names in (("train", ["a", "b"]), ("validation", ["b", "a"])):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        rows = {"text": ["x", "y"], "label": [0, 1]}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(BadInput, match="classes of column 'label' are .*validation.parquet.*train.parquet"):
+        read_dataset(f"--dataset_name {tmp_path}", str(tmp_path), None, anew=False)
 
 
 def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):

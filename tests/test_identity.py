@@ -113,7 +113,7 @@ def test_every_training_argument_counts_but_those_that_are_named():
     assert json.loads(json.dumps(fields)) == fields and fields["lr_scheduler_type"] == "linear"
 
 
-def test_when_to_evaluate_counts_where_it_decides():
+def test_when_to_save_counts_where_an_evaluation_decides():
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     arguments = TrainingArguments(output_dir="out", use_cpu=True, **best)
     assert set(training_fields(arguments)) >= WHEN

@@ -68,6 +68,18 @@ def test_lines_of_a_text_file_are_sentences(tmp_path):
     assert sorted(task.evaluation[""]["sentence"]) == ["one validation", "two validation"]
 
 
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".TXT"])
+def test_files_of_any_format_and_two_of_them_at_once(tmp_path, ending):
+    train, validation = tmp_path / f"train[1]{ending}", tmp_path / "validation.json"
+    row = '{"text": "%s"}' if ending == ".jsonl" else "%s"
+    header = ["text"] if ending in (".csv", ".tsv") else []
+    train.write_text("\n".join([*header, row % "one", row % "null"]) + "\n")
+    validation.write_text('{"text": "two"}\n')
+    arguments = MlmDataArguments(train_file=str(train), validation_file=str(validation))
+    task = load_mlm_task(arguments, predict=False, seed=0)
+    assert sorted(task.train["sentence"]) == ["null", "one"] and task.evaluation[""]["sentence"] == ["two"]
+
+
 def test_case_and_punctuation_make_no_other_sentence(tmp_path):
     task = files(tmp_path, train=["So it is.", "so it is", "it is not", "!"], validation=["It is, not!", "yes"])
     assert sorted(sentence.lower().strip(".") for sentence in task.train["sentence"]) == ["!", "so it is"]
