@@ -162,12 +162,13 @@ def _word(inputs: Inputs, folder: Path) -> Command:
     return (*inputs.text_training, "--resume_from_checkpoint", "newest")
 
 
-DIVERGES_AT: Command = ("--learning_rate", 1e30, "--max_grad_norm", 0, "--optim", "sgd")
+RETRAINED: Command = ("--r", 1, "--retrain_epochs", 1)
+DIVERGES_AT: Command = ("--learning_rate", 1e6, "--max_grad_norm", 0, "--optim", "sgd")
 DIVERGING: dict[str, tuple[str, Command]] = {
     "text": ("run_glue.py", DIVERGES_AT),
     "text, resumed": ("run_glue.py", (*DIVERGES_AT, *LAST)),
     "text, logged at every step": ("run_glue.py", (*DIVERGES_AT, "--logging_steps", 1)),
-    "text, retrained": ("run_glue.py", ("--r", 1, "--retrain_epochs", 1, *DIVERGES_AT)),
+    "text, retrained": ("run_glue.py", (*RETRAINED, *DIVERGES_AT)),
     "images": ("run_image.py", DIVERGES_AT),
     "images, for every r": ("run_image.py", ("--elastic", *DIVERGES_AT)),
     "images, evaluated on the way": (
@@ -176,7 +177,7 @@ DIVERGING: dict[str, tuple[str, Command]] = {
     "masked tokens": ("run_mlm.py", DIVERGES_AT),
     "regression": ("run_glue.py", ("--task_name", "stsb", *DIVERGES_AT)),
     "in retraining alone": (
-        "run_glue.py", ("--r", 1, "--retrain_epochs", 1, "--retrain_learning_rate", 1e30, "--max_grad_norm", 0)
+        "run_glue.py", (*RETRAINED, "--retrain_learning_rate", 1e6, "--max_grad_norm", 0, "--optim", "sgd")
     ),
     "in a sweep": ("eval_sweep.py", ("--retrain_epochs", 1, *DIVERGES_AT)),
     "in a sweep, for every r": ("eval_sweep.py", ("--retrain_epochs", 1, "--elastic", *DIVERGES_AT)),

@@ -12,6 +12,7 @@ import importlib
 import mmap
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import sys
@@ -26,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 90.0
 POLL = 0.005
+CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # What scripts import only when they get there.
 WARMED = (
     "run_glue", "run_image", "run_mlm", "eval_sweep", "calibrate", "experiments.glue_metric", "matplotlib.pyplot",
@@ -81,8 +83,8 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """The lines that say what stopped it."""
-        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+        """The lines that say what stopped it, without what moves a terminal's cursor to their beginning."""
+        return [line for line in CURSOR.sub("", self.stderr).splitlines() if line.startswith("error: ")]
 
     @property
     def has_traceback(self) -> bool:
