@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PerceiverConfig
+from transformers.activations import ACT2FN
 
 # A stock checkpoint is loaded as it is; anything else is another architecture.
 LOADABLE_MODEL_TYPES = ("perceiver", "tome_perceiver")
@@ -136,6 +137,7 @@ class ToMePerceiverConfig(PerceiverConfig):
                 f"model_type = {model_type!r}: this checkpoint is of another architecture; "
                 f"allowed are {' and '.join(map(repr, LOADABLE_MODEL_TYPES))}"
             )
+        _check_as_written(config_dict)
         return {**config_dict, "model_type": cls.model_type}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -283,6 +285,11 @@ class ToMePerceiverConfig(PerceiverConfig):
             value = getattr(self, name)
             if not _is_integer(value) or value < 1:
                 raise ValueError(f"{name} = {value!r}: allowed is an integer of 1 or more")
+        dropout = self.attention_probs_dropout_prob
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+            raise ValueError(f"attention_probs_dropout_prob = {dropout!r}: allowed is a number from 0 to 1")
+        if isinstance(self.hidden_act, str) and self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act = {self.hidden_act!r}: allowed are {', '.join(sorted(ACT2FN))}")
         for heads in ("num_self_attention_heads", "num_cross_attention_heads"):
             for channels in ("d_latents", "qk_channels", "v_channels"):
                 if (getattr(self, channels) or 0) % getattr(self, heads):
@@ -345,6 +352,23 @@ class ToMePerceiverConfig(PerceiverConfig):
                     f"merge_groups[{layer}]: leaves {count} latents, fewer than min_latents = {self.min_latents}"
                 )
             left = count
+
+
+def _check_as_written(config_dict: dict[str, Any]) -> None:
+    """Check what upstream would mend or trip over as it reads a config, before anybody has seen it."""
+    for name, kind, what in (
+        ("id2label", dict, "outputs to names"),
+        ("label2id", dict, "names to outputs"),
+        ("architectures", list, "class names"),
+    ):
+        value = config_dict.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} = {value!r}: allowed is a {kind.__name__} of {what}")
+    if not all(isinstance(name, str) for name in config_dict.get("architectures") or []):
+        raise ValueError(f"architectures = {config_dict['architectures']!r}: allowed is a list of class names")
+    indices = list(map(str, (config_dict.get("label2id") or {}).values()))
+    if twice := {index for index in indices if indices.count(index) > 1}:
+        raise ValueError(f"label2id: has two names for the output {min(twice)}; allowed is one name for each")
 
 
 def _is_integer(value: object) -> bool:

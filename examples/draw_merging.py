@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, get_dataset_split_names, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets import Dataset
 from datasets.features import Image, Value
 from PIL import Image as PilImage
 from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PerceiverTokenizer
@@ -39,6 +38,7 @@ import modeling_tome_perceiver as modeling
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.bad_input import BadInput, exit_on_bad_input, naming
 from experiments.command_line import parse_arguments
+from experiments.data_reading import read_dataset
 from experiments.merging_picture import Example, ImageExample, TextExample, draw_merging, pixel_grid, read_input
 from experiments.model_arguments import MergeArguments, apply_merging
 
@@ -248,12 +248,11 @@ def load_examples(arguments: DrawArguments, kind: type) -> tuple[Dataset, str]:
         BadInput: for a dataset, split or column that is not there, or an empty split.
     """
     name, config_name = arguments.dataset_name, arguments.dataset_config_name
-    with naming(f"--dataset_name {name}", OSError, ValueError, DatasetNotFoundError):
-        there = get_dataset_split_names(name, config_name)
-        split = arguments.split or next((split for split in SPLITS if split in there), None)
-        if split not in there:
-            raise BadInput(f"--split {split}: allowed are the splits of {name}, {', '.join(map(str, there))}")
-        dataset = load_dataset(name, config_name, split=split)
+    there = read_dataset(f"--dataset_name {name}", name, config_name, anew=False)
+    split = arguments.split or next((split for split in SPLITS if split in there), None)
+    if split not in there:
+        raise BadInput(f"--split {split}: allowed are the splits of {name}, {', '.join(map(str, there))}")
+    dataset = there[split]
     fitting = [
         column
         for column, feature in dataset.features.items()

@@ -9,12 +9,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import load_dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+# A script's own folder is on the path, the repository's root, where the modules are, is not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.bad_input import exit_on_bad_input
+from experiments.data_reading import read_dataset
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -49,7 +55,10 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=8000, help="tokens at most (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the tokenizer")
     arguments = parser.parse_args()
-    splits = [load_dataset(arguments.dataset_name, name, split="train") for name in arguments.task_name.split(",")]
+    splits = [
+        read_dataset(f"--dataset_name {arguments.dataset_name}", arguments.dataset_name, name, anew=False)["train"]
+        for name in arguments.task_name.split(",")
+    ]
     sentences = (
         sentence
         for train in splits
@@ -63,4 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()
