@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -55,16 +56,26 @@ def run_commands(commands: Path) -> None:
 
     Each is [NAME, ARGUMENTS, HOW], where HOW is "killed" in the second step of retraining, "sharded" or "".
     """
-    for number, (name, arguments, how) in enumerate(json.loads(commands.read_text())):
+    *runs, mistake = json.loads(commands.read_text())
+    for number, (name, arguments, how) in enumerate(runs):
         print(f"== {number}", flush=True)
-        if how == "killed":
-            with pytest.raises(Killed), killed_at(Trainer, "training_step", call=FINETUNING_STEPS + 2):
-                call_script(name, *arguments)
-        else:
-            with sharded() if how == "sharded" else nullcontext():
-                call_script(name, *arguments)
+        # Connections that are closed cannot be opened again for the next command.
+        with patch("torch.distributed.destroy_process_group") as closed:
+            if how == "killed":
+                with pytest.raises(Killed), killed_at(Trainer, "training_step", call=FINETUNING_STEPS + 2):
+                    call_script(name, *arguments)
+            else:
+                with sharded() if how == "sharded" else nullcontext():
+                    call_script(name, *arguments)
+                closed.assert_called_once_with()
         world = [torch.distributed.get_world_size(), torch.distributed.get_rank()]
         (commands.parent / f"world-{number}-{os.environ['RANK']}.json").write_text(json.dumps(world))
+    # The first one writes for longer, and a mistake of one process ends the others.
+    torch.distributed.barrier()
+    try:
+        call_script(mistake[0], *mistake[1])
+    finally:
+        assert not torch.distributed.is_initialized()
 
 
 @contextmanager
