@@ -12,10 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import TrainingArguments
 
 from experiments.bad_input import BadInput, naming
 
 ENDINGS = (".yaml", ".yml", ".json")
+# What a command line spells with commas may be a list in a file.
+COMMA_SEPARATED = (
+    "r", "num_groups", "merge_layer", "dataset_config_name", "config_overrides", "optim_args", "fsdp", "report_to",
+    "debug",
+)  # fmt: skip
 
 
 def words_of_file(path: Path, fields: dict[str, dataclasses.Field], options: dict[str, argparse.Action]) -> list[str]:
@@ -89,7 +95,7 @@ def _words(name: str, value: Any, field: dataclasses.Field, option: argparse.Act
             if len(entries) == 1:
                 return [f"--{name}={entries[0]}"]
             return [f"--{name}", *entries]
-        if option.type is not str:
+        if name not in COMMA_SEPARATED:
             raise BadInput(f"--{name} {value}: allowed is a single value, not a list")
     return [f"--{name}={_spelled(name, value, option)}"]
 
@@ -105,7 +111,7 @@ def _spelled(name: str, value: Any, option: argparse.Action) -> str:
             raise BadInput(f"--{name} {value}: allowed are single values in this list")
         return ",".join(_spelled(name, entry, option) for entry in value)
     if isinstance(value, dict):
-        if option.type not in (str, dict):
+        if name not in TrainingArguments._VALID_DICT_FIELDS:
             raise BadInput(f"--{name} {value}: allowed is a single value, not a mapping")
         return json.dumps(value)
     if value is None:

@@ -100,6 +100,10 @@ class ImageTask(Task):
         """The image processor; with no name, one that resizes to `config.image_size` and scales to [-1, 1]."""
         if name is None:
             side = config.image_size
+            if side < 1:
+                raise BadInput(
+                    f"--config_name, --config_overrides: image_size={side}; allowed is an integer of 1 or more"
+                )
             return PerceiverImageProcessorPil(
                 do_center_crop=False,
                 size={"height": side, "width": side},

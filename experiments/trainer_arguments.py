@@ -157,7 +157,10 @@ class TrainerArguments(TrainingArguments):
             Trainer.get_optimizer_cls_and_kwargs(self)
         self._rehearse_scheduler()
         if self.torch_compile:
-            with naming(f"--torch_compile_backend {self.torch_compile_backend}", Exception):
+            given = (
+                f"--torch_compile_backend {self.torch_compile_backend} --torch_compile_mode {self.torch_compile_mode}"
+            )
+            with naming(given, Exception):
                 torch.compile(torch.nn.Identity(), backend=self.torch_compile_backend, mode=self.torch_compile_mode)
         allowed = {"every_n_layers", "preserve_rng_state", *inspect.signature(checkpoint).parameters} - {
             "function",

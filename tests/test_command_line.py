@@ -26,7 +26,8 @@ class Arguments:
     flag: bool = False
     kept: bool = True
     strategy: IntervalStrategy = IntervalStrategy.STEPS
-    settings: dict | str | None = None
+    lr_scheduler_kwargs: dict | str | None = None
+    optim_args: str | None = None
 
 
 @dataclass
@@ -77,7 +78,7 @@ def test_arguments_stand_in_a_file_and_those_that_follow_come_first(monkeypatch,
         ("name: --flag", {"name": "--flag"}),
         ("name: 'a b'", {"name": "a b"}),
         ("name: true", {"name": "true"}),
-        ("name: [8, 4]", {"name": "8,4"}),
+        ("optim_args: [8, 4]", {"optim_args": "8,4"}),
         ("names: floor", {"names": ["floor"]}),
         ("names: [8, [4, 2]]", {"names": ["8", "4,2"]}),
         ("shares: 0.5", {"shares": [0.5]}),
@@ -86,7 +87,7 @@ def test_arguments_stand_in_a_file_and_those_that_follow_come_first(monkeypatch,
         ("flag: 'yes'", {"flag": True}),
         ("kept: false", {"kept": False}),
         ("strategy: no", {"strategy": "no"}),
-        ("settings: {a: 1}", {"settings": '{"a": 1}'}),
+        ("lr_scheduler_kwargs: {a: 1}", {"lr_scheduler_kwargs": '{"a": 1}'}),
         ("name: null\nshares: null\nnames: []", {}),
         ("\ufeffsize: 3", {"size": 3}),
     ],
@@ -126,7 +127,9 @@ def test_a_value_in_a_file_is_what_it_would_be_on_a_command_line(monkeypatch, tm
         ("a.yaml", b"flag: perhaps", "--flag perhaps: allowed is true or false"),
         ("a.yaml", b"flag: 2", "--flag 2: allowed is true or false"),
         ("a.yaml", b"names: [a, null]", "--names: an entry of the list is null"),
-        ("a.yaml", b"name: [[1], 2]", "--name [[1], 2]: allowed are single values"),
+        ("a.yaml", b"optim_args: [[1], 2]", "--optim_args [[1], 2]: allowed are single values"),
+        ("a.yaml", b"name: [a, b]", "--name ['a', 'b']: allowed is a single value, not a list"),
+        ("a.yaml", b"name: {a: b}", "--name {'a': 'b'}: allowed is a single value, not a mapping"),
         ("a.yaml", b"shares: [0.5, x]", "--shares x: allowed is a number"),
         ("a.yaml", b"strategy: never", "--strategy never: allowed are no, steps, epoch"),
         ("b.yaml", None, "No such file"),
