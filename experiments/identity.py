@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.redrawn_examples import RedrawnExamples
 from experiments.task import PreparedTask, Task
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
@@ -105,8 +106,7 @@ def content(task: Task, prepared: PreparedTask, *, train: bool) -> dict[str, str
 
     read = {"evaluation": fingerprint(prepared.evaluation, "evaluated examples")}
     if train:
-        # Images are made inputs as they are read, and are others in every epoch.
-        examples = prepared.train if isinstance(prepared.train, Dataset) else task.train
+        examples = prepared.train.examples if isinstance(prepared.train, RedrawnExamples) else prepared.train
         read["train"] = fingerprint({"": examples}, "training examples")
     if prepared.prediction:
         read["prediction"] = fingerprint(prepared.prediction, "examples to predict")

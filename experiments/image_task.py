@@ -10,17 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from datasets import Image as ImageFeature
 from transformers import AutoImageProcessor, PerceiverImageProcessorPil
 
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.augmentation import Augmentation, AugmentedImages, NextEpoch
+from experiments.augmentation import Augmentation
 from experiments.bad_input import BadInput, naming
 from experiments.data_reading import read_dataset
 from experiments.image_reading import AS_STORED, IMAGE, LABEL, check_images, image_folder, read_image
 from experiments.labels import check_trained, has_labels, label_ids, listed, with_label_ids
+from experiments.redrawn_examples import NextEpoch, RedrawnExamples
 from experiments.scores import classes
 from experiments.task import Batch, PreparedTask, SampleArguments, Source, Task, evaluated_split, take_split
 
@@ -129,8 +131,13 @@ class ImageTask(Task):
         def read_and_process(batch: dict[str, list]) -> dict[str, Any]:
             return process(batch | {IMAGE: [read_image(stored, "without a name") for stored in batch[IMAGE]]})
 
+        def augmented(example: dict[str, Any], index: int, random: np.random.Generator) -> dict[str, Any]:
+            image = self.augmentation(read_image(example[IMAGE], f"{index} of training"), random)
+            columns = process({name: [value] for name, value in (example | {IMAGE: image}).items()})
+            return {name: values[0] for name, values in columns.items()}
+
         _check_processed(self, config, processing_class)
-        train = AugmentedImages(self.train, self.augmentation, process, seed)
+        train = RedrawnExamples(self.train, augmented, seed)
         return PreparedTask(
             train=train,
             evaluation={suffix: split.with_transform(read_and_process) for suffix, split in self.evaluation.items()},

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from datasets import Dataset, Value
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,6 +25,7 @@ from experiments.bad_input import BadInput
 from experiments.data_reading import TEXT_FORMATS, read_dataset, read_file
 from experiments.glue_task import LABEL, GlueDataArguments, GlueTask
 from experiments.labels import listed
+from experiments.redrawn_examples import NextEpoch, RedrawnExamples
 from experiments.scores import NOT_ASKED
 from experiments.task import Batch, PreparedTask, Source
 
@@ -120,11 +123,19 @@ class MlmTask(GlueTask):
                 "examples/train_tokenizer.py"
             )
         tokens = super().prepared(config, processing_class, seed)
-        mask, mask_once = (Masking(processing_class, self.arguments, seed) for seed in (None, EVALUATION_SEED))
+        masking, once = (Masking(processing_class, self.arguments) for _ in range(2))
+        once.reseed(EVALUATION_SEED)
+
+        def masked(example: dict[str, Any], index: int, random: np.random.Generator) -> dict[str, Tensor]:
+            masking.reseed(int(random.integers(2**63)))
+            return masking(example)
+
+        train = RedrawnExamples(tokens.train, masked, seed)
         return replace(
             tokens,
-            train=tokens.train.with_transform(mask),
-            evaluation={suffix: masked_once(split, mask_once) for suffix, split in tokens.evaluation.items()},
+            train=train,
+            callbacks=[NextEpoch(train)],
+            evaluation={suffix: masked_once(split, once) for suffix, split in tokens.evaluation.items()},
             collate=MaskedCollate(processing_class, config.max_position_embeddings),
             predicted=lambda predictions: predictions,
             kind="masked_lm",
@@ -136,18 +147,22 @@ class Masking:
     """Hides tokens as BERT does (Devlin et al., 2019, section 3.1): by default 80% of those that are asked are masked,
     10% random, 10% left as they are."""
 
-    def __init__(self, tokenizer: Any, arguments: MlmDataArguments, seed: int | None = None) -> None:
+    def __init__(self, tokenizer: Any, arguments: MlmDataArguments) -> None:
         self.collate = DataCollatorForLanguageModeling(
             tokenizer,
             mlm_probability=arguments.mlm_probability,
             mask_replace_prob=arguments.mask_replace_prob,
             random_replace_prob=arguments.random_replace_prob,
-            seed=seed,
         )
+        self.collate.generator = torch.Generator()
 
-    def __call__(self, columns: dict[str, list]) -> dict[str, Tensor]:
-        """From columns of lists to `input_ids`, `attention_mask` and `labels` (B, S), padded to the longest."""
-        return dict(self.collate([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]))
+    def reseed(self, seed: int) -> None:
+        """Draw from here on what this seed says."""
+        self.collate.generator.manual_seed(seed)
+
+    def __call__(self, example: dict[str, list]) -> dict[str, Tensor]:
+        """From the tokens of an example to its `input_ids`, `attention_mask` and `labels` (S,)."""
+        return {name: value[0] for name, value in self.collate([example]).items()}
 
 
 def masked_once(split: Dataset, masking: Masking) -> list[dict[str, Tensor]]:
@@ -156,8 +171,7 @@ def masked_once(split: Dataset, masking: Masking) -> list[dict[str, Tensor]]:
     Raises:
         BadInput: if that is none.
     """
-    rows = (masking({name: [value] for name, value in row.items()}) for row in split)
-    examples = [{name: value[0] for name, value in row.items()} for row in rows if (row["labels"] != NOT_ASKED).any()]
+    examples = [example for example in map(masking, split) if (example["labels"] != NOT_ASKED).any()]
     if not examples:
         raise BadInput(
             f"--mlm_probability {masking.collate.mlm_probability}: masks no token of the evaluated sentences; allowed "

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 # Names of weights that belong to a head, and what a checkpoint may lack: old ones have no count of batches.
 HEADS = ("perceiver.decoder.", "embedding_decoder.")
 UNIMPORTANT = "num_batches_tracked"
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def load_model_and_task(
@@ -44,7 +45,13 @@ def load_model_and_task(
         task.fit_config(config, processing_class)
     with training.main_process_first(desc="preparing the data"):
         prepared = task.prepared(config, processing_class, training.seed)
-    return load_model(arguments, config, task), prepared
+    model = load_model(arguments, config, task)
+    if task.input_name == "input_ids":
+        # Trainer does so when it trains; what is loaded and not trained is to have the same config.
+        for name in SPECIAL_TOKENS:
+            if getattr(processing_class, name) is not None:
+                setattr(model.config, name, getattr(processing_class, name))
+    return model, prepared
 
 
 def load_processing_class(arguments: ModelArguments, config: ToMePerceiverConfig, task: Task) -> Any:

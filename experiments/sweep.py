@@ -197,9 +197,10 @@ class Cells:
             row[stage] = scores(evaluation.metrics, stage) | self._change(evaluation, stage, merge, row)
             self.results.spend(f"evaluating {stage}", start)
             if self.writes:
-                self.results.save(self.output_dir)
+                # A cell that is saved is not filled again, so what is done for it comes before.
                 if done is not None:
                     done(merge, row, trainer)
+                self.results.save(self.output_dir)
 
     def measure(self, model: PreTrainedModel, arguments: SweepArguments, batch: Batch) -> None:
         """Time a forward pass for every row, interleaved, all together since they are compared, and its memory."""

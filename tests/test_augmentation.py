@@ -5,28 +5,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features
-from datasets.features import Image as ImageFeature
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
-from transformers import TrainerControl, TrainerState
 
-from experiments.augmentation import Augmentation, AugmentedImages, NextEpoch
-from experiments.image_reading import AS_STORED
+from experiments.augmentation import Augmentation
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8))
 
 
 def pixels(image: Image.Image) -> list:
     return np.asarray(image).tolist()
-
-
-def augmented(count: int = 3, seed: int = 0) -> AugmentedImages:
-    images = Dataset.from_dict({"image": [PICTURE] * count}, features=Features({"image": ImageFeature()}))
-    images = images.cast_column("image", AS_STORED)
-    return AugmentedImages(images, Augmentation(0.3, 0.5), lambda batch: {"seen": batch["image"]}, seed)
 
 
 def test_nothing_asked_nothing_changed():
@@ -53,35 +42,3 @@ def test_a_crop_stays_in_the_image_and_keeps_the_share(scale, seed, width, heigh
 
 def test_a_crop_has_the_size_of_the_image():
     assert Augmentation(0.3, 0.0)(PICTURE, np.random.default_rng(0)).size == PICTURE.size
-
-
-def test_an_image_depends_on_seed_epoch_and_place_alone():
-    """Whatever was read before, and in whatever order: so a resumed run sees what the first one saw."""
-    images, again = augmented(), augmented()
-    for each in (images, again):
-        each.epoch.fill_(2)
-    first = [pixels(images[index]["seen"]) for index in (0, 1, 2)]
-    assert [pixels(again[index]["seen"]) for index in (2, 1, 0)] == first[::-1]
-    assert first[0] != first[1]
-    images.epoch.fill_(3)
-    assert pixels(images[0]["seen"]) != first[0]
-    assert pixels(augmented(seed=1)[0]["seen"]) != pixels(augmented()[0]["seen"])
-
-
-@pytest.mark.parametrize(("epoch", "expected"), [(0, 0), (None, 0), (1.0, 1), (2.4, 2)])
-def test_the_epoch_is_told(epoch, expected):
-    """A run that is resumed in the middle of an epoch is in that epoch."""
-    images = augmented()
-    NextEpoch(images).on_epoch_begin(None, TrainerState(epoch=epoch), TrainerControl())
-    assert int(images.epoch) == expected
-
-
-def test_workers_that_live_on_hear_of_the_next_epoch():
-    images = augmented(count=2)
-    loader = DataLoader(images, num_workers=1, persistent_workers=True, collate_fn=lambda examples: examples)
-    seen = []
-    for epoch in (0, 1):
-        images.epoch.fill_(epoch)
-        seen.append([pixels(example["seen"]) for (example,) in loader])
-        assert seen[-1] == [pixels(images[index]["seen"]) for index in (0, 1)]
-    assert seen[0] != seen[1]

@@ -99,8 +99,12 @@ def test_counts_cut_what_is_read_and_keep_what_is_compared(folder):
 def test_training_masks_anew_and_evaluation_always_alike(folder):
     task = loaded(folder)
     one, other = prepared(task, seed=0), prepared(task, seed=1)
-    reads = [[one.train[index]["labels"].tolist() for index in range(20)] for _ in range(2)]
-    assert reads[0] != reads[1]
+    reads = []
+    for epoch in (0, 1, 0):
+        one.train.epoch.fill_(epoch)
+        reads.append([one.train[index]["labels"].tolist() for index in range(20)])
+    assert reads[0] != reads[1] and reads[0] == reads[2]
+    assert reads[0] != [other.train[index]["labels"].tolist() for index in range(20)]
     assert len(one.evaluation[""]) == len(other.evaluation[""])
     for example, again in zip(one.evaluation[""], other.evaluation[""], strict=True):
         assert all(example[name].equal(again[name]) for name in ("input_ids", "labels"))

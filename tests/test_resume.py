@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
 
-from experiments import training
+from experiments import sweep_run, training
 from experiments.checkpoint import last_checkpoint
 from experiments.sweep import SweepResults
 from tests import tiny_images
@@ -458,6 +458,7 @@ def test_a_sweep_killed_by_the_system_goes_on(sweep, tmp_path):
     [
         pytest.param(SweepResults, "save", 2, 0, 8, id="the second merged cell"),
         pytest.param(Trainer, "training_step", 8, 1, 1, id="retraining, after a checkpoint"),
+        pytest.param(sweep_run, "write_checkpoint_card", 1, 0, 4, id="the first card"),
     ],
 )
 def test_a_killed_sweep_goes_on(sweep, tmp_path, owner, name, call, retrained, steps):
@@ -480,3 +481,4 @@ def check_continued(before: list[dict], output_dir: Path, whole: Path) -> None:
     for r in ("r0", "r2"):
         weights = [folder / "retrained" / r / "model.safetensors" for folder in (output_dir, whole)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
+        assert (output_dir / "retrained" / r / "README.md").exists()

@@ -17,12 +17,15 @@ import runpy
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 90.0
@@ -184,6 +187,8 @@ def _child(
         faulthandler.register(signal.SIGUSR1, file=files[2], all_threads=False)
         # What data collators ask whether they are in a worker of their own.
         multiprocessing.current_process().name = "MainProcess"
+        # Theirs is shared by all forks, and a killed one may hold it.
+        tqdm.set_lock(threading.RLock())
         os.chdir(cwd)
         _count_steps(steps)
         if kill.function is not None:

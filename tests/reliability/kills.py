@@ -217,8 +217,9 @@ def _first_kill(case: KillCase, chance: random.Random, command: Command, seconds
 
 def _judged(outcomes: list[Outcome], output_dir: Path, whole: Whole) -> tuple[str, str]:
     last = outcomes[-1]
-    if any(outcome.hung for outcome in outcomes):
-        return "hangs", "hang"
+    hung = next((outcome for outcome in outcomes if outcome.hung), None)
+    if hung is not None:
+        return f"hangs in {' '.join(hung.stack[-3:])}", "hang"
     if any(outcome.has_traceback for outcome in outcomes):
         return "a traceback", "traceback"
     if last.exit_code:
