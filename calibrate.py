@@ -26,16 +26,23 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from experiments.bad_input import exit_on_bad_input
-from experiments.calibration import calibrate_groups, unlabelled_batches
-from experiments.calibration_arguments import CalibrationArguments
-from experiments.calibration_report import CalibrationResults, write_calibrated_card
 from experiments.command_line import parse_arguments
-from experiments.cost import forward_cost
-from experiments.experiment_run import COUNTED_INPUTS
-from experiments.hub_arguments import HubArguments, check_push, open_to_push
-from experiments.hub_push import push_addressed
-from experiments.identity import (
+from experiments.errors import exit_on_bad_input
+from experiments.files import save_whole
+from experiments.measurement import describe_environment
+from experiments.merging.arguments import ModelArguments, apply_merging
+from experiments.merging.cost import forward_cost
+from experiments.merging.groups import calibrate_groups, unlabelled_batches
+from experiments.merging.latent_parameters import merge_latent_parameters
+from experiments.merging.schedules import UNMERGED
+from experiments.publishing.card import scores
+from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
+from experiments.publishing.hub_push import push_addressed
+from experiments.runs.calibration_arguments import CalibrationArguments
+from experiments.runs.calibration_report import CalibrationResults, write_calibrated_card
+from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
+from experiments.runs.finetune_stages import COUNTED_INPUTS
+from experiments.training.identity import (
     CONTENT,
     config_fingerprint,
     content,
@@ -43,17 +50,10 @@ from experiments.identity import (
     noted_arguments,
     weights_fingerprint,
 )
-from experiments.latent_parameters import merge_latent_parameters
-from experiments.measurement import describe_environment
-from experiments.model_arguments import ModelArguments, apply_merging
-from experiments.model_card import scores
-from experiments.model_loading import load_model_and_task
-from experiments.output_folder import CONFIG, START, claim
-from experiments.schedule import UNMERGED
-from experiments.sweep_task import SweepDataArguments, load_sweep_task
-from experiments.trainer_arguments import TrainerArguments
-from experiments.training import changes, check_sharding, evaluate, rehearse, task_trainer
-from experiments.whole_file import save_whole
+from experiments.training.loading import load_model_and_task
+from experiments.training.output_folder import CONFIG, START, claim
+from experiments.training.stage import changes, check_sharding, evaluate, rehearse, task_trainer
+from experiments.training.trainer_arguments import TrainerArguments
 
 COMMIT_MESSAGE = "Checkpoint with fixed groups of latents"
 

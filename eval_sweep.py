@@ -27,21 +27,27 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from experiments.bad_input import exit_on_bad_input
 from experiments.command_line import parse_arguments
-from experiments.hub_arguments import HubArguments, check_push, open_to_push
-from experiments.identity import config_fingerprint, content, noted_arguments, training_fields, weights_fingerprint
+from experiments.errors import exit_on_bad_input
 from experiments.measurement import describe_environment
-from experiments.model_arguments import ModelArguments
-from experiments.model_loading import load_model_and_task
-from experiments.output_folder import CONFIG, START, check_disk_space
-from experiments.schedule_search import SEARCH
-from experiments.sweep import SweepResults, plan_rows
-from experiments.sweep_arguments import SweepArguments, unmerged
-from experiments.sweep_run import SweepRun, push_sweep
-from experiments.sweep_task import SweepDataArguments, load_sweep_task
-from experiments.trainer_arguments import TrainerArguments
-from experiments.training import RetrainArguments, check_sharding, rehearse
+from experiments.merging.arguments import ModelArguments
+from experiments.merging.search import SEARCH
+from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
+from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
+from experiments.runs.sweep import SweepResults, plan_rows
+from experiments.runs.sweep_arguments import SweepArguments, unmerged
+from experiments.runs.sweep_run import SweepRun, push_sweep
+from experiments.training.identity import (
+    config_fingerprint,
+    content,
+    noted_arguments,
+    training_fields,
+    weights_fingerprint,
+)
+from experiments.training.loading import load_model_and_task
+from experiments.training.output_folder import CONFIG, START, check_disk_space
+from experiments.training.stage import RetrainArguments, check_sharding, rehearse
+from experiments.training.trainer_arguments import TrainerArguments
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ stand in one file: python run_glue.py FILE.yaml (or .json). Killed or stopped: t
 
 from __future__ import annotations
 
-from experiments.bad_input import exit_on_bad_input
-from experiments.experiment import Experiment, run_experiment
-from experiments.glue_task import GlueDataArguments, load_glue_task
+from experiments.errors import exit_on_bad_input
+from experiments.runs.finetune import Experiment, run_experiment
+from experiments.tasks.glue import GlueDataArguments, load_glue_task
 
 
 def main() -> None:

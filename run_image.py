@@ -18,9 +18,9 @@ arguments may stand in one file: python run_image.py FILE.yaml (or .json). Kille
 
 from __future__ import annotations
 
-from experiments.bad_input import exit_on_bad_input
-from experiments.experiment import Experiment, run_experiment
-from experiments.image_task import ImageDataArguments, load_image_task
+from experiments.errors import exit_on_bad_input
+from experiments.runs.finetune import Experiment, run_experiment
+from experiments.tasks.images import ImageDataArguments, load_image_task
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ sentences is always the same, so that models can be compared token by token. Own
 
 from __future__ import annotations
 
-from experiments.bad_input import exit_on_bad_input
-from experiments.experiment import Experiment, run_experiment
-from experiments.mlm_task import MlmDataArguments, load_mlm_task
+from experiments.errors import exit_on_bad_input
+from experiments.runs.finetune import Experiment, run_experiment
+from experiments.tasks.mlm import MlmDataArguments, load_mlm_task
 
 
 def main() -> None:

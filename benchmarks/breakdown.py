@@ -35,13 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import layers_tome_perceiver
 import modeling_tome_perceiver
-from experiments.bad_input import exit_on_bad_input
+from benchmarks.published_models import DTYPES
+from benchmarks.speed_rows import Cell, SpeedArguments, write_results
 from experiments.command_line import parse_arguments
-from experiments.cost import forward_cost
+from experiments.errors import exit_on_bad_input
 from experiments.measurement import Quartiles, time_interleaved
-from experiments.published_models import DTYPES
-from experiments.schedule import Fields, apply_merging
-from experiments.speed_benchmark import Cell, SpeedArguments, write_results
+from experiments.merging.cost import forward_cost
+from experiments.merging.schedules import Fields, apply_merging
 from layers_tome_perceiver import MatchLatents
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 

@@ -29,11 +29,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import modeling_tome_perceiver as now
-from experiments.bad_input import BadInput, exit_on_bad_input, naming
+from benchmarks.published_models import DTYPES, check_outputs
+from benchmarks.speed_rows import Cell, SpeedArguments, write_results
 from experiments.command_line import parse_arguments
+from experiments.errors import BadInput, exit_on_bad_input, naming
 from experiments.measurement import Timing, time_interleaved
-from experiments.published_models import DTYPES, check_outputs
-from experiments.speed_benchmark import Cell, SpeedArguments, write_results
 
 
 @dataclass

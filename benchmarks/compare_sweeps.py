@@ -24,10 +24,10 @@ import matplotlib
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.bad_input import BadInput, exit_on_bad_input
-from experiments.model_card import metric_name
-from experiments.output_folder import SWEEP_FILE
-from experiments.whole_file import write_text, write_whole
+from experiments.errors import BadInput, exit_on_bad_input
+from experiments.files import write_text, write_whole
+from experiments.publishing.card import metric_name
+from experiments.training.output_folder import SWEEP_FILE
 
 matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt

@@ -43,18 +43,18 @@ from matplotlib.ticker import LogLocator
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.bad_input import BadInput, exit_on_bad_input, naming
+from benchmarks.published_models import DTYPES, PublishedModel, check_outputs
+from benchmarks.speed_rows import Cell, SpeedArguments, write_results
 from experiments.command_line import parse_arguments
-from experiments.cost import forward_cost
+from experiments.errors import BadInput, exit_on_bad_input, naming
+from experiments.files import write_whole
 from experiments.measurement import (
     Quartiles,
     peak_memory_mb,
     time_interleaved,
 )
-from experiments.published_models import DTYPES, PublishedModel, check_outputs
-from experiments.schedule import UNMERGED, Fields
-from experiments.speed_benchmark import Cell, SpeedArguments, write_results
-from experiments.whole_file import write_whole
+from experiments.merging.cost import forward_cost
+from experiments.merging.schedules import UNMERGED, Fields
 
 STOCK = "stock"
 # Far more would not fit in any memory, and a typing error is better found here than there.

@@ -42,20 +42,20 @@ from matplotlib import pyplot as plt
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.bad_input import BadInput, exit_on_bad_input
-from experiments.calibration import average_linkage, unlabelled_batches
 from experiments.command_line import parse_arguments
-from experiments.identity import noted_arguments
-from experiments.latent_similarity import SIMILARITIES
+from experiments.errors import BadInput, exit_on_bad_input
+from experiments.files import write_whole
 from experiments.measurement import Quartiles, describe_environment
-from experiments.model_arguments import ModelArguments
-from experiments.model_loading import load_model_and_task
-from experiments.output_folder import write_json
-from experiments.schedule import UNMERGED
-from experiments.sweep_task import SweepDataArguments, load_sweep_task
-from experiments.task import Batch
-from experiments.trainer_arguments import TrainerArguments
-from experiments.whole_file import write_whole
+from experiments.merging.arguments import ModelArguments
+from experiments.merging.groups import average_linkage, unlabelled_batches
+from experiments.merging.schedules import UNMERGED
+from experiments.merging.similarity import SIMILARITIES
+from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
+from experiments.tasks.base import Batch
+from experiments.training.identity import noted_arguments
+from experiments.training.loading import load_model_and_task
+from experiments.training.output_folder import write_json
+from experiments.training.trainer_arguments import TrainerArguments
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 RESULTS_FILE, PICTURE_FILE = "similarity_stability.json", "similarity_stability.png"

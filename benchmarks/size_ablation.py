@@ -26,20 +26,20 @@ from transformers import set_seed
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.bad_input import BadInput, exit_on_bad_input
-from experiments.budget import Budget, flops_ratios
 from experiments.command_line import parse_arguments
-from experiments.experiment_run import COUNTED_INPUTS
-from experiments.identity import noted_arguments
+from experiments.errors import BadInput, exit_on_bad_input
+from experiments.files import write_text
 from experiments.measurement import describe_environment
-from experiments.model_arguments import ModelArguments
-from experiments.model_loading import load_model_and_task
-from experiments.output_folder import write_json
-from experiments.schedule import DEFAULT_SCHEDULE, SCHEDULES, apply_merging
-from experiments.sweep_task import SweepDataArguments, load_sweep_task
-from experiments.trainer_arguments import TrainerArguments
-from experiments.training import changes, evaluate, task_trainer
-from experiments.whole_file import write_text
+from experiments.merging.arguments import ModelArguments
+from experiments.merging.budget import Budget, flops_ratios
+from experiments.merging.schedules import DEFAULT_SCHEDULE, SCHEDULES, apply_merging
+from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
+from experiments.runs.finetune_stages import COUNTED_INPUTS
+from experiments.training.identity import noted_arguments
+from experiments.training.loading import load_model_and_task
+from experiments.training.output_folder import write_json
+from experiments.training.stage import changes, evaluate, task_trainer
+from experiments.training.trainer_arguments import TrainerArguments
 from layers_tome_perceiver import ToMePerceiverLayer
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 

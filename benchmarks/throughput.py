@@ -41,19 +41,19 @@ from matplotlib import pyplot as plt
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.bad_input import BadInput, exit_on_bad_input
+from benchmarks.published_models import DTYPES, check_outputs
+from benchmarks.speed_rows import Cell, SpeedArguments, check_names, write_results
 from experiments.command_line import parse_arguments
-from experiments.cost import ForwardCost, forward_cost, linear_flops
+from experiments.errors import BadInput, exit_on_bad_input
+from experiments.files import write_whole
 from experiments.measurement import (
     Quartiles,
     Timing,
     peak_memory_mb,
     time_interleaved,
 )
-from experiments.published_models import DTYPES, check_outputs
-from experiments.schedule import UNMERGED, Fields
-from experiments.speed_benchmark import Cell, SpeedArguments, check_names, write_results
-from experiments.whole_file import write_whole
+from experiments.merging.cost import ForwardCost, forward_cost, linear_flops
+from experiments.merging.schedules import UNMERGED, Fields
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 STOCK = "stock"

@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import modeling_tome_perceiver as modeling
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.bad_input import BadInput, exit_on_bad_input, naming
+from examples.merging_picture import Example, ImageExample, TextExample, draw_merging, pixel_grid, read_input
 from experiments.command_line import parse_arguments
-from experiments.data_reading import read_dataset
-from experiments.merging_picture import Example, ImageExample, TextExample, draw_merging, pixel_grid, read_input
-from experiments.model_arguments import MergeArguments, apply_merging
+from experiments.errors import BadInput, exit_on_bad_input, naming
+from experiments.merging.arguments import MergeArguments, apply_merging
+from experiments.tasks.reading import read_dataset
 
 TEXT_CLASSES = ("ToMePerceiverForSequenceClassification", "ToMePerceiverForMaskedLM")
 IMAGE_CLASSES = (

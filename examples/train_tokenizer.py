@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.bad_input import exit_on_bad_input
-from experiments.data_reading import read_dataset
+from experiments.errors import exit_on_bad_input
+from experiments.tasks.reading import read_dataset
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from experiments.bad_input import BadInput, naming
+from experiments.errors import BadInput, naming
 
 ENDINGS = (".yaml", ".yml", ".json")
 # What a command line spells with commas may be a list in a file.

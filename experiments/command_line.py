@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from experiments.argument_file import ENDINGS, suggestion, words_of_file
-from experiments.bad_input import BadInput, naming
+from experiments.errors import BadInput, naming
 
 SECRETS = ("--token", "--hub_token", "--hub-token")
 

@@ -16,8 +16,8 @@ import torch
 import transformers
 from hypothesis import settings
 
-from experiments.published_models import PUBLISHED_MODELS
-from tests.tiny_models import SIZES
+from benchmarks.published_models import PUBLISHED_MODELS
+from tests.support.tiny_models import SIZES
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

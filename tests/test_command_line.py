@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers.trainer_utils import IntervalStrategy
 
-from experiments.bad_input import BadInput
 from experiments.command_line import parse_arguments, shown_command
-from experiments.trainer_arguments import TrainerArguments
+from experiments.errors import BadInput
+from experiments.training.trainer_arguments import TrainerArguments
 
 
 @dataclass

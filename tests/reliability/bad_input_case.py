@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.reliability.forked import TIME_LIMIT, Outcome, run_forked
 from tests.reliability.inputs import Command, Inputs
 from tests.reliability.verdicts import Verdict
-from tests.script_run import run_script
+from tests.support.script_run import run_script
 
 OUTPUT = "out"
 # Before a file with all arguments, `--output_dir` among them: the command is this file and nothing else.

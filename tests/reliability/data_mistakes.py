@@ -12,10 +12,10 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from tests import tiny_images
 from tests.reliability.bad_input_case import BadInputCase, Make
 from tests.reliability.inputs import TRAINING, Command, Inputs
-from tests.tiny_texts import write_glue, write_table
+from tests.support import tiny_images
+from tests.support.tiny_texts import write_glue, write_table
 
 FILES, LABELS, IMAGES = "files of sentences", "labels", "images"
 GOOD = {"text": ["aaa", "bbb", "aaab", "bbba"], "label": ["good", "bad", "good", "bad"]}

@@ -16,9 +16,9 @@ from modeling_tome_perceiver import (
     ToMePerceiverForMaskedLM,
     ToMePerceiverForSequenceClassification,
 )
-from tests import tiny_images, tiny_texts
 from tests.reliability.forked import run_forked
-from tests.tiny_models import spread_weights
+from tests.support import tiny_images, tiny_texts
+from tests.support.tiny_models import spread_weights
 
 Command = tuple[object, ...]
 TRAINING: Command = (

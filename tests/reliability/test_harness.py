@@ -15,7 +15,7 @@ from tests.reliability.forked import Kill, Outcome, run_forked
 from tests.reliability.inputs import Inputs
 from tests.reliability.left import broken, differences, left
 from tests.reliability.verdicts import BEGIN, END, Verdict, report, write_report
-from tests.script_run import ROOT
+from tests.support.script_run import ROOT
 
 
 def evaluated(inputs: Inputs, folder: Path, kill: Kill | None = None, time_limit: float = 60.0) -> Outcome:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.whole_file import write_text
+from experiments.files import write_text
 
 FAULTS = ("wrong in silence", "traceback", "hang", "other")
 BEGIN, END = "<!-- begin: written by make reliability -->", "<!-- end: written by make reliability -->"

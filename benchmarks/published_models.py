@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of the published shapes with random weights, stock and merging, to measure speed on.
+
+Speed does not depend on what weights say, so nothing is downloaded.
+
+Letters: B batch, S bytes of a text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PerceiverConfig, PreTrainedModel
+from transformers.models.perceiver import modeling_perceiver as upstream
+
+import modeling_tome_perceiver as tome
+from configuration_tome_perceiver import ToMePerceiverConfig
+
+# `deepmind/language-perceiver`; every other field has its default.
+PUBLISHED_LANGUAGE_SHAPES: dict[str, Any] = {"qk_channels": 256, "v_channels": 1280}
+VISION_CONFIG = Path(__file__).resolve().parents[1] / "examples" / "vision_conv_perceiver.json"
+RGB_CHANNELS = 3
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What rounding may make of outputs between two orders of summation, as a part of the largest of them.
+OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+
+
+def _published_vision_shapes() -> dict[str, Any]:
+    """`deepmind/vision-perceiver-conv`, as the examples train it from scratch."""
+    fields = json.loads(VISION_CONFIG.read_text())
+    return {name: value for name, value in fields.items() if name not in ("architectures", "model_type")}
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A published model.
+
+    Attributes:
+        hub_id: of the checkpoint.
+        architecture: name of the stock class.
+        fields: of its config.
+        fewer_layers: fields that change in a model of the same widths with fewer layers.
+        takes_text: texts (B, S), else images.
+    """
+
+    hub_id: str
+    architecture: str
+    fields: Mapping[str, Any]
+    fewer_layers: Mapping[str, Any] = field(default_factory=dict)
+    takes_text: bool = True
+
+    def small(self) -> PublishedModel:
+        """The same widths with fewer layers."""
+        return PublishedModel(
+            self.hub_id, self.architecture, {**self.fields, **self.fewer_layers}, takes_text=self.takes_text
+        )
+
+    def config(self, **merging: Any) -> ToMePerceiverConfig:
+        """Its config, with fields that say what merges."""
+        return ToMePerceiverConfig(**{**self.fields, **merging})
+
+    def input_shape(self, batch_size: int, length: int | None) -> tuple[int, ...]:
+        """(B, S) for S = `length`, or (B, 3, height, width), as `experiments.merging.cost.forward_cost` takes it."""
+        if not self.takes_text:
+            return batch_size, RGB_CHANNELS, self.config().image_size, self.config().image_size
+        assert length is not None
+        return batch_size, length
+
+    def draw_inputs(self, input_shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+        """Random inputs of that shape."""
+        if self.takes_text:
+            return torch.randint(self.config().vocab_size, input_shape, device=device)
+        return torch.randn(input_shape, device=device).to(dtype)
+
+    def build_stock(self, seed: int, dtype: torch.dtype, device: str) -> PreTrainedModel:
+        """The stock model with random weights, in evaluation mode and without gradients."""
+        torch.manual_seed(seed)
+        # A config is written to by the model that it builds.
+        model = getattr(upstream, self.architecture)(PerceiverConfig(**self.fields))
+        return model.eval().requires_grad_(False).to(device, dtype)
+
+    def build_stock_again(self, stock: PreTrainedModel) -> PreTrainedModel:
+        """A second stock model on the tensors of the first, in evaluation mode and without gradients."""
+        return _on_tensors_of(stock, type(stock), PerceiverConfig(**self.fields))
+
+    def build_merging(
+        self, stock: PreTrainedModel, modeling: ModuleType = tome, **merging: Any
+    ) -> tome.ToMePerceiverPreTrainedModel:
+        """Ours on the tensors of a stock model, in evaluation mode and without gradients.
+
+        Args:
+            stock: the model.
+            modeling: `modeling_tome_perceiver`, of this or of another commit.
+            merging: fields of the config that say what merges.
+        """
+        config = modeling.ToMePerceiverConfig(**{**self.fields, **merging})
+        return _on_tensors_of(stock, getattr(modeling, f"ToMe{self.architecture}"), config)
+
+
+def _on_tensors_of(stock: PreTrainedModel, model_class: type, config: PerceiverConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = model_class(config)
+    model.load_state_dict(stock.state_dict(), assign=True)
+    return model.eval().requires_grad_(False)
+
+
+PUBLISHED_MODELS: dict[str, PublishedModel] = {
+    "language": PublishedModel(
+        "deepmind/language-perceiver",
+        "PerceiverForSequenceClassification",
+        PUBLISHED_LANGUAGE_SHAPES,
+        fewer_layers={"num_self_attends_per_block": 6},
+    ),
+    "vision": PublishedModel(
+        "deepmind/vision-perceiver-conv",
+        "PerceiverForImageClassificationConvProcessing",
+        _published_vision_shapes(),
+        fewer_layers={"num_blocks": 1},
+        takes_text=False,
+    ),
+}
+
+
+@torch.inference_mode()
+def check_outputs(model: PreTrainedModel, same: PreTrainedModel, inputs: Tensor) -> float:
+    """The largest difference between what two models give that should give the same, a stock model and ours that merges
+    nothing: the latents and the logits, each as a part of the largest of them.
+
+    Raises:
+        AssertionError: if it is more than rounding, so that the two would not be doing the same work.
+    """
+    expected, given = model.base_model(inputs), same.base_model(inputs)
+    difference = max(
+        relative_difference(given[name], expected[name]).item() for name in ("last_hidden_state", "logits")
+    )
+    tolerance = OUTPUT_TOLERANCE[model.dtype]
+    assert difference <= tolerance, f"outputs differ by {difference} of the largest, more than {tolerance}"
+    return difference
+
+
+def relative_difference(values: Tensor, reference: Tensor) -> Tensor:
+    """The largest difference over the largest reference, both over all entries."""
+    return (values.float() - reference.float()).abs().max() / reference.float().abs().max()

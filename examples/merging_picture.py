@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the latents that are left read of an input, and a picture of it.
+
+Latents read the input once, in the encoder's cross-attention, and merge afterwards. So what a latent that is left
+reads is the mean of what the latents that it stands for read.
+
+Letters: B batch, H heads, S positions of the input (pixels, bytes or tokens), N latents, M latents left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.files import write_whole
+from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
+
+matplotlib.use("Agg")  # there may be no screen
+from matplotlib import pyplot as plt
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+
+IMAGE_PANELS, TEXT_ROWS = 12, 24
+"""Latents drawn of one input at most: a panel each for an image, a row each for a text."""
+LATENT_COLORS = np.array([plt.get_cmap("tab20")(index)[:3] for index in (*range(0, 20, 2), 1, 5)])
+LATENT_COLORS[7] = (1.0, 1.0, 0.2)  # in place of a grey one
+OTHER_COLOR = np.full(3, 0.55)
+# From nothing to opaque, so that the image shows where a latent reads little.
+READING_COLORS = LinearSegmentedColormap.from_list(
+    "reading", [(1.0, 0.9, 0.0, 0.0), (1.0, 0.65, 0.0, 0.45), (0.95, 0.2, 0.0, 0.8), (0.6, 0.0, 0.15, 0.95)]
+)
+# Colours run to this share of the cells drawn: a few strong ones would leave all the others pale.
+SHOWN_QUANTILE = 0.995
+
+
+def latent_maps(cross_attention: Tensor, latent_sources: Tensor) -> Tensor:
+    """What each latent left reads: the mean over heads and over the latents that it stands for.
+
+    Args:
+        cross_attention: (B, H, N, S), the encoder's weights; the rows sum to one.
+        latent_sources: (B, M, N) of 0 and 1, none of the rows empty.
+
+    Returns:
+        (B, M, S), the rows sum to one.
+    """
+    sources = latent_sources.to(cross_attention.dtype)
+    return (sources @ cross_attention.mean(dim=1)) / sources.sum(dim=-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the latents left read of one input.
+
+    Attributes:
+        maps: (M, S), the rows sum to one.
+        sizes: (M,) how many of the N latents each one left stands for.
+        num_latents: N.
+        prediction: name of the class that the model predicts; `None` for a model that predicts none.
+    """
+
+    maps: np.ndarray
+    sizes: np.ndarray
+    num_latents: int
+    prediction: str | None
+
+    @property
+    def readers(self) -> np.ndarray:
+        """(S,) the latent left that reads each position most."""
+        return self.maps.argmax(axis=0)
+
+    @property
+    def order(self) -> np.ndarray:
+        """(M,) the latents left, largest first; of equal ones first who reads more positions most."""
+        positions_read = np.bincount(self.readers, minlength=len(self.sizes))
+        return np.lexsort((-positions_read, -self.sizes))
+
+    def summary(self, shown: int) -> str:
+        """In words, with how many of the latents left are drawn."""
+        left = len(self.sizes)
+        parts = [] if self.prediction is None else [f"predicted {self.prediction}"]
+        parts.append(f"{left} latent{'s' * (left > 1)} left of {self.num_latents}")
+        dropped = self.num_latents - int(self.sizes.sum())
+        if dropped:
+            parts.append(f"{dropped} dropped")
+        if shown < left:
+            parts.append(f"{shown} of them shown")
+        return ", ".join(parts)
+
+
+@torch.no_grad()
+def read_input(model: ToMePerceiverPreTrainedModel, inputs: Tensor, attention_mask: Tensor | None = None) -> Reading:
+    """Run a model on one input.
+
+    Args:
+        model: for text or image classification or masked language modelling, in evaluation mode.
+        inputs: a batch of one: pixel values (1, 3, height, width) or token ids (1, S).
+        attention_mask: (1, S) of 1 and 0; positions of 0, the padding, are left out.
+    """
+    # The base model, whose output has the sources.
+    output = model.base_model(
+        inputs=inputs,
+        attention_mask=attention_mask,
+        output_attentions=True,
+        output_latent_sources=True,
+        return_dict=True,
+    )
+    # The encoder's weights come first, the decoder's last.
+    maps = latent_maps(output.cross_attentions[0].float(), output.latent_sources)[0]
+    if attention_mask is not None:
+        maps = maps[:, attention_mask[0].bool()]
+    config, prediction = model.config, None
+    one_label = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
+    if one_label and "Classification" in type(model).__name__:
+        prediction = str(config.id2label[int(output.logits[0].argmax())])
+    sizes = output.latent_sources[0].sum(dim=-1).long()
+    return Reading(maps.numpy(), sizes.numpy(), config.num_latents, prediction)
+
+
+@dataclass(frozen=True)
+class PixelGrid:
+    """Where in an image the positions stand that latents read.
+
+    Attributes:
+        rows, columns: of positions; rows * columns = S.
+        step: pixels from one position to the next.
+        start: the pixel at the middle of the first one.
+    """
+
+    rows: int
+    columns: int
+    step: int
+    start: int
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        """Left, right, bottom and top edge in pixels, as matplotlib takes them."""
+        first = self.start - self.step / 2
+        return first, first + self.columns * self.step, first + self.rows * self.step, first
+
+
+@torch.no_grad()
+def pixel_grid(model: ToMePerceiverPreTrainedModel, pixel_values: Tensor) -> PixelGrid:
+    """The grid of positions of a model for images.
+
+    Args:
+        model: for image classification.
+        pixel_values: (1, 3, height, width).
+
+    Raises:
+        ValueError: for an image of a size that the model cannot read.
+    """
+    preprocessor = model.base_model.input_preprocessor
+    features, _, _ = preprocessor(pixel_values, network_input_is_1d=False)
+    rows, columns = features.shape[1:3]
+    if preprocessor.prep_type != "conv":
+        return PixelGrid(rows, columns, step=preprocessor.spatial_downsample, start=0)
+    # The convolution is padded, so that its outputs stand on its pixels; the pooling is not, and leaves out the last
+    # pixels of an image whose side is a multiple of 4: 40 pixels make 9 positions and not 10.
+    conv, pool = preprocessor.convnet.conv, preprocessor.convnet.max_pool
+    stride = conv.stride[0]
+    return PixelGrid(rows, columns, step=stride * pool.stride, start=stride * (pool.kernel_size - 1) // 2)
+
+
+class Example(Protocol):
+    """One input of the picture: how much room it takes, in inches, and how it is drawn."""
+
+    @property
+    def size(self) -> tuple[float, float]: ...
+
+    def draw(self, figure: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class ImageExample:
+    """An image and what the latents left read of it.
+
+    Attributes:
+        name: of the image.
+        pixels: (height, width, 3) from 0 to 1, as the model sees it.
+        grid: where the S positions stand.
+        reading: what the latents left read.
+    """
+
+    name: str
+    pixels: np.ndarray
+    grid: PixelGrid
+    reading: Reading
+
+    def __post_init__(self) -> None:
+        if self.reading.maps.shape[1] != self.grid.rows * self.grid.columns:
+            raise AssertionError(f"{self.reading.maps.shape[1]} positions on a grid of {self.grid}")
+
+    @property
+    def size(self) -> tuple[float, float]:
+        height, width = self.pixels.shape[:2]
+        return 1.62 * (1 + self._columns) + 1.0, 2 * (1.62 * min(2.0, height / width) + 0.25) + 0.4
+
+    @property
+    def _shown(self) -> np.ndarray:
+        return self.reading.order[:IMAGE_PANELS]
+
+    @property
+    def _columns(self) -> int:
+        # At least so many that the title has room.
+        return max(3, (len(self._shown) + 1) // 2)
+
+    def draw(self, figure: Any) -> None:
+        """Two rows: the image and who reads what in the first column, then a panel for each latent."""
+        reading, shown = self.reading, self._shown
+        figure.suptitle(f"{self.name}: {reading.summary(len(shown))}", fontsize=11, parse_math=False)
+        axes = figure.subplots(2, 1 + self._columns)
+        for panel in axes.flat:
+            panel.set(xticks=[], yticks=[])
+            panel.set_visible(False)
+        self._panel(axes[0, 0], self.pixels, "what the model sees", "black")
+
+        colors = np.tile(OTHER_COLOR, (len(reading.sizes), 1))
+        colors[shown] = LATENT_COLORS[: len(shown)]
+        painted = colors[reading.readers].reshape(self.grid.rows, self.grid.columns, 3)
+        grey = 0.25 + 0.65 * self.pixels.mean(axis=-1)
+        self._panel(axes[1, 0], grey, "who reads it most", "black")
+        if set(reading.readers) - set(shown):
+            axes[1, 0].set_xlabel("grey: a latent not shown", fontsize=8)
+        axes[1, 0].imshow(painted, alpha=0.75, extent=self.grid.extent, interpolation="nearest")
+        self._whole_image(axes[1, 0])
+
+        scale = _attention_scale(reading.maps[shown])
+        panels = axes[:, 1:].flat
+        for latent, panel in zip(shown, panels, strict=False):
+            size = reading.sizes[latent]
+            self._panel(panel, grey, f"stands for {size}", colors[latent])
+            cells = reading.maps[latent].reshape(self.grid.rows, self.grid.columns)
+            picture = panel.imshow(
+                cells, cmap=READING_COLORS, norm=scale, extent=self.grid.extent, interpolation="bilinear"
+            )
+            self._whole_image(panel)
+        _attention_bar(figure, picture, axes, "attention to a position")
+
+    def _panel(self, panel: Any, image: np.ndarray, title: str, color: Any) -> None:
+        panel.set_visible(True)
+        panel.imshow(image, cmap="gray", vmin=0, vmax=1)
+        panel.set_title(title, fontsize=9, pad=6)
+        for side in panel.spines.values():
+            side.set(color=color, linewidth=1 if isinstance(color, str) else 4)
+
+    def _whole_image(self, panel: Any) -> None:
+        height, width = self.pixels.shape[:2]
+        panel.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """A text and what the latents left read of it.
+
+    Attributes:
+        name: the text, or its beginning.
+        tokens: S labels.
+        reading: what the latents left read.
+    """
+
+    name: str
+    tokens: Sequence[str]
+    reading: Reading
+
+    def __post_init__(self) -> None:
+        if self.reading.maps.shape[1] != len(self.tokens):
+            raise AssertionError(f"{self.reading.maps.shape[1]} positions and {len(self.tokens)} labels")
+
+    @property
+    def size(self) -> tuple[float, float]:
+        return max(9.0, 0.14 * len(self.tokens) + 2.5), 0.19 * len(self._shown) + 1.3
+
+    @property
+    def _shown(self) -> np.ndarray:
+        return self.reading.order[:TEXT_ROWS]
+
+    def draw(self, figure: Any) -> None:
+        """A row for each latent, a column for each token."""
+        reading, shown = self.reading, self._shown
+        figure.suptitle(f"{self.name}\n{reading.summary(len(shown))}", fontsize=10, parse_math=False)
+        panel = figure.subplots()
+        maps = reading.maps[shown]
+        scale = _attention_scale(maps)
+        picture = panel.imshow(maps, cmap="Blues", norm=scale, aspect="auto", interpolation="nearest")
+        # Only where a row that is drawn reads the token most.
+        rows = {latent: row for row, latent in enumerate(shown)}
+        most = [(column, rows[latent]) for column, latent in enumerate(reading.readers) if latent in rows]
+        if most:
+            panel.scatter(*zip(*most, strict=True), s=9, color="tab:red")
+            panel.set_xlabel("red dot: the latent that reads the token most", fontsize=8)
+        panel.set_yticks(range(len(shown)), [f"stands for {size}" for size in reading.sizes[shown]], fontsize=8)
+        labels = panel.set_xticks(range(len(self.tokens)), self.tokens, fontsize=9)
+        for tick in labels:
+            tick.label1.set(parse_math=False, rotation=90 if len(tick.label1.get_text()) > 1 else 0)
+        panel.tick_params(length=0)
+        _attention_bar(figure, picture, panel, "attention")
+
+
+def draw_merging(title: str, latents_per_layer: Sequence[int], examples: Sequence[Example], path: Path) -> None:
+    """Draw the latents left after each layer, and below it what those at the end read of each example.
+
+    Args:
+        title: of the picture.
+        latents_per_layer: N, then how many are left after each layer.
+        examples: one or more.
+        path: of the PNG file, which is written whole or not at all.
+    """
+    head_height = 1.9
+    width = max(example.size[0] for example in examples)
+    heights = [head_height, *(example.size[1] for example in examples)]
+    figure = plt.figure(figsize=(width, sum(heights)), layout="constrained")
+    try:
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights)
+        _draw_latents_left(parts[0], title, latents_per_layer)
+        for part, example in zip(parts[1:], examples, strict=True):
+            example.draw(part)
+        write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
+    finally:
+        plt.close(figure)
+
+
+def _draw_latents_left(figure: Any, title: str, latents_per_layer: Sequence[int]) -> None:
+    figure.suptitle(title, fontsize=13, parse_math=False)
+    panel = figure.subplots()
+    layers = range(len(latents_per_layer))
+    bars = panel.bar(layers, latents_per_layer, color="tab:blue", width=0.7)
+    panel.bar_label(bars, fontsize=8, padding=1)
+    panel.set_xticks(layers, ["at first", *map(str, layers[1:])], fontsize=8)
+    panel.set(xlabel="after self-attention layer", ylabel="latents left", ylim=(0, 1.22 * max(latents_per_layer)))
+    panel.tick_params(axis="y", labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _attention_scale(maps: np.ndarray) -> Any:
+    # The root, because latents that stand for many spread over what these read.
+    return PowerNorm(0.5, vmin=0, vmax=np.quantile(maps, SHOWN_QUANTILE))
+
+
+def _attention_bar(figure: Any, picture: Any, axes: Any, label: str) -> None:
+    """A colour bar; its top stands for everything above, too."""
+    bar = figure.colorbar(picture, ax=axes, extend="max", fraction=0.04, pad=0.01)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=8)

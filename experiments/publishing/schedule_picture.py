@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A picture of what a config's merging means, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+from transformers import PreTrainedConfig
+
+from experiments.files import write_whole
+from experiments.merging.cost import ForwardCost
+
+matplotlib.use("Agg")  # there may be no screen
+from matplotlib import pyplot as plt
+
+
+def draw_schedule(config: PreTrainedConfig, cost: ForwardCost, unmerged: ForwardCost, path: Path) -> None:
+    """Draw the latents that are left after each layer, and the FLOPs of each layer beside those of no merging.
+
+    Args:
+        config: a model's, with its merging settings.
+        cost, unmerged: its forward pass, and that without merging.
+        path: of the PNG.
+    """
+    layers = range(1, len(config.latents_per_layer) + 1)
+    figure, (latents, flops) = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
+    latents.step([0, *layers], [config.num_latents, *config.latents_per_layer], where="post", color="tab:blue")
+    latents.set(xlabel="self-attention layer", ylabel="latents left", ylim=(0, None))
+    flops.bar(layers, [each / 1e9 for each in unmerged.self_attention], color="lightgray", label="unmerged")
+    flops.bar(layers, [each / 1e9 for each in cost.self_attention], color="tab:blue", label="merged")
+    flops.set(xlabel="self-attention layer", ylabel="GFLOPs")
+    flops.legend(fontsize=8)
+    for axes in (latents, flops):
+        axes.grid(alpha=0.3)
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
+    plt.close(figure)

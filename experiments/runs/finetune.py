@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's experiment on one task: finetune, merge, evaluate, retrain with merging on, predict, push."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments, set_seed
+
+from experiments.command_line import parse_arguments
+from experiments.errors import BadInput
+from experiments.merging.arguments import MergeArguments, ModelArguments
+from experiments.merging.search import SEARCH
+from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
+from experiments.publishing.hub_push import push_addressed
+from experiments.runs.finetune_stages import Run
+from experiments.tasks.base import Task
+from experiments.training.loading import load_model_and_task
+from experiments.training.stage import (
+    RetrainArguments,
+    check_resume,
+    check_sharding,
+    evaluate_and_save,
+    predict_and_save,
+    rehearse,
+)
+from experiments.training.trainer_arguments import TrainerArguments
+
+COMMIT_MESSAGE = "Checkpoint with merged latents"
+
+
+@dataclass
+class Experiment:
+    """What the command line says.
+
+    Attributes:
+        model, merging, data, retraining, hub, training: the arguments, by what they are about.
+        load_task: reads the data that `data` means.
+    """
+
+    model: ModelArguments
+    merging: MergeArguments
+    data: Any
+    retraining: RetrainArguments
+    hub: HubArguments
+    training: TrainingArguments
+    load_task: Callable[..., Task]
+
+    @classmethod
+    def from_command_line(cls, description: str, data_arguments: type, load_task: Callable[..., Task]) -> Experiment:
+        """Parse the command line of a script.
+
+        Args:
+            description: what `--help` begins with.
+            data_arguments: dataclass of the arguments that say which data.
+            load_task: as `experiments.tasks.glue.load_glue_task`.
+
+        Raises:
+            BadInput: for values that cannot be meant.
+        """
+        groups = (ModelArguments, MergeArguments, data_arguments, RetrainArguments, HubArguments, TrainerArguments)
+        model, merging, data, retraining, hub, training = parse_arguments(description, *groups)
+        return cls(model, merging, data, retraining, hub, training, load_task)
+
+
+def run_experiment(experiment: Experiment) -> None:
+    """Do what the command line says, everything on disk first and the push last.
+
+    Raises:
+        BadInput: for what cannot be meant, before any long work.
+        PushFailed: when all is done and on disk.
+    """
+    training, retraining = experiment.training, experiment.retraining
+    output_dir, revision = Path(training.output_dir), training.hub_revision or "main"
+    if experiment.hub.push_only:
+        print(push_addressed(open_to_push(training, experiment.model.token), output_dir, COMMIT_MESSAGE, revision))
+        return
+    merging = experiment.merging.config_fields()
+    retrain = retraining.retrain_epochs > 0
+    if retrain and not (training.do_train and (experiment.merging.merges or retraining.elastic)):
+        raise BadInput(
+            f"--retrain_epochs {retraining.retrain_epochs}: allowed only with --do_train, and with --r above 0, "
+            "--flops_ratio or --elastic"
+        )
+    retraining.check_elastic(None if training.do_train else "--do_train")
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise BadInput("--do_train, --do_eval, --do_predict: none is given; allowed is one of them or more")
+    if training.push_to_hub and not training.do_train and not (output_dir / "config.json").exists():
+        raise BadInput(
+            f"--push_to_hub: --output_dir {output_dir} holds no checkpoint, and without --do_train none comes"
+        )
+    untrained = "--retrain_epochs" if retrain else None if training.do_train else "--do_eval"
+    check_sharding(untrained)
+    check_resume(training.resume_from_checkpoint)
+    if experiment.merging.searches and experiment.model.model_name_or_path is None and not retrain:
+        raise BadInput(
+            f"--schedule {SEARCH}: allowed for a trained --model_name_or_path, or with --retrain_epochs, since a model "
+            "from scratch has no outputs to keep"
+        )
+    repository = check_push(training, experiment.model.token)
+
+    set_seed(training.seed)
+    with training.main_process_first(desc="loading the data"):
+        evaluate = training.do_eval or retrain or training.eval_strategy != "no"
+        options = experiment.model.dataset_options()
+        task = experiment.load_task(experiment.data, training.do_predict, training.seed, evaluate, **options)
+    model, prepared = load_model_and_task(experiment.model, merging, task, training)
+    stages = [training, retraining.training_arguments(training)] if retrain else [training]
+    rehearse(model, prepared, stages, retraining.trainer_class)
+    run = Run(
+        model_args=experiment.model,
+        data=experiment.data,
+        merging=experiment.merging,
+        retraining=retraining,
+        training=training,
+        task=task,
+        prepared=prepared,
+        model=model,
+    )
+    run.resolve_merging()
+    run.claim()
+    trainer = run.train()
+    if training.do_eval:
+        evaluate_and_save(trainer, prepared, "eval")
+    if training.do_predict:
+        predict_and_save(trainer, prepared, task.source.name)
+    if trainer.is_world_process_zero():
+        if training.do_train:
+            run.write_card()
+        if repository is not None:
+            print(push_addressed(repository, output_dir, COMMIT_MESSAGE, revision))

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One experiment on a loaded model: what decides it, the folders it owns, its stages and its card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from experiments.merging.arguments import MergeArguments, ModelArguments
+from experiments.merging.schedules import DEFAULT_SCHEDULE, apply_merging, unmerged_fields
+from experiments.merging.search import undisturbed
+from experiments.publishing.card import Measured, measured_in, write_checkpoint_card
+from experiments.tasks.base import PreparedTask, Task
+from experiments.training.elastic import merging_by
+from experiments.training.identity import (
+    CONTENT,
+    Noted,
+    config_fingerprint,
+    content,
+    evaluation_fields,
+    noted_arguments,
+    training_fields,
+    weights_fingerprint,
+)
+from experiments.training.output_folder import (
+    CONFIG,
+    RESOLVED,
+    START,
+    WEIGHTS,
+    check_disk_space,
+    claim,
+    claim_for_evaluation,
+    note,
+    note_content,
+    read_note,
+)
+from experiments.training.stage import (
+    RetrainArguments,
+    check_begins,
+    check_resume,
+    evaluate_and_save,
+    resumes,
+    stage_resume,
+    task_trainer,
+    train_and_save,
+)
+from experiments.training.trainer import TaskTrainer
+from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
+
+FINETUNED = "finetuned"
+# FLOPs are for an input as long as the longest of so many evaluated ones.
+COUNTED_INPUTS = 32
+# Of the data arguments, what decides predictions and no training.
+ONLY_PREDICTED = ("max_predict_samples",)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """An experiment with what it works on.
+
+    Attributes:
+        model_args, data, merging, retraining, training: what the command line says.
+        task, prepared: the data, as they are and as the model sees them.
+        model: as it was loaded.
+    """
+
+    model_args: ModelArguments
+    data: Any
+    merging: MergeArguments
+    retraining: RetrainArguments
+    training: TrainingArguments
+    task: Task
+    prepared: PreparedTask
+    model: ToMePerceiverPreTrainedModel
+
+    def __post_init__(self) -> None:
+        self.output_dir = Path(self.training.output_dir)
+        self.finetuned_dir = self.output_dir / FINETUNED
+        self.retrains = self.retraining.retrain_epochs > 0
+        self.writes = self.training.should_save
+        self.input_shape = (1, *self.prepared.batch(COUNTED_INPUTS)[self.task.input_name].shape[1:])
+        read = content(self.task, self.prepared, train=self.training.do_train or self.merging.searches)
+        # Predictions are of other data than training and its figures.
+        self.predicted = {name: read.pop(name) for name in ("prediction",) if name in read}
+        self.read = read
+        start = {START: weights_fingerprint(self.model)} | read
+        # Before a budget changes the config. Finetuning in a stage of its own merges nothing.
+        self.start, self.unmerged_start = (
+            start | {f"{CONFIG}_to_start_from": config_fingerprint(self.model.config, merging=merging)}
+            for merging in (True, False)
+        )
+
+    @cached_property
+    def finetuning(self) -> Noted:
+        """What decides the first of two stages: nothing that merges, and nothing of the second."""
+        return self._noted(self.model_args, self.data) | {CONTENT: self.unmerged_start}
+
+    @cached_property
+    def whole(self) -> Noted:
+        """What decides all that comes out."""
+        return self._noted(self.model_args, self.data, self.merging, self.retraining) | {CONTENT: self.start}
+
+    def _noted(self, *groups: Any) -> Noted:
+        noted = noted_arguments(*groups) | training_fields(self.training)
+        return {name: value for name, value in noted.items() if name not in ONLY_PREDICTED}
+
+    def claim(self) -> None:
+        """Claim the folder of each stage, or of an evaluation, before anything is written.
+
+        Raises:
+            BadInput: if another experiment is there, or a part of this one that nobody said what to do with.
+        """
+        training, resume = self.training, self.training.resume_from_checkpoint
+        if not training.do_train:
+            contents = {WEIGHTS: self.start[START], CONFIG: config_fingerprint(self.model.config)} | self.predicted
+            contents |= {name: self.read[name] for name in ("evaluation", "inputs")}
+            noted = noted_arguments(self.model_args) | evaluation_fields(training) | {CONTENT: contents}
+            claim_for_evaluation(self.output_dir, noted | self._resolved, self.writes)
+            return
+        stages = {self.finetuned_dir: self.finetuning} if self.retrains else {}
+        stages[self.output_dir] = self.whole
+        check_disk_space(self.output_dir, self.model, training, models=len(stages))
+        for write in (False, True):
+            for folder, noted in stages.items():
+                # What was retrained began from what finetuning left.
+                longer = resumes(resume) and (folder == self.finetuned_dir or not self.retrains)
+                resolved = self._resolved if folder == self.output_dir else {}
+                claim(folder, noted | resolved, longer=longer, write=write and self.writes)
+                check_resume(stage_resume(resume, folder, self.output_dir) if self.retrains else resume, noted)
+            check_begins(resume, *stages)
+
+    def resolve_merging(self) -> None:
+        """Turn a budget into what merges, or as long as there is no finetuned model, make sure that it can be kept."""
+        self._resolved: Noted = {}
+        if not self.merging.has_budget:
+            return
+        self.model.to(self.training.device)
+        if self.retrains:
+            with undisturbed(self.model):
+                self.merging.apply_budget(self.model, self.prepared, self.input_shape, None, DEFAULT_SCHEDULE)
+        else:
+            self._resolve()
+
+    def _resolve(self) -> None:
+        """Resolve a budget, or take over what it came to here before: time is not measured the same twice."""
+        arguments = noted_arguments(self.merging)
+        of = arguments | {CONTENT: self.start | {START: weights_fingerprint(self.model)}}
+        earlier = read_note(self.output_dir).get(RESOLVED) or {}
+        if earlier.get("of") == of:
+            apply_merging(self.model.config, earlier["fields"])
+        else:
+            log_dir = self.output_dir if self.writes else None
+            self.merging.apply_budget(self.model, self.prepared, self.input_shape, log_dir)
+        fields = {name: getattr(self.model.config, name) for name in unmerged_fields(self.model.config)}
+        self._resolved = {RESOLVED: {"of": of, "fields": fields}}
+
+    def train(self) -> TaskTrainer:
+        """Train as asked, if at all; the trainer has the model as it is to be evaluated."""
+        training, resume = self.training, self.training.resume_from_checkpoint
+        if not self.retrains:
+            trainer = task_trainer(
+                self.model, self.prepared, training, self.output_dir, self.retraining.trainer_class, self.whole
+            )
+            if training.do_train:
+                train_and_save(trainer, resume)
+            return trainer
+        with merging_by(self.model.config, 0):
+            finetuning = task_trainer(
+                self.model, self.prepared, training, self.finetuned_dir, experiment=self.finetuning
+            )
+            train_and_save(finetuning, stage_resume(resume, self.finetuned_dir, self.output_dir))
+            evaluate_and_save(finetuning, self.prepared, "eval")
+        if self.merging.has_budget:
+            self._resolve()
+            if self.writes:
+                note(self.output_dir, RESOLVED, self._resolved[RESOLVED])
+        arguments = self.retraining.training_arguments(training)
+        trainer = task_trainer(
+            self.model, self.prepared, arguments, self.output_dir, self.retraining.trainer_class, self.whole
+        )
+        if self.merging.merges or any(self.model.config.merge_schedule):
+            evaluate_and_save(trainer, self.prepared, "merged")
+        train_and_save(trainer, stage_resume(resume, self.output_dir, self.output_dir))
+        return trainer
+
+    def write_card(self) -> None:
+        """Write the card of the checkpoint that training left, and note its config, which is what is evaluated."""
+        note_content(self.output_dir, CONFIG, config_fingerprint(self.model.config))
+        config, r = self.model.config, self.model.r
+        last = "retrained" if self.retrains else "trained"
+        stages = [("eval", f"{last} for every r" if self.retraining.elastic else last, self.output_dir, r)]
+        if self.retrains:
+            stages = [
+                ("eval", "finetuned", self.finetuned_dir, 0),
+                ("merged", "merged without retraining", self.output_dir, r),
+                *stages,
+            ]
+        measured: list[Measured] = [
+            row for split, name, folder, r in stages for row in measured_in(folder, split, name, r)
+        ]
+        trainings = {"Finetuning" if self.retrains else "Training": training_fields(self.training)}
+        if self.retrains:
+            trainings["Retraining"] = training_fields(self.retraining.training_arguments(self.training))
+        extended = read_note(self.output_dir).get("continued_from", {})
+        trainings[list(trainings)[-1]] |= {
+            "elastic": self.retraining.elastic or None,
+            "distillation_weight": self.retraining.distillation_weight if self.retraining.elastic else None,
+            **{f"{name} at first, then on from there": value for name, value in extended.items()},
+        }
+        write_checkpoint_card(
+            self.output_dir,
+            source=self.task.source,
+            hub_task=self.task.hub_task,
+            config=config,
+            input_shape=self.input_shape,
+            evaluated_on=len(self.prepared.evaluation.get("", ())),
+            trained_on=len(self.prepared.train),
+            measured=measured,
+            budget=self.merging.budget_line,
+            trainings=trainings,
+            base_model=self.model_args.model_name_or_path,
+            model_id=str(self.output_dir),
+        )

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a sweep: its stages in order, what they leave on disk, and the push of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.command_line import shown_command
+from experiments.files import save_whole
+from experiments.merging.arguments import ModelArguments
+from experiments.publishing.card import Measured, card_data, figures, usage_section, write_card, write_checkpoint_card
+from experiments.publishing.hub import HubRepository
+from experiments.publishing.hub_push import push_addressed
+from experiments.runs.sweep import Cells, Row, SweepResults
+from experiments.runs.sweep_arguments import Merge, SweepArguments
+from experiments.runs.sweep_report import write_report
+from experiments.tasks.base import Batch, PreparedTask, Task
+from experiments.training.identity import training_fields
+from experiments.training.loading import load_config, load_model
+from experiments.training.output_folder import claim
+from experiments.training.stage import RetrainArguments, task_trainer, train_and_save
+
+RETRAINED = "retrained"
+# Folder below it, and branch, of the one checkpoint for all rows.
+ELASTIC = "elastic"
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """A sweep with all that it needs.
+
+    Attributes:
+        model_args, sweep_args, retraining, training: what the command line says.
+        task, prepared: to evaluate and train on.
+        merges: of the rows.
+        baseline: merges nothing.
+        results: rows to fill.
+        continued: whether some of the results are of an earlier run.
+    """
+
+    model_args: ModelArguments
+    sweep_args: SweepArguments
+    retraining: RetrainArguments
+    training: TrainingArguments
+    task: Task
+    prepared: PreparedTask
+    merges: list[Merge]
+    baseline: Merge
+    results: SweepResults
+    continued: bool
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training.output_dir)
+
+    @property
+    def cells(self) -> Cells:
+        return Cells(
+            self.results, self.merges, self.baseline, self.prepared, self.output_dir, self.training.should_save
+        )
+
+    def measure(self, model: PreTrainedModel, batch: Batch) -> None:
+        """Evaluate the checkpoint with every merge, and time it."""
+        trainer = task_trainer(model, self.prepared, self.training, self.output_dir)
+
+        def merged(merge: Merge) -> Trainer:
+            merge.apply(model.config)
+            return trainer
+
+        self.cells.fill("merged", merged)
+        self.cells.measure(model, self.sweep_args, batch)
+
+    def retrain(self) -> None:
+        """Train the checkpoint, evaluate it with every merge, and write its card.
+
+        It is trained with every merge, each from the same start; or, with `--elastic`, once for all of them.
+        """
+        if not self.retraining.elastic:
+            self.cells.fill("retrained", lambda merge: self._trained(merge, merge.branch), self._write_its_card)
+            return
+        trained = cache(lambda: self._trained(self.baseline, ELASTIC))
+
+        def merged(merge: Merge) -> Trainer:
+            trainer = trained()
+            merge.apply(trainer.model.config)
+            return trainer
+
+        self.cells.fill("retrained", merged)
+        if self.training.should_save:
+            config = ToMePerceiverConfig.from_pretrained(self.output_dir / RETRAINED / ELASTIC)
+            self._write_retrained_card(ELASTIC, config, self._measured("retrained"))
+
+    def _trained(self, merge: Merge, branch: str) -> Trainer:
+        """The checkpoint, trained from its start; with some of the results there, from where an earlier run was."""
+        start = time.perf_counter()
+        set_seed(self.training.seed)
+        config = load_config(self.model_args, {}, self.task)
+        merge.apply(config)
+        model = load_model(self.model_args, config, self.task)
+        self.results.spend("loading", start)
+        start = time.perf_counter()
+        arguments = self.retraining.training_arguments(self.training)
+        folder = self.output_dir / RETRAINED / branch
+        # What the sweep is, and which of its rows.
+        experiment = self.results.noted | {"row": merge.fields}
+        claim(folder, experiment, longer=False, write=self.training.should_save)
+        trainer = task_trainer(model, self.prepared, arguments, folder, self.retraining.trainer_class, experiment)
+        train_and_save(trainer, "last" if self.continued else None)
+        self.results.spend("retraining", start)
+        return trainer
+
+    def _write_its_card(self, merge: Merge, row: Row, trainer: Trainer) -> None:
+        config = trainer.model.config
+        measured = [Measured(name, config.r, figures(row[stage])) for stage, name in self._stage_names.items()]
+        self._write_retrained_card(merge.branch, config, measured, merge.name)
+
+    def _write_retrained_card(
+        self, branch: str, config: ToMePerceiverConfig, measured: list[Measured], budget: str | None = None
+    ) -> None:
+        distilled = {"elastic": True, "distillation_weight": self.retraining.distillation_weight}
+        elastic = distilled if self.retraining.elastic else {}
+        write_checkpoint_card(
+            self.output_dir / RETRAINED / branch,
+            source=self.task.source,
+            hub_task=self.task.hub_task,
+            config=config,
+            input_shape=self.results.input_shape,
+            evaluated_on=self.results.evaluated_on,
+            measured=measured,
+            trained_on=len(self.prepared.train),
+            budget=None if budget is None else f"row '{budget}' of the sweep",
+            trainings={"Retraining": training_fields(self.retraining.training_arguments(self.training)) | elastic},
+            base_model=self.model_args.model_name_or_path,
+            model_id=str(self.output_dir),
+            revision=branch,
+        )
+
+    @property
+    def _stage_names(self) -> dict[str, str]:
+        """What the figures of each stage are called in cards."""
+        retrained = "retrained for every r" if self.retraining.elastic else "retrained"
+        return {"merged": "merged without retraining", "retrained": retrained}
+
+    def _measured(self, *stages: str) -> list[Measured]:
+        """The figures of every row, for cards."""
+        return [
+            Measured(_named(self._stage_names[stage], merge), merge.fields["r"], figures(row[stage]))
+            for merge, row in zip(self.merges, self.results.rows, strict=True)
+            for stage in stages
+            if stage in row
+        ]
+
+    def write(self, model: PreTrainedModel) -> None:
+        """Write the report, and the unmerged checkpoint with a card that is the report, last."""
+        if not self.training.should_save:
+            return
+        self.baseline.apply(model.config)
+        save_whole(self.output_dir, model.save_pretrained)
+        save_whole(self.output_dir, self.prepared.processing_class.save_pretrained)
+        self.results.save(self.output_dir)
+        report = write_report(self.results, shown_command(), self.output_dir)
+        measured = self._measured(*self._stage_names)
+        name, base_model = self.output_dir.resolve().name, self.model_args.model_name_or_path
+        branches = f"{self._branches()}\n\n" if self.retraining.retrain_epochs > 0 else ""
+        body = f"""# {name}
+
+A [Perceiver IO](https://arxiv.org/abs/2107.14795) and what merging its latents
+([Token Merging](https://arxiv.org/abs/2210.09461)) does to it on {self.task.source.name}. In a row "r", so many latents
+go in every self-attention layer; in a row "flops", a schedule keeps to that share of the FLOPs. The checkpoint here
+merges nothing until `model.r` is set.
+
+{report}
+{branches}{usage_section(self.task.hub_task, str(self.output_dir))}
+"""
+        write_card(self.output_dir, card_data(self.task.source, self.task.hub_task, name, measured, base_model), body)
+        print(report.partition("\n\n")[0])
+        print(f"\nReport, picture and card: {self.output_dir}")
+
+    def _branches(self) -> str:
+        """Where the retrained checkpoints are, for the card."""
+        if self.retraining.elastic:
+            return (
+                "The retrained checkpoint, one for all rows, trained with a merging drawn anew in every step, is on a "
+                f'branch of its own: `revision="{ELASTIC}"`.'
+            )
+        names = ", ".join(merge.branch for merge in self.merges)
+        return f"Each retrained checkpoint is on a branch of its own: `revision` is one of {names}."
+
+
+def _named(stage: str, merge: Merge) -> str:
+    """A stage, and what else tells a row from others with the same r."""
+    return stage if merge.series == "r" else f"{stage}, {merge.name}"
+
+
+def push_sweep(repository: HubRepository, output_dir: Path, revision: str) -> None:
+    """Push what a sweep left: the unmerged checkpoint to `revision`, each retrained one to its branch, a commit each.
+
+    Raises:
+        BadInput: if there is no sweep.
+        PushFailed: what was pushed stays; pushing again does the rest.
+    """
+    print(push_addressed(repository, output_dir, "Sweep over r", revision))
+    for folder in sorted((output_dir / RETRAINED).glob("*")):
+        config = json.loads((folder / "config.json").read_text())
+        message = "Retrained for every r" if folder.name == ELASTIC else f"Retrained with r = {config['r']}"
+        print(push_addressed(repository, folder, message, revision=folder.name))

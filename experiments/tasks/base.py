@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is trained and scored on, whatever the inputs are: datasets, labels, metrics.
+
+Letters: B batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from torch import Tensor
+from transformers import EvalPrediction, TrainerCallback
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.errors import BadInput
+from experiments.tasks.scores import standard_errors
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class SampleArguments:
+    """How much of the data."""
+
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many (shuffled) only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many only."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict for the first so many only."})
+
+    def __post_init__(self) -> None:
+        for name in SampleArguments.__dataclass_fields__:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"--{name} {value}: allowed is an integer of 1 or more")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where data are from, for reports and model cards.
+
+    Attributes:
+        argument: that chose the data, with its value, for error messages.
+        dataset: Hub id, or the name of what is on this machine only.
+        on_hub: which of them.
+        config: name of the dataset's configuration, such as "mrpc".
+        split: that is evaluated on.
+    """
+
+    argument: str
+    dataset: str
+    on_hub: bool = False
+    config: str | None = None
+    split: str = "validation"
+
+    @property
+    def name(self) -> str:
+        """What people call it: "mrpc", "fashion_mnist"."""
+        return self.config or self.dataset.rpartition("/")[2]
+
+    @classmethod
+    def of_dataset(cls, dataset: str, config: str | None, split: str) -> Source:
+        """Of what `--dataset_name` names."""
+        on_hub = not Path(dataset).exists()
+        return cls(f"--dataset_name {dataset}", dataset if on_hub else Path(dataset).name, on_hub, config, split)
+
+
+@dataclass
+class PreparedTask:
+    """A task as a model sees it.
+
+    Classes are the model's in batches and logits, and the task's, by their names, in whatever is scored or written.
+
+    Attributes:
+        train: examples that `collate` takes.
+        evaluation, prediction: the same, by the suffix that their results carry: "" and, for MNLI, "_mm".
+        processing_class: the tokenizer or image processor that made them.
+        collate: from examples to a batch.
+        predicted: from logits, the task's classes in their order, to a class or number for each example, or to a row of
+            tokens for each.
+        kind: how predictions are scored, a key of `experiments.tasks.scores.SCORES`.
+        labels: names of the classes, in the order in which they are scored; empty where nothing is classified.
+        label_ids: the model's index of each.
+        callbacks: that training needs.
+        reduce_logits: from a batch's logits and labels to what `predicted` takes, while the evaluation still runs; for
+            logits that would not fit in memory all at once. `None`: they are kept as they are.
+    """
+
+    train: Any
+    evaluation: dict[str, Any]
+    prediction: dict[str, Any]
+    processing_class: Any
+    collate: Callable[[list[dict[str, Any]]], Batch]
+    predicted: Callable[[np.ndarray], np.ndarray]
+    kind: str
+    labels: list[str] = field(default_factory=list)
+    label_ids: list[int] = field(default_factory=list)
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """From logits and labels to figures by name, each with its standard error under NAME_stderr."""
+        from experiments.tasks.metric import GlueMetric  # takes seconds
+
+        predicted, asked = self.predictions(prediction.predictions), self.references(prediction.label_ids)
+        metric = GlueMetric(config_name=self.kind, keep_in_memory=True)
+        return metric.compute(predictions=predicted, references=asked) | standard_errors(self.kind, predicted, asked)
+
+    def predictions(self, logits: np.ndarray) -> np.ndarray:
+        """From logits to what is scored: for each example a place in `labels`, a number or a row of tokens."""
+        return self.predicted(logits[:, self.label_ids] if self.label_ids else logits)
+
+    def references(self, label_ids: np.ndarray) -> np.ndarray:
+        """The same of a batch's labels."""
+        return np.argsort(self.label_ids)[label_ids] if self.label_ids else label_ids
+
+    def written(self, predictions: np.ndarray) -> list[str]:
+        """Predictions as people read them: the names of classes, or numbers."""
+        return [self.labels[value] if self.labels else f"{value:.3f}" for value in predictions.tolist()]
+
+    def batch(self, size: int) -> Batch:
+        """The first `size` evaluated inputs, fewer if there are no more, without their labels.
+
+        Where nothing is evaluated, those to predict or to train on.
+        """
+        dataset = next(iter((self.evaluation or self.prediction).values()), self.train)
+        batch = dict(self.collate([dataset[index] for index in range(min(size, len(dataset)))]))
+        batch.pop("labels", None)
+        return batch
+
+
+@dataclass
+class Task(ABC):
+    """Data, unprocessed, and what is asked of it.
+
+    Attributes:
+        source: where it is from.
+        labels: names of the classes, in the order in which they are scored; empty for regression, and where nothing is
+            classified.
+        train, evaluation, prediction: examples, as in `PreparedTask`.
+        main_metric: the figure that tables and pictures show.
+    """
+
+    source: Source
+    labels: list[str]
+    train: Dataset
+    evaluation: dict[str, Dataset]
+    prediction: dict[str, Dataset]
+    main_metric: str
+
+    hub_task: ClassVar[str]
+    """The Hub's name for such a task, such as "text-classification"."""
+    input_name: ClassVar[str]
+    """The model's argument for the inputs."""
+    classifies: ClassVar[bool] = True
+    """Whether the model's labels are to be the task's: one for each class, or a single one for regression."""
+
+    @abstractmethod
+    def model_class_name(self, config: ToMePerceiverConfig) -> str:
+        """Which of our classes a config is for.
+
+        Raises:
+            BadInput: if it is for another task.
+        """
+
+    @abstractmethod
+    def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
+        """The tokenizer or image processor called `name`; with no name, one that fits a model from scratch."""
+
+    @abstractmethod
+    def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
+        """Give the config of a model from scratch the sizes that the processing class asks for."""
+
+    @abstractmethod
+    def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
+        """The task as a model with this config sees it.
+
+        Raises:
+            BadInput: if the processing class does not fit the config.
+        """
+
+
+def take_split(splits: DatasetDict, name: str, argument: str, count: int | None) -> Dataset:
+    """A split's first `count` examples.
+
+    Args:
+        splits: all there are.
+        name: of the split.
+        argument: that chose the data, with its value.
+        count: `None` for all of them.
+
+    Raises:
+        BadInput: if there is no such split, or nothing in it.
+    """
+    if name not in splits:
+        raise BadInput(f"{argument}: has no split '{name}', only {', '.join(sorted(splits))}")
+    dataset = splits[name]
+    if len(dataset) == 0:
+        raise BadInput(f"{argument}: its split '{name}' is empty; allowed is one example or more")
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+
+
+def evaluated_split(splits: DatasetDict, argument: str, labelled: Callable[[Dataset], bool]) -> str:
+    """What there is to evaluate on: "validation", or else "test" if that has labels.
+
+    Args:
+        splits: all there are.
+        argument: that chose the data, with its value.
+        labelled: whether a split has labels.
+
+    Raises:
+        BadInput: if there is neither.
+    """
+    if "validation" in splits:
+        return "validation"
+    if "test" in splits and labelled(splits["test"]):
+        logger.warning("%s: has no split 'validation'; evaluated on its split 'test'", argument)
+        return "test"
+    raise BadInput(
+        f"{argument}: has nothing to evaluate on; allowed is a split 'validation', or 'test' with labels, here "
+        f"{', '.join(sorted(splits))}"
+    )

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image classification: the data and what the model sees of it.
+
+Letters: B batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import Image as ImageFeature
+from transformers import AutoImageProcessor, PerceiverImageProcessorPil
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.errors import BadInput, naming
+from experiments.tasks.augmentation import Augmentation
+from experiments.tasks.base import Batch, PreparedTask, SampleArguments, Source, Task, evaluated_split, take_split
+from experiments.tasks.image_reading import AS_STORED, IMAGE, LABEL, check_images, image_folder, read_image
+from experiments.tasks.labels import check_trained, has_labels, label_ids, listed, with_label_ids
+from experiments.tasks.reading import read_dataset
+from experiments.tasks.redrawn_examples import NextEpoch, RedrawnExamples
+from experiments.tasks.scores import classes
+
+MODEL_CLASSES = tuple(
+    f"ToMePerceiverForImageClassification{inputs}" for inputs in ("ConvProcessing", "Fourier", "Learned")
+)
+
+
+@dataclass
+class ImageDataArguments(SampleArguments):
+    """Which images."""
+
+    _argument_group_name: ClassVar[str] = "images"
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or local folder, as `datasets.load_dataset` takes it."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images for each class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    test_dir: str | None = field(default=None, metadata={"help": "The same, or a folder of images, to predict."})
+    train_val_split: float = field(
+        default=0.15,
+        metadata={"help": "Share of the training images to evaluate on, if there is no validation or test split."},
+    )
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the images; by default the only one of that type."}
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the labels; by default the only one of that type."}
+    )
+    crop_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Train on crops of a random size, from this share of an image's area to all of it. 1: no crops."
+        },
+    )
+    horizontal_flip: float = field(
+        default=0.0, metadata={"help": "Mirror a training image with this probability. 0: never."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("train_dir", "validation_dir", "test_dir"):
+            folder = getattr(self, name)
+            if folder is not None and not Path(folder).is_dir():
+                raise BadInput(f"--{name} {folder}: there is no such folder")
+        if not 0 < self.train_val_split < 1:
+            raise BadInput(f"--train_val_split {self.train_val_split}: allowed is a number between 0 and 1")
+        if not 0 < self.crop_scale <= 1:
+            raise BadInput(f"--crop_scale {self.crop_scale}: allowed is a number above 0, up to 1")
+        if not 0 <= self.horizontal_flip <= 1:
+            raise BadInput(f"--horizontal_flip {self.horizontal_flip}: allowed is a number from 0 to 1")
+
+
+@dataclass
+class ImageTask(Task):
+    """Images as they are stored, in the column `image`, and a class for each, in the column `label`."""
+
+    augmentation: Augmentation
+
+    hub_task: ClassVar[str] = "image-classification"
+    input_name: ClassVar[str] = "pixel_values"
+
+    def model_class_name(self, config: ToMePerceiverConfig) -> str:
+        """The class that the checkpoint was saved from, ours for a stock one; for none, convolution first."""
+        name = str((config.architectures or [MODEL_CLASSES[0]])[0])
+        name = name if name.startswith("ToMe") else f"ToMe{name}"
+        if name not in MODEL_CLASSES:
+            raise BadInput(
+                f"architectures = {config.architectures}: allowed for images are {', '.join(MODEL_CLASSES)} and the "
+                "stock classes they come from"
+            )
+        return name
+
+    def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
+        """The image processor; with no name, one that resizes to `config.image_size` and scales to [-1, 1]."""
+        if name is None:
+            side = config.image_size
+            if side < 1:
+                raise BadInput(
+                    f"--config_name, --config_overrides: image_size={side}; allowed is an integer of 1 or more"
+                )
+            return PerceiverImageProcessorPil(
+                do_center_crop=False,
+                size={"height": side, "width": side},
+                image_mean=[0.5, 0.5, 0.5],
+                image_std=[0.5, 0.5, 0.5],
+            )
+        with naming(f"--image_processor_name {name}", Exception):
+            return AutoImageProcessor.from_pretrained(name, **download)
+
+    def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
+        """Nothing: it is the image processor that follows the config."""
+
+    def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
+        """`pixel_values` (3, height, width) and `labels`, made on access."""
+        ids = label_ids(config, self.labels)
+
+        def process(batch: dict[str, list]) -> dict[str, Any]:
+            columns = {"pixel_values": processing_class(batch[IMAGE], return_tensors="pt")["pixel_values"]}
+            if LABEL in batch:
+                columns["labels"] = [ids[label] for label in batch[LABEL]]
+            return columns
+
+        def read_and_process(batch: dict[str, list]) -> dict[str, Any]:
+            return process(batch | {IMAGE: [read_image(stored, "without a name") for stored in batch[IMAGE]]})
+
+        def augmented(example: dict[str, Any], index: int, random: np.random.Generator) -> dict[str, Any]:
+            image = self.augmentation(read_image(example[IMAGE], f"{index} of training"), random)
+            columns = process({name: [value] for name, value in (example | {IMAGE: image}).items()})
+            return {name: values[0] for name, values in columns.items()}
+
+        _check_processed(self, config, processing_class)
+        train = RedrawnExamples(self.train, augmented, seed)
+        return PreparedTask(
+            train=train,
+            evaluation={suffix: split.with_transform(read_and_process) for suffix, split in self.evaluation.items()},
+            prediction={suffix: split.with_transform(read_and_process) for suffix, split in self.prediction.items()},
+            processing_class=processing_class,
+            collate=collate_images,
+            predicted=classes,
+            kind="classification",
+            labels=self.labels,
+            label_ids=ids,
+            callbacks=[NextEpoch(train)],
+        )
+
+
+def collate_images(examples: list[dict[str, Any]]) -> Batch:
+    """`pixel_values` (B, 3, height, width) and, if there are any, `labels` (B,)."""
+    batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
+    if "labels" in examples[0]:
+        batch["labels"] = torch.tensor([example["labels"] for example in examples])
+    return batch
+
+
+def _check_processed(task: ImageTask, config: ToMePerceiverConfig, processing_class: Any) -> None:
+    """Check on the first image that the image processor makes what the model takes."""
+    image = read_image(task.train[0][IMAGE], "0 of split 'train'")
+    with naming("--image_processor_name", Exception):
+        shape = tuple(processing_class([image], return_tensors="pt")["pixel_values"].shape)
+        side = config.image_size
+        if len(shape) != 4 or shape[1] != 3:
+            raise ValueError(f"makes pixel_values of shape {shape}; allowed is (images, 3, height, width)")
+        # Positions that are learned are those of one size.
+        if "Learned" in task.model_class_name(config) and shape[2:] != (side, side):
+            raise ValueError(f"makes images of {shape[2]} x {shape[3]}; allowed is image_size = {side} of the model")
+
+
+def load_image_task(
+    arguments: ImageDataArguments, predict: bool, seed: int, evaluate: bool = True, **download: Any
+) -> ImageTask:
+    """Load the images that the arguments mean.
+
+    Args:
+        arguments: which images.
+        predict: whether the test split is needed too.
+        seed: for a validation split made here and for `max_train_samples`.
+        evaluate: whether anything is evaluated; there always is something.
+        download: `cache_dir` and `token` for `datasets.load_dataset`.
+
+    Raises:
+        BadInput: for a dataset, split or column that is not there, an empty split, labels that are missing or that
+            training has not, or an image that cannot be read.
+    """
+    splits, argument = _load_splits(arguments, download)
+    train = take_split(splits, "train", argument, None)
+    image_column = _column(train, ImageFeature, "image_column_name", arguments.image_column_name)
+    label_column = _column(train, ClassLabel, "label_column_name", arguments.label_column_name)
+    labels = list(train.features[label_column].names)
+    if len(labels) < 2:
+        raise BadInput(f"{argument}: has the class {listed(labels)} alone; allowed are two or more")
+
+    def columns(split: Dataset, where: str, may_lack: bool = False) -> Dataset:
+        if image_column not in split.column_names:
+            raise BadInput(f"{where} has no column '{image_column}'")
+        wanted = {image_column: IMAGE}
+        if has_labels(split, label_column) or not may_lack:
+            wanted[label_column] = LABEL
+            if label_column not in split.column_names:
+                raise BadInput(f"{where} has no column '{label_column}'")
+        split = split.select_columns(list(wanted)).rename_columns(
+            {old: new for old, new in wanted.items() if old != new}
+        )
+        split = split.cast_column(IMAGE, AS_STORED)
+        if LABEL in split.column_names:
+            split = with_label_ids(split, LABEL, labels, where)
+        return split
+
+    train = columns(train, f"{argument}: split 'train'")
+    if "validation" in splits or ("test" in splits and has_labels(splits["test"], label_column)):
+        name = evaluated_split(splits, argument, lambda split: has_labels(split, label_column))
+        where = f"{argument}: split '{name}'"
+        evaluation = columns(take_split(splits, name, argument, arguments.max_eval_samples), where)
+    else:
+        name, where = "test", f"{argument}: the images of --train_val_split {arguments.train_val_split}"
+        with naming(f"--train_val_split {arguments.train_val_split}", ValueError):
+            parts = train.train_test_split(arguments.train_val_split, seed=seed)
+        train = parts["train"]
+        evaluation = take_split(parts, "test", argument, arguments.max_eval_samples)
+    check_trained(evaluation, train, LABEL, where)
+    prediction = {}
+    if predict:
+        where = f"{argument}: split 'test'"
+        split = take_split(splits, "test", argument, arguments.max_predict_samples)
+        prediction[""] = columns(split, where, may_lack=True)
+        if LABEL in prediction[""].column_names:
+            check_trained(prediction[""], train, LABEL, where)
+    train = train.shuffle(seed=seed)
+    if arguments.max_train_samples is not None:
+        train = train.select(range(min(arguments.max_train_samples, len(train))))
+    for part, split in {"train": train, name: evaluation, "test": prediction.get("", evaluation)}.items():
+        check_images(split, f"{argument}: split '{part}'")
+    dataset = arguments.dataset_name or str(arguments.train_dir)
+    return ImageTask(
+        source=Source.of_dataset(dataset, arguments.dataset_config_name, name),
+        labels=labels,
+        train=train,
+        evaluation={"": evaluation},
+        prediction=prediction,
+        main_metric="accuracy",
+        augmentation=Augmentation(arguments.crop_scale, arguments.horizontal_flip),
+    )
+
+
+def _load_splits(arguments: ImageDataArguments, download: dict[str, Any]) -> tuple[DatasetDict, str]:
+    if arguments.dataset_name is not None:
+        argument = f"--dataset_name {arguments.dataset_name}"
+        return read_dataset(
+            argument, arguments.dataset_name, arguments.dataset_config_name, anew=False, **download
+        ), argument
+    if arguments.train_dir is None:
+        raise BadInput("--dataset_name: not given; allowed is a Hub id or a folder (or --train_dir FOLDER)")
+    folders = {"train": arguments.train_dir, "validation": arguments.validation_dir, "test": arguments.test_dir}
+    splits = {
+        name: image_folder(f"--{name}_dir {folder}", folder, unlabelled=name == "test")
+        for name, folder in folders.items()
+        if folder is not None
+    }
+    return DatasetDict(splits), f"--train_dir {arguments.train_dir}"
+
+
+def _column(dataset: Dataset, kind: type, argument: str, name: str | None) -> str:
+    fitting = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
+    if name is None and len(fitting) == 1:
+        return fitting[0]
+    if name is None or name not in fitting:
+        raise BadInput(f"--{argument} {name}: allowed are the columns of type {kind.__name__}, here {fitting}")
+    return name

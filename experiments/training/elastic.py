@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training one checkpoint for every r and every budget: a merging drawn anew in every step, taught by the unmerged one.
+
+In every step the unmerged forward pass learns the task, and a merged one learns to say what the unmerged one says: the
+in-place distillation of Yu & Huang (2019), "Universally slimmable networks", with latents in the place of channels.
+
+Letters: B batch, S positions, K labels, N latents, L self-attention layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from operator import sub
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.merging.cost import self_attention_layer_flops
+from experiments.merging.schedules import SCHEDULES, UNMERGED, named_family
+from experiments.training.trainer import TaskTrainer
+
+LEAST_SHARE = 1 / 8
+"""Of the self-attention layers' FLOPs, what is left at the strongest merging that is drawn."""
+# Of a position that no loss counts.
+UNLABELLED = -100
+
+
+class MergingDraw:
+    """The merging of each training step: a schedule of any shape, within a budget drawn log-uniformly.
+
+    The shapes are `experiments.merging.schedules.SCHEDULES`, so constant numbers down to one latent left, as in the
+    source paper, are among them. The budget is a share of the FLOPs of the self-attention layers, without the matching,
+    from `LEAST_SHARE`, or the least that the shape comes down to, up to 1; log-uniform, since what is hard to learn
+    lies at the lower end.
+
+    Args:
+        config: of the model; its own merging does not count, but for its `min_latents`.
+        seed: decides with the step alone, so that a draw is the same after resuming and in every process.
+    """
+
+    def __init__(self, config: ToMePerceiverConfig, seed: int) -> None:
+        self.seed = seed
+        latents = config.num_latents
+        # A layer costs its attention on the latents that reach it, and its MLP on those that leave it.
+        attention = [self_attention_layer_flops(config, count, 0) for count in range(latents + 1)]
+        mlp = [self_attention_layer_flops(config, 0, count) for count in range(latents + 1)]
+
+        def share(removed: Sequence[int]) -> float:
+            left = list(accumulate(removed, sub, initial=latents))
+            spent = sum(attention[count] for count in left[:-1]) + sum(mlp[count] for count in left[1:])
+            return spent / (len(removed) * (attention[latents] + mlp[latents]))
+
+        # Of each shape the members with the share that they take, the weakest first.
+        self.shapes: list[list[tuple[float, tuple[int, ...]]]] = []
+        for name in sorted(SCHEDULES):
+            family = named_family(config, name)
+            strengths = (strength / (2 * latents) for strength in range(2 * latents + 1))
+            members = {tuple(family(strength)["r"]) for strength in strengths}
+            self.shapes.append(sorted(((share(member), member) for member in members), reverse=True))
+
+    def at(self, step: int) -> tuple[float, list[int]]:
+        """The merging of a step.
+
+        Returns:
+            The share of the FLOPs that it takes, and what `config.r` takes: the latents to merge in each of the L
+            layers.
+        """
+        random = np.random.default_rng([self.seed, step])
+        members = self.shapes[random.integers(len(self.shapes))]
+        budget = max(LEAST_SHARE, members[-1][0]) ** random.random()
+        share, r = next((member for member in members if member[0] <= budget), members[-1])
+        return share, list(r)
+
+
+@contextmanager
+def merging_by(config: ToMePerceiverConfig, r: int | list[int]) -> Iterator[None]:
+    """Merge by `r` and by nothing else inside; whatever the config said before it says again after."""
+    before = {name: getattr(config, name) for name in UNMERGED}
+    try:
+        for name, value in (UNMERGED | {"r": r}).items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def distance(merged: Tensor, unmerged: Tensor, labels: Tensor, regression: bool) -> Tensor:
+    """How far merged outputs are from unmerged ones, a scalar, the mean over what is labelled.
+
+    Args:
+        merged, unmerged: (B, K) logits, or (B, S, K).
+        labels: (B,) or (B, S), `UNLABELLED` where nothing is asked.
+        regression: the squared error, in place of the Kullback-Leibler divergence from the unmerged distribution.
+    """
+    if regression:
+        return F.mse_loss(merged.float(), unmerged.float())
+    log_merged, log_unmerged = (logits[labels != UNLABELLED].float().log_softmax(-1) for logits in (merged, unmerged))
+    return F.kl_div(log_merged, log_unmerged, log_target=True, reduction="batchmean")
+
+
+class ElasticTrainer(TaskTrainer):
+    """A `TaskTrainer` for every merging at once.
+
+    Modifications: the loss of training is the task's, unmerged, and `distillation_weight` times the distance of the
+    outputs merged as `MergingDraw` says from the unmerged ones, which are constants in it. All batches of an
+    accumulated step merge alike. The config says before and after what it was given; evaluation merges by that.
+    """
+
+    def __init__(self, *args: Any, distillation_weight: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.distillation_weight = distillation_weight
+        self.draw = MergingDraw(self.model.config, self.args.seed)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        config = self.model.config
+        with merging_by(config, 0):
+            # Upstream takes the labels out of what it is given if it smooths them.
+            loss, unmerged = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
+        _, r = self.draw.at(self.state.global_step)
+        with merging_by(config, r):
+            merged = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        regression = config.problem_type == "regression"
+        apart = distance(merged.logits, unmerged.logits.detach(), inputs["labels"], regression)
+        loss = loss + self.distillation_weight * apart
+        return (loss, unmerged) if return_outputs else loss

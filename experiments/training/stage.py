@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training, evaluating and predicting with transformers' Trainer."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import logging
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, TypeGuard
+
+import numpy as np
+from safetensors.torch import load_model
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from experiments.errors import BadInput, Stopped, naming
+from experiments.files import save_whole, write_text
+from experiments.tasks.base import PreparedTask
+from experiments.tasks.scores import SCORES, paired_change
+from experiments.training.checkpoint import check_checkpoint, checkpoints, last_checkpoint, remove_checkpoints
+from experiments.training.elastic import ElasticTrainer
+from experiments.training.identity import CONTENT, Noted, weights_fingerprint
+from experiments.training.output_folder import TRAINED_FILE, WEIGHTS, note_content, read_note, save_metrics
+from experiments.training.trainer import TaskTrainer
+
+logger = logging.getLogger(__name__)
+
+# With fewer bytes free, a disk is what stopped a write.
+NOTHING_FREE = 1_000_000
+# Of epochs, a learning rate and a weight: more would only be a slip of the finger.
+MOST = 1e6
+WEIGHTS_FILE = "model.safetensors"
+# Values of --resume_from_checkpoint that mean the newest one, as the official scripts and Trainer spell it.
+LAST = ("true", "last")
+
+
+@dataclass
+class RetrainArguments:
+    """Training once more, with merging on."""
+
+    _argument_group_name: ClassVar[str] = "retraining"
+
+    retrain_epochs: float = field(
+        default=0.0, metadata={"help": "Epochs of training with merging on, after finetuning. 0: none."}
+    )
+    retrain_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of these epochs; by default --learning_rate."}
+    )
+    elastic: bool = field(
+        default=False,
+        metadata={
+            "help": "One checkpoint for every r and budget: the last training, so retraining if there is any, draws "
+            "the merging anew in every step, and teaches the merged model what the unmerged one says."
+        },
+    )
+    distillation_weight: float = field(
+        default=1.0,
+        metadata={"help": "With --elastic: of what it is taught, beside the loss of the task unmerged."},
+    )
+
+    def training_arguments(self, finetuning: TrainingArguments) -> TrainingArguments:
+        """Those of finetuning with the epochs and the learning rate of retraining."""
+        arguments = copy.deepcopy(finetuning)
+        arguments.num_train_epochs = self.retrain_epochs
+        arguments.max_steps = -1  # which would come before epochs
+        if self.retrain_learning_rate is not None:
+            arguments.learning_rate = self.retrain_learning_rate
+        return arguments
+
+    def __post_init__(self) -> None:
+        for name in ("retrain_epochs", "retrain_learning_rate", "distillation_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MOST:
+                raise BadInput(f"--{name} {value}: allowed is a number of 0 or more, up to {MOST:g}")
+
+    def check_elastic(self, without: str | None) -> None:
+        """Check that `--elastic` has what it needs.
+
+        Args:
+            without: the argument that is missing for there to be any, if one is.
+
+        Raises:
+            BadInput: if it has not.
+        """
+        if self.elastic and without is not None:
+            raise BadInput(f"--elastic: allowed only with {without}")
+
+    @property
+    def trainer_class(self) -> Callable[..., TaskTrainer]:
+        """What makes the Trainer of the last training."""
+        return partial(ElasticTrainer, distillation_weight=self.distillation_weight) if self.elastic else TaskTrainer
+
+
+def task_trainer(
+    model: PreTrainedModel,
+    task: PreparedTask,
+    arguments: TrainingArguments,
+    output_dir: Path,
+    trainer_class: Callable[..., TaskTrainer] = TaskTrainer,
+    experiment: Noted | None = None,
+) -> TaskTrainer:
+    """A Trainer for the task that writes to `output_dir` and saves what makes its inputs beside the model.
+
+    Args:
+        model, task, arguments: what to train, on what, and how.
+        output_dir: in place of that of the arguments.
+        trainer_class: as `RetrainArguments.trainer_class`.
+        experiment: what decides the outcome; needed to train.
+    """
+    arguments = copy.deepcopy(arguments)
+    arguments.output_dir = str(output_dir)
+    # What is pushed is pushed at the end, from what is on disk.
+    arguments.push_to_hub = False
+    # The model does not name what its inputs are made of.
+    arguments.remove_unused_columns = False
+    if arguments.torch_compile:
+        _compile_layers(model, arguments)
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=task.train,
+        eval_dataset=task.evaluation.get(""),
+        processing_class=task.processing_class,
+        data_collator=task.collate,
+        compute_metrics=task.metrics,
+        preprocess_logits_for_metrics=task.reduce_logits,
+        callbacks=[*task.callbacks, NameOfSharded()],
+        experiment=experiment,
+    )
+    if trainer.is_fsdp_enabled:
+        # accelerate shards the module that embeds inputs by itself; a Perceiver's are a parameter, in no such module.
+        model.get_input_embeddings = lambda: None
+    return trainer
+
+
+def rehearse(
+    model: PreTrainedModel,
+    task: PreparedTask,
+    stages: Sequence[TrainingArguments],
+    trainer_class: Callable[..., TaskTrainer] = TaskTrainer,
+) -> None:
+    """Make for each stage what training needs, before the first one begins; nothing is trained or written.
+
+    What `TrainingArguments` cannot know by themselves shows here: optimizers and trackers whose package is missing,
+    values that an optimizer or a scheduler refuses, a metric that the task does not have.
+
+    Raises:
+        BadInput: for whatever would stop a later stage.
+    """
+    for arguments in stages:
+        _check_best_metric(task, arguments)
+        if arguments.label_smoothing_factor and model.config.problem_type == "regression":
+            raise BadInput(
+                f"--label_smoothing_factor {arguments.label_smoothing_factor}: allowed is 0 for numbers, which are not "
+                "classes"
+            )
+        with tempfile.TemporaryDirectory() as folder, naming("arguments of the training", Exception):
+            trainer = task_trainer(model, task, arguments, Path(folder), trainer_class)
+            if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # these make optimizers of their own
+                trainer.create_optimizer_and_scheduler(num_training_steps=1)
+            # Callbacks may hold files open there.
+            trainer.callback_handler.callbacks.clear()
+
+
+def _check_best_metric(task: PreparedTask, arguments: TrainingArguments) -> None:
+    name = arguments.metric_for_best_model
+    if name is None or not arguments.load_best_model_at_end and arguments.save_strategy != "best":
+        return
+    allowed = ["loss", *SCORES[task.kind], *(["combined_score"] if len(SCORES[task.kind]) > 1 else [])]
+    if name.removeprefix("eval_") not in allowed:
+        raise BadInput(f"--metric_for_best_model {name}: allowed are {', '.join(allowed)}")
+
+
+def _compile_layers(model: PreTrainedModel, arguments: TrainingArguments) -> None:
+    """Compile as `arguments` say, layer by layer: Trainer would compile the model as a whole, and so anew for every r
+    and every length of a batch."""
+    model.compile_repeated_blocks(backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
+    arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
+
+
+class NameOfSharded(TrainerCallback):
+    """FSDP gives a model a class of its own; its name goes back to what it was, since checkpoints name it."""
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if isinstance(model, FSDPModule):
+            sharded = type(model)
+            ours = next(base for base in sharded.__mro__[1:] if not issubclass(base, FSDPModule))
+            sharded.__name__, sharded.__module__ = ours.__name__, ours.__module__
+
+
+def check_sharding(untrained: str | None) -> None:
+    """Check that nothing asks for an evaluation of a model that FSDP has not sharded yet: it shards for training.
+
+    Args:
+        untrained: the argument that asks for one, if any does.
+
+    Raises:
+        BadInput: under FSDP, if there is one.
+    """
+    if untrained is not None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise BadInput(
+            f"{untrained}: allowed without FSDP only, which cannot evaluate a model before it trains it; "
+            "examples/accelerate_ddp.yaml can"
+        )
+
+
+def check_resume(resume_from_checkpoint: str | None, experiment: Noted | None = None) -> None:
+    """Check `--resume_from_checkpoint`, as far as is known; before anything is loaded, whether it is a checkpoint.
+
+    Args:
+        resume_from_checkpoint: as given.
+        experiment: that is to go on from it, once it is known.
+
+    Raises:
+        BadInput: for a folder that is no checkpoint, or of another experiment.
+    """
+    name = resume_from_checkpoint
+    if resumes(name) and name.lower() not in LAST:
+        check_checkpoint(name, experiment)
+
+
+def resumes(resume_from_checkpoint: str | None) -> TypeGuard[str]:
+    """Whether `--resume_from_checkpoint` asks to go on from anything."""
+    return resume_from_checkpoint is not None and resume_from_checkpoint.lower() != "false"
+
+
+def stage_resume(resume_from_checkpoint: str | None, stage: Path, output_dir: Path) -> str | None:
+    """What `--resume_from_checkpoint` means for one of two stages, finetuning in a subfolder and then retraining.
+
+    Args:
+        resume_from_checkpoint: as given.
+        stage: folder of the stage.
+        output_dir: folder of both.
+    """
+    name = resume_from_checkpoint
+    if not resumes(name) or name.lower() in LAST:
+        return name
+    folder = Path(name).resolve().parent
+    if folder == stage.resolve():
+        return name
+    if stage == output_dir:
+        return None  # a checkpoint of finetuning: retraining has not begun
+    # A checkpoint of retraining: finetuning has ended. Any other: it is where finetuning is to begin.
+    return "last" if folder == output_dir.resolve() else name
+
+
+def check_begins(resume_from_checkpoint: str | None, *stages: Path) -> None:
+    """Check that nothing that was stopped is begun anew in silence: its checkpoints would go.
+
+    Args:
+        resume_from_checkpoint: as given.
+        stages: folders of the trainings, which hold this experiment or nothing.
+
+    Raises:
+        BadInput: if there is something to go on from, and nobody said what to do with it.
+    """
+    if resume_from_checkpoint is not None or (stages[-1] / TRAINED_FILE).exists():
+        return
+    for folder in reversed(stages):
+        ended = (folder / TRAINED_FILE).exists()
+        if ended or checkpoints(folder):
+            what = "has ended" if ended else f"was stopped after {checkpoints(folder)[0].name}"
+            raise BadInput(
+                f"--output_dir {stages[-1]}: the training in {folder} {what}; allowed is --resume_from_checkpoint "
+                "last, to go on from there, or --resume_from_checkpoint false, to begin anew"
+            )
+
+
+def train_and_save(trainer: TaskTrainer, resume_from_checkpoint: str | None = None) -> None:
+    """Train, and write the checkpoint, `trainer_state.json` and then `train_results.json`.
+
+    Args:
+        trainer: with the model, and with a folder that is claimed for it.
+        resume_from_checkpoint: a folder, or "true" or "last" for the newest checkpoint in the trainer's folder. If
+            training has ended there, and is not to be longer now, its weights are loaded; if it has not begun, it
+            begins.
+
+    Raises:
+        Diverged: if the loss or the weights are not finite any more.
+        Stopped: if the weights that an ended training left have changed since.
+    """
+    folder, writes = Path(trainer.args.output_dir), trainer.is_world_process_zero()
+    resume = resume_from_checkpoint if resumes(resume_from_checkpoint) else None
+    if resume is not None and resume.lower() in LAST:
+        if _has_ended(trainer):
+            _load_trained(trainer)
+            return
+        newest = last_checkpoint(folder, trainer.experiment)
+        if newest is None:
+            logger.warning("no checkpoint in %s yet: training begins at the start", folder)
+        resume = None if newest is None else str(newest)
+    trainer.accelerator.wait_for_everyone()
+    if writes:
+        (folder / TRAINED_FILE).unlink(missing_ok=True)
+        note_content(folder, WEIGHTS, None)
+        if resume is None:
+            remove_checkpoints(folder)
+    trainer.accelerator.wait_for_everyone()
+    # An evaluation has prepared the model, for evaluation alone. accelerate would take it for ready to train, and of
+    # several processes each would train a model of its own.
+    trainer.model_wrapped = trainer.model
+    trainer.model.__dict__.pop("_is_accelerate_prepared", None)
+    with _explaining_a_full_disk(folder):
+        result = trainer.train(resume_from_checkpoint=resume)
+        trainer.check_weights()
+        if writes:
+            save_whole(folder, lambda partial: trainer.save_model(str(partial)))
+        else:
+            trainer.save_model()  # of sharded weights every process has a part
+        trainer.save_state()
+    metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}
+    if resume is not None:
+        # Of the time and the speed, which are those since.
+        metrics["train_resumed_from"] = Path(resume).name
+    trainer.log_metrics("train", metrics)
+    if writes:
+        note_content(folder, WEIGHTS, _saved_weights(folder))
+        save_metrics(folder, "train", metrics)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _load_trained(trainer: TaskTrainer) -> None:
+    """Load what an ended training left, if it still is that."""
+    folder = Path(trainer.args.output_dir)
+    noted = read_note(folder).get(CONTENT, {}).get(WEIGHTS)
+    with naming(f"--output_dir {folder}: {WEIGHTS_FILE}", Exception):
+        found = _saved_weights(folder)
+        if noted is not None and found != noted:
+            raise ValueError("is not what training left there; --resume_from_checkpoint false begins anew")
+        load_model(trainer.model, folder / WEIGHTS_FILE)
+
+
+def _saved_weights(folder: Path) -> str:
+    return weights_fingerprint(folder / WEIGHTS_FILE)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation gave.
+
+    Attributes:
+        metrics: figures by name, each beginning with the split and, of a second split, ending in its suffix.
+        predictions, references: by suffix, one for each example.
+    """
+
+    metrics: dict[str, Any]
+    predictions: dict[str, np.ndarray]
+    references: dict[str, np.ndarray]
+
+
+def evaluate(trainer: TaskTrainer, task: PreparedTask, split: str) -> Evaluation:
+    """Evaluate on every evaluation split.
+
+    Args:
+        trainer: with the model to evaluate.
+        task: with the splits.
+        split: what figures begin with: "eval" for the model that is saved, "merged" before it is retrained.
+
+    Raises:
+        Stopped: for outputs that are not finite, of which any figure would be a fiction.
+    """
+    evaluation = Evaluation({}, {}, {})
+    for suffix, dataset in task.evaluation.items():
+        # As `Trainer.evaluate`, and with the predictions.
+        output = trainer.predict(dataset, metric_key_prefix=split)
+        loss = output.metrics.get(f"{split}_loss", 0.0)
+        if not (math.isfinite(loss) and np.isfinite(output.predictions).all()):
+            raise Stopped(
+                f"the outputs of the model for '{split}{suffix}' are not finite (loss {loss}): its weights are damaged "
+                "or training has diverged, or half precision does not suffice for them"
+            )
+        evaluation.metrics.update({with_suffix(name, suffix): value for name, value in output.metrics.items()})
+        evaluation.metrics[f"{split}_samples{suffix}"] = len(dataset)
+        evaluation.predictions[suffix] = task.predictions(output.predictions)
+        evaluation.references[suffix] = task.references(output.label_ids)
+    return evaluation
+
+
+def changes(kind: str, after: Evaluation, before: dict[str, np.ndarray]) -> dict[str, float]:
+    """What has changed from other predictions for the same examples, as `experiments.tasks.scores.paired_change`.
+
+    Args:
+        kind: how predictions are scored.
+        after: the evaluation.
+        before: the other predictions, by suffix.
+    """
+    return {
+        with_suffix(name, suffix): value
+        for suffix, predicted in before.items()
+        for name, value in paired_change(kind, after.predictions[suffix], predicted, after.references[suffix]).items()
+    }
+
+
+def evaluate_and_save(trainer: TaskTrainer, task: PreparedTask, split: str) -> None:
+    """`evaluate`, and write `SPLIT_results.json`, and `all_results.json`."""
+    metrics = evaluate(trainer, task, split).metrics
+    trainer.log_metrics(split, metrics)
+    if trainer.is_world_process_zero():
+        save_metrics(Path(trainer.args.output_dir), split, metrics)
+
+
+def predict_and_save(trainer: TaskTrainer, task: PreparedTask, name: str) -> None:
+    """Predict, and write `predict_results_NAME.txt`, a line for each input, and `predict_results.json`.
+
+    Args:
+        trainer: with the model.
+        task: with the splits to predict.
+        name: of the task.
+    """
+    folder = Path(trainer.args.output_dir)
+    metrics: dict[str, Any] = {}
+    for suffix, dataset in task.prediction.items():
+        output = trainer.predict(dataset, metric_key_prefix="predict")
+        metrics |= {with_suffix(key, suffix): value for key, value in (output.metrics or {}).items()}
+        metrics[f"predict_samples{suffix}"] = len(dataset)
+        predicted = task.written(task.predictions(output.predictions))
+        if trainer.is_world_process_zero():
+            lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in enumerate(predicted))]
+            text = "\n".join(lines) + "\n"
+            path = folder / f"predict_results_{name}{suffix.replace('_', '-')}.txt"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+    trainer.log_metrics("predict", metrics)
+    if trainer.is_world_process_zero():
+        save_metrics(folder, "predict", metrics)
+
+
+@contextmanager
+def _explaining_a_full_disk(folder: Path) -> Iterator[None]:
+    """`torch.save` only says "iostream error" of a full disk; look at the disk, and say so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if folder.exists() and shutil.disk_usage(folder).free < NOTHING_FREE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
+
+
+def _has_ended(trainer: TaskTrainer) -> bool:
+    """Whether the trainer's folder holds what as much training leaves as the trainer is to do."""
+    folder, arguments = Path(trainer.args.output_dir), trainer.args
+    if not (folder / TRAINED_FILE).exists():
+        return False
+    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    if arguments.max_steps > 0:
+        return state.global_step >= arguments.max_steps
+    # Parts of an epoch are added up, and rounded.
+    return (state.epoch or 0.0) > arguments.num_train_epochs - 1e-6
+
+
+def with_suffix(name: str, suffix: str) -> str:
+    """The name of a figure of another evaluation split: "accuracy_stderr" and "_mm" give "accuracy_mm_stderr"."""
+    metric = re.sub(r"(_change)?(_stderr)?$", "", name)
+    return f"{metric}{suffix}{name[len(metric) :]}"

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Trainer of every training here: it stops where training diverges, and says of a checkpoint whose it is."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from experiments.errors import Stopped
+from experiments.training.checkpoint import last_checkpoint, read_stamp, stamp
+from experiments.training.identity import Noted
+
+
+class Diverged(Stopped):
+    """A training whose loss or weights are not finite any more."""
+
+
+class TaskTrainer(Trainer):
+    """transformers' `Trainer`.
+
+    Modifications:
+    - stops at the first loss that is not finite, and saves no weights that are not
+    - stamps each checkpoint with the experiment that it is of, see `experiments.training.checkpoint`
+    - `train_loss` is the mean over all steps, also after a resume; upstream's is over those since
+    - logs no gradient norm that is not finite, which would make `trainer_state.json` unreadable to other parsers
+
+    Args:
+        experiment: what decides the outcome of this training.
+    """
+
+    def __init__(self, *args: Any, experiment: Noted | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.experiment = experiment or {}
+        self._loss_sum = 0.0
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        stamped = {"loss_sum": 0.0} if resume_from_checkpoint is None else read_stamp(Path(resume_from_checkpoint))
+        loss_sum = stamped.get("loss_sum")
+        # NaN for a checkpoint that does not say: what is not known is left out of the figures.
+        self._loss_sum = math.nan if loss_sum is None else loss_sum
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss is {value}")
+        self._loss_sum += value
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "train_loss" in logs:
+            logs["train_loss"] = self._mean_over_processes() / max(self.state.global_step, 1)
+        for name in ("train_loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                del logs[name]
+        super().log(logs, *args, **kwargs)
+
+    def check_weights(self) -> None:
+        """Check that the weights are worth saving.
+
+        Raises:
+            Diverged: if any of them is not finite.
+        """
+        for name, parameter in self.model.named_parameters():
+            # Of sharded weights each process looks at its own.
+            own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if not own.isfinite().all():
+                raise self._diverged(f"{name} is not finite")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_weights()
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # what a run left of it that was killed
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        loss_sum = self._mean_over_processes()
+        # Each process writes files of its own.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and folder.exists():
+            stamp(folder, self.experiment, loss_sum if math.isfinite(loss_sum) else None)
+
+    def _mean_over_processes(self) -> float:
+        summed = torch.tensor(self._loss_sum, dtype=torch.float64, device=self.args.device)
+        return float(self.accelerator.gather(summed.reshape(1)).mean())
+
+    def _diverged(self, what: str) -> Diverged:
+        newest = last_checkpoint(Path(self.args.output_dir))
+        kept = "no checkpoint was written before" if newest is None else f"{newest} is the last good checkpoint"
+        step, rate = self.state.global_step, self._get_learning_rate()
+        return Diverged(
+            f"training has diverged: {what} after step {step}, at a learning rate of {rate:.3g}; {kept}. A smaller "
+            "--learning_rate, more --warmup_steps or a smaller --max_grad_norm may help"
+        )

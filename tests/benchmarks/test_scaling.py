@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/scaling.py on tiny models in place of the published ones: laws of the cost, the fit and what runs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn.modules.module import register_module_forward_hook
+
+from benchmarks import scaling
+from benchmarks.published_models import PUBLISHED_MODELS
+from benchmarks.scaling import STOCK, Line, ScalingArguments, flops_line, interleaved_seconds, variant_flops
+from experiments.measurement import Quartiles
+from experiments.merging.cost import forward_cost
+from experiments.merging.schedules import UNMERGED
+from modeling_tome_perceiver import ToMePerceiverModel
+from tests.support.script_run import bad_input_line, call_script
+
+SCRIPT = "benchmarks.scaling.py"
+ROUNDS = 2
+# Twice the same and not in order: neither matters.
+TINY = ("--length", 40, 9, 9, "--r", 0, 2, "--rounds", ROUNDS, "--batch_size", 3)
+LENGTHS, NAMES = [9, 40], [STOCK, "r = 0", "r = 2"]
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["published", "small"])
+@pytest.mark.parametrize("r", [0, 8, 32])
+def test_the_flops_are_linear_in_the_length_and_merging_lowers_the_constant_alone(small, r):
+    published = ScalingArguments(small=small).model
+    line = flops_line(published, UNMERGED | {"r": r}, 2)
+    unmerged = flops_line(published, UNMERGED, 2)
+    for length in (1, 128, 4097, 65536):
+        cost = forward_cost(published.config(r=r), (2, length), published.architecture)
+        assert line.at(length) == cost.total_with_matching
+    assert line.slope == unmerged.slope and line.slope > 0
+    assert (line.constant < unmerged.constant) == (r > 0) and line.constant > 0
+
+
+@given(
+    constant=st.floats(0.1, 1e4),
+    slope=st.floats(1e-4, 10),
+    lengths=st.lists(st.integers(1, 1 << 20), min_size=2, max_size=6, unique=True),
+)
+def test_the_fit_recovers_a_line(constant, slope, lengths):
+    values = [constant + slope * length for length in lengths]
+    line = Line.fit(lengths, values)
+    assert line.largest_deviation(lengths, values) < 1e-6
+    assert [line.at(length) for length in lengths] == pytest.approx(values, rel=1e-6)
+
+
+def test_the_fit_weighs_every_value_alike_and_reports_its_largest_deviation():
+    line = Line.fit([128, 65536], [100 + 0.01 * length for length in (128, 65536)])
+    assert (line.constant, line.slope) == (pytest.approx(100), pytest.approx(0.01))
+    lengths, values = [10, 20, 30], [110.0, 120.0, 143.0]
+    assert Line(100, 1).largest_deviation(lengths, values) == pytest.approx(1 - 130 / 143)
+    # An error of a tenth pulls as much on the shortest as, mirrored, on the longest: without weights it would not.
+    line = Line.fit([1, 1, 1000, 1000], [0.9, 1.1, 900.0, 1100.0])
+    assert line.at(1) / 1 == pytest.approx(line.at(1000) / 1000, rel=1e-3)
+    # The least of sum((x / value - 1)^2) over two values.
+    least = (1 / 0.9 + 1 / 1.1) / (1 / 0.9**2 + 1 / 1.1**2)
+    assert line.at(1) == pytest.approx(least) and line.at(1000) == pytest.approx(1000 * least)
+
+
+def test_seconds_are_kept_for_each_round_but_the_first(monkeypatch):
+    """Three turns, of which the n-th takes n + its number of seconds in round n."""
+    now, calls = [0.0], Counter()
+    monkeypatch.setattr(scaling.time, "perf_counter", lambda: now[0])
+
+    def turn(number):
+        def wait():
+            now[0] += number + calls[number]
+            calls[number] += 1
+
+        return wait
+
+    seconds = interleaved_seconds([turn(10), turn(20), turn(30)], 2, lambda: None)
+    assert seconds.tolist() == [[11, 12], [21, 22], [31, 32]]
+
+
+def test_the_device_is_waited_for_within_the_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(scaling.time, "perf_counter", lambda: now[0])
+
+    def synchronize():
+        now[0] += 5
+
+    assert interleaved_seconds([lambda: None] * 2, 1, synchronize).tolist() == [[5], [5]]
+
+
+def test_every_variant_runs_at_every_length_in_every_round(tiny_published, tmp_path):
+    ran, models = Counter(), {}
+
+    def note(module, arguments, keywords, output):
+        # Ours, or stock's own class.
+        if hasattr(module, "embeddings") and hasattr(module, "decoder"):
+            name = f"r = {module.config.r}" if isinstance(module, ToMePerceiverModel) else STOCK
+            texts = keywords["inputs"] if "inputs" in keywords else arguments[0]
+            ran[name, tuple(texts.shape), output.last_hidden_state.shape[1]] += 1
+            models[id(module)] = module
+
+    handle = register_module_forward_hook(note, with_kwargs=True)
+    try:
+        call_script(SCRIPT, *TINY, "--output_dir", tmp_path)
+    finally:
+        handle.remove()
+    # The rounds, the first one that does not count, and the measurement of memory.
+    expected = {(name, (3, length), 1 if name == "r = 2" else 12): ROUNDS + 2 for name in NAMES for length in LENGTHS}
+    # That the two are alike is seen on the shortest texts.
+    for name in (STOCK, "r = 0"):
+        expected[name, (3, LENGTHS[0]), 12] += 1
+    assert ran == expected
+    # Of whatever is large there is one for all.
+    positions = {each.input_preprocessor.position_embeddings.weight.data_ptr() for each in models.values()}
+    layers = {next(each.encoder.self_attends[0].parameters()).data_ptr() for each in models.values()}
+    assert len(positions) == len(layers) == 1 < len(models)
+
+
+def test_the_report_has_every_variant_at_every_length_and_its_line(tiny_published, tmp_path, capsys):
+    call_script(SCRIPT, *TINY, "--output_dir", tmp_path)
+    report = json.loads((tmp_path / "scaling.json").read_text())
+    rows, growth = report["rows"], report["growth"]
+    assert [(row["length"], row["name"]) for row in rows] == [(length, name) for length in LENGTHS for name in NAMES]
+    assert [each["name"] for each in growth] == NAMES
+    assert report["settings"]["positions"] == 40 and report["environment"]["torch"] == torch.__version__
+    published = ScalingArguments(length=LENGTHS, r=[0, 2]).model
+    for row in rows:
+        fields = UNMERGED | {"r": 2 if row["name"] == "r = 2" else 0}
+        flops = variant_flops(published, fields, (3, row["length"]))
+        (stock,) = (each for each in rows if each["length"] == row["length"] and each["name"] == STOCK)
+        assert row["gflops"] == flops / 1e9
+        assert row["implied_speedup"] == pytest.approx(stock["gflops"] / row["gflops"])
+        assert row["predicted_milliseconds"] == pytest.approx(1e3 * row["gflops"] / report["gflops_per_second"])
+        assert row["latents_left"] == (1 if row["name"] == "r = 2" else 12)
+        assert row["peak_memory_mb"] > 0
+        for quartiles in (row["milliseconds"], row["speedup"]):
+            assert 0 < quartiles["lower"] <= quartiles["median"] <= quartiles["upper"]
+        if row["name"] == STOCK:
+            assert row["speedup"] == asdict(Quartiles(1.0, 1.0, 1.0))
+    # One factor for all predictions: that of stock on the shortest texts.
+    assert rows[0]["predicted_milliseconds"] == pytest.approx(rows[0]["milliseconds"]["median"])
+    for each in growth:
+        own = [row for row in rows if row["name"] == each["name"]]
+        fitted, predicted = Line(**each["milliseconds"]), Line(**each["predicted_milliseconds"])
+        for row in own:
+            # A line through two points passes through them.
+            assert fitted.at(row["length"]) == pytest.approx(row["milliseconds"]["median"])
+            assert predicted.at(row["length"]) == pytest.approx(row["predicted_milliseconds"])
+            assert Line(**each["flops"]).at(row["length"]) == pytest.approx(1e9 * row["gflops"])
+        assert each["largest_deviation"] < 1e-6
+    printed = capsys.readouterr().out
+    assert (tmp_path / "scaling.md").read_text() in printed and f"written to {tmp_path}: scaling.json" in printed
+    with Image.open(tmp_path / "scaling.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["published", "small"])
+def test_positions_are_as_many_as_the_longest_text_has_bytes(small):
+    usual = ScalingArguments(small=small)
+    assert usual.model.config().max_position_embeddings == max(usual.length) == (8192 if small else 65536)
+    model = ScalingArguments(small=small, length=[5000, 7]).model
+    published = PUBLISHED_MODELS["language"].small() if small else PUBLISHED_MODELS["language"]
+    assert dict(model.fields) == dict(published.fields) | {"max_position_embeddings": 5000}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--length", 0, 9), "--length 0: allowed are integers from 1 to 1048576"),
+        (("--length", 9, 1048577), "--length 1048577: allowed are integers from 1 to 1048576"),
+        (("--length", 9, 9), "--length 9: allowed are two lengths or more"),
+        (("--dtype", "int8"), "--dtype int8: allowed are bfloat16, float16, float32"),
+        (("--dtype", "float32", "bfloat16"), "--dtype float32 bfloat16: allowed is one"),
+        (("--batch_size", 0), "--batch_size 0: allowed are integers from 1"),
+        (("--batch_size", 1, 2), "--batch_size 1 2: allowed is one"),
+        (("--r", -1), "--r -1: allowed are integers from 0"),
+        (("--rounds", 0), "--rounds 0: allowed are integers from 1"),
+        (("--device", "abacus"), "--device abacus: "),
+        (("--flops_ratio", 0.5), "--flops_ratio: "),
+        (("--shapes", "vision"), "--shapes: "),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(tiny_published, tmp_path, capsys, arguments, says):
+    line = bad_input_line(capsys, SCRIPT, *TINY, *arguments, "--output_dir", tmp_path / "out")
+    assert line.startswith(f"error: {says}") and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_is_found_before_the_rounds(tiny_published, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "measure", lambda *arguments: pytest.fail("measured"))
+    (tmp_path / "out").write_text("a file")
+    line = bad_input_line(capsys, SCRIPT, *TINY, "--output_dir", tmp_path / "out")
+    assert line.startswith(f"error: --output_dir {tmp_path / 'out'}: ")

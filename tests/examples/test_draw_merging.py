@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""examples/draw_merging.py, really run: that it draws, and what it says of bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image as PilImage
+from transformers import PerceiverImageProcessorPil, PerceiverTokenizer
+
+from tests.support.script_run import ROOT, bad_input_line, call_script, run_script
+from tests.support.tiny_images import write_images
+from tests.support.tiny_models import IMAGE_HEADS, TEXT_HEADS, stock_model, tiny_model
+
+SCRIPT = ROOT / "examples" / "draw_merging.py"
+
+
+@pytest.fixture(autouse=True)
+def script(monkeypatch):
+    """The script as a module, for `call_script`."""
+    spec = importlib.util.spec_from_file_location("draw_merging", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "draw_merging", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with checkpoints, stock and ours, named as their heads, a greyscale image file and two datasets."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for head in ("ForMaskedLM", "ForOpticalFlow", "ForImageClassificationLearned"):
+        stock_model(head, torch.float32).save_pretrained(folder / head)
+    for head in ("ForSequenceClassification", *IMAGE_HEADS[1:]):
+        tiny_model(head, torch.float32, r=1).save_pretrained(folder / head)
+    for head in TEXT_HEADS:
+        PerceiverTokenizer().save_pretrained(folder / head)
+    for head in IMAGE_HEADS:
+        side = {"height": 8, "width": 8} if head.endswith("Learned") else {"height": 16, "width": 12}
+        PerceiverImageProcessorPil(do_center_crop=False, size=side).save_pretrained(folder / head)
+    tiny_model("ForSequenceClassification", torch.float32).save_pretrained(folder / "bare")
+    PilImage.linear_gradient("L").save(folder / "grey.png")
+    write_images(folder / "images", {"test": 4})
+    (folder / "texts").mkdir()
+    texts = {"sentence": ["One.", "Two."], "other": ["Three.", "Four."], "label": [0, 1]}
+    Dataset.from_dict(texts).to_parquet(folder / "texts" / "train.parquet")
+    return folder
+
+
+def assert_drawn(path: Path) -> None:
+    with PilImage.open(path) as picture:
+        assert picture.format == "PNG"
+        assert len(set(picture.convert("L").tobytes())) > 100
+    assert [other.name for other in path.parent.iterdir()] == [path.name]
+
+
+def test_script_draws_images_of_a_dataset(inputs, tmp_path):
+    picture = tmp_path / "new" / "picture.png"
+    result = run_script(
+        "examples/draw_merging.py", "--model_name_or_path", inputs / "ForImageClassificationConvProcessing",
+        "--dataset_name", inputs / "images", "--num_examples", 2, "--output_file", picture,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{picture}\n"
+    assert_drawn(picture)
+
+
+@pytest.mark.parametrize("head", [*TEXT_HEADS, *IMAGE_HEADS])
+def test_every_class_is_drawn(inputs, tmp_path, capsys, head):
+    given = ("--texts", "A né€d.", "A text longer than there is room for.") if head in TEXT_HEADS else ("--images",)
+    files = () if head in TEXT_HEADS else (inputs / "grey.png",)
+    call_script(
+        "draw_merging.py", "--model_name_or_path", inputs / head, "--r", "2,1,0,0,0,1", *given, *files,
+        "--output_file", tmp_path / "picture.png",
+    )  # fmt: skip
+    assert_drawn(tmp_path / "picture.png")
+    # Nothing else: above all, no question whether to run a checkpoint's code.
+    assert capsys.readouterr().out == f"{tmp_path / 'picture.png'}\n"
+
+
+def test_texts_of_a_dataset_are_drawn(inputs, tmp_path):
+    call_script(
+        "draw_merging.py", "--model_name_or_path", inputs / "ForMaskedLM", "--dataset_name", inputs / "texts",
+        "--column_name", "other", "--output_file", tmp_path / "picture.png",
+    )  # fmt: skip
+    assert_drawn(tmp_path / "picture.png")
+
+
+def test_the_image_shown_is_the_one_that_the_model_sees(script):
+    image = PilImage.linear_gradient("L").convert("RGB").resize((12, 12))
+    processor = PerceiverImageProcessorPil(do_center_crop=False, do_resize=False)
+    shown = script.visible_pixels(processor(image, return_tensors="np")["pixel_values"][0], processor)
+    assert abs(shown * 255 - image).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("a b\n", ["[CLS]", "a", "␣", "b", "↵", "[SEP]"]),
+        ("né€", ["[CLS]", "n", "é", "", "€", "", "", "[SEP]"]),
+        ("😀!", ["[CLS]", "😀", "", "", "", "!", "[SEP]"]),
+    ],
+)
+def test_every_byte_has_a_label(script, text, labels):
+    tokenizer = PerceiverTokenizer()
+    assert script.token_labels(tokenizer, tokenizer(text)["input_ids"]) == labels
+
+
+def test_a_character_cut_in_two_keeps_a_label_for_each_byte(script):
+    tokenizer = PerceiverTokenizer()
+    ids = tokenizer("n€", truncation=True, max_length=5)["input_ids"]
+    assert len(script.token_labels(tokenizer, ids)) == 5
+
+
+IMAGE_MODEL, TEXT_MODEL = "ForImageClassificationConvProcessing", "ForSequenceClassification"
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "says"),
+    [
+        (TEXT_MODEL, (), "no inputs: allowed is exactly one of --images, --texts and --dataset_name"),
+        (TEXT_MODEL, ("--texts", "a", "--images", "grey.png"), "--images and --texts: allowed is exactly one"),
+        (TEXT_MODEL, ("--images", "grey.png"), "a model for text (ToMePerceiverForSequenceClassification)"),
+        (IMAGE_MODEL, ("--texts", "a"), "a model for images (ToMePerceiverForImageClassificationConvProcessing)"),
+        (TEXT_MODEL, ("--texts", ""), "allowed is a text that is not empty"),
+        (TEXT_MODEL, ("--texts", "a", "--max_length", "2"), "--max_length 2: allowed"),
+        (TEXT_MODEL, ("--texts", "a", "--split", "test"), "--split test: allowed only with --dataset_name"),
+        (TEXT_MODEL, ("--texts", "a", "--r", "-1"), "--r -1: allowed"),
+        (TEXT_MODEL, ("--texts", "a", "--r", "1,2"), "one entry for each of the 6 self-attention layers"),
+        (TEXT_MODEL, ("--texts", "a", "--r", "many"), "--r many: allowed"),
+        (TEXT_MODEL, ("--texts", "a", "--output_file", "picture.jpg"), "--output_file picture.jpg: allowed"),
+        ("nowhere", ("--texts", "a"), "--model_name_or_path nowhere: "),
+        ("bare", ("--texts", "a"), "tokenizer of --model_name_or_path bare: "),
+        ("ForOpticalFlow", ("--texts", "a"), "is of PerceiverForOpticalFlow; allowed are"),
+        (IMAGE_MODEL, ("--images", "missing.png"), "missing.png: [Errno 2] No such file"),
+        (IMAGE_MODEL, ("--images", "texts/train.parquet"), "cannot identify image file"),
+        (IMAGE_MODEL, ("--dataset_name", "missing"), "--dataset_name missing: "),
+        (IMAGE_MODEL, ("--dataset_name", "images", "--split", "dev"), "--split dev: allowed are the splits of"),
+        (IMAGE_MODEL, ("--dataset_name", "images", "--num_examples", "0"), "--num_examples 0: allowed"),
+        (IMAGE_MODEL, ("--dataset_name", "images", "--column_name", "label"), "--column_name label: allowed"),
+        (IMAGE_MODEL, ("--dataset_name", "texts"), "--column_name None: allowed are the columns of texts with images"),
+        (TEXT_MODEL, ("--dataset_name", "texts"), "with texts, here ['sentence', 'other']"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(inputs, tmp_path, monkeypatch, capsys, model, arguments, says):
+    monkeypatch.chdir(inputs)
+    output = tmp_path / "new" / "picture.png"
+    line = bad_input_line(capsys, "draw_merging.py", "--model_name_or_path", model, "--output_file", output, *arguments)
+    assert says in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_of_a_size_that_the_model_cannot_read_is_bad_input(inputs, tmp_path, capsys):
+    model = tmp_path / "model"
+    tiny_model("ForImageClassificationLearned", torch.float32).save_pretrained(model)
+    PerceiverImageProcessorPil(do_center_crop=False, size={"height": 9, "width": 8}).save_pretrained(model)
+    line = bad_input_line(
+        capsys, "draw_merging.py", "--model_name_or_path", model, "--images", inputs / "grey.png",
+        "--output_file", tmp_path / "picture.png",
+    )  # fmt: skip
+    assert "an image of 9 x 8 positions; allowed is 8 x 8" in line
+    assert not (tmp_path / "picture.png").exists()

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is drawn is what the latents left read, and where it stands in the image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image as PilImage
+
+from examples.merging_picture import (
+    ImageExample,
+    PixelGrid,
+    Reading,
+    TextExample,
+    draw_merging,
+    latent_maps,
+    pixel_grid,
+    read_input,
+)
+from tests.support.tiny_models import IMAGE_HEADS, NUM_LATENTS, TEXT_HEADS, run, take_row, tiny_inputs, tiny_model
+
+HEADS = [*TEXT_HEADS, *IMAGE_HEADS]
+
+
+def one_input(head: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pixel values or token ids, a batch of one, and the mask that goes with these."""
+    inputs = take_row(tiny_inputs(head), 0)
+    return inputs.get("pixel_values", inputs.get("input_ids")), inputs.get("attention_mask")
+
+
+def direct_cross_attention(model, inputs: torch.Tensor) -> torch.Tensor:
+    """(N, S): the mean over heads of softmax(q k / sqrt(D)), from the weights alone."""
+    base = model.base_model
+    preprocessed = base.input_preprocessor(inputs)[0]
+    attention = base.encoder.cross_attention.attention.self
+    queries = attention.query(attention.layernorm1(base.embeddings.latents))
+    keys = attention.key(attention.layernorm2(preprocessed[0]))
+    heads = [
+        (head_queries @ head_keys.T / head_keys.shape[1] ** 0.5).softmax(dim=-1)
+        for head_queries, head_keys in zip(
+            queries.chunk(attention.num_heads, dim=-1), keys.chunk(attention.num_heads, dim=-1), strict=True
+        )
+    ]
+    return sum(heads) / len(heads)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_unmerged_latents_read_the_cross_attention(head):
+    model, (inputs, mask) = tiny_model(head, r=0), one_input(head)
+    reading = read_input(model, inputs, mask)
+    torch.testing.assert_close(torch.tensor(reading.maps), direct_cross_attention(model, inputs).float())
+    assert reading.sizes.tolist() == [1] * NUM_LATENTS
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_latent_left_reads_the_mean_of_its_sources(head):
+    model, (inputs, mask) = tiny_model(head, r=1), one_input(head)
+    reading = read_input(model, inputs, mask)
+    unmerged = direct_cross_attention(model, inputs).float()
+    sources = run(model, take_row(tiny_inputs(head), 0)).base.latent_sources[0]
+    assert len(reading.sizes) == len(sources) < NUM_LATENTS == reading.sizes.sum()
+    for row, size, source in zip(reading.maps, reading.sizes, sources, strict=True):
+        torch.testing.assert_close(torch.tensor(row), unmerged[source.bool()].mean(dim=0))
+        assert size == source.sum()
+    torch.testing.assert_close(reading.maps.sum(axis=1), torch.ones(len(sources)).numpy())
+
+
+def test_maps_of_a_batch_are_those_of_its_rows():
+    attention = torch.rand(3, 2, 5, 7).softmax(dim=-1)
+    sources = torch.eye(4)[torch.stack([torch.tensor([0, 1, 2, 3, 3])[torch.randperm(5)] for _ in range(3)])].mT
+    maps = latent_maps(attention, sources)
+    for row in range(3):
+        torch.testing.assert_close(maps[row : row + 1], latent_maps(attention[row : row + 1], sources[row : row + 1]))
+
+
+def test_padding_is_left_out():
+    model, (inputs, mask) = tiny_model("ForMaskedLM", r=1), one_input("ForMaskedLM")
+    padded = read_input(model, torch.nn.functional.pad(inputs, (0, 4)), torch.nn.functional.pad(mask, (0, 4)))
+    reading = read_input(model, inputs, mask)
+    assert padded.maps.shape == reading.maps.shape
+    torch.testing.assert_close(padded.maps, reading.maps)
+    assert padded.sizes.tolist() == reading.sizes.tolist()
+
+
+def test_prune_says_what_it_dropped():
+    model, (inputs, mask) = tiny_model("ForMaskedLM", r=1, merge_method="prune"), one_input("ForMaskedLM")
+    reading = read_input(model, inputs, mask)
+    assert reading.summary(shown=6) == f"6 latents left of {NUM_LATENTS}, 6 dropped"
+
+
+@pytest.mark.parametrize(
+    ("head", "size", "grid"),
+    [
+        ("ForImageClassificationLearned", (8, 8), PixelGrid(8, 8, 1, 0)),
+        ("ForImageClassificationFourier", (6, 10), PixelGrid(6, 10, 1, 0)),
+        # Not a quarter of 40: the pooling needs three outputs of the convolution for each of its own.
+        ("ForImageClassificationConvProcessing", (40, 24), PixelGrid(9, 5, 4, 2)),
+    ],
+)
+def test_grid_has_a_cell_for_each_position(head, size, grid):
+    model, pixels = tiny_model(head), torch.randn(1, 3, *size, dtype=torch.float64)
+    assert pixel_grid(model, pixels) == grid
+    assert read_input(model, pixels).maps.shape[1] == grid.rows * grid.columns
+
+
+@pytest.mark.parametrize("head", IMAGE_HEADS)
+def test_a_position_stands_in_the_middle_of_the_pixels_that_it_sees(head):
+    model = tiny_model(head, image_size=24)
+    pixels = torch.randn(1, 3, 24, 24, dtype=torch.float64, requires_grad=True)
+    grid, row, column = pixel_grid(model, pixels.detach()), 2, 1
+    features = model.base_model.input_preprocessor(pixels)[0]
+    features[0, row * grid.columns + column].sum().backward()
+    seen_rows, seen_columns = pixels.grad[0].abs().sum(dim=0).nonzero().T.tolist()
+    assert (min(seen_rows) + max(seen_rows)) / 2 == grid.start + row * grid.step
+    # Columns of pixels left of the image are cut off: only the right end is seen whole.
+    reach = max(seen_rows) - (grid.start + row * grid.step)
+    assert max(seen_columns) - reach == grid.start + column * grid.step
+    left, right, bottom, top = grid.extent
+    assert (right - left, bottom - top) == (grid.columns * grid.step, grid.rows * grid.step)
+
+
+def test_largest_latents_come_first():
+    maps = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.2, 0.0], [0.1, 0.7, 1.0]]).numpy()
+    reading = Reading(maps, sizes=torch.tensor([1, 4, 1]).numpy(), num_latents=6, prediction="cat")
+    assert reading.readers.tolist() == [0, 2, 2]
+    assert reading.order.tolist() == [1, 2, 0]
+    assert reading.summary(shown=2) == "predicted cat, 3 latents left of 6, 2 of them shown"
+
+
+@pytest.mark.parametrize("left", [1, 2, 30])
+def test_any_number_of_latents_can_be_drawn(tmp_path, left):
+    maps = torch.rand(left, 6).softmax(dim=-1).numpy()
+    reading = Reading(maps, torch.ones(left, dtype=torch.int64).numpy(), left, None)
+    examples = [
+        ImageExample("a wide image", torch.rand(2, 3, 3).numpy(), PixelGrid(2, 3, 1, 0), reading),
+        TextExample("$a$ text", ["[CLS]", "$", "a", "$", "\\", "[SEP]"], reading),
+    ]
+    draw_merging("a title", [left, left], examples, tmp_path / "picture.png")
+    with PilImage.open(tmp_path / "picture.png") as picture:
+        assert len(set(picture.convert("L").tobytes())) > 100
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An r of a call's own: it merges as the same r in the config would, and leaves the model as it was."""
+
+import inspect
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.tiny_merges import GROUPS, R_LIST, every_head, labels_for, loss_and_gradients
+from tests.support.tiny_models import (
+    NUM_LATENTS,
+    TEXT_HEADS,
+    flat_logits,
+    relative_difference,
+    run,
+    tiny_inputs,
+    tiny_model,
+)
+
+HEAD = "ForSequenceClassification"
+SETTINGS = {
+    "nothing": {},
+    "r": dict(r=1),
+    "an inflection": dict(r=1, r_inflection=0.5),
+    "groups": dict(merge_groups=GROUPS),
+}
+
+
+@every_head
+@pytest.mark.parametrize("r", [2, R_LIST, 0], ids=str)
+def test_a_calls_r_merges_as_the_configs_would(head, r):
+    model, inputs = tiny_model(head, r=1), tiny_inputs(head)
+    before, own = model.config.to_dict(), run(model, inputs)
+    called, expected = run(model, inputs, r=r), run(tiny_model(head, r=r), inputs)
+    assert torch.equal(called.logits, expected.logits)
+    assert torch.equal(called.base.latent_sources, expected.base.latent_sources)
+    assert called.base.latent_sizes.shape != own.base.latent_sizes.shape
+    assert model.config.to_dict() == before
+    assert torch.equal(run(model, inputs).logits, own.logits)
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_it_takes_the_place_of_whatever_the_config_says(setting):
+    """But for the caps, which are no schedule."""
+    model, expected = tiny_model(HEAD, min_latents=3, **setting), tiny_model(HEAD, min_latents=3, r=3)
+    inputs = tiny_inputs(HEAD)
+    called = run(model, inputs, r=3)
+    assert torch.equal(called.logits, run(expected, inputs).logits)
+    assert called.base.latent_sizes.shape == (2, 3)
+
+
+@every_head
+@pytest.mark.parametrize("bad", [-1, "8", 2.5, True, [1], [1] * 5 + [True], [1] * 5 + [-1], torch.tensor(2)], ids=str)
+def test_a_bad_r_is_one_line(head, bad):
+    model = tiny_model(head)
+    with pytest.raises(ValueError) as error:
+        model(**tiny_inputs(head), r=bad)
+    assert str(error.value).startswith(f"r = {bad!r}: ") and "\n" not in str(error.value)
+
+
+def test_loss_and_tuple_are_those_of_the_r():
+    model, other = tiny_model(HEAD), tiny_model(HEAD, r=R_LIST)
+    inputs = tiny_inputs(HEAD) | dict(labels=labels_for(HEAD), return_dict=False, output_attentions=True)
+    with torch.no_grad():
+        called, expected = model(**inputs, r=R_LIST), other(**inputs)
+    assert torch.equal(called[0], expected[0]) and torch.equal(called[1], expected[1])
+    assert len(called) == len(expected)
+
+
+def test_threads_that_call_one_model_get_each_its_own():
+    model, inputs = tiny_model(HEAD, r=1), tiny_inputs(HEAD)
+    settings = [0, 1, 2, 3, R_LIST, [0, 0, 0, 0, 0, 6]]
+    expected = [run(tiny_model(HEAD, r=r), inputs).logits for r in settings]
+
+    def call(index):
+        with torch.no_grad():
+            return index, flat_logits(model(**inputs, r=settings[index]))
+
+    with ThreadPoolExecutor(len(settings)) as pool:
+        results = list(pool.map(call, list(range(len(settings))) * 10))
+    assert all(relative_difference(logits, expected[index]) <= 1e-12 for index, logits in results)
+    assert model.r == 1
+
+
+class Wrapper(nn.Module):
+    """As PEFT's: hands its keywords on, and some that say nothing."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self):
+        return self.base_model
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, inputs_embeds=None, **kwargs)
+
+
+@pytest.mark.parametrize("wrap, inner", [(nn.DataParallel, "module"), (Wrapper, "base_model")])
+def test_wrappers_hand_it_on(wrap, inner):
+    wrapper, inputs = wrap(tiny_model(HEAD)), tiny_inputs(HEAD)
+    expected = run(tiny_model(HEAD, r=R_LIST), inputs).logits
+    with torch.no_grad():
+        assert torch.equal(flat_logits(wrapper(**inputs, r=R_LIST)), expected)
+        getattr(wrapper, inner).r = R_LIST
+        assert torch.equal(flat_logits(wrapper(**inputs)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["nonreentrant", "reentrant"])
+def test_checkpointed_gradients_are_those_of_the_r(use_reentrant):
+    inputs = tiny_inputs(HEAD)
+    loss, gradients = loss_and_gradients(tiny_model(HEAD, r=R_LIST).train(), inputs)
+    model = tiny_model(HEAD).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    called_loss, called_gradients = loss_and_gradients(model, inputs | dict(r=R_LIST))
+    torch.testing.assert_close(called_loss, loss, rtol=1e-12, atol=0)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name in gradients:
+        assert (called_gradients[name] - gradients[name]).abs().max() <= 1e-12 * largest, name
+
+
+def test_compiled_layers_and_a_compiled_model_take_it():
+    shape = dict(num_blocks=2, num_self_attends_per_block=1)
+    inputs, model = tiny_inputs(HEAD), tiny_model(HEAD, **shape)
+    expected = run(tiny_model(HEAD, **shape, r=[3, 2]), inputs).logits
+    torch.compiler.reset()
+    whole = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert relative_difference(flat_logits(whole(**inputs, r=[3, 2])), expected) <= 1e-12
+        assert relative_difference(flat_logits(whole(**inputs)), run(model, inputs).logits) <= 1e-12
+    torch.compiler.reset()
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    assert relative_difference(run(model, inputs, r=[3, 2]).logits, expected) <= 1e-12
+
+
+@every_head
+def test_an_unknown_keyword_is_one_line(head):
+    """Upstream swallows it; what tokenizers and Trainer hand to any model is let through."""
+    model, inputs = tiny_model(head), tiny_inputs(head)
+    for name, value in (("rr", 8), ("flops_ratio", 0.5), ("inputs_embeds", torch.zeros(1))):
+        with pytest.raises(TypeError, match=rf"^{name}: no argument of ToMePerceiver{head}; [^\n]*$"):
+            model(**inputs, **{name: value})
+    run(model, inputs, num_items_in_batch=2, token_type_ids=torch.zeros(2, 9), inputs_embeds=None)
+
+
+@every_head
+def test_signature_is_upstreams_and_r(head):
+    """Trainer and pipelines read it, and torch.export."""
+    model = tiny_model(head)
+    if head != "Model":
+        stock = inspect.signature(type(model).__mro__[2].forward).parameters
+        ours = list(inspect.signature(type(model).forward).parameters)
+        assert ours == [name for name in stock if name != "kwargs"] + ["r", "kwargs"]
+    assert inspect.signature(model.forward).parameters["r"].default is None
+
+
+def test_it_starts_from_all_latents():
+    model = tiny_model(HEAD, r=R_LIST)
+    assert run(model, tiny_inputs(TEXT_HEADS[0]), r=0).base.latent_sizes.shape == (2, NUM_LATENTS)

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laws of matching, on tensors alone: which latents merge, and into which, by every method of the registry."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import merging_tome_perceiver as merging
+from tests.support.tiny_matches import (
+    BIPARTITE_METHODS,
+    MERGING_METHODS,
+    METHODS,
+    cosines,
+    edges,
+    match_by,
+    matches,
+    randn,
+    row_of,
+    signed_basis_vectors,
+    unequal_sizes,
+)
+
+
+def plain_bipartite(score, r):
+    """One row's edges {merged: target} from scores (N, N): evens propose their best odd, the R best merge."""
+    proposals = []
+    for even in range(0, len(score), 2):
+        target = max(range(1, len(score), 2), key=lambda odd: (score[even, odd], -odd))
+        proposals.append((-score[even, target], even, target))
+    return {even: target for _, even, target in sorted(proposals)[:r]}
+
+
+def plain_energy(metric, r, depth):
+    """One row's edges from the definition: order by energy, alternate, merge into the most similar."""
+    similarity, margin = cosines(metric), 0.9 - 0.9 * depth
+    num_latents = len(similarity)
+    energy = []
+    for i in range(num_latents):
+        others = [similarity[i, j] for j in range(num_latents) if j != i]
+        energy.append(sum(x if x >= margin else np.exp(x - margin) - 1 for x in others) / num_latents)
+    crowded = sorted(range(num_latents), key=lambda i: -energy[i])[: 2 * r]
+    return {i: max(crowded[1::2], key=lambda j: similarity[i, j]) for i in crowded[::2]}
+
+
+def same(one, other):
+    return all(x is y is None or torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+# Every method
+
+
+@given(matches(METHODS))
+def test_kept_and_merged_partition_the_latents(drawn):
+    metric, r, match = drawn.metric, drawn.r, drawn.match
+    num_latents = metric.shape[1]
+    assert match.kept.shape[1] == num_latents - r
+    assert match.merged.shape[1] == r
+    for part in (match.kept, match.merged):
+        assert part.dtype == torch.int64
+        assert part.shape[0] in (1, metric.shape[0])
+    everyone = torch.cat([match.kept, match.merged], dim=1).sort(dim=1).values
+    assert (everyone == torch.arange(num_latents)).all()
+    if match.into is not None:
+        assert match.into.shape == match.merged.shape
+        assert match.into.dtype == torch.int64
+        assert match.into.min() >= 0 and match.into.max() < num_latents - r
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("num_latents", [2, 3, 9, 24, 25])
+def test_half_of_the_latents_can_merge_even_of_an_odd_number(method, num_latents):
+    r = num_latents // 2
+    match = match_by(method, randn(2, num_latents, 5, seed=1), r)
+    latents, sizes = merging.merge_latents(randn(2, num_latents, 3, seed=2), None, match)
+    assert latents.shape == (2, num_latents - r, 3)
+    assert sizes.shape == (2, num_latents - r)
+    assert latents.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(drawn=matches(["random"], batch=4, channels=2))
+def test_a_row_is_matched_alone_as_in_a_batch(method, drawn):
+    metric, r, sizes, depth = drawn.metric, drawn.r, drawn.sizes, drawn.depth
+    together = match_by(method, metric, r, sizes, depth)
+    for row in range(4):
+        one = slice(row, row + 1)
+        assert same(
+            match_by(method, metric[one], r, None if sizes is None else sizes[one], depth), row_of(together, row)
+        )
+
+
+@pytest.mark.parametrize("method", [method for method in MERGING_METHODS if method != "random"])
+@pytest.mark.parametrize("metric", [torch.zeros(2, 9, 4), torch.tensor([1.0, 0, 0, 0]).repeat(2, 9, 1)])
+def test_all_equal_metric(method, metric):
+    """Zero vectors included: they merge in the order of their positions, all into one, and nothing is NaN."""
+    for r in range(1, 5):
+        match = match_by(method, metric, r)
+        for row in range(2):
+            # k-center chooses those that stay, and Ward's groups stay where their first member is.
+            last, first = {9 - r + i: 0 for i in range(r)}, {1 + i: 0 for i in range(r)}
+            pairs = {2 * i: 1 for i in range(r)}
+            assert edges(match, row) == {"k_center": last, "ward": first}.get(method, pairs)
+    merged, sizes = merging.merge_latents(torch.ones(2, 9, 4), None, match)
+    assert torch.equal(merged, torch.ones(2, 5, 4))
+    assert sorted(sizes[0].tolist()) == [1, 1, 1, 1, 5]
+
+
+@given(num_latents=st.integers(2, 24), seed=st.integers(0, 2**31), data=st.data())
+def test_exact_duplicates_merge_first(num_latents, seed, data):
+    """Nothing but duplicates merges, so nothing changes: where the form of the method lets them meet."""
+    r = data.draw(st.integers(1, num_latents // 2))
+    latents, orthogonal = randn(1, num_latents, 8, seed=seed), torch.eye(num_latents)[None]
+    order = torch.tensor(data.draw(st.permutations(range(num_latents))))
+    across = (2 * order[order < (num_latents + 1) // 2][:r], 2 * (order[:r] % (num_latents // 2)) + 1)
+    for method, start, (copies, originals) in (
+        # R even positions, each with a duplicate at some odd one.
+        ("bipartite", latents, across),
+        # The same, while sizes are equal.
+        ("size_penalty", latents, across),
+        # 2R copies of one latent anywhere, with nothing else as crowded.
+        ("energy", orthogonal, (order[1 : 2 * r], order[:1].expand(2 * r - 1))),
+        # R copies anywhere, of whatever is not a copy.
+        ("k_center", latents, (order[:r], order[r:][order[:r] % (num_latents - r)])),
+        ("ward", latents, (order[:r], order[r:][order[:r] % (num_latents - r)])),
+    ):
+        duplicated = start.clone()
+        duplicated[:, copies] = start[:, originals]
+        for merged, target in edges(match_by(method, duplicated, r), 0).items():
+            assert torch.equal(duplicated[0, merged], duplicated[0, target]), method
+
+
+def test_matching_is_done_in_full_precision_under_autocast():
+    """Similarities that half precision cannot tell apart still decide which latents merge."""
+    angles = 0.2 * randn(48, seed=5)
+    metric = torch.stack([angles.cos(), angles.sin()], dim=-1)[None].float()
+    sizes = unequal_sizes(1, 48, seed=6)
+    expected = plain_bipartite(cosines(metric[0]), 12)
+    assert edges(merging.match_bipartite(metric, 12), 0) == expected
+    halved = metric[0].bfloat16()
+    targets = 2 * (halved[::2] @ halved[1::2].T).float().argmax(dim=1) + 1
+    assert any(targets[even // 2] != odd for even, odd in expected.items())
+    for method in METHODS:
+        whole = match_by(method, metric, 12, sizes, 0.5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert same(match_by(method, metric, 12, sizes, 0.5), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_neither_overflows_nor_gives_nan(dtype):
+    """The squares of such keys overflow float16; the match is the one of the same numbers in float32."""
+    metric = (randn(2, 12, 8, seed=3) * 3e4).clamp(-6e4, 6e4).to(dtype)
+    match = merging.match_bipartite(metric, 4)
+    for row in range(2):
+        assert edges(match, row) == plain_bipartite(cosines(metric[row].double()), 4)
+    for method in METHODS:
+        assert same(match_by(method, metric, 4), match_by(method, metric.float(), 4))
+
+
+# Bipartite
+
+
+@given(matches(BIPARTITE_METHODS))
+def test_even_positions_merge_into_odd_ones(drawn):
+    """The graph is bipartite, so nothing merges into a latent that is itself merged away."""
+    for row in range(drawn.metric.shape[0]):
+        assert all(merged % 2 == 0 and target % 2 == 1 for merged, target in edges(drawn.match, row).items())
+
+
+@given(matches(["bipartite"], channels=2))
+def test_bipartite_takes_the_best_edges(drawn):
+    for row, metric in enumerate(drawn.metric):
+        assert edges(drawn.match, row) == plain_bipartite(cosines(metric), drawn.r)
+
+
+@given(seed=st.integers(0, 2**31), num_latents=st.integers(2, 24), channels=st.integers(1, 4), data=st.data())
+def test_ties_go_to_the_lower_position_and_into_the_lowest_of_equals(seed, num_latents, channels, data):
+    r = data.draw(st.integers(1, num_latents // 2))
+    metric = signed_basis_vectors(num_latents, channels, seed)
+    match = merging.match_bipartite(metric, r)
+    for row in range(2):
+        assert edges(match, row) == plain_bipartite(cosines(metric[row]), r)
+    assert same(match, merging.match_bipartite(metric, r))
+
+
+def test_zero_vector_is_as_similar_as_an_orthogonal_one():
+    """0 is more than opposed: the zero vector at 0 merges before its opposed neighbour at 2, after the equal one."""
+    metric = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
+    assert edges(merging.match_bipartite(metric, 1), 0) == {4: 1}
+    assert edges(merging.match_bipartite(metric, 2), 0) == {4: 1, 0: 1}
+
+
+@given(matches(["bipartite"]))
+def test_prune_drops_what_bipartite_merges(drawn):
+    metric, bipartite = drawn.metric, drawn.match
+    prune = merging.match_prune(metric, drawn.r)
+    assert prune.into is None
+    assert torch.equal(prune.kept, bipartite.kept) and torch.equal(prune.merged, bipartite.merged)
+    latents = randn(metric.shape[0], metric.shape[1], 3, seed=drawn.seed + 1)
+    sizes = unequal_sizes(*metric.shape[:2], drawn.seed)
+    left, left_sizes = merging.merge_latents(latents, sizes, prune)
+    for row in range(metric.shape[0]):
+        assert torch.equal(left[row], latents[row, prune.kept[row]])
+        assert torch.equal(left_sizes[row], sizes[row, prune.kept[row]])
+
+
+def test_random_is_the_same_for_every_row_and_every_metric():
+    """It depends on N and R alone, and neither reads nor moves anyone's random state."""
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    match = merging.match_random(randn(3, 24, 4, seed=1), 7)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+    torch.manual_seed(1234)
+    random.seed(99)
+    other = merging.match_random(randn(2, 24, 9, seed=2, dtype=torch.float32), 7)
+    assert len({tuple(sorted(edges(match, row).items())) for row in range(3)}) == 1
+    assert edges(match, 0) == edges(other, 0)
+
+
+def test_random_is_no_order_in_disguise():
+    """What merges is spread over the positions, and what it merges into too."""
+    match = merging.match_random(torch.zeros(1, 256, 1), 32)
+    merged, targets = edges(match, 0).keys(), edges(match, 0).values()
+    assert sorted(merged) != list(range(0, 64, 2))
+    assert 80 < np.mean(list(merged)) < 176
+    assert len(set(targets)) > 16
+
+
+# Size penalty
+
+
+@given(drawn=matches(["bipartite"], channels=2), size=st.sampled_from([None, 1.0, 7.0]))
+def test_equal_sizes_are_no_penalty(drawn, size):
+    sizes = None if size is None else torch.full(drawn.metric.shape[:2], size)
+    assert same(merging.match_size_penalty(drawn.metric, drawn.r, sizes), drawn.match)
+
+
+@given(matches(["size_penalty"], channels=2))
+def test_size_penalty_takes_the_most_attracted_pairs(drawn):
+    for row, metric in enumerate(drawn.metric):
+        sizes = np.ones(len(metric)) if drawn.sizes is None else drawn.sizes[row].double().numpy()
+        attraction = (cosines(metric) + 1) / 2 * (1 / np.outer(sizes, sizes)) ** (1 / 40)
+        assert edges(drawn.match, row) == plain_bipartite(attraction, drawn.r)
+
+
+def test_the_smaller_of_two_similar_targets_wins_but_not_one_that_is_unlike():
+    """Latent 0 is most like the one at 1, of 500 latents; the penalty of that is (1 / 500) ^ (1 / 40) = 0.856."""
+    sizes = torch.tensor([[1.0, 500.0, 1.0, 1.0]])
+
+    def target(other_cosine):
+        other = [other_cosine, (1 - other_cosine**2) ** 0.5]
+        metric = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], other]])
+        assert edges(merging.match_bipartite(metric, 1), 0) == {0: 1}
+        return edges(merging.match_size_penalty(metric, 1, sizes), 0)[0]
+
+    assert target(0.75) == 3  # (1 + 0.75) / 2 = 0.875
+    assert target(0.65) == 1  # (1 + 0.65) / 2 = 0.825
+
+
+# Energy
+
+
+@pytest.mark.parametrize(
+    "margin, scores",
+    [
+        # Cosines: 0.6 of the first two, 0 of the outer ones, 0.8 of the last two.
+        (0.9, [np.exp(-0.3) + np.exp(-0.9) - 2, np.exp(-0.3) + np.exp(-0.1) - 2, np.exp(-0.9) + np.exp(-0.1) - 2]),
+        (0.45, [0.6 + np.exp(-0.45) - 1, 0.6 + 0.8, np.exp(-0.45) - 1 + 0.8]),
+    ],
+)
+def test_energy_of_three_vectors_by_hand(margin, scores):
+    vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=torch.float64)
+    energy = merging.energy_scores((vectors @ vectors.T)[None], margin)
+    np.testing.assert_allclose(energy[0], np.array(scores) / 3, rtol=1e-12)
+
+
+@given(matches(["energy"], channels=2))
+def test_energy_merges_the_most_crowded_in_alternation(drawn):
+    for row, metric in enumerate(drawn.metric):
+        assert edges(drawn.match, row) == plain_energy(metric, drawn.r, drawn.depth)
+
+
+@given(
+    seed=st.integers(0, 2**31), isolated=st.integers(1, 7), r=st.integers(1, 4), depth=st.sampled_from([0, 0.5, 0.9])
+)
+def test_energy_keeps_what_is_isolated(seed, isolated, r, depth):
+    """A tight cluster and latents that are orthogonal to it and to each other: the merge stays in the cluster."""
+    axes = torch.eye(isolated + 1, dtype=torch.float64)
+    cluster = axes[0] + 0.01 * randn(2 * r, isolated + 1, seed=seed)
+    order = torch.randperm(2 * r + isolated, generator=torch.Generator().manual_seed(seed))
+    metric = torch.cat([cluster, axes[1:]])[order][None]
+    crowded = {position for position, latent in enumerate(order.tolist()) if latent < 2 * r}
+    merged = edges(merging.match_energy(metric, r, depth=depth), 0)
+    assert set(merged) | set(merged.values()) <= crowded
+
+
+def test_margin_falls_with_the_depth():
+    metric = randn(1, 24, 3, seed=1)
+    assert edges(merging.match_energy(metric, 4), 0) != edges(merging.match_energy(metric, 4, depth=0.9), 0)
+
+
+# Fixed groups
+
+
+@given(groups=st.lists(st.integers(0, 5), min_size=1, max_size=24))
+def test_groups_against_a_plain_reference(groups):
+    """The first latent of each group stays at the group's number, the others of the group merge into it."""
+    numbers = sorted(set(groups))
+    groups = [numbers.index(group) for group in groups]
+    match = merging.match_groups(groups, torch.device("cpu"))
+    firsts = [next(i for i, group in enumerate(groups) if group == number) for number in range(len(numbers))]
+    assert match.kept.tolist() == [firsts]
+    others = [position for position in range(len(groups)) if position not in firsts]
+    assert dict(zip(match.merged[0].tolist(), match.into[0].tolist(), strict=True)) == {
+        position: groups[position] for position in others
+    }
+    assert match.merged.dtype == match.into.dtype == match.kept.dtype == torch.int64
+    latents = randn(3, len(groups), 4, seed=len(groups))
+    merged, sizes = merging.merge_latents(latents, None, match)
+    for number in range(len(numbers)):
+        members = [position for position in range(len(groups)) if groups[position] == number]
+        torch.testing.assert_close(merged[:, number], latents[:, members].mean(dim=1), rtol=1e-12, atol=1e-12)
+        assert (sizes[:, number] == len(members)).all()
+
+
+# The registry
+
+
+def test_registry_has_the_methods_and_the_two_controls():
+    assert METHODS == ["bipartite", "energy", "k_center", "prune", "random", "size_penalty", "ward"]
+    for method in METHODS:
+        merging.check_merge_method(method)
+
+
+def test_a_method_of_ones_own_can_be_registered(monkeypatch):
+    monkeypatch.setattr(merging, "MERGE_METHODS", dict(merging.MERGE_METHODS))
+    with pytest.raises(ValueError):
+        merging.check_merge_method("neighbours")
+
+    @merging.register_merge_method("neighbours")
+    def match_neighbours(metric, r, sizes, depth):
+        return merging.match_groups([max(0, i - r) for i in range(metric.shape[1])], metric.device)
+
+    merging.check_merge_method("neighbours")
+    assert merging.MERGE_METHODS["neighbours"] is match_neighbours
+    assert match_by("neighbours", torch.zeros(1, 5, 2), 2).merged.tolist() == [[1, 2]]
+
+
+def test_unknown_method_is_one_line_naming_it_and_what_is_allowed():
+    with pytest.raises(ValueError, match=r"^merge_method = 'best': allowed are [^\n]*$") as error:
+        merging.check_merge_method("best")
+    assert all(repr(method) in str(error.value) for method in METHODS)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a caller may say to a model: r at any time, masks, settings and inputs; and the line that refuses the rest."""
+
+import json
+
+import pytest
+import torch
+
+import modeling_tome_perceiver as tome
+from tests.support.tiny_merges import (
+    GROUPS,
+    MERGES,
+    R_LIST,
+    every_attention,
+    every_head,
+    loss_and_gradients,
+)
+from tests.support.tiny_models import (
+    HEADS,
+    TEXT_HEADS,
+    relative_difference,
+    run,
+    stock_model,
+    tiny_config,
+    tiny_inputs,
+    tiny_model,
+    tome_class,
+)
+
+# Masks of the inputs
+
+
+def masks_alike(mask):
+    """The same mask in every form that is allowed."""
+    keep = mask.bool()[:, None, None, :]
+    return {
+        "integers": mask,
+        "booleans": mask.bool(),
+        "numbers": mask.double(),
+        "4-D booleans": keep,
+        "4-D integers": keep.long(),
+        "4-D scores": torch.zeros(keep.shape).double().masked_fill(~keep, torch.finfo(torch.float64).min),
+        "4-D scores of -inf": torch.zeros(keep.shape).double().masked_fill(~keep, float("-inf")),
+    }
+
+
+@every_attention
+@pytest.mark.parametrize("head", ["Model", *TEXT_HEADS])
+def test_every_form_of_a_mask_means_the_same(head, attention):
+    model = tiny_model(head, attn_implementation=attention, r=R_LIST)
+    inputs = tiny_inputs(head)
+    mask = inputs.pop("attention_mask")
+    expected = run(model, inputs | dict(attention_mask=mask)).logits
+    for form, value in masks_alike(mask).items():
+        assert relative_difference(run(model, inputs | dict(attention_mask=value)).logits, expected) <= 1e-12, form
+    assert relative_difference(run(model, inputs).logits, expected) > 1e-3
+
+
+@every_attention
+def test_what_stands_in_padding_does_not_matter(attention):
+    model = tiny_model("ForSequenceClassification", attn_implementation=attention, r=R_LIST)
+    inputs = tiny_inputs("ForSequenceClassification")
+    changed = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 7)
+    assert not torch.equal(changed, inputs["input_ids"])
+    expected = run(model, inputs).logits
+    assert relative_difference(run(model, inputs | dict(input_ids=changed)).logits, expected) <= 1e-12
+
+
+@every_attention
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_that_is_all_padding_gives_no_nan(attention, dtype):
+    """Nor does it change the rows beside it."""
+    model = tiny_model("ForSequenceClassification", dtype, attn_implementation=attention, r=R_LIST)
+    inputs = tiny_inputs("ForSequenceClassification")
+    expected = run(model, inputs).logits
+    inputs["attention_mask"][1] = 0
+    logits = run(model, inputs).logits
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[0], expected[0], rtol=1e-3, atol=0)
+    loss, gradients = loss_and_gradients(model, inputs)
+    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+# Setting r
+
+
+@every_head
+def test_r_is_set_at_any_time(head):
+    """Nothing stays from one setting to the next; back at 0 the model is upstream's again."""
+    inputs = tiny_inputs(head)
+    model = tiny_model(head)
+    whole = run(model, inputs).logits
+    for r in (R_LIST, 1, [0, 0, 0, 0, 0, 6]):
+        model.r = r
+        assert model.r == model.config.r == r
+        assert model.base_model.config.r == r
+        assert torch.equal(run(model, inputs).logits, run(tiny_model(head, r=r), inputs).logits)
+        assert run(model, inputs).base.latent_sizes.shape[1] == model.config.latents_per_layer[-1] < 12
+    model.r = 0
+    assert torch.equal(run(model, inputs).logits, whole)
+
+
+@pytest.mark.parametrize("bad", [-1, "abc", 2.5, True, None, [1], [1] * 7, [1] * 5 + [True], [1] * 5 + [-1]], ids=str)
+def test_bad_r_is_refused_and_the_old_one_stays(bad):
+    model = tiny_model("ForSequenceClassification", r=R_LIST)
+    with pytest.raises(ValueError) as error:
+        model.r = bad
+    assert str(error.value).startswith(f"r = {bad!r}: ") and "\n" not in str(error.value)
+    assert model.r == R_LIST
+    assert model.config.merge_schedule == R_LIST
+
+
+def test_r_does_not_go_with_groups():
+    model, inputs = tiny_model("ForSequenceClassification", **MERGES["groups"]), tiny_inputs(TEXT_HEADS[0])
+    expected = run(model, inputs).logits
+    for r in (2, R_LIST):
+        with pytest.raises(ValueError, match=r"^merge_groups: [^\n]*r must be 0[^\n]*$"):
+            model.r = r
+    assert model.r == 0 and model.config.merge_groups == GROUPS
+    model.r = 0
+    assert torch.equal(run(model, inputs).logits, expected)
+
+
+def test_list_of_r_does_not_go_with_an_inflection():
+    model = tiny_model("ForSequenceClassification", r=1, r_inflection=0.5)
+    with pytest.raises(ValueError, match=r"^r_inflection = 0\.5: [^\n]*$"):
+        model.r = R_LIST
+    assert model.r == 1
+
+
+# Bad input
+
+
+@every_head
+def test_unknown_method_is_refused_at_construction(head):
+    with pytest.raises(ValueError, match=r"^merge_method = 'best': allowed are [^\n]*'bipartite'[^\n]*$"):
+        tome_class(head)(tiny_config(merge_method="best"))
+
+
+def test_bad_setting_over_a_stock_folder_is_refused(tmp_path):
+    stock_model("ForSequenceClassification", torch.float32).save_pretrained(tmp_path)
+    for bad, message in (
+        (dict(r=-8), r"^r = -8: [^\n]*$"),
+        (dict(r="eight"), r"^r = 'eight': [^\n]*$"),
+        (dict(r=8, r_inflection=2.0), r"^r_inflection = 2\.0: [^\n]*$"),
+        (dict(r=8, min_latents=13), r"^min_latents = 13: [^\n]*num_latents = 12[^\n]*$"),
+        (dict(r=8, merge_method="best"), r"^merge_method = 'best': [^\n]*$"),
+        (dict(r=8, merge_metric="query"), r"^merge_metric = 'query': [^\n]*'key', 'value', 'hidden'$"),
+        (dict(r=8, merge_groups=[None] * 6), r"^merge_groups: [^\n]*$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tome.ToMePerceiverForSequenceClassification.from_pretrained(tmp_path, **bad)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
+    with pytest.raises(ValueError, match=r"^model_type = 'bert': [^\n]*another architecture[^\n]*$"):
+        tome.ToMePerceiverForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("head", TEXT_HEADS)
+def test_too_long_a_text_is_one_line(head):
+    model = tiny_model(head)
+    run(model, dict(input_ids=torch.zeros(1, 20, dtype=torch.long)))
+    with pytest.raises(ValueError, match=r"^inputs: [^\n]*21[^\n]*max_position_embeddings = 20$"):
+        model(input_ids=torch.zeros(1, 21, dtype=torch.long))
+
+
+@pytest.mark.parametrize("height, width", [(9, 9), (4, 8), (16, 16), (4, 16)])
+def test_image_of_another_size_is_one_line_for_learned_positions(height, width):
+    """Also of one with as many pixels; unless one asks for positions to be interpolated, as upstream does."""
+    model, stock = (make("ForImageClassificationLearned", torch.float32) for make in (tiny_model, stock_model))
+    pixels = torch.randn(2, 3, height, width)
+    with pytest.raises(ValueError, match=rf"^inputs: [^\n]*{height} x {width}[^\n]*allowed is 8 x 8[^\n]*$"):
+        model(pixel_values=pixels)
+    with torch.no_grad():
+        expected = stock(pixel_values=pixels, interpolate_pos_encoding=True).logits
+        logits = model(pixel_values=pixels, interpolate_pos_encoding=True).logits
+    assert relative_difference(logits, expected) <= 2e-5
+
+
+def test_inputs_of_another_width_are_one_line():
+    with pytest.raises(ValueError, match=r"^inputs: [^\n]*17[^\n]*d_model = 16$"):
+        tiny_model("Model")(inputs=torch.zeros(1, 5, 17, dtype=torch.float64))
+
+
+def test_mask_of_another_length_is_one_line():
+    """Also a mask of length 1, which would broadcast in silence."""
+    model = tiny_model("ForSequenceClassification")
+    for length in (1, 5):
+        with pytest.raises(
+            ValueError, match=rf"^attention_mask: [^\n]*\(2, {length}\)[^\n]*last dimension of 9[^\n]*$"
+        ):
+            model(input_ids=torch.zeros(2, 9, dtype=torch.long), attention_mask=torch.ones(2, length))
+
+
+@pytest.mark.parametrize("name, allowed", [("merge_method", "bipartite"), ("merge_metric", "key")])
+def test_unknown_method_or_metric_set_on_a_built_model_is_one_line(name, allowed):
+    model = tiny_model("ForSequenceClassification", r=1)
+    setattr(model.config, name, "best")
+    with pytest.raises(ValueError, match=rf"^{name} = 'best': [^\n]*'{allowed}'[^\n]*$"):
+        model(**tiny_inputs("ForSequenceClassification"))
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (2, 9, 9), (9,), (3, 1, 1, 9)], ids=str)
+def test_mask_of_other_rows_or_dimensions_is_one_line(shape):
+    """A single row would be every row's, in silence."""
+    model = tiny_model("ForSequenceClassification")
+    with pytest.raises(ValueError, match=r"^attention_mask: of shape [^\n]*allowed are two dimensions[^\n]*2 rows$"):
+        model(input_ids=torch.zeros(2, 9, dtype=torch.long), attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("r", "8"),
+        ("min_latents", 0),
+        ("proportional_attention", "no"),
+        ("r_inflection", 3),
+        ("merge_groups", [[0] * 5, *[None] * 5]),
+        ("num_self_attends_per_block", 4),
+        ("num_latents", 14),
+    ],
+)
+def test_junk_set_in_the_config_of_a_built_model_is_one_line(name, value):
+    model = tiny_model("ForSequenceClassification", min_latents=2)
+    setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=rf"^{name}[^\n]*$"):
+        model(**tiny_inputs("ForSequenceClassification"))
+
+
+def test_labels_that_contradict_each_other_make_no_classifier():
+    bad = dict(id2label={0: "a", 1: "b"}, label2id={"a": 1, "b": 0})
+    with pytest.raises(ValueError, match=r"^id2label\[0\] = 'a': [^\n]*$"):
+        tiny_model("ForSequenceClassification", num_labels=2, **bad)
+    tiny_model("ForMaskedLM", num_labels=2, **bad)
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("head", TEXT_HEADS)
+@pytest.mark.parametrize("tokens", [270, 250], ids=["more", "fewer"])
+def test_tokens_are_resized_and_saved(head, tokens, tmp_path):
+    """What was there before gives what it gave."""
+    model, inputs = tiny_model(head, torch.float32, r=R_LIST), tiny_inputs(head)
+    inputs["input_ids"] = inputs["input_ids"] % 250
+    before = run(model, inputs).logits
+    assert model.get_input_embeddings() is model.perceiver.input_preprocessor.embeddings
+    model.resize_token_embeddings(tokens)
+    assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == tokens
+    after = run(model, inputs).logits
+    if head == "ForMaskedLM":
+        length = after.shape[1] // tokens
+        before, after = before.view(2, length, 262)[..., :250], after.view(2, length, tokens)[..., :250]
+    assert relative_difference(after, before) <= 2e-5
+    loss_and_gradients(model, inputs)
+    model.save_pretrained(tmp_path)
+    again, loading = tome_class(head).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert relative_difference(run(again, inputs).logits, run(model, inputs).logits) <= 2e-5
+
+
+def test_a_new_tokens_bias_learns():
+    model = tiny_model("ForMaskedLM", torch.float32)
+    loss_and_gradients(model, tiny_inputs("ForMaskedLM"))
+    model.resize_token_embeddings(270)
+    _, gradients = loss_and_gradients(model, tiny_inputs("ForMaskedLM"))
+    assert gradients["embedding_decoder.bias"].shape == (270,) and gradients["embedding_decoder.bias"][262:].any()
+
+
+def test_embeddings_are_set():
+    model, new = tiny_model("ForMaskedLM"), torch.nn.Embedding(262, 16).double()
+    model.set_input_embeddings(new)
+    assert model.get_input_embeddings() is new is model.base_model.get_input_embeddings()
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head not in TEXT_HEADS])
+def test_a_model_without_tokens_says_so_in_one_line(head):
+    for call in (lambda m: m.get_input_embeddings(), lambda m: m.resize_token_embeddings(270)):
+        with pytest.raises(NotImplementedError, match=rf"^input embeddings: ToMePerceiver{head} has none; [^\n]*$"):
+            call(tiny_model(head))

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients, checkpointing, compilation, export, half precision and copies keep the merges, in every head."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from tests.support.tiny_merges import (
+    DUPLICATES,
+    GROUPS,
+    MERGES,
+    R_LIST,
+    every_head,
+    every_merge,
+    loss_and_gradients,
+)
+from tests.support.tiny_models import (
+    HEADS,
+    IMAGE_HEADS,
+    NUM_LATENTS,
+    TEXT_HEADS,
+    flat_logits,
+    relative_difference,
+    repeat_latents,
+    run,
+    tiny_inputs,
+    tiny_model,
+)
+
+
+@every_head
+@every_merge
+def test_gradients_reach_every_latent_and_every_parameter(head, merge):
+    """Every parameter that learns without merging learns with it."""
+    inputs = tiny_inputs(head)
+    _, gradients = loss_and_gradients(tiny_model(head, **merge), inputs)
+    _, whole = loss_and_gradients(tiny_model(head), inputs)
+    (latents,) = [gradient for name, gradient in gradients.items() if name.endswith("embeddings.latents")]
+    assert latents.shape == (NUM_LATENTS, 16)
+    assert (latents.abs().amax(dim=1) > 1e-6 * latents.abs().max()).all()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    learning = {name for name, gradient in whole.items() if gradient.any()}
+    assert {name for name, gradient in gradients.items() if gradient.any()} == learning
+
+
+def test_gradients_of_duplicates_are_those_of_the_unmerged_model():
+    """Each merged latent has its share of the gradient, size over total: the same as when nothing had merged."""
+    merge, duplicates = DUPLICATES["groups in two steps"]
+    inputs = tiny_inputs("ForSequenceClassification")
+    model = repeat_latents(tiny_model("ForSequenceClassification", **merge), duplicates)
+    whole = repeat_latents(tiny_model("ForSequenceClassification"), duplicates)
+    _, gradients = loss_and_gradients(model, inputs)
+    _, expected = loss_and_gradients(whole, inputs)
+    assert gradients.keys() == expected.keys()
+    for name in gradients:
+        if name.endswith("attention.self.key.bias"):
+            # The same for every key, so softmax takes it out: its gradient is rounding.
+            assert gradients[name].abs().max() < 1e-9
+        else:
+            assert relative_difference(gradients[name], expected[name]) <= 1e-9, name
+
+
+def test_gradient_of_the_latents_against_finite_differences():
+    model, inputs = tiny_model("ForSequenceClassification", r=R_LIST), tiny_inputs("ForSequenceClassification")
+    latents = model.base_model.embeddings.latents
+    direction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    _, gradients = loss_and_gradients(model, inputs)
+    start, step, losses = latents.detach().clone(), 1e-6, []
+    sources = run(model, inputs).base.latent_sources
+    for sign in (1, -1):
+        with torch.no_grad():
+            latents.copy_(start + sign * step * direction)
+        assert torch.equal(run(model, inputs).base.latent_sources, sources)
+        losses.append(loss_and_gradients(model, inputs)[0])
+    expected = (losses[0] - losses[1]) / (2 * step)
+    slope = (gradients["perceiver.embeddings.latents"] * direction).sum()
+    torch.testing.assert_close(slope, expected, rtol=1e-6, atol=0)
+
+
+@every_head
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["nonreentrant", "reentrant"])
+@every_merge
+def test_checkpointing_recomputes_the_same_merges(head, use_reentrant, merge):
+    """Loss and gradients are the same but for the rounding, dropout included, and layers do run twice."""
+    model = tiny_model(head, attention_probs_dropout_prob=0.1, **merge).train()
+    inputs = tiny_inputs(head)
+    runs = []
+    layer = model.base_model.encoder.self_attends[0]
+    layer.attention.register_forward_pre_hook(lambda module, arguments: runs.append(1))
+    torch.manual_seed(1)
+    loss, gradients = loss_and_gradients(model, inputs)
+    assert len(runs) == 2  # one for each block
+    runs.clear()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    torch.manual_seed(1)
+    checkpointed_loss, checkpointed_gradients = loss_and_gradients(model, inputs)
+    assert len(runs) == 4
+    torch.testing.assert_close(checkpointed_loss, loss, rtol=1e-12, atol=0)
+    assert checkpointed_gradients.keys() == gradients.keys()
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name in gradients:
+        assert (checkpointed_gradients[name] - gradients[name]).abs().max() <= 1e-12 * largest, name
+
+
+# Compiling takes seconds for each layer, so two layers must do.
+TWO_LAYERS = dict(num_blocks=2, num_self_attends_per_block=1)
+TWO_MERGES = {
+    "bipartite": dict(r=[3, 2]),
+    "energy of latents": dict(r=[3, 2], merge_method="energy", merge_metric="hidden"),
+    "size_penalty of values": dict(r=[3, 2], merge_method="size_penalty", merge_metric="value"),
+    "k_center": dict(r=[3, 2], merge_method="k_center"),
+    "random": dict(r=[3, 2], merge_method="random"),
+    "prune": dict(r=[3, 2], merge_method="prune"),
+    "groups": dict(merge_groups=[GROUPS[1], GROUPS[3]]),
+}
+
+
+def compiled_alike(head, merge):
+    torch.compiler.reset()
+    model, inputs = tiny_model(head, **TWO_LAYERS, **merge), tiny_inputs(head)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert relative_difference(flat_logits(compiled(**inputs)), run(model, inputs).logits) <= 1e-12
+    return model, compiled, inputs
+
+
+@pytest.mark.parametrize("head", TEXT_HEADS + IMAGE_HEADS)
+def test_compiles_to_one_graph_with_merging_on(head):
+    compiled_alike(head, TWO_MERGES["bipartite"])
+
+
+@pytest.mark.parametrize("merge", [name for name in TWO_MERGES if name != "bipartite"])
+def test_every_source_of_merges_compiles_to_one_graph(merge):
+    compiled_alike("ForSequenceClassification", TWO_MERGES[merge])
+
+
+def test_is_compiled_anew_when_r_is_set():
+    model, compiled, inputs = compiled_alike("ForSequenceClassification", TWO_MERGES["bipartite"])
+    before = run(model, inputs).logits
+    model.r = [0, 4]
+    expected = run(model, inputs).logits
+    assert relative_difference(expected, before) > 1e-3
+    with torch.no_grad():
+        assert relative_difference(flat_logits(compiled(**inputs)), expected) <= 1e-12
+
+
+def compile_blocks(model, backend):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile_repeated_blocks(backend=backend, fullgraph=True)
+
+
+def compiled_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("merge", ["k_center", "random", "groups"])
+def test_compiled_layers_merge_alike(merge):
+    head, merge = "ForSequenceClassification", MERGES[merge]
+    model, inputs = tiny_model(head, **merge), tiny_inputs(head)
+    expected = run(model, inputs)
+    compile_blocks(model, "eager")
+    again = run(model, inputs)
+    assert relative_difference(again.logits, expected.logits) <= 1e-12
+    assert torch.equal(again.base.latent_sources, expected.base.latent_sources)
+    assert model.state_dict().keys() == tiny_model(head, **merge).state_dict().keys()
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head not in TEXT_HEADS + IMAGE_HEADS])
+def test_layers_of_heads_that_do_not_compile_as_a_whole_compile(head):
+    model, inputs = tiny_model(head, r=R_LIST), tiny_inputs(head)
+    expected = run(model, inputs).logits
+    compile_blocks(model, "eager")
+    assert relative_difference(run(model, inputs).logits, expected) <= 1e-12
+    assert 0 < compiled_graphs() < len(R_LIST)
+
+
+@pytest.mark.parametrize("merge", ["bipartite", "energy"])
+def test_compiled_layers_serve_every_r_and_every_batch(merge):
+    """No graph for a number of latents, of layers or of rows: after a few settings there are all."""
+    settings = {"num_latents": 64, "num_self_attends_per_block": 12, "num_blocks": 1}
+    model = tiny_model("ForSequenceClassification", **settings, **MERGES[merge] | {"r": 2})
+    eager = tiny_model("ForSequenceClassification", **settings, **MERGES[merge] | {"r": 2})
+    compile_blocks(model, "eager")
+    warm_up = [[4, 3, 2] + [1, 0, 2] * 3, 2, 0]
+    for step, (r, batch) in enumerate([(r, 2) for r in warm_up] + [(3, 4), ([0] * 6 + [5] * 6, 3), (4, 7)]):
+        if step == len(warm_up):
+            graphs = compiled_graphs()
+        model.r = eager.r = r
+        inputs = tiny_inputs("ForSequenceClassification", batch=batch)
+        assert relative_difference(run(model, inputs).logits, run(eager, inputs).logits) <= 1e-12
+    assert compiled_graphs() == graphs < model.config.num_self_attention_layers
+
+
+def compile_whole(model):
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def compile_layers(model):
+    compile_blocks(model, "aot_eager")
+    return model
+
+
+def compile_checkpointed_layers(model):
+    model.gradient_checkpointing_enable()
+    return compile_layers(model)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("compiling", [compile_whole, compile_layers, compile_checkpointed_layers])
+def test_compiled_training_step_has_the_same_gradients(compiling):
+    head = "ForSequenceClassification"
+    model, inputs = tiny_model(head, **TWO_LAYERS, **TWO_MERGES["bipartite"]).train(), tiny_inputs(head)
+    loss, gradients = loss_and_gradients(model, inputs)
+    compiled_loss, compiled_gradients = loss_and_gradients(compiling(model), inputs)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-12, atol=0)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    compiled_gradients = {name.removeprefix("_orig_mod."): value for name, value in compiled_gradients.items()}
+    for name in gradients:
+        assert (compiled_gradients[name] - gradients[name]).abs().max() <= 1e-10 * largest, name
+
+
+@pytest.mark.parametrize("merge", ["bipartite", "energy of latents", "k_center"])
+def test_exports_with_a_dynamic_batch(merge):
+    model = tiny_model("ForSequenceClassification", **TWO_LAYERS, **TWO_MERGES[merge])
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(
+        model,
+        (),
+        tiny_inputs("ForSequenceClassification", batch=3),
+        dynamic_shapes=dict(input_ids={0: batch}, attention_mask={0: batch}),
+    )
+    for rows in (1, 5):
+        inputs = tiny_inputs("ForSequenceClassification", batch=rows, seed=2)
+        with torch.no_grad():
+            logits = flat_logits(program.module()(**inputs))
+        assert relative_difference(logits, run(model, inputs).logits) <= 1e-12
+
+
+@every_head
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast"])
+@every_merge
+def test_half_precision_keeps_the_schedule_and_gives_no_nan(head, precision, merge):
+    if head == "ForMultimodalAutoencoding" and precision != "autocast":
+        pytest.skip("upstream's multimodal preprocessor masks in float32: the stock model takes no half precision")
+    dtype = torch.float32 if precision == "autocast" else getattr(torch, precision)
+    model, inputs = tiny_model(head, dtype, **merge), tiny_inputs(head, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        output = run(model, inputs)
+    assert output.base.latent_sizes.shape == (2, model.config.latents_per_layer[-1])
+    assert torch.equal(output.base.latent_sizes.sum(dim=1), torch.full((2,), 12.0))
+    assert output.logits.isfinite().all()
+    if merge is MERGES["groups"]:
+        # The merges are the same whatever the precision, so the logits are near those of full precision.
+        expected = run(tiny_model(head, **merge), tiny_inputs(head)).logits
+        assert relative_difference(output.logits.double(), expected) < 0.1
+
+
+@every_head
+def test_autocast_trains(head):
+    model, inputs = tiny_model(head, torch.float32, r=R_LIST), tiny_inputs(head, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, gradients = loss_and_gradients(model, inputs)
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@every_head
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_merge_alike_and_apart(head, duplicate):
+    """A copy is a model of its own: setting its r leaves the first one's alone."""
+    model, inputs = tiny_model(head, r=R_LIST), tiny_inputs(head)
+    expected = run(model, inputs).logits
+    copied = duplicate(model)
+    assert type(copied) is type(model) and copied.r == R_LIST
+    assert torch.equal(run(copied, inputs).logits, expected)
+    copied.r = 0
+    assert run(copied, inputs).base.latent_sizes.shape == (2, 12)
+    assert model.r == R_LIST
+    assert torch.equal(run(model, inputs).logits, expected)

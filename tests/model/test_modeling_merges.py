@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laws of merging, on random weights of every head.
+
+Sizes and sources account for every latent, exact duplicates merge without any change, and batches do not matter.
+"""
+
+import pytest
+import torch
+
+import configuration_tome_perceiver as configuration
+import layers_tome_perceiver as layers
+import merging_tome_perceiver as merging
+from tests.support.tiny_merges import (
+    DUPLICATES,
+    GROUPS,
+    MERGES,
+    R_LIST,
+    assert_same,
+    every_attention,
+    every_head,
+    every_merge,
+    every_merge_and_prune,
+)
+from tests.support.tiny_models import (
+    HEADS,
+    NUM_LATENTS,
+    relative_difference,
+    repeat_latents,
+    run,
+    stock_model,
+    take_row,
+    tiny_inputs,
+    tiny_model,
+    unmerge,
+)
+
+# Sizes and sources account for every latent
+
+
+@every_head
+@every_merge
+def test_sizes_and_sources_account_for_every_latent(head, merge):
+    model = tiny_model(head, **merge)
+    base = run(model, tiny_inputs(head)).base
+    left = model.config.latents_per_layer[-1]
+    assert base.last_hidden_state.shape == (2, left, 16)
+    assert base.latent_sizes.shape == (2, left)
+    assert base.latent_sizes.dtype == torch.float32
+    assert torch.equal(base.latent_sizes.sum(dim=1), torch.full((2,), float(NUM_LATENTS)))
+    assert base.latent_sources.shape == (2, left, NUM_LATENTS)
+    assert set(base.latent_sources.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(base.latent_sources.sum(dim=1), torch.ones(2, NUM_LATENTS))
+    assert torch.equal(base.latent_sources.sum(dim=2), base.latent_sizes)
+    assert len(base.latent_sizes.unique()) > 1
+
+
+@every_head
+def test_pruned_latents_are_in_no_source(head):
+    base = run(tiny_model(head, r=R_LIST, merge_method="prune"), tiny_inputs(head)).base
+    assert torch.equal(base.latent_sizes, torch.ones(2, 5))
+    assert torch.equal(base.latent_sources.sum(dim=2), torch.ones(2, 5))
+    assert torch.equal(base.latent_sources.sum(dim=(1, 2)), torch.full((2,), 5.0))
+
+
+@every_head
+def test_no_merge_leaves_sizes_of_one(head):
+    base = run(tiny_model(head), tiny_inputs(head)).base
+    assert torch.equal(base.latent_sizes, torch.ones(2, NUM_LATENTS))
+    assert torch.equal(base.latent_sources, torch.eye(NUM_LATENTS).expand(2, -1, -1))
+
+
+def test_sources_are_returned_only_when_asked_for():
+    model, inputs = tiny_model("Model", r=1), tiny_inputs("Model")
+    with torch.no_grad():
+        assert model(**inputs).latent_sources is None
+        assert model(**inputs, output_latent_sources=True).latent_sources.shape == (2, 6, 12)
+
+
+def test_groups_merge_what_they_say():
+    sources = run(tiny_model("Model", merge_groups=GROUPS), tiny_inputs("Model")).base.latent_sources
+    first, second = GROUPS[1], GROUPS[3]
+    expected = torch.zeros(4, NUM_LATENTS)
+    for latent in range(NUM_LATENTS):
+        expected[second[first[latent]], latent] = 1
+    assert torch.equal(sources, expected.expand(2, -1, -1))
+
+
+@every_attention
+@pytest.mark.parametrize("metric", configuration.MERGE_METRICS)
+def test_merge_is_the_size_weighted_mean_between_attention_and_mlp(metric, attention):
+    """One layer in plain steps: attend with all latents, merge by what is compared, then the MLP on those left."""
+    widths = dict(qk_channels=8, v_channels=16)
+    model = tiny_model("Model", r=[0, 0, 0, 0, 0, 3], merge_metric=metric, attn_implementation=attention, **widths)
+    inputs = tiny_inputs("Model")
+    with torch.no_grad():
+        output = model(**inputs, output_hidden_states=True)
+        layer, latents = model.encoder.self_attends[2], output.hidden_states[-2]
+        normed = layer.attention.self.layernorm1(latents)
+        context = stock_model("Model", **widths).encoder.self_attends[2].attention(latents)[0]
+        compared = {
+            # (B, N, heads x D), split into heads by hand and averaged over them
+            "key": layer.attention.self.key(normed).view(2, NUM_LATENTS, 2, 4).mean(dim=2),
+            "value": layer.attention.self.value(normed).view(2, NUM_LATENTS, 2, 8).mean(dim=2),
+            "hidden": context,
+        }
+        matches = {name: merging.match_bipartite(what, 3) for name, what in compared.items()}
+        merged, sizes = merging.merge_latents(context, None, matches[metric])
+        expected = merged + layer.mlp(layer.layernorm(merged))
+    # Each metric decides on another merge, so the one that was taken is the one that was asked for.
+    assert len({str([part.tolist() for part in match]) for match in matches.values()}) == 3
+    assert torch.equal(output.latent_sizes, sizes)
+    assert_same(output.last_hidden_state, expected)
+
+
+def test_a_method_of_ones_own_runs(monkeypatch):
+    """It gets the mean keys of the heads, R, the sizes so far and the depth of the layer."""
+    asked = []
+
+    def match_last(metric, r, sizes, depth):
+        asked.append((tuple(metric.shape), r, None if sizes is None else sizes.tolist(), depth))
+        assert not metric.requires_grad
+        return merging.match_groups([*range(metric.shape[1] - r), *[0] * r], metric.device)
+
+    monkeypatch.setitem(merging.MERGE_METHODS, "last", match_last)
+    model, inputs = tiny_model("Model", merge_method="last", r=R_LIST), tiny_inputs("Model")
+    with torch.enable_grad():
+        model(**inputs)
+    # qk_channels = 16 in two heads
+    assert asked == [
+        ((2, 12, 8), 3, None, 0.0),
+        ((2, 9, 8), 2, [[4, *[1] * 8]] * 2, 2 / 6),
+        ((2, 7, 8), 1, [[6, *[1] * 6]] * 2, 3 / 6),
+        ((2, 6, 8), 1, [[7, *[1] * 5]] * 2, 5 / 6),
+    ]
+    base = run(model, inputs).base
+    assert base.latent_sizes.tolist() == [[8, 1, 1, 1, 1]] * 2
+
+
+def test_every_metric_that_a_config_allows_is_known_to_the_layers():
+    assert tuple(layers.METRICS) == configuration.MERGE_METRICS
+
+
+# Exact duplicates merge without any change
+
+
+def merged_and_whole(head, merge, duplicates, **changes):
+    """Outputs of a model whose latents are duplicates, with merging and without."""
+    model = repeat_latents(tiny_model(head, **changes, **merge), duplicates)
+    inputs = tiny_inputs(head)
+    merged = run(model, inputs)
+    model.config.merge_groups = None
+    model.r = 0
+    whole = run(model, inputs)
+    assert whole.base.last_hidden_state.shape[1] == NUM_LATENTS
+    return merged, whole
+
+
+@every_head
+@every_attention
+@pytest.mark.parametrize("merge, duplicates", DUPLICATES.values(), ids=DUPLICATES.keys())
+def test_duplicates_merge_without_any_change(head, attention, merge, duplicates):
+    merged, whole = merged_and_whole(head, merge, duplicates, attn_implementation=attention)
+    # The merges are those of the duplicates and nothing else, and sizes are not uniform, which would hide a fault.
+    for row in range(2):
+        sources = {frozenset(line.nonzero()[:, 0].tolist()) for line in merged.base.latent_sources[row]}
+        assert sources == {frozenset(i for i in range(12) if duplicates[i] == g) for g in set(duplicates)}
+        assert len(merged.base.latent_sizes[row].unique()) > 1
+    assert relative_difference(unmerge(merged.base), whole.base.last_hidden_state) <= 1e-9
+    if head != "Model":
+        assert relative_difference(merged.logits, whole.logits) <= 1e-9
+
+
+@every_head
+@pytest.mark.parametrize("merge, duplicates", DUPLICATES.values(), ids=DUPLICATES.keys())
+def test_duplicates_do_change_the_output_without_proportional_attention(head, merge, duplicates):
+    """So the test above sees the bias."""
+    merged, whole = merged_and_whole(head, {**merge, "proportional_attention": False}, duplicates)
+    assert relative_difference(unmerge(merged.base), whole.base.last_hidden_state) > 1e-3
+    if head != "Model":
+        assert relative_difference(merged.logits, whole.logits) > 1e-3
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "Model"])
+def test_the_decoder_weighs_latents_by_their_sizes(head):
+    """A merge in the last layer reaches the decoder only, so its bias alone keeps the duplicates exact."""
+    duplicates = [0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5]
+    merge = dict(merge_groups=[None] * 5 + [duplicates])
+    merged, whole = merged_and_whole(head, merge, duplicates)
+    assert sorted(merged.base.latent_sizes[0].tolist()) == [1, 1, 1, 1, 1, 7]
+    assert relative_difference(merged.logits, whole.logits) <= 1e-9
+    unweighted, _ = merged_and_whole(head, {**merge, "proportional_attention": False}, duplicates)
+    assert relative_difference(unmerge(unweighted.base), whole.base.last_hidden_state) <= 1e-9
+    assert relative_difference(unweighted.logits, whole.logits) > 1e-3
+
+
+# A row's output is the same alone and in any batch
+
+
+@every_head
+@every_merge_and_prune
+def test_a_row_alone_is_as_in_a_batch(head, merge):
+    """Alone, a text has no padding."""
+    model, inputs = tiny_model(head, **merge), tiny_inputs(head, batch=3)
+    together = run(model, inputs)
+    for row in range(3):
+        alone = run(model, take_row(inputs, row))
+        assert relative_difference(alone.logits, together.logits[row : row + 1]) <= 1e-9
+        assert torch.equal(alone.base.latent_sources[0], together.base.latent_sources[row])
+
+
+def test_rows_of_a_batch_merge_each_in_its_own_way():
+    """Matching looks at the row, fixed groups and random ones do not."""
+    for name, merge in MERGES.items():
+        sources = run(tiny_model("Model", **merge), tiny_inputs("Model", batch=3)).base.latent_sources
+        assert torch.equal(sources[0], sources[1]) == (name in ("random", "groups"))
+
+
+# What a head's outputs look like with merging
+
+
+@every_head
+@every_attention
+def test_hidden_states_and_attentions_have_the_lengths_of_the_schedule(head, attention):
+    """Attention of a layer is over the latents that reach it; a block's last state stands twice, as upstream."""
+    model = tiny_model(head, attn_implementation=attention, r=R_LIST)
+    output = run(model, tiny_inputs(head), output_hidden_states=True, output_attentions=True)
+    base = output.base
+    reaching = [NUM_LATENTS, *model.config.latents_per_layer]
+    assert [tuple(weights.shape) for weights in base.attentions] == [(2, 2, n, n) for n in reaching[:-1]]
+    assert [state.shape[1] for state in base.hidden_states] == [*reaching[:3], reaching[3], *reaching[3:6], reaching[6]]
+    assert torch.equal(base.hidden_states[-1], base.last_hidden_state)
+    assert len(base.cross_attentions) == (1 if head == "Model" else 2)
+    assert base.cross_attentions[0].shape[:3] == (2, 2, NUM_LATENTS)
+    if head != "Model":
+        assert base.cross_attentions[1].shape[-1] == reaching[-1]
+    for weights in (*base.attentions, *base.cross_attentions):
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
+    assert relative_difference(output.logits, run(model, tiny_inputs(head)).logits) <= 1e-12
+
+
+def test_min_latents_is_kept_and_inflection_followed():
+    model = tiny_model("Model", r=2, r_inflection=-1.0, min_latents=3)
+    left = model.config.latents_per_layer
+    assert left == [8, 5, 3, 3, 3, 3]
+    with torch.no_grad():
+        output = model(**tiny_inputs("Model"), output_attentions=True)
+    assert [weights.shape[-1] for weights in output.attentions] == [12, 8, 5, 3, 3, 3]
+    assert output.latent_sizes.shape == (2, 3)

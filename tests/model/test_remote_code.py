@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A saved folder carries its code: it loads in a process that has never seen this repository, and nothing else may run.
+
+Each child process has a working directory and an `HF_HOME` of its own. Starting one takes seconds, so each does all
+that it can, and the tests look at what it reports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import PerceiverTokenizer
+from transformers.models.perceiver.image_processing_pil_perceiver import PerceiverImageProcessorPil
+
+import modeling_tome_perceiver as tome
+from tests.support.tiny_models import HEADS, IMAGE_HEADS, flat_logits, tiny_inputs, tiny_model
+
+REPOSITORY = Path(tome.__file__).resolve().parent
+MODULES = [
+    "configuration_tome_perceiver",
+    "layers_tome_perceiver",
+    "merging_tome_perceiver",
+    "modeling_tome_perceiver",
+]
+AUTO_CLASSES = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    **dict.fromkeys(IMAGE_HEADS, "AutoModelForImageClassification"),
+}
+R_SAVED, R_SET = [3, 0, 2, 1, 0, 1], [0, 0, 4, 0, 0, 2]
+TEXT = "a text of words"
+
+LOAD = """
+import json, sys
+from pathlib import Path
+import torch, transformers
+from PIL import Image
+
+task = json.loads(Path(sys.argv[1]).read_text())
+report = {}
+
+def flat(output):
+    logits = output.last_hidden_state if output.get("logits") is None else output.logits
+    parts = list(logits.values()) if isinstance(logits, dict) else [logits]
+    return torch.cat([part.flatten(1) for part in parts], dim=1).detach()
+
+for head, folder in task["folders"].items():
+    inputs = torch.load(f"{task['inputs']}/{head}.pt")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    auto_class = getattr(transformers, task["auto_classes"].get(head, "AutoModel"))
+    model, loading = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    entry = report[head] = dict(
+        config_class=f"{type(config).__module__}.{type(config).__qualname__}",
+        model_class=f"{type(model).__module__}.{type(model).__qualname__}",
+        files=[sys.modules[type(part).__module__].__file__ for part in (config, model)],
+        amiss={name: sorted(map(str, keys)) for name, keys in loading.items() if keys},
+        config_r=config.r,
+        schedule=config.merge_schedule,
+        r=model.r,
+        logits=flat(model(**inputs)),
+    )
+    # Any head by AutoModel too, and what it saves is what its own Auto class saves.
+    by_auto_model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    entry["auto_model_class"] = type(by_auto_model).__qualname__
+    entry["auto_model_logits"] = flat(by_auto_model(**inputs))
+    by_auto_model.save_pretrained(f"resaved/{head}")
+    entry["auto_map"] = json.loads(Path(f"resaved/{head}/config.json").read_text())["auto_map"]
+    entry["auto_model_files"] = sorted(path.stem for path in Path(f"resaved/{head}").glob("*.py"))
+    if "set_r" in task:
+        model.r = task["set_r"]
+        entry["logits_set"] = flat(model(**inputs))
+        model.save_pretrained(f"{task['resaved']}/{head}")
+
+for name, part in (("text", "tokenizer"), ("image", "image_processor")):
+    pipe = transformers.pipeline(f"{name}-classification", model=task[name], trust_remote_code=True)
+    given = task["words"] if name == "text" else Image.open(task["picture"])
+    report[name] = dict(
+        scores={entry["label"]: entry["score"] for entry in pipe(given, top_k=None if name == "text" else 3)},
+        model_class=f"{type(pipe.model).__module__}.{type(pipe.model).__qualname__}",
+        r=pipe.model.r,
+    )
+    if "set_r" in task:
+        pipe.model.r = task["set_r"]
+        pipe.save_pretrained(f"{task['resaved']}/{name}")
+
+report["outside"] = [name for name in task["modules"] if name in sys.modules]
+torch.save(report, task["report"])
+"""
+
+LOAD_BROKEN = """
+import json, sys, traceback
+from pathlib import Path
+import transformers
+
+task = json.loads(Path(sys.argv[1]).read_text())
+report = {}
+for name, folder in task["folders"].items():
+    try:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+        report[name] = dict(loaded=type(model).__module__)
+    except BaseException as error:
+        report[name] = dict(error=type(error).__name__, message=str(error), trace=traceback.format_exc())
+Path(task["report"]).write_text(json.dumps(report))
+"""
+
+LOAD_WHAT_MAKES_INPUTS = """
+import builtins, json, logging, sys
+from pathlib import Path
+import transformers
+
+task = json.loads(Path(sys.argv[1]).read_text())
+said = []
+
+class Listening(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+
+def ask(question):
+    said.append(question)
+    return "n"
+
+transformers.logging.add_handler(Listening())
+builtins.input = ask
+text, image = task["text"], task["image"]
+loaded = [
+    transformers.AutoTokenizer.from_pretrained(text, trust_remote_code=True),
+    transformers.AutoTokenizer.from_pretrained(text, tokenizer_type="perceiver"),
+    transformers.PerceiverTokenizer.from_pretrained(text),
+    transformers.AutoImageProcessor.from_pretrained(image),
+    transformers.AutoImageProcessor.from_pretrained(image, trust_remote_code=True),
+    transformers.pipeline("text-classification", model=text, trust_remote_code=True).tokenizer,
+    transformers.pipeline("image-classification", model=image, trust_remote_code=True).image_processor,
+]
+report = dict(said=said, loaded=[type(each).__name__ for each in loaded])
+Path(task["report"]).write_text(json.dumps(report))
+"""
+
+
+def run_elsewhere(script: str, task: dict[str, Any], folder: Path, pythonpath: Path | None = None) -> Path:
+    """Run a script in a fresh process, another folder and with an empty `HF_HOME`; its report's path comes back."""
+    folder.mkdir()
+    task = task | dict(report=str(folder / "report"))
+    (folder / "child.py").write_text(script)
+    (folder / "task.json").write_text(json.dumps(task))
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))
+    }
+    environment = kept | dict(HF_HOME=str(folder / "hf_home"), HF_HUB_OFFLINE="1")
+    if pythonpath is not None:
+        environment["PYTHONPATH"] = str(pythonpath)
+    done = subprocess.run(
+        [sys.executable, "child.py", "task.json"], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "report"
+
+
+def assert_runs_from(folder: Path, names: list[str]) -> None:
+    """All of these classes are a checkpoint's own copy of the code, below the `HF_HOME` of that process."""
+    assert names and all(name.startswith("transformers_modules.") for name in names), names
+    assert (folder / "hf_home" / "modules" / "transformers_modules").is_dir()
+
+
+class Checkpoints:
+    """Folders of every head, of a text and an image pipeline, and what the models in them give here."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.inputs = {head: tiny_inputs(head, dtype=torch.float32) for head in HEADS}
+        self.models = {head: tiny_model(head, torch.float32, r=R_SAVED) for head in HEADS}
+        (root / "inputs").mkdir()
+        for head in HEADS:
+            self.models[head].save_pretrained(root / "saved" / head)
+            torch.save(self.inputs[head], root / "inputs" / f"{head}.pt")
+        self.tokenizer = PerceiverTokenizer()
+        self.processor = PerceiverImageProcessorPil(do_center_crop=False, size=dict(height=8, width=8))
+        pixels = np.random.default_rng(0).integers(0, 256, (11, 9, 3), dtype=np.uint8)
+        self.picture = Image.fromarray(pixels)
+        self.picture.save(root / "picture.png")
+        for name, head, beside in (
+            ("text", "ForSequenceClassification", self.tokenizer),
+            ("image", "ForImageClassificationLearned", self.processor),
+        ):
+            self.models[head].save_pretrained(root / "saved" / name)
+            beside.save_pretrained(root / "saved" / name)
+
+    def task(self, saved: str, **more: Any) -> dict[str, Any]:
+        folder = self.root / saved
+        return dict(
+            folders={head: str(folder / head) for head in HEADS},
+            auto_classes=AUTO_CLASSES,
+            inputs=str(self.root / "inputs"),
+            text=str(folder / "text"),
+            image=str(folder / "image"),
+            words=TEXT,
+            picture=str(self.root / "picture.png"),
+            modules=MODULES,
+            **more,
+        )
+
+    @torch.no_grad()
+    def logits(self, head: str, r: list[int]) -> torch.Tensor:
+        self.models[head].r = r
+        return flat_logits(self.models[head](**self.inputs[head]))
+
+    @torch.no_grad()
+    def scores(self, name: str, r: list[int]) -> dict[str, float]:
+        """What a pipeline should say, from the model, the tokenizer and the image processor here."""
+        if name == "text":
+            model, inputs = self.models["ForSequenceClassification"], self.tokenizer(TEXT, return_tensors="pt")
+        else:
+            model = self.models["ForImageClassificationLearned"]
+            inputs = self.processor(self.picture, return_tensors="pt")
+        model.r = r
+        scores = model(**inputs).logits[0].softmax(dim=0)
+        return {model.config.id2label[i]: float(score) for i, score in enumerate(scores)}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def first_load(checkpoints: Checkpoints) -> dict[str, Any]:
+    """A child loads every folder, sets r and saves again."""
+    task = checkpoints.task("saved", set_r=R_SET, resaved=str(checkpoints.root / "resaved"))
+    return torch.load(run_elsewhere(LOAD, task, checkpoints.root / "first"))
+
+
+@pytest.fixture(scope="module")
+def second_load(checkpoints: Checkpoints, first_load: dict[str, Any]) -> dict[str, Any]:
+    """Another child loads what the first one saved."""
+    return torch.load(run_elsewhere(LOAD, checkpoints.task("resaved"), checkpoints.root / "second"))
+
+
+def auto_map(head: str) -> dict[str, str]:
+    code = f"modeling_tome_perceiver.ToMePerceiver{head}"
+    config = "configuration_tome_perceiver.ToMePerceiverConfig"
+    return {"AutoConfig": config, "AutoModel": code, AUTO_CLASSES.get(head, "AutoModel"): code}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_saved_folder_carries_its_code(head: str, checkpoints: Checkpoints) -> None:
+    folder = checkpoints.root / "saved" / head
+    for module in MODULES:
+        assert (folder / f"{module}.py").read_bytes() == (REPOSITORY / f"{module}.py").read_bytes()
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == auto_map(head)
+
+
+def check_load(report: dict[str, Any], folder: Path, checkpoints: Checkpoints, head: str, r: list[int]) -> None:
+    entry = report[head]
+    assert entry["model_class"].endswith(f".modeling_tome_perceiver.ToMePerceiver{head}")
+    assert entry["config_class"].endswith(".configuration_tome_perceiver.ToMePerceiverConfig")
+    assert_runs_from(folder, [entry["config_class"], entry["model_class"]])
+    assert all(Path(file).is_relative_to(folder / "hf_home") for file in entry["files"])
+    assert entry["amiss"] == {}
+    assert entry["auto_model_class"] == f"ToMePerceiver{head}"
+    torch.testing.assert_close(entry["auto_model_logits"], entry["logits"])
+    assert entry["auto_map"] == auto_map(head) and entry["auto_model_files"] == MODULES
+    assert entry["config_r"] == entry["r"] == entry["schedule"] == r
+    torch.testing.assert_close(entry["logits"], checkpoints.logits(head, r), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_auto_classes_load_a_folder_elsewhere(head, checkpoints, first_load):
+    """With the schedule and the logits it was saved with, and r settable there."""
+    check_load(first_load, checkpoints.root / "first", checkpoints, head, R_SAVED)
+    expected = checkpoints.logits(head, R_SET)
+    torch.testing.assert_close(first_load[head]["logits_set"], expected, rtol=1e-4, atol=1e-5)
+    assert first_load[head]["logits"].shape != expected.shape or (first_load[head]["logits"] != expected).any()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_is_saved_elsewhere_loads_again(head, checkpoints, second_load):
+    """From another process, with the r that was set there, and still with its code."""
+    check_load(second_load, checkpoints.root / "second", checkpoints, head, R_SET)
+    for module in MODULES:
+        saved, resaved = (checkpoints.root / name / head / f"{module}.py" for name in ("saved", "resaved"))
+        assert resaved.read_bytes() == saved.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["text", "image"])
+def test_pipelines_run_a_folder_elsewhere(name, checkpoints, first_load, second_load):
+    for report, folder, r in ((first_load, "first", R_SAVED), (second_load, "second", R_SET)):
+        assert_runs_from(checkpoints.root / folder, [report[name]["model_class"]])
+        assert report[name]["r"] == r
+        assert report[name]["scores"] == pytest.approx(checkpoints.scores(name, r), rel=1e-4)
+        assert len(report[name]["scores"]) == 3
+    assert first_load[name]["scores"] != second_load[name]["scores"]
+
+
+def test_what_makes_inputs_loads_without_a_question_or_a_warning(checkpoints):
+    """AutoTokenizer reads the config first, whose code it has to be allowed or need not ask for."""
+    report = json.loads(
+        run_elsewhere(LOAD_WHAT_MAKES_INPUTS, checkpoints.task("saved"), checkpoints.root / "quiet").read_text()
+    )
+    assert report["said"] == []
+    tokenizer, processor = "PerceiverTokenizer", "PerceiverImageProcessorPil"
+    assert report["loaded"] == [tokenizer] * 3 + [processor] * 2 + [tokenizer, processor]
+
+
+def test_no_copy_outside_the_checkpoint_was_imported(first_load, second_load):
+    assert first_load["outside"] == second_load["outside"] == []
+
+
+def test_a_broken_module_fails_with_its_own_error(checkpoints):
+    """Even where a whole copy of the module is on the path: nothing replaces a checkpoint's code in silence."""
+    breaks = {
+        "raises": 'raise RuntimeError("broken on purpose")\n',
+        "imports what is not there": "from torch import no_such_name\n",
+        "lacks a name": "def merge_latents():\n    pass\n",
+    }
+    saved = checkpoints.root / "saved" / "ForSequenceClassification"
+    folders = {"whole": saved}
+    for number, (name, text) in enumerate(breaks.items()):
+        folders[name] = checkpoints.root / f"broken_{number}"
+        folders[name].mkdir()
+        for file in saved.iterdir():
+            (folders[name] / file.name).write_bytes(file.read_bytes())
+        (folders[name] / "merging_tome_perceiver.py").write_text(text)
+    task = dict(folders={name: str(folder) for name, folder in folders.items()})
+    report = json.loads(run_elsewhere(LOAD_BROKEN, task, checkpoints.root / "broken", REPOSITORY).read_text())
+    assert report["whole"]["loaded"].startswith("transformers_modules.")
+    assert (report["raises"]["error"], report["raises"]["message"]) == ("RuntimeError", "broken on purpose")
+    for name, missing in (("imports what is not there", "no_such_name"), ("lacks a name", "MERGE_METHODS")):
+        assert report[name]["error"] == "ImportError"
+        assert missing in report[name]["message"]
+        assert "transformers_modules" in report[name]["trace"]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint's card says, and that the Hub's own classes read it back."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from experiments.publishing.card import (
+    AUTO_CLASSES,
+    Measured,
+    address_card,
+    card_data,
+    measured_in,
+    results_table,
+    scores,
+    usage_section,
+    write_checkpoint_card,
+)
+from experiments.tasks.base import Source
+from experiments.training.output_folder import save_metrics
+from tests.support.tiny_models import tiny_config
+
+GLUE = Source("--task_name stsb", "nyu-mll/glue", True, "stsb", "validation")
+ROWS = [
+    Measured("finetuned", 0, {"pearson": 0.85, "pearson_stderr": 0.01, "spearmanr": 0.84, "spearmanr_stderr": 0.02}),
+    Measured("retrained", [2, 0], {"pearson": 0.8, "pearson_stderr": 0.03, "spearmanr": 0.7, "spearmanr_stderr": 0.04}),
+]
+
+
+def test_only_figures_with_a_standard_error_are_results():
+    metrics = {"eval_f1": 0.5, "eval_f1_stderr": 0.1, "eval_runtime": 3.0, "eval_samples": 4, "epoch": 1.0}
+    assert scores(metrics, "eval") == {"f1": 0.5, "f1_stderr": 0.1}
+
+
+def test_rows_do_not_collapse_on_the_hub():
+    """The Hub keys a result by task, dataset and the metric's type, name and arguments."""
+    data = card_data(GLUE, "text-classification", "model", ROWS, None)
+    read = ModelCard(f"---\n{data.to_yaml()}\n---\n").data.eval_results
+    assert len({(result.metric_type, result.metric_name, str(result.metric_args)) for result in read}) == 4
+    assert [result.metric_value for result in read] == [0.85, 0.84, 0.8, 0.7]
+    assert read[2].metric_name == "Pearson (r=2,0, retrained)"
+    assert read[2].metric_args == {"r": [2, 0], "model": "retrained", "standard_error": 0.03}
+
+
+@pytest.mark.parametrize(("on_hub", "datasets"), [(True, ["nyu-mll/glue"]), (False, None)])
+def test_data_that_are_not_on_the_hub_are_not_linked(on_hub, datasets):
+    source = Source("", "nyu-mll/glue", on_hub)
+    assert card_data(source, "text-classification", "model", ROWS, None).datasets == datasets
+
+
+def test_a_folder_is_no_base_model(tmp_path):
+    assert card_data(GLUE, "text-classification", "model", ROWS, str(tmp_path)).base_model is None
+    assert card_data(GLUE, "text-classification", "model", ROWS, "some/model").base_model == "some/model"
+
+
+def test_the_table_has_a_column_for_each_metric():
+    assert results_table(ROWS).splitlines() == [
+        "| | r | Pearson | Spearman |",
+        "|---|---|---|---|",
+        "| finetuned | 0 | 0.8500 ± 0.0100 | 0.8400 ± 0.0200 |",
+        "| retrained | 2,0 | 0.8000 ± 0.0300 | 0.7000 ± 0.0400 |",
+    ]
+
+
+def test_what_was_not_measured_is_no_row(tmp_path):
+    save_metrics(tmp_path, "merged", {"merged_f1": 0.5, "merged_f1_stderr": 0.1, "merged_runtime": 1.0})
+    assert measured_in(tmp_path, "merged", "merged", 2) == [Measured("merged", 2, {"f1": 0.5, "f1_stderr": 0.1})]
+    assert measured_in(tmp_path, "eval", "eval", 2) == []
+
+
+@pytest.mark.parametrize("hub_task", sorted(AUTO_CLASSES))
+def test_the_code_that_a_card_shows_is_code(hub_task):
+    section = usage_section(hub_task, "someone/model", "r2")
+    code = section.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    assert f"import {AUTO_CLASSES[hub_task]}, pipeline" in code and f'pipeline("{hub_task}", ' in code
+    assert hasattr(transformers, AUTO_CLASSES[hub_task])
+
+
+@pytest.mark.parametrize("measured", [ROWS, []])
+def test_a_card_is_whole_and_moves_to_its_repository(tmp_path, measured):
+    config = tiny_config(r=2, architectures=["ToMePerceiverForSequenceClassification"])
+    write_checkpoint_card(
+        tmp_path, source=GLUE, hub_task="text-classification", config=config, input_shape=(1, 20), evaluated_on=1500,
+        trained_on=3000, measured=measured, budget="at most 0.5 of the FLOPs", base_model=None,
+        trainings={
+            "Finetuning": {"learning_rate": 0.1, "data_seed": None, "max_grad_norm": 1.0},
+            "Retraining": {"learning_rate": 0.2, "max_grad_norm": 2.0, "elastic": True},
+        },
+        model_id=str(tmp_path), revision="r2",
+    )  # fmt: skip
+    before = (tmp_path / "README.md").read_text()
+    assert f'from_pretrained("{tmp_path}", revision="r2"' in before
+    assert "12 latents to 1" in before and "data_seed" not in before
+    assert "`learning_rate`: 0.1" in before and "`learning_rate`: 0.2" in before and "samples: 3,000" in before
+    assert "`max_grad_norm`: 2.0" in before and "`max_grad_norm`: 1.0" not in before and "`elastic`: True" in before
+    assert "merge_method: bipartite" in before and "budget: at most 0.5 of the FLOPs" in before
+    address_card(tmp_path, "someone/model")
+    after = (tmp_path / "README.md").read_text()
+    assert str(tmp_path) not in after and after.count('"someone/model", revision="r2"') == 2
+    address_card(tmp_path, "someone/other")
+    assert (tmp_path / "README.md").read_text() == after.replace("someone/model", "someone/other")
+    with Image.open(tmp_path / "schedule.png") as picture:
+        assert picture.width > 500 and len(picture.convert("L").getcolors()) > 10

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts with --push_to_hub and --push_only, against a Hub on this machine, and back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import PerceiverTokenizer
+
+from experiments.publishing import hub as hub_upload
+from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
+from tests.support.loopback_hub import LoopbackHub
+from tests.support.loopback_repository import USER, WRITE_TOKEN
+from tests.support.script_run import ROOT, bad_input_line, call_script
+from tests.support.tiny_texts import write_glue, write_model_config
+
+TOKEN = ("--hub_token", WRITE_TOKEN)
+SENTENCE = "aaaxx"
+LOAD = """
+import json, sys
+import torch
+from transformers import AutoModelForSequenceClassification, pipeline
+logits = {}
+for repo_id, revision in json.loads(sys.argv[1]):
+    options = dict(revision=revision, trust_remote_code=True)
+    model = AutoModelForSequenceClassification.from_pretrained(repo_id, **options).eval()
+    classify = pipeline("text-classification", repo_id, **options)
+    tokens = classify.tokenizer("aaaxx", return_tensors="pt")
+    with torch.no_grad():
+        logits[revision] = model(**tokens).logits[0].tolist()
+    assert classify("aaaxx")[0]["label"] in ("negative", "positive")
+print("LOGITS", json.dumps(logits))
+"""
+
+
+@pytest.fixture()
+def hub(tmp_path) -> Iterator[LoopbackHub]:
+    with LoopbackHub() as hub, hub.in_this_process(tmp_path / "home"):
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with everything that training leaves, never pushed."""
+    folder = tmp_path_factory.mktemp("trained")
+    call_script("run_glue.py", *arguments(folder), "--output_dir", folder / "out")
+    return folder
+
+
+def arguments(folder: Path) -> tuple[object, ...]:
+    return (
+        "--config_name", write_model_config(folder), "--dataset_name", write_glue(folder / "glue", "sst2"),
+        "--task_name", "sst2", "--do_train", "--do_eval", "--use_cpu", "--num_train_epochs", 1, "--save_strategy", "no",
+        "--r", 1, "--token", "hf_secretfordownloads",
+    )  # fmt: skip
+
+
+def logits(folder: Path) -> list[float]:
+    model = ToMePerceiverForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(**PerceiverTokenizer()(SENTENCE, return_tensors="pt")).logits[0].tolist()
+
+
+def test_a_run_is_pushed_in_one_commit(hub, trained, tmp_path, capsys):
+    """Checkpoint, code, tokenizer, figures and a card that loads from where it went; nothing secret."""
+    call_script("run_glue.py", *arguments(trained), "--push_to_hub", *TOKEN, "--output_dir", tmp_path / "pushed")
+    assert [commit.branch for commit in hub.commits] == ["main"]
+    files = hub.files(f"{USER}/pushed")
+    for name in ("model.safetensors", "config.json", "modeling_tome_perceiver.py", "tokenizer_config.json",
+                 "README.md", "schedule.png", "all_results.json", "eval_results.json"):  # fmt: skip
+        assert files[name] == (tmp_path / "pushed" / name).read_bytes()
+    assert "training_args.bin" not in files
+    for secret in (WRITE_TOKEN, "hf_secretfordownloads"):
+        assert not any(secret.encode() in data for data in files.values())
+    card = ModelCard(files["README.md"].decode())
+    assert f'from_pretrained("{USER}/pushed"' in card.text and f'"text-classification", "{USER}/pushed"' in card.text
+    assert card.data.eval_results[0].metric_value == json.loads(files["eval_results.json"])["eval_accuracy"]
+    assert f"{USER}/pushed" in capsys.readouterr().out
+
+
+def test_push_only_pushes_what_is_there_once(hub, trained):
+    before = (trained / "out" / "model.safetensors").read_bytes()
+    for _ in range(2):
+        call_script("run_glue.py", "--push_only", "--hub_model_id", "later", *TOKEN, "--output_dir", trained / "out")
+    assert len(hub.commits) == 1
+    assert hub.files(f"{USER}/later")["model.safetensors"] == before
+    assert f'"{USER}/later"' in (trained / "out" / "README.md").read_text()
+
+
+def test_a_run_is_pushed_to_the_branch_that_is_asked_for(hub, trained):
+    where = ("--hub_model_id", "branched", "--hub_revision", "tries")
+    call_script("run_glue.py", "--push_only", *where, *TOKEN, "--output_dir", trained / "out")
+    assert [commit.branch for commit in hub.commits] == ["tries"]
+    assert "config.json" not in hub.files(f"{USER}/branched")
+
+
+def test_a_push_that_fails_loses_nothing_and_can_be_repeated(hub, trained, tmp_path, capsys, monkeypatch):
+    """The training is done and on disk; the line says how to push it; the exit code says that it is not pushed."""
+    monkeypatch.setattr(hub_upload, "RETRY_WAITS", ())
+    hub.fail("POST .*/commit/", 1, "503")
+    with pytest.raises(SystemExit) as exit_info:
+        call_script("run_glue.py", *arguments(trained), "--push_to_hub", *TOKEN, "--output_dir", tmp_path / "pushed")
+    assert exit_info.value.code == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "--push_only" in errors[0] and str(tmp_path / "pushed") in errors[0]
+    assert hub.commits == []
+    before = (tmp_path / "pushed" / "model.safetensors").read_bytes()
+    call_script("run_glue.py", "--push_only", *TOKEN, "--output_dir", tmp_path / "pushed")
+    assert hub.files(f"{USER}/pushed")["model.safetensors"] == before
+
+
+@pytest.mark.parametrize("name", ["run_glue.py", "run_image.py", "eval_sweep.py"])
+def test_push_only_of_nothing_is_named(hub, tmp_path, capsys, name):
+    line = bad_input_line(capsys, name, "--push_only", *TOKEN, "--output_dir", tmp_path / "nothing")
+    assert f"--output_dir {tmp_path / 'nothing'}" in line
+
+
+def test_evaluating_elsewhere_leaves_nothing_to_push(hub, trained, tmp_path, capsys):
+    given = (
+        "--model_name_or_path", trained / "out", *arguments(trained)[2:6], "--do_eval", "--use_cpu", "--push_to_hub",
+        *TOKEN, "--output_dir", tmp_path / "new",
+    )  # fmt: skip
+    assert "--push_to_hub" in bad_input_line(capsys, "run_glue.py", *given)
+
+
+def test_a_sweep_is_pushed_and_comes_back(hub, trained, tmp_path):
+    """One commit a checkpoint: the unmerged one with the table on main, each retrained one on its branch."""
+    sweep = tmp_path / "sweep"
+    call_script(
+        "eval_sweep.py", "--model_name_or_path", trained / "out", *arguments(trained)[2:6], "--use_cpu",
+        "--r", 0, "2,0,1,0", "--retrain_epochs", 1, "--save_strategy", "no", "--timing_rounds", 1,
+        "--timing_batch_size", 2, "--push_to_hub", *TOKEN, "--output_dir", sweep,
+    )  # fmt: skip
+    assert [commit.branch for commit in hub.commits] == ["main", "r0", "r2_0_1_0"]
+    repo_id = f"{USER}/sweep"
+    card = ModelCard(hub.files(repo_id)["README.md"].decode())
+    assert "| r=2,0,1,0 |" in card.text and "![Accuracy against r" in card.text and "sweep.png" in hub.files(repo_id)
+    names = [result.metric_name for result in card.data.eval_results]
+    assert names == [
+        f"Accuracy (r={r}, {stage})" for r in ("0", "2,0,1,0") for stage in ("merged without retraining", "retrained")
+    ]
+    assert card.data.eval_results[-1].metric_args["r"] == [2, 0, 1, 0]
+    branch = ModelCard(hub.files(repo_id, "r2_0_1_0")["README.md"].decode())
+    assert f'"{repo_id}", revision="r2_0_1_0"' in branch.text
+
+    folders = {"main": sweep, "r2_0_1_0": sweep / "retrained" / "r2_0_1_0"}
+    oid = hub.commits[1].oid
+    folders[oid] = sweep / "retrained" / "r0"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, json.dumps([(repo_id, revision) for revision in folders])],
+        cwd=elsewhere,
+        env=hub.environment(elsewhere / "home"),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    loaded = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("LOGITS")).partition(" ")[2])
+    for revision, folder in folders.items():
+        assert loaded[revision] == pytest.approx(logits(folder), rel=1e-5, abs=1e-6)
+    assert len({tuple(values) for values in loaded.values()}) == 3
+
+
+def test_a_gated_checkpoint_is_named(trained, tmp_path):
+    with LoopbackHub() as hub:
+        hub.add_repository("others/gated", {"config.json": b"{}"})
+        hub.gate("others/gated")
+        given = ("--model_name_or_path", "others/gated", *arguments(trained)[2:6], "--do_eval")
+        done = subprocess.run(
+            [sys.executable, "run_glue.py", *map(str, given), "--output_dir", str(tmp_path / "out")],
+            cwd=ROOT,
+            env=hub.environment(tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "--model_name_or_path others/gated" in done.stderr.splitlines()[-1]
+    assert "gated repo" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

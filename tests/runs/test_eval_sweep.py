@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""eval_sweep.py, really run: what it writes, that it continues, and what it says of bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import PerceiverImageProcessorPil, PerceiverTokenizer
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
+from tests.support.script_run import bad_input_line, call_script, run_script
+from tests.support.tiny_images import LABELS, MODEL, write_images
+from tests.support.tiny_models import stock_model
+from tests.support.tiny_texts import POSITIONS, write_glue
+
+R = ("0", "1", "2,0,1,0")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[object, ...]:
+    """A checkpoint, which itself merges, and images."""
+    folder = tmp_path_factory.mktemp("inputs")
+    config = ToMePerceiverConfig(**MODEL | {"model_type": "tome_perceiver", "num_labels": len(LABELS), "r": 3})
+    ToMePerceiverForImageClassificationConvProcessing(config).save_pretrained(folder / "model")
+    PerceiverImageProcessorPil(do_center_crop=False, size={"height": 16, "width": 16}).save_pretrained(folder / "model")
+    images = write_images(folder / "images", {"train": 24, "test": 20})
+    return (
+        "--model_name_or_path", folder / "model", "--dataset_name", images, "--use_cpu",
+        "--timing_rounds", 2, "--timing_batch_size", 2, "--save_strategy", "no",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sweep(inputs, tmp_path_factory) -> Path:
+    """A sweep with retraining, in a process of its own."""
+    output_dir = tmp_path_factory.mktemp("outputs") / "sweep"
+    result = run_script("eval_sweep.py", *inputs, "--r", *R, "--retrain_epochs", 1, "--output_dir", output_dir)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "| r=2,0,1,0 |" in result.stdout
+    return output_dir
+
+
+def read(output_dir: Path) -> dict:
+    return json.loads((output_dir / "sweep_results.json").read_text())
+
+
+def test_every_cell_is_measured(sweep):
+    results = read(sweep)
+    assert [row["name"] for row in results["rows"]] == ["r=0", "r=1", "r=2,0,1,0"]
+    assert [row["r"] for row in results["rows"]] == [[0] * 4, [1] * 4, [2, 0, 1, 0]]
+    assert [row["latents_left"] for row in results["rows"]] == [8, 4, 5]
+    assert results["evaluated_on"] == 20
+    for row in results["rows"]:
+        for stage in ("merged", "retrained"):
+            # Of 20 images: a multiple of a twentieth.
+            assert row[stage]["accuracy"] * 20 == pytest.approx(round(row[stage]["accuracy"] * 20))
+            assert 0 <= row[stage]["accuracy_stderr"] < 0.12
+        assert row["throughput"] > 0 and row["latency_ms"]["median"] > 0 and row["peak_memory_mb"] > 0
+        assert row["speedup"]["lower"] <= row["speedup"]["median"] <= row["speedup"]["upper"]
+
+
+def test_the_file_says_what_made_it(sweep):
+    """Arguments but no token, environment, and where the time went."""
+    results = read(sweep)
+    assert results["arguments"]["retrain_epochs"] == 1 and "token" not in results["arguments"]
+    assert results["environment"]["torch"] and results["environment"]["date"]
+    assert set(results["seconds"]) == {
+        "resolving budgets", "evaluating merged", "timing", "loading", "retraining", "evaluating retrained"
+    }  # fmt: skip
+    assert results["source"]["split"] == "test"
+
+
+def test_the_folder_is_the_unmerged_checkpoint_with_the_report_as_its_card(inputs, sweep):
+    model = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(sweep)
+    start = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(inputs[1])
+    assert (model.r, start.r) == (0, 3)
+    assert model.base_model.embeddings.latents.equal(start.base_model.embeddings.latents)
+    card = ModelCard.load(sweep / "README.md")
+    assert "| r=2,0,1,0 |" in card.text and card.data.pipeline_tag == "image-classification"
+    assert len(card.data.eval_results) == 2 * len(R)
+
+
+def test_text_with_two_evaluation_splits(tmp_path):
+    """A row has the figures of both halves of MNLI; stock text checkpoints are swept like ours."""
+    stock = stock_model("ForSequenceClassification", max_position_embeddings=POSITIONS, dtype=torch.float32)
+    stock.save_pretrained(tmp_path / "stock")
+    PerceiverTokenizer().save_pretrained(tmp_path / "stock")
+    call_script(
+        "eval_sweep.py", "--model_name_or_path", tmp_path / "stock", "--task_name", "mnli", "--dataset_name",
+        write_glue(tmp_path / "glue", "mnli"), "--r", "0", "1", "--use_cpu", "--timing_rounds", 0,
+        "--output_dir", tmp_path / "sweep",
+    )  # fmt: skip
+    for row in read(tmp_path / "sweep")["rows"]:
+        names = {"accuracy", "accuracy_stderr", "accuracy_mm", "accuracy_mm_stderr"}
+        changes = {f"accuracy{half}_change{end}" for half in ("", "_mm") for end in ("", "_stderr")}
+        assert set(row["merged"]) == (names if row["name"] == "r=0" else names | changes)
+        assert "retrained" not in row and "speedup" not in row
+    assert "**Accuracy mm**" in (tmp_path / "sweep" / "sweep_report.md").read_text()
+
+
+def test_cost_falls_with_merging(sweep):
+    ratios = [row["flops_ratio"] for row in read(sweep)["rows"]]
+    assert ratios[0] == 1
+    assert all(ratio < 1 for ratio in ratios[1:])
+
+
+def test_table_csv_and_picture(sweep):
+    with (sweep / "sweep_results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["merged"]) for row in rows] == [row["merged"]["accuracy"] for row in read(sweep)["rows"]]
+    with Image.open(sweep / "sweep.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 10
+    report = (sweep / "sweep_report.md").read_text()
+    assert "python eval_sweep.py" in report and "torch" in report and "sweep.png" in report
+
+
+def test_retrained_checkpoints_are_kept_and_merge(sweep):
+    model = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(sweep / "retrained" / "r2_0_1_0")
+    assert model.r == [2, 0, 1, 0]
+    card = (sweep / "retrained" / "r2_0_1_0" / "README.md").read_text()
+    for said in (
+        "## Retraining",
+        "`num_train_epochs`: 1",
+        "training samples: 24",
+        "merge_method: bipartite",
+        "'r=2,0,1,0'",
+    ):
+        assert said in card
+
+
+def test_the_same_command_continues(inputs, sweep, tmp_path):
+    """A cell that is there stays as it is, a missing one is measured again."""
+    output_dir = tmp_path / "sweep"
+    shutil.copytree(sweep, output_dir)
+    results = read(output_dir)
+    accuracy = results["rows"][0]["merged"]["accuracy"]
+    results["rows"][0]["merged"] = {"accuracy": 0.123, "accuracy_stderr": 0.01}
+    lost = results["rows"][1].pop("merged")
+    (output_dir / "sweep_results.json").write_text(json.dumps(results))
+    call_script("eval_sweep.py", *inputs, "--r", *R, "--retrain_epochs", 1, "--output_dir", output_dir)
+    assert read(output_dir)["rows"][0]["merged"]["accuracy"] == 0.123
+    measured = read(output_dir)["rows"][1]["merged"]
+    assert measured == pytest.approx(lost)
+    assert measured["accuracy_change"] == pytest.approx(measured["accuracy"] - accuracy)
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "label", "label_smoothing_factor", "min_latents"])
+def test_what_an_earlier_sweep_measured_is_of_the_same_weights_data_and_arguments(
+    sweep, inputs, tmp_path, capsys, change
+):
+    """The paths are the same; one number behind them, or one argument, is not."""
+    model, images, output_dir = (tmp_path / name for name in ("model", "images", "sweep"))
+    shutil.copytree(inputs[1], model)
+    shutil.copytree(inputs[3], images)
+    shutil.copytree(sweep, output_dir)
+    given = ("--model_name_or_path", model, "--dataset_name", images, *inputs[4:], "--r", *R, "--retrain_epochs", 1)
+    given = (*given, "--output_dir", output_dir, "--cache_dir", tmp_path / "cache")
+    before = (output_dir / "sweep_results.json").read_bytes()
+    call_script("eval_sweep.py", *given)  # the same content at another place is the same sweep
+    assert json.loads((output_dir / "sweep_results.json").read_bytes())["rows"] == json.loads(before)["rows"]
+    if change == "weights":
+        tensors = load_file(model / "model.safetensors")
+        next(tensor for tensor in tensors.values() if tensor.is_floating_point()).view(-1)[0] += 1e-6
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    elif change == "config":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"attention_probs_dropout_prob": 0.1}))
+    elif change == "label":
+        write_images(images, {"train": 24, "test": 20}, first_label=2)
+    else:
+        given = (*given, f"--{change}", {"label_smoothing_factor": 0.1, "min_latents": 2}[change])
+    line = bad_input_line(capsys, "eval_sweep.py", *given)
+    says = {"weights": "weights to start from", "label": "content of its evaluation"}.get(change, change)
+    assert "holds another experiment" in line and says in line
+
+
+def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, capsys):
+    before = (sweep / "sweep_results.json").read_bytes()
+    line = bad_input_line(capsys, "eval_sweep.py", *inputs, "--r", "1", "--output_dir", sweep)
+    assert "another experiment" in line and str(sweep) in line
+    assert (sweep / "sweep_results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--r", "0", "-2"), ("--r -2", "0 or more")),
+        (("--r", "x"), ("--r x", "integer")),
+        (("--r", "1", "2", "1"), ("--r 1", "twice")),
+        (("--r", "1,1"), ("r = [1, 1]", "4")),
+        (("--r", "1", "--timing_rounds", "-1"), ("--timing_rounds -1", "from 0")),
+        (("--r", "1", "--timing_batch_size", "0"), ("--timing_batch_size 0", "from 1")),
+        (("--r", "1", "--merge_method", "glue"), ("--merge_method glue", "bipartite")),
+        (("--r", "1", "--min_latents", "99"), ("min_latents = 99", "8")),
+        (("--flops_ratio", "0.01"), ("--flops_ratio 0.01", "floor")),
+        (("--flops_ratio", "1.5"), ("--flops_ratio 1.5", "to 1")),
+        (("--flops_ratio", "0.9", "--schedule", "steep"), ("--schedule steep", "geometric")),
+        (("--schedule", "geometric"), ("--schedule geometric", "--flops_ratio")),
+        (("--flops_ratio", "0.9", "0.9"), ("--flops_ratio 0.9", "twice")),
+        (("--elastic", "true"), ("--elastic", "--retrain_epochs")),
+        (("--latency_ratio", "0"), ("--latency_ratio 0.0", "to 1")),
+        (("--flops_ratio", "0.01", "--schedule", "search"), ("--flops_ratio 0.01", "search")),
+        (("--flops_ratio", "0.1", "--schedule", "skip_blocks"), ("--flops_ratio 0.1", "skip_blocks")),
+        (("--r", "1", "--calibration_samples", "0"), ("--calibration_samples 0", "from 1")),
+        (("--r", "1", "--merge_metric", "query"), ("--merge_metric query", "key")),
+        (("--r", "1", "--proportional_attention", "true", "true"), ("--proportional_attention true", "twice")),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(inputs, tmp_path, capsys, arguments, says):
+    line = bad_input_line(capsys, "eval_sweep.py", *inputs, *arguments, "--output_dir", tmp_path / "out")
+    assert all(part in line for part in says), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_needed(tmp_path, capsys):
+    line = bad_input_line(capsys, "eval_sweep.py", "--r", "1", "--output_dir", tmp_path / "out")
+    assert "--model_name_or_path" in line
+
+
+def test_text_arguments_for_an_image_checkpoint_are_named(inputs, tmp_path, capsys):
+    given = (*inputs, "--r", "1", "--task_name", "mrpc", "--output_dir", tmp_path / "out")
+    line = bad_input_line(capsys, "eval_sweep.py", *given)
+    assert "--task_name mrpc" in line and "classifies images" in line
+
+
+def test_a_checkpoint_without_a_trained_head_is_named(tmp_path, capsys):
+    """It would be swept with a head that knows nothing."""
+    stock_model("ForMaskedLM").save_pretrained(tmp_path / "stock")
+    given = ("--model_name_or_path", tmp_path / "stock", "--task_name", "mrpc", "--output_dir", tmp_path / "out")
+    line = bad_input_line(capsys, "eval_sweep.py", *given)
+    assert "PerceiverForMaskedLM" in line and "classifier" in line
+
+
+def test_budgets_schedules_and_methods_are_rows(inputs, tmp_path):
+    """Beside those of --r, each within its budget, with a branch of its own; the controls at the same schedules."""
+    call_script(
+        "eval_sweep.py", *inputs, "--r", "0", "--flops_ratio", 0.99, "--schedule", "floor", "linear",
+        "--merge_method", "bipartite", "prune", "--timing_rounds", 0, "--output_dir", tmp_path / "sweep",
+    )  # fmt: skip
+    rows = {row["name"]: row for row in read(tmp_path / "sweep")["rows"]}
+    merging = [
+        f"{name} {method}" for method in ("bipartite", "prune") for name in ("flops=0.99 floor", "flops=0.99 linear")
+    ]
+    assert list(rows) == ["r=0", *merging]
+    assert all(rows[name]["merge_method"] in name and rows[name]["flops_ratio"] <= 0.99 for name in merging)
+    assert all(("accuracy_change" in row["merged"]) == ("r=0" not in name) for name, row in rows.items())
+    assert (tmp_path / "sweep" / "predictions" / "merged_flops0.99_floor_prune.npy").exists()
+
+
+def test_controls_searches_and_ablations_are_rows(inputs, tmp_path):
+    """Fewer runs of the shared blocks, what a search finds, a share of the time, and each with every variant."""
+    given = (
+        *inputs, "--r", "0", "--flops_ratio", 0.99, "--schedule", "skip_blocks", "search", "--calibration_samples", 4,
+        "--merge_metric", "key", "hidden", "--proportional_attention", "true", "false", "--timing_rounds", 0,
+        "--output_dir", tmp_path / "sweep",
+    )  # fmt: skip
+    call_script("eval_sweep.py", *given)
+    rows = {row["name"]: row for row in read(tmp_path / "sweep")["rows"]}
+    assert list(rows) == [
+        "r=0",
+        *(
+            f"{name} {metric} {attention}"
+            for metric in ("key", "hidden")
+            for attention in ("proportional", "plain")
+            for name in ("flops=0.99 skip_blocks", "flops=0.99 search")
+        ),
+    ]
+    skipping = rows["flops=0.99 skip_blocks hidden plain"]
+    assert skipping["num_blocks"] == 1 and sum(skipping["r"]) == 0 and skipping["flops_ratio"] <= 0.99
+    assert (skipping["merge_metric"], skipping["proportional_attention"]) == ("hidden", False)
+    assert "accuracy_change" in skipping["merged"]
+    assert all(row["flops_ratio"] <= 0.99 for name, row in rows.items() if "search" in name)
+    searched = json.loads((tmp_path / "sweep" / "schedule_search.json").read_text())
+    # For each variant by itself.
+    variants = {tuple(json.loads(name)[1:3]) for name in searched["divergences"]}
+    assert variants == {(metric, attention) for metric in ("key", "hidden") for attention in (True, False)}
+    # Continued, nothing is searched for again: the rows are what they were.
+    (tmp_path / "sweep" / "schedule_search.json").unlink()
+    call_script("eval_sweep.py", *given)
+    assert searched["divergences"] and not (tmp_path / "sweep" / "schedule_search.json").exists()
+    model = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(tmp_path / "sweep")
+    assert model.config.num_blocks == 2 and model.r == 0
+
+
+def test_a_share_of_the_time_is_a_row(inputs, tmp_path):
+    call_script(
+        "eval_sweep.py", *inputs, "--latency_ratio", 1.0, "--timing_rounds", 0, "--output_dir", tmp_path / "sweep",
+    )  # fmt: skip
+    unmerged, row = read(tmp_path / "sweep")["rows"]
+    assert unmerged["name"] == "r=0"
+    assert row["name"] == "latency=1 floor" and sum(row["r"]) == 0

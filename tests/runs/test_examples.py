@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example files are what the scripts take, and the paper's settings run from start to end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import load_dataset
+from transformers import AutoTokenizer, PerceiverImageProcessorPil, PerceiverTokenizer, TrainingArguments
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.command_line import parse_arguments
+from experiments.merging.arguments import MergeArguments, ModelArguments
+from experiments.publishing.hub_arguments import HubArguments
+from experiments.runs.checkpoint_task import SweepDataArguments
+from experiments.runs.sweep_arguments import SweepArguments
+from experiments.tasks.glue import GlueDataArguments
+from experiments.tasks.images import ImageDataArguments
+from experiments.training.stage import RetrainArguments
+from tests.support.script_run import ROOT, call_script, run_script
+from tests.support.tiny_images import write_images
+from tests.support.tiny_models import stock_model
+from tests.support.tiny_texts import POSITIONS, write_glue
+
+EXAMPLES = ROOT / "examples"
+ARGUMENT_FILES = sorted(path for path in EXAMPLES.rglob("*.yaml") if not path.name.startswith("accelerate"))
+PAPER_TASKS = ["mrpc", "rte", "stsb", "fashion_mnist"]
+R = [0, 2, 4, 6, 8, 10, 12, 14, 16]
+
+
+def is_sweep(path: Path) -> bool:
+    return path.stem.endswith("_sweep")
+
+
+def test_digits_are_all_there(tmp_path):
+    result = run_script("examples/digits_dataset.py", "--output_dir", tmp_path / "digits")
+    assert result.returncode == 0, result.stderr
+    digits = load_dataset(str(tmp_path / "digits"))
+    assert {name: len(split) for name, split in digits.items()} == {"train": 1297, "test": 500}
+    assert digits["train"][0]["image"].size == (8, 8)
+    assert sorted(set(digits["test"]["label"])) == list(range(10))
+
+
+def test_a_tokenizer_is_trained(tmp_path):
+    """On several tasks, it separates the sentences of a pair, knows what it was trained on, and loads as any other."""
+    for task in ("rte", "mnli"):  # only the second has a third letter
+        write_glue(tmp_path / "glue", task)
+    result = run_script(
+        "examples/train_tokenizer.py", "--dataset_name", tmp_path / "glue", "--task_name", "rte,mnli",
+        "--vocab_size", 60, "--output_dir", tmp_path / "tokenizer",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("AAAx", "bbbc")["input_ids"])
+    assert tokens[0] == "[CLS]" and tokens.count("[SEP]") == 2 and tokens[-1] == "[SEP]"
+    assert "[UNK]" not in tokens and len(tokenizer) <= 60
+    assert tokenizer("!")["input_ids"][1] == tokenizer.unk_token_id
+    assert tokenizer("aaa[MASK]")["input_ids"][-2] == tokenizer.mask_token_id
+
+
+@pytest.mark.parametrize("path", ARGUMENT_FILES, ids=lambda path: path.name)
+def test_argument_files_are_understood(monkeypatch, tmp_path, path):
+    """Every key is an argument of the script that the file is for: an unknown one is an error."""
+    script = "eval_sweep.py" if is_sweep(path) else "run_image.py" if "image" in path.read_text() else "run_glue.py"
+    data, own = {
+        "eval_sweep.py": (SweepDataArguments, SweepArguments),
+        "run_image.py": (ImageDataArguments, MergeArguments),
+        "run_glue.py": (GlueDataArguments, MergeArguments),
+    }[script]
+    assert path.read_text().startswith(f"# {script}: ")
+    given = yaml.safe_load(path.read_text())
+    # Where there is no GPU, bf16 needs it said.
+    (tmp_path / path.name).write_text(yaml.safe_dump(given | {"use_cpu": True}))
+    monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path / path.name)])
+    parsed = parse_arguments("", ModelArguments, data, own, RetrainArguments, HubArguments, TrainingArguments)
+    assert parsed[-1].output_dir.startswith("outputs/")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*_perceiver.json")), ids=lambda path: path.name)
+def test_configs_are_perceivers(path: Path):
+    config = ToMePerceiverConfig.from_json_file(path)
+    assert len(config.latents_per_layer) == config.num_self_attention_layers
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> dict[str, Path]:
+    """Stand-ins for the published checkpoints: the stock classes that they are of, small, with other labels."""
+    folder = tmp_path_factory.mktemp("published")
+    language = stock_model("ForMaskedLM", dtype=torch.float32, max_position_embeddings=POSITIONS, num_latents=200)
+    vision = stock_model("ForImageClassificationConvProcessing", dtype=torch.float32, num_labels=7, num_latents=200)
+    for name, model, processing in (
+        ("language", language, PerceiverTokenizer()),
+        ("vision", vision, PerceiverImageProcessorPil(do_center_crop=False, size={"height": 16, "width": 16})),
+    ):
+        model.save_pretrained(folder / name)
+        processing.save_pretrained(folder / name)
+    return {name: folder / name for name in ("language", "vision")}
+
+
+@pytest.mark.parametrize("task", PAPER_TASKS)
+def test_the_papers_experiment_runs(published, tmp_path, monkeypatch, task):
+    """The two files of a task, one after the other, with nothing changed but the sizes of model, data and training."""
+    monkeypatch.setattr("experiments.tasks.scores.RESAMPLES", 10)  # 18 cells of standard errors that nobody reads
+    image = task == "fashion_mnist"
+    data = write_images(tmp_path / "data", {"train": 6, "test": 3}) if image else write_glue(tmp_path / "data", task)
+    small = dict(
+        dataset_name=str(data), num_train_epochs=1, retrain_epochs=1, max_steps=1, use_cpu=True, timing_rounds=1,
+        max_eval_samples=3, **({} if image else {"max_seq_length": POSITIONS}),
+    )  # fmt: skip
+    stages = {
+        task: ("run_image.py" if image else "run_glue.py", published["vision" if image else "language"]),
+        f"{task}_sweep": ("eval_sweep.py", tmp_path / task),
+    }
+    for name, (script, model) in stages.items():
+        given = yaml.safe_load((EXAMPLES / "paper" / f"{name}.yaml").read_text())
+        changed = {key: value for key, value in small.items() if key in given or key in CHANGES[script]}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            yaml.safe_dump(given | changed | dict(model_name_or_path=str(model), output_dir=str(tmp_path / name)))
+        )
+        call_script(script, path)
+    results = json.loads((tmp_path / f"{task}_sweep" / "sweep_results.json").read_text())
+    metric = {"stsb": "pearson"}.get(task, "accuracy")
+    assert [row["name"] for row in results["rows"]] == [f"r={r}" for r in R]
+    assert all(metric in row["merged"] and metric in row["retrained"] for row in results["rows"])
+
+
+CHANGES = {
+    "run_glue.py": ("dataset_name", "max_steps", "use_cpu", "max_eval_samples"),
+    "run_image.py": ("max_steps", "use_cpu", "max_eval_samples"),
+    "eval_sweep.py": ("dataset_name", "max_steps", "use_cpu", "max_eval_samples", "timing_rounds"),
+}
+"""What else is changed beside the values that a file has."""

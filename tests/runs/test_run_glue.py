@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""run_glue.py, really run: what it writes, that its checkpoint loads, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import load_dataset
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoTokenizer, PerceiverTokenizer
+
+from experiments.runs import finetune as experiment
+from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
+from tests.support.script_run import bad_input_line, call_script, run_script
+from tests.support.tiny_models import stock_model
+from tests.support.tiny_texts import LABELS, NUM_LAYERS, POSITIONS, write_glue, write_model_config, write_table
+
+TRAINING = (
+    "--do_train", "--do_eval", "--use_cpu", "--num_train_epochs", 1, "--per_device_train_batch_size", 8,
+    "--learning_rate", 5e-3, "--save_strategy", "no",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[object, ...]:
+    folder = tmp_path_factory.mktemp("inputs")
+    for task in ("sst2", "stsb", "mnli", "mrpc"):
+        write_glue(folder / "glue", task)
+    return "--config_name", write_model_config(folder), "--dataset_name", folder / "glue"
+
+
+@pytest.fixture(scope="module")
+def finetuned(inputs, tmp_path_factory) -> Path:
+    """A checkpoint finetuned, merged and retrained in one run of the script, in a process of its own."""
+    output_dir = tmp_path_factory.mktemp("outputs") / "r1"
+    result = run_script(
+        "run_glue.py", *inputs, *TRAINING, "--task_name", "sst2", "--num_train_epochs", 15, "--do_predict",
+        "--r", 1, "--retrain_epochs", 1, "--output_dir", output_dir,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return output_dir
+
+
+def results(output_dir: Path, split: str = "all") -> dict[str, float]:
+    return json.loads((output_dir / f"{split}_results.json").read_text())
+
+
+def test_finetunes_merges_retrains_and_predicts(finetuned):
+    unmerged = ToMePerceiverForSequenceClassification.from_pretrained(finetuned / "finetuned")
+    retrained = ToMePerceiverForSequenceClassification.from_pretrained(finetuned)
+    assert (unmerged.r, retrained.r) == (0, 1)
+    assert not unmerged.base_model.embeddings.latents.equal(retrained.base_model.embeddings.latents)
+    for split in ("train", "merged", "eval", "predict"):
+        assert results(finetuned, split).items() <= results(finetuned).items()
+    assert (finetuned / "trainer_state.json").exists()
+
+
+def test_learns(finetuned):
+    """The first letter says the class."""
+    assert results(finetuned / "finetuned")["eval_accuracy"] > 0.9
+
+
+def test_predictions_are_what_the_checkpoint_says(finetuned, inputs):
+    lines = (finetuned / "predict_results_sst2.txt").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    model = ToMePerceiverForSequenceClassification.from_pretrained(finetuned).eval()
+    tokenizer = AutoTokenizer.from_pretrained(finetuned, config=model.config)
+    sentences = load_dataset(str(inputs[-1]), "sst2", split="test")["sentence"]
+    logits = model(**tokenizer(list(sentences), padding=True, return_tensors="pt")).logits
+    expected = [model.config.id2label[index] for index in logits.argmax(-1).tolist()]
+    assert [line.split("\t") for line in lines[1:]] == [[str(i), name] for i, name in enumerate(expected)]
+
+
+def test_the_card_says_what_was_measured(finetuned):
+    """Every figure with its standard error, in the table and in what the Hub reads, with r in name and arguments."""
+    card = ModelCard.load(finetuned / "README.md")
+    assert card.data.pipeline_tag == "text-classification"
+    listed = {(result.metric_name, result.metric_value) for result in card.data.eval_results}
+    assert listed == {
+        ("Accuracy (r=0, finetuned)", results(finetuned / "finetuned")["eval_accuracy"]),
+        ("Accuracy (r=1, merged without retraining)", results(finetuned)["merged_accuracy"]),
+        ("Accuracy (r=1, retrained)", results(finetuned)["eval_accuracy"]),
+    }
+    retrained = next(result for result in card.data.eval_results if "retrained)" in result.metric_name[-11:])
+    assert retrained.metric_args["r"] == 1
+    assert retrained.metric_args["standard_error"] == results(finetuned)["eval_accuracy_stderr"]
+    assert (card.data.eval_results[0].dataset_type, card.data.eval_results[0].dataset_config) == (
+        "nyu-mll/glue",
+        "sst2",
+    )
+    assert "trust_remote_code=True" in card.text and "| retrained | 1 |" in card.text
+    with Image.open(finetuned / "schedule.png") as picture:
+        assert len(picture.convert("L").getcolors()) > 10
+
+
+def test_both_halves_of_mnli(inputs, tmp_path):
+    call_script(
+        "run_glue.py", *inputs, *TRAINING, "--task_name", "mnli", "--do_predict", "--max_train_samples", 8,
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    measured = results(tmp_path / "out", "eval")
+    assert (measured["eval_samples"], measured["eval_samples_mm"]) == (26, 29)
+    for name, count in (("eval_accuracy", 26), ("eval_accuracy_mm", 29)):
+        assert measured[name] * count == pytest.approx(round(measured[name] * count))
+        assert f"{name}_stderr" in measured
+    for name, count in (("mnli", 14), ("mnli-mm", 17)):
+        lines = (tmp_path / "out" / f"predict_results_{name}.txt").read_text().splitlines()
+        assert len(lines) == count + 1
+        assert {line.split("\t")[1] for line in lines[1:]} <= set(LABELS["mnli"])
+
+
+def test_regression(inputs, tmp_path):
+    call_script(
+        "run_glue.py", *inputs, *TRAINING, "--task_name", "stsb", "--do_predict", "--output_dir", tmp_path / "out"
+    )
+    measured = results(tmp_path / "out", "eval")
+    assert measured["eval_combined_score"] == pytest.approx((measured["eval_pearson"] + measured["eval_spearmanr"]) / 2)
+    model = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+    lines = (tmp_path / "out" / "predict_results_stsb.txt").read_text().splitlines()[1:]
+    assert [f"{float(line.split(chr(9))[1]):.3f}" for line in lines] == [line.split("\t")[1] for line in lines]
+
+
+def test_a_stock_masked_language_model_becomes_a_classifier(inputs, tmp_path):
+    """As deepmind/language-perceiver does: the trunk is taken, the decoder is new; a later r needs no reloading."""
+    stock = stock_model("ForMaskedLM", max_position_embeddings=POSITIONS, dtype=torch.float32)
+    stock.save_pretrained(tmp_path / "stock")
+    PerceiverTokenizer().save_pretrained(tmp_path / "stock")
+    call_script(
+        "run_glue.py", "--model_name_or_path", tmp_path / "stock", *inputs[2:], *TRAINING, "--task_name", "mrpc",
+        "--learning_rate", 0, "--r", 2, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    model = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.r == 2
+    assert list(model.config.id2label.values()) == LABELS["mrpc"]
+    assert model.perceiver.embeddings.latents.equal(stock.perceiver.embeddings.latents)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "search"])
+def test_a_budget_of_flops_becomes_a_list(inputs, tmp_path, schedule):
+    """It is what the checkpoint says that it merges; the card says what share of the FLOPs it takes."""
+    call_script(
+        "run_glue.py", *inputs, *TRAINING, "--task_name", "sst2", "--flops_ratio", 0.985, "--schedule", schedule,
+        "--calibration_samples", 4, "--retrain_epochs", 1, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    model = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert len(model.r) == model.config.num_self_attention_layers and sum(model.r) > 0
+    assert (tmp_path / "out" / "schedule_search.json").exists() == (schedule == "search")
+    share = re.search(r"([0-9.]+)% of what it", (tmp_path / "out" / "README.md").read_text().replace("\n", " "))
+    assert 90 < float(share[1]) <= 98.5
+    unmerged = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out" / "finetuned")
+    assert unmerged.config.merge_schedule == [0] * NUM_LAYERS
+
+
+@pytest.mark.parametrize(("ending", "r"), [(".json", "1,0,2,0"), (".yaml", [1, 0, 2, 0]), (".yaml", 1)])
+def test_arguments_in_one_file(inputs, tmp_path, ending, r):
+    config, data = str(inputs[1]), str(inputs[3])
+    arguments = dict(
+        config_name=config, dataset_name=data, task_name="sst2", do_eval=True, use_cpu=True, r=r,
+        output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    path = tmp_path / f"arguments{ending}"
+    path.write_text(json.dumps(arguments) if ending == ".json" else yaml.safe_dump(arguments))
+    call_script("run_glue.py", path)
+    assert "eval_accuracy" in results(tmp_path / "out")
+
+
+def test_own_files(tmp_path):
+    columns = {"text": ["aaa", "bbb", "aaab", "bbba"], "label": ["good", "bad", "good", "bad"]}
+    paths = {name: write_table(tmp_path / f"{name}.csv", columns) for name in ("train", "validation")}
+    paths["test"] = write_table(tmp_path / "test.csv", {"text": ["aaa", "bbb", "a"]})
+    files = [argument for name, path in paths.items() for argument in (f"--{name}_file", path)]
+    call_script(
+        "run_glue.py", "--config_name", write_model_config(tmp_path), *files, *TRAINING, "--do_predict",
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    lines = (tmp_path / "out" / "predict_results_train.txt").read_text().splitlines()
+    assert len(lines) == 4 and {line.split("\t")[1] for line in lines[1:]} <= {"good", "bad"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--task_name", "glue"), ("--task_name glue", "sst2")),
+        (("--r", "-1"), ("--r -1", "0 or more")),
+        (("--r", "1,1"), ("r = [1, 1]", str(NUM_LAYERS))),
+        (("--flops_ratio", "0.9", "--r", "1"), ("--flops_ratio 0.9", "--r 1")),
+        (("--flops_ratio", "0.1"), ("--flops_ratio 0.1", "floor", "to 1")),
+        (("--flops_ratio", "0.9", "--schedule", "steep"), ("--schedule steep", "geometric")),
+        (("--schedule", "geometric"), ("--schedule geometric", "--flops_ratio")),
+        (("--flops_ratio", "0.9", "--schedule", "search"), ("--schedule search", "--model_name_or_path")),
+        (("--flops_ratio", "0.9", "--calibration_samples", "0"), ("--calibration_samples 0", "1 or more")),
+        (("--flops_ratio", "0.9", "--latency_ratio", "0.9"), ("--latency_ratio 0.9", "--flops_ratio 0.9")),
+        (("--max_seq_length", "9999"), ("--max_seq_length 9999", str(POSITIONS))),
+        (("--tokenizer_name", "not/there"), ("--tokenizer_name not/there",)),
+        (("--dataset_name", "not/there"), ("--dataset_name not/there",)),
+        (("--train_file", "not_there.csv"), ("--train_file not_there.csv",)),
+        (("--retrain_epochs", "1"), ("--retrain_epochs", "--r")),
+        (("--config_name", "not_there.json"), ("--config_name not_there.json",)),
+        (("--resume_from_checkpoint", "not_there"), ("--resume_from_checkpoint not_there", "'last'")),
+        (("--push_to_hub", "--hub_strategy", "all_checkpoints"), ("--hub_strategy all_checkpoints", "'end'")),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(inputs, tmp_path, capsys, arguments, says):
+    given = (*inputs, "--task_name", "sst2", *TRAINING, *arguments, "--output_dir", tmp_path / "out")
+    line = bad_input_line(capsys, "run_glue.py", *given)
+    assert all(part in line for part in says), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_script_that_is_asked_nothing_says_so(inputs, tmp_path, capsys):
+    line = bad_input_line(capsys, "run_glue.py", *inputs, "--task_name", "sst2", "--output_dir", tmp_path / "out")
+    assert "--do_train" in line and "--do_eval" in line
+
+
+def test_an_image_checkpoint_is_named(inputs, tmp_path, capsys):
+    stock_model("ForImageClassificationLearned").save_pretrained(tmp_path / "image")
+    given = ("--model_name_or_path", tmp_path / "image", *inputs[2:], "--task_name", "sst2", "--do_eval")
+    line = bad_input_line(capsys, "run_glue.py", *given, "--output_dir", tmp_path / "out")
+    assert "PerceiverForImageClassificationLearned" in line and "PerceiverForMaskedLM" in line
+
+
+def test_a_push_without_a_token_is_refused_before_training(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiment, "load_model_and_task", None)
+    monkeypatch.setitem(os.environ, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr("experiments.publishing.hub.get_token", lambda: None)
+    given = (*inputs, "--task_name", "sst2", *TRAINING, "--push_to_hub", "--output_dir", tmp_path / "out")
+    line = bad_input_line(capsys, "run_glue.py", *given)
+    assert "--push_to_hub" in line and "hf auth login" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "named"),
+    [
+        ("run_glue.py", ("--do_eval",), "--do_eval"),
+        ("run_glue.py", ("--do_train", "--r", 1, "--retrain_epochs", 1), "--retrain_epochs"),
+        ("eval_sweep.py", ("--model_name_or_path", "any"), "--r"),
+    ],
+)
+def test_fsdp_is_refused_where_it_cannot_do_it(tmp_path, capsys, monkeypatch, script, given, named):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    line = bad_input_line(capsys, script, *given, "--task_name", "sst2", "--output_dir", tmp_path / "out")
+    assert f"{named}: " in line and "FSDP" in line
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        call_script("run_glue.py", "--help")
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("--task_name", "--r ", "--retrain_epochs", "--resume_from_checkpoint", "deepmind/language-perceiver"):
+        assert part in text
+    headings = ["model:", "merging:", "sentences:", "retraining:", "pushing, ", "training and evaluation"]
+    places = [text.index(f"\n{heading}") for heading in headings]
+    assert text.index("A GLUE task") < places[0] and places == sorted(places)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""run_image.py, really run: what it writes, that its checkpoint loads, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import AutoImageProcessor, BertConfig, PerceiverImageProcessorPil
+
+from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
+from tests.support.script_run import bad_input_line, call_script, run_script
+from tests.support.tiny_images import LABELS, NUM_LAYERS, write_image_folders, write_images, write_model_config
+from tests.support.tiny_models import stock_model
+
+TRAINING = (
+    "--do_train", "--do_eval", "--use_cpu", "--num_train_epochs", 1, "--per_device_train_batch_size", 12,
+    "--learning_rate", 3e-3, "--save_strategy", "no",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[object, ...]:
+    folder = tmp_path_factory.mktemp("inputs")
+    images = write_images(folder / "images", {"train": 48, "test": 30})
+    return "--config_name", write_model_config(folder), "--dataset_name", images
+
+
+@pytest.fixture(scope="module")
+def finetuned(inputs, tmp_path_factory) -> Path:
+    """A checkpoint finetuned, merged and retrained in one run of the script, in a process of its own."""
+    output_dir = tmp_path_factory.mktemp("outputs") / "r2"
+    result = run_script(
+        "run_image.py", *inputs, *TRAINING, "--num_train_epochs", 8, "--r", 2, "--retrain_epochs", 1,
+        "--output_dir", output_dir,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return output_dir
+
+
+def results(output_dir: Path) -> dict[str, float]:
+    return json.loads((output_dir / "all_results.json").read_text())
+
+
+def test_finetunes_merges_and_retrains(finetuned):
+    """The unmerged checkpoint, the merged accuracy and the retrained checkpoint all come out of one command."""
+    unmerged = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(finetuned / "finetuned")
+    retrained = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(finetuned)
+    assert (unmerged.r, retrained.r) == (0, 2)
+    assert list(retrained.config.id2label.values()) == LABELS
+    before, after = unmerged.base_model.embeddings.latents, retrained.base_model.embeddings.latents
+    assert not before.equal(after)
+    for name in ("merged_accuracy", "eval_accuracy", "eval_accuracy_stderr", "train_loss"):
+        assert name in results(finetuned)
+    for name in ("train_results.json", "eval_results.json", "merged_results.json", "trainer_state.json"):
+        assert (finetuned / name).exists()
+
+
+def test_learns(finetuned):
+    """Brightness is an easy class: far better than a third of the 30 images right."""
+    assert results(finetuned / "finetuned")["eval_accuracy"] > 0.7
+
+
+def test_checkpoint_carries_code_and_image_processor(finetuned):
+    assert "AutoModelForImageClassification" in json.loads((finetuned / "config.json").read_text())["auto_map"]
+    for module in ("configuration", "layers", "merging", "modeling"):
+        assert (finetuned / f"{module}_tome_perceiver.py").exists()
+    assert AutoImageProcessor.from_pretrained(finetuned).size["height"] == 16
+
+
+def test_evaluates_a_checkpoint_with_another_r(inputs, finetuned, tmp_path):
+    arguments = ("--model_name_or_path", finetuned, *inputs[2:], "--do_eval", "--use_cpu")
+    call_script("run_image.py", *arguments, "--r", "4,0,0,1", "--output_dir", tmp_path)
+    assert 0 <= results(tmp_path)["eval_accuracy"] <= 1
+
+
+def test_finetunes_a_stock_checkpoint(inputs, tmp_path):
+    """Other labels than the data's need --ignore_mismatched_sizes; everything else loads as it is."""
+    stock_model("ForImageClassificationConvProcessing", num_labels=5).float().save_pretrained(tmp_path / "stock")
+    PerceiverImageProcessorPil(do_center_crop=False, size={"height": 16, "width": 16}).save_pretrained(
+        tmp_path / "stock"
+    )
+    arguments = ("--model_name_or_path", tmp_path / "stock", *inputs[2:], *TRAINING, "--r", 1)
+    call_script("run_image.py", *arguments, "--ignore_mismatched_sizes", "--output_dir", tmp_path / "out")
+    model = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(tmp_path / "out")
+    assert (model.r, model.config.num_labels) == (1, len(LABELS))
+
+
+def test_image_folders_and_a_split_made_here(inputs, tmp_path):
+    train_dir = write_image_folders(tmp_path / "images", per_class=10)
+    arguments = ("--train_dir", train_dir, "--train_val_split", 0.2, *inputs[:2], *TRAINING)
+    call_script("run_image.py", *arguments, "--output_dir", tmp_path / "out")
+    # 6 of 30 images: the accuracy is a multiple of a sixth.
+    assert results(tmp_path / "out")["eval_accuracy"] * 6 == pytest.approx(
+        round(results(tmp_path / "out")["eval_accuracy"] * 6)
+    )
+
+
+def test_arguments_from_a_file(inputs, tmp_path):
+    path = tmp_path / "arguments.json"
+    path.write_text(
+        json.dumps(
+            {
+                "config_name": str(inputs[1]), "dataset_name": str(inputs[3]), "output_dir": str(tmp_path / "out"),
+                "do_eval": True, "use_cpu": True, "config_overrides": "num_latents=6", "max_eval_samples": 10,
+            }
+        )
+    )  # fmt: skip
+    call_script("run_image.py", path)
+    assert "eval_accuracy" in results(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--r", "-1"), ("--r -1", "0 or more")),
+        (("--r", "two"), ("--r two", "integer")),
+        (("--r", "1.5"), ("--r 1.5", "integer")),
+        (("--r", "1,1"), ("r = [1, 1]", str(NUM_LAYERS))),
+        (("--r", "1", "--r_inflection", "2"), ("--r_inflection 2.0", "-1 to 1")),
+        (("--r", "1,1,1,1", "--r_inflection", "1"), ("r_inflection = 1.0", "integer r")),
+        (("--min_latents", "0"), ("--min_latents 0", "1 or more")),
+        (("--min_latents", "9"), ("min_latents = 9", "8")),
+        (("--merge_method", "glue"), ("--merge_method glue", "bipartite")),
+        (("--config_overrides", "latents=3"), ("--config_overrides", "latents")),
+        (("--retrain_epochs", "-1"), ("--retrain_epochs", "0 or more")),
+        (("--retrain_epochs", "1"), ("--retrain_epochs", "--r")),
+        (("--elastic",), ("--elastic", "--do_train")),
+        (("--elastic", "--do_train", "--distillation_weight", "-1"), ("--distillation_weight -1.0", "0 or more")),
+        (("--elastic", "--do_train", "--distillation_weight", "nan"), ("--distillation_weight nan", "a number")),
+        (("--max_eval_samples", "0"), ("--max_eval_samples 0", "1 or more")),
+        (("--image_column_name", "picture"), ("--image_column_name picture", "image")),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(inputs, tmp_path, capsys, arguments, says):
+    line = bad_input_line(capsys, "run_image.py", *inputs, *arguments, "--do_eval", "--output_dir", tmp_path / "out")
+    assert all(part in line for part in says), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("model_name_or_path", "not/there"), ("dataset_name", "not/there"), ("config_name", "no.json")]
+)
+def test_what_is_not_there_is_named(inputs, tmp_path, capsys, name, value):
+    given = inputs[2:] if name == "model_name_or_path" else inputs
+    line = bad_input_line(
+        capsys, "run_image.py", "--do_eval", *given, f"--{name}", value, "--output_dir", tmp_path / "out"
+    )
+    assert f"--{name} {value}" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_architecture_is_named(inputs, tmp_path, capsys):
+    BertConfig().save_pretrained(tmp_path / "bert")
+    arguments = ("--model_name_or_path", tmp_path / "bert", *inputs[2:], "--output_dir", tmp_path / "out")
+    line = bad_input_line(capsys, "run_image.py", "--do_eval", *arguments)
+    assert "'bert'" in line and "'perceiver'" in line
+
+
+def test_a_text_checkpoint_is_named(inputs, tmp_path, capsys):
+    stock_model("ForSequenceClassification").save_pretrained(tmp_path / "text")
+    arguments = ("--model_name_or_path", tmp_path / "text", *inputs[2:], "--output_dir", tmp_path / "out")
+    line = bad_input_line(capsys, "run_image.py", "--do_eval", *arguments)
+    assert "PerceiverForSequenceClassification" in line and "ForImageClassification" in line
+
+
+def test_other_labels_than_the_checkpoints_are_named(finetuned, tmp_path, capsys):
+    folder = write_images(tmp_path / "images", {"train": 4, "test": 4})
+    stock_model("ForImageClassificationConvProcessing", num_labels=7).save_pretrained(tmp_path / "stock")
+    arguments = ("--model_name_or_path", tmp_path / "stock", "--dataset_name", folder, "--output_dir", tmp_path / "out")
+    line = bad_input_line(capsys, "run_image.py", "--do_eval", *arguments)
+    assert "7 labels" in line and "--ignore_mismatched_sizes" in line
+
+
+def test_a_bad_argument_ends_a_process_with_code_2(inputs, tmp_path):
+    result = run_script("run_image.py", *inputs, "--r", "-3", "--output_dir", tmp_path / "out")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_predicts_with_the_names_of_the_classes(inputs, finetuned, tmp_path):
+    """One line for each of the 30 test images; their labels are there, so the figures are too."""
+    arguments = ("--model_name_or_path", finetuned, *inputs[2:], "--do_predict", "--use_cpu")
+    call_script("run_image.py", *arguments, "--output_dir", tmp_path / "out")
+    lines = (tmp_path / "out" / "predict_results_images.txt").read_text().splitlines()
+    predicted = [line.split("\t")[1] for line in lines[1:]]
+    assert len(predicted) == 30 and set(predicted) <= set(LABELS)
+    right = sum(name == LABELS[index % len(LABELS)] for index, name in enumerate(predicted))
+    assert results(tmp_path / "out")["predict_accuracy"] == pytest.approx(right / 30)
+
+
+def test_one_checkpoint_for_every_r(inputs, finetuned, tmp_path):
+    """Trained on from a checkpoint; the r that was asked for is what it is evaluated and saved with."""
+    arguments = ("--model_name_or_path", finetuned / "finetuned", *inputs[2:], *TRAINING, "--elastic")
+    for r in (0, 2):
+        call_script("run_image.py", *arguments, "--r", r, "--output_dir", tmp_path / f"r{r}")
+    unmerged, merged = (
+        ToMePerceiverForImageClassificationConvProcessing.from_pretrained(tmp_path / f"r{r}") for r in (0, 2)
+    )
+    assert (unmerged.r, merged.r) == (0, 2)
+    for name, weights in unmerged.state_dict().items():
+        assert weights.equal(merged.state_dict()[name]), name  # what is drawn does not depend on it
+    assert results(tmp_path / "r0")["eval_loss"] != results(tmp_path / "r2")["eval_loss"]
+    card = (tmp_path / "r2" / "README.md").read_text()
+    assert "| trained for every r | 2 |" in card and "- `elastic`: True" in card
+
+
+def test_retrains_for_every_r(inputs, tmp_path):
+    """After plain finetuning, and without any r."""
+    arguments = (*inputs, *TRAINING, "--retrain_epochs", 1, "--elastic", "--output_dir", tmp_path)
+    call_script("run_image.py", *arguments)
+    finetuned, retrained = (
+        ToMePerceiverForImageClassificationConvProcessing.from_pretrained(folder)
+        for folder in (tmp_path / "finetuned", tmp_path)
+    )
+    assert (finetuned.r, retrained.r) == (0, 0)
+    assert not finetuned.base_model.embeddings.latents.equal(retrained.base_model.embeddings.latents)
+    assert not (tmp_path / "merged_results.json").exists()  # nothing would have merged
+    card = (tmp_path / "README.md").read_text()
+    assert "| finetuned | 0 |" in card and "| retrained for every r | 0 |" in card
+
+
+def test_compiled_layers_give_the_same(inputs, finetuned, tmp_path):
+    arguments = ("--model_name_or_path", finetuned, *inputs[2:], "--do_eval", "--use_cpu", "--output_dir", tmp_path)
+    torch.compiler.reset()
+    counters.clear()
+    call_script("run_image.py", *arguments, "--torch_compile", "--torch_compile_backend", "eager")
+    assert counters["stats"]["unique_graphs"] > 0
+    assert results(tmp_path)["eval_loss"] == pytest.approx(results(finetuned)["eval_loss"], rel=1e-5)
+    assert results(tmp_path)["eval_accuracy"] == results(finetuned)["eval_accuracy"]
+
+
+def test_trains_on_augmented_images(inputs, tmp_path):
+    augmented = ("--crop_scale", 0.5, "--horizontal_flip", 0.5, "--num_train_epochs", 2)
+    call_script("run_image.py", *inputs, *TRAINING, *augmented, "--output_dir", tmp_path / "out")
+    call_script("run_image.py", *inputs, *TRAINING, "--num_train_epochs", 2, "--output_dir", tmp_path / "plain")
+    assert results(tmp_path / "out")["train_loss"] != results(tmp_path / "plain")["train_loss"]

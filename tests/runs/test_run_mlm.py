@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""run_mlm.py, really run, and the checkpoint that it leaves swept, calibrated, filled in and turned to a classifier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer, PerceiverTokenizer, pipeline
+
+from experiments.tasks.mlm import NOT_ASKED, MlmDataArguments, load_mlm_task
+from modeling_tome_perceiver import ToMePerceiverForMaskedLM, ToMePerceiverForSequenceClassification
+from tests.support.script_run import bad_input_line, call_script, run_script
+from tests.support.tiny_models import stock_model
+from tests.support.tiny_texts import POSITIONS, write_glue, write_model_config, write_sentences
+
+LENGTH = 48
+TRAINING = (
+    "--do_train", "--do_eval", "--use_cpu", "--per_device_train_batch_size", 16, "--learning_rate", 1e-2,
+    "--save_strategy", "no", "--per_device_eval_batch_size", 5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[object, ...]:
+    folder = write_sentences(tmp_path_factory.mktemp("data"), "one", "two")
+    return "--dataset_name", folder, "--dataset_config_name", "one,two", "--mlm_probability", 0.3
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """A checkpoint trained, merged and retrained in one run of the script, in a process of its own."""
+    folder = tmp_path_factory.mktemp("outputs")
+    config = write_model_config(
+        folder, architectures=["PerceiverForMaskedLM"], attention_probs_dropout_prob=0.0,
+        **dict.fromkeys(("d_model", "d_latents", "qk_channels", "v_channels"), 16),
+    )  # fmt: skip
+    result = run_script(
+        "run_mlm.py", "--config_name", config, *data, "--max_seq_length", LENGTH, *TRAINING, "--num_train_epochs", 6,
+        "--r", 1, "--retrain_epochs", 1, "--output_dir", folder / "mlm",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return folder / "mlm"
+
+
+def results(output_dir: Path, split: str = "all") -> dict[str, float]:
+    return json.loads((output_dir / f"{split}_results.json").read_text())
+
+
+def test_learns_merges_and_retrains(trained):
+    """A masked letter is one of three; which one, the rest of the sentence says."""
+    assert results(trained / "finetuned")["eval_accuracy"] > 0.6
+    unmerged, retrained = (ToMePerceiverForMaskedLM.from_pretrained(at) for at in (trained / "finetuned", trained))
+    assert (unmerged.r, retrained.r) == (0, 1)
+    assert retrained.config.max_position_embeddings == LENGTH
+    assert {"merged_accuracy", "merged_accuracy_stderr", "eval_loss"} <= set(results(trained))
+
+
+def test_figures_are_those_of_each_sentence_by_itself(trained, data):
+    """Whatever Trainer's batches of other lengths are padded with."""
+    model = ToMePerceiverForMaskedLM.from_pretrained(trained).eval()
+    arguments = MlmDataArguments(dataset_name=str(data[1]), dataset_config_name="one,two", mlm_probability=0.3)
+    task = load_mlm_task(arguments, predict=False, seed=3)
+    sight = task.prepared(model.config, AutoTokenizer.from_pretrained(trained), seed=3)
+    right = asked = 0
+    for example in sight.evaluation[""]:
+        where = example["labels"] != NOT_ASKED
+        with torch.no_grad():
+            logits = model(input_ids=example["input_ids"][None]).logits[0, : len(where)]
+        right += int((logits.argmax(-1) == example["labels"])[where].sum())
+        asked += int(where.sum())
+    assert results(trained)["eval_accuracy"] == pytest.approx(right / asked)
+    assert results(trained)["eval_samples"] == len(sight.evaluation[""])
+
+
+def test_the_card_says_what_was_measured_and_shows_code_that_runs(trained):
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.pipeline_tag == "fill-mask"
+    assert [result.metric_value for result in card.data.eval_results] == [
+        results(trained / "finetuned")["eval_accuracy"], results(trained)["merged_accuracy"],
+        results(trained)["eval_accuracy"],
+    ]  # fmt: skip
+    assert f'pipe = pipeline("fill-mask", "{trained}", trust_remote_code=True)' in card.text
+    pipe = pipeline("fill-mask", str(trained / "finetuned"), trust_remote_code=True)
+    shown = next(line for line in card.text.splitlines() if line.startswith("pipe("))
+    assert len(eval(shown, {"pipe": pipe})) == 5
+    assert pipe(f"bbbbb{pipe.tokenizer.mask_token}bbbbb")[0]["token_str"] == "b"
+
+
+def test_a_sweep_compares_sentence_by_sentence(trained, data, tmp_path):
+    """Merging nothing changes nothing; each row is of the same masked tokens."""
+    call_script(
+        "eval_sweep.py", "--model_name_or_path", trained, *data, "--r", 0, 1, "--timing_rounds", 1, "--use_cpu",
+        "--per_device_eval_batch_size", 4, "--output_dir", tmp_path / "sweep",
+    )  # fmt: skip
+    unmerged, merged = (
+        row["merged"] for row in json.loads((tmp_path / "sweep" / "sweep_results.json").read_text())["rows"]
+    )
+    assert merged["accuracy"] == pytest.approx(results(trained)["eval_accuracy"])
+    assert merged["accuracy_change"] == pytest.approx(merged["accuracy"] - unmerged["accuracy"])
+    assert merged["accuracy_change_stderr"] >= 0
+    assert ModelCard.load(tmp_path / "sweep" / "README.md").data.pipeline_tag == "fill-mask"
+
+
+def test_a_calibrated_checkpoint(trained, data, tmp_path):
+    call_script(
+        "calibrate.py", "--model_name_or_path", trained, *data, "--num_groups", 4, "--do_eval", "--use_cpu",
+        "--output_dir", tmp_path / "groups",
+    )  # fmt: skip
+    model = ToMePerceiverForMaskedLM.from_pretrained(tmp_path / "groups")
+    assert model.config.latents_per_layer[-1] == 4
+    measured = json.loads((tmp_path / "groups" / "calibration_results.json").read_text())
+    assert "accuracy_change_stderr" in measured["calibrated"]
+
+
+def test_a_classifier_starts_from_it(trained, tmp_path):
+    write_glue(tmp_path / "glue", "sst2")
+    call_script(
+        "run_glue.py", "--model_name_or_path", trained, "--dataset_name", tmp_path / "glue", "--task_name", "sst2",
+        *TRAINING, "--learning_rate", 0, "--num_train_epochs", 1, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    model = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out")
+    start = ToMePerceiverForMaskedLM.from_pretrained(trained)
+    assert model.perceiver.embeddings.latents.equal(start.perceiver.embeddings.latents)
+
+
+def test_a_stock_checkpoint_is_evaluated_merged(data, tmp_path):
+    stock_model("ForMaskedLM", max_position_embeddings=POSITIONS, dtype=torch.float32).save_pretrained(
+        tmp_path / "stock"
+    )
+    PerceiverTokenizer().save_pretrained(tmp_path / "stock")
+    call_script(
+        "run_mlm.py", "--model_name_or_path", tmp_path / "stock", *data, "--r", 2, "--do_eval", "--use_cpu",
+        "--max_eval_samples", 6, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert 0 < results(tmp_path / "out")["eval_samples"] <= 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--mlm_probability", 0), ("--mlm_probability 0", "above 0")),
+        (("--no_line_by_line",), ("--line_by_line False",)),
+        (("--dataset_config_name", "one,three"), ("--dataset_name", "three")),
+        (("--task_name", "sst2"), ("--task_name sst2", "--dataset_config_name")),
+        (("--do_predict",), ("--do_predict",)),
+        (("--max_seq_length", 9999, "--model_name_or_path"), ("--max_seq_length 9999", str(POSITIONS))),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(data, tmp_path, capsys, arguments, says):
+    model = ("--config_name", write_model_config(tmp_path, architectures=["PerceiverForMaskedLM"]))
+    if arguments[-1] == "--model_name_or_path":
+        stock_model("ForMaskedLM", max_position_embeddings=POSITIONS).save_pretrained(tmp_path / "stock")
+        PerceiverTokenizer().save_pretrained(tmp_path / "stock")
+        model, arguments = ("--model_name_or_path", tmp_path / "stock"), arguments[:-1]
+    line = bad_input_line(capsys, "run_mlm.py", *model, *data, *TRAINING, *arguments, "--output_dir", tmp_path / "out")
+    assert all(part in line for part in says), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_is_named(data, tmp_path, capsys):
+    stock_model("ForSequenceClassification").save_pretrained(tmp_path / "stock")
+    given = ("--model_name_or_path", tmp_path / "stock", *data, "--do_eval", "--output_dir", tmp_path / "out")
+    line = bad_input_line(capsys, "run_mlm.py", *given)
+    assert "PerceiverForSequenceClassification" in line and "ToMePerceiverForMaskedLM" in line
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        call_script("run_mlm.py", "--help")
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("--mlm_probability", "--line_by_line", "--r ", "--retrain_epochs", "deepmind/language-perceiver"):
+        assert part in text

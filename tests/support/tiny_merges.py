@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways in which the tiny models merge, and what their tests ask of a model more than once."""
+
+import pytest
+import torch
+
+from tests.support.tiny_models import HEADS, flat_logits, relative_difference
+
+# Five latents left, with layers that merge nothing among those that do.
+R_LIST = [3, 0, 2, 1, 0, 1]
+GROUPS = [None, [0, 1, 2, 0, 3, 4, 4, 0, 5, 6, 2, 0], None, [0, 1, 1, 2, 3, 0, 3], None, None]
+MERGES = {
+    "bipartite": dict(r=R_LIST),
+    "value": dict(r=R_LIST, merge_metric="value"),
+    "hidden": dict(r=R_LIST, merge_metric="hidden"),
+    "energy": dict(r=R_LIST, merge_method="energy"),
+    "size_penalty": dict(r=R_LIST, merge_method="size_penalty"),
+    "k_center": dict(r=R_LIST, merge_method="k_center"),
+    "random": dict(r=R_LIST, merge_method="random"),
+    "groups": dict(merge_groups=GROUPS),
+}
+MERGES_AND_PRUNE = {**MERGES, "prune": dict(r=R_LIST, merge_method="prune")}
+ATTENTION = ["eager", "sdpa"]
+
+every_head = pytest.mark.parametrize("head", HEADS)
+every_merge = pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES.keys())
+every_merge_and_prune = pytest.mark.parametrize("merge", MERGES_AND_PRUNE.values(), ids=MERGES_AND_PRUNE.keys())
+every_attention = pytest.mark.parametrize("attention", ATTENTION)
+
+DUPLICATES = {
+    # r, so that duplicates meet across even and odd positions in two merges: sizes 3, 1 and 2 after the first
+    "matched at once": (dict(r=[3, 1, 0, 0, 0, 0]), [0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7]),
+    "matched late, over two blocks": (dict(r=[0, 3, 0, 0, 1, 0]), [0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7]),
+    "matched, one size": (dict(r=[1, 0, 0, 0, 0, 0]), [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10]),
+    # While sizes are equal; after that the penalty may outweigh the likeness of duplicates.
+    "size_penalty": (dict(r=[3, 0, 0, 0, 0, 0], merge_method="size_penalty"), [0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8]),
+    # Any copies, wherever they stand, as long as no more latents differ than stay.
+    "k_center": (dict(r=[5, 2, 0, 1, 0, 0], merge_method="k_center"), [0, 1, 0, 2, 0, 3, 1, 0, 0, 2, 0, 2]),
+    "groups in two steps": (
+        dict(merge_groups=[[0, 1, 2, 0, 3, 1, 1, 0, 1, 3, 4, 2], None, None, [0, 1, 2, 3, 2], None, None]),
+        [0, 1, 2, 0, 3, 1, 1, 0, 1, 3, 2, 2],
+    ),
+}
+
+
+def assert_same(value, reference, tolerance=1e-12):
+    """Nested tuples, dicts and tensors of the same layout and, but for the rounding, the same numbers."""
+    if isinstance(reference, dict):
+        assert list(value) == list(reference)
+        value, reference = list(value.values()), list(reference.values())
+    if isinstance(reference, (tuple, list)):
+        assert isinstance(value, (tuple, list)) and len(value) == len(reference)
+        for one, other in zip(value, reference, strict=True):
+            assert_same(one, other, tolerance)
+    else:
+        assert value.shape == reference.shape and value.dtype == reference.dtype
+        assert relative_difference(value, reference) <= tolerance
+
+
+def labels_for(head, rows=2):
+    if head == "ForMaskedLM":
+        labels = torch.randint(0, 262, (rows, 20))
+        labels[:, 3:] = -100
+        return labels
+    return torch.arange(rows) % 3
+
+
+def loss_and_gradients(model, inputs):
+    model.zero_grad()
+    logits = flat_logits(model(**inputs))
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)).to(logits.dtype)
+    loss = (logits * weights).sum()
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

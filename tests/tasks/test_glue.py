@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sentences a task has, what the model sees of them, and what is said of data that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import EvalPrediction, PerceiverTokenizer
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.errors import BadInput
+from experiments.tasks.glue import SENTENCES, GlueDataArguments, GlueTask, load_glue_task
+from tests.support.tiny_texts import LABELS, MODEL, POSITIONS, write_glue, write_table
+
+
+def config_for(task: GlueTask, **changes: object) -> ToMePerceiverConfig:
+    config = ToMePerceiverConfig(**MODEL | changes)
+    return config if not task.labels else with_labels(config, task.labels)
+
+
+def with_labels(config: ToMePerceiverConfig, names: list[str]) -> ToMePerceiverConfig:
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    return config
+
+
+def prepared(task: GlueTask, **changes: object):
+    return task.prepared(config_for(task, **changes), PerceiverTokenizer(), seed=0)
+
+
+@pytest.mark.parametrize("name", sorted(SENTENCES))
+def test_every_glue_task_loads_as_from_the_hub(tmp_path, name):
+    arguments = GlueDataArguments(task_name=name, dataset_name=str(write_glue(tmp_path, name)))
+    task = load_glue_task(arguments, predict=True, seed=0)
+    assert task.labels == LABELS[name]
+    suffixes = ["", "_mm"] if name == "mnli" else [""]
+    assert list(task.evaluation) == list(task.prediction) == suffixes
+    if name == "mnli":
+        assert (len(task.evaluation[""]), len(task.evaluation["_mm"])) == (26, 29)
+    sight = prepared(task)
+    batch = sight.collate([sight.train[0], sight.train[1]])
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert batch["labels"].is_floating_point() == (name == "stsb")
+    assert "labels" not in sight.prediction[""].features  # they are kept back
+
+
+def test_a_pair_is_read_with_a_separator(tmp_path):
+    task = load_glue_task(
+        GlueDataArguments(task_name="rte", dataset_name=str(write_glue(tmp_path, "rte"))), predict=False, seed=0
+    )
+    tokenizer = PerceiverTokenizer()
+    example = task.train[0]
+    expected = tokenizer(example["sentence1"], example["sentence2"])["input_ids"]
+    assert prepared(task).train[0]["input_ids"] == expected
+    assert expected.count(tokenizer.sep_token_id) == 2
+
+
+@pytest.mark.parametrize(("pad", "length"), [(False, None), (True, 20), (True, None)])
+def test_batches_are_padded_to_their_longest_unless_asked(tmp_path, pad, length):
+    folder = str(write_glue(tmp_path, "sst2"))
+    arguments = GlueDataArguments(task_name="sst2", dataset_name=folder, pad_to_max_length=pad, max_seq_length=length)
+    sight = prepared(load_glue_task(arguments, predict=False, seed=0))
+    lengths = [len(sight.train[index]["input_ids"]) for index in range(4)]
+    batch = sight.collate([sight.train[index] for index in range(4)])
+    assert batch["input_ids"].shape[1] == (length or POSITIONS if pad else max(lengths))
+    assert max(lengths) > min(lengths) or pad
+
+
+def test_long_sentences_are_cut(tmp_path):
+    arguments = GlueDataArguments(task_name="sst2", dataset_name=str(write_glue(tmp_path, "sst2")), max_seq_length=4)
+    sight = prepared(load_glue_task(arguments, predict=False, seed=0))
+    assert {len(example["input_ids"]) for example in sight.train} == {4}
+
+
+@pytest.mark.parametrize("ending", [".csv", ".json", ".parquet"])
+def test_own_files(tmp_path, ending):
+    """Labels of any type, sorted by name; the first two other columns are the pair."""
+    columns = {"question": ["a", "b", "c"], "answer": ["d", "e", "f"], "label": ["yes", "no", "yes"]}
+    train = write_table(tmp_path / f"train{ending}", columns)
+    validation = write_table(tmp_path / f"validation{ending}", {name: values[1:] for name, values in columns.items()})
+    test = write_table(tmp_path / f"test{ending}", {name: columns[name] for name in ("question", "answer")})
+    arguments = GlueDataArguments(train_file=str(train), validation_file=str(validation), test_file=str(test))
+    task = load_glue_task(arguments, predict=True, seed=0)
+    assert task.labels == ["no", "yes"]
+    assert task.sentence_columns == ("question", "answer")
+    sight = prepared(task)
+    assert [example["labels"] for example in sight.train] == [1, 0, 1]
+    assert [example["labels"] for example in sight.evaluation[""]] == [0, 1]
+    assert len(sight.prediction[""]) == 3
+
+
+def test_own_numbers_are_regression(tmp_path):
+    path = str(write_table(tmp_path / "own.csv", {"text": ["a", "b"], "label": [0.5, -1.0]}))
+    task = load_glue_task(GlueDataArguments(train_file=path, validation_file=path), predict=False, seed=0)
+    assert (task.labels, task.main_metric, task.sentence_columns) == ([], "pearson", ("text",))
+    sight = prepared(task)
+    assert [example["labels"] for example in sight.evaluation[""]] == [0.5, -1.0]
+    logits = np.array([[1.0], [2.0]])
+    metrics = sight.metrics(EvalPrediction(predictions=logits, label_ids=np.array([0.5, -1.0])))
+    assert metrics["mse"] == pytest.approx((0.25 + 9) / 2)
+
+
+def test_the_checkpoints_order_of_the_labels_stays(tmp_path):
+    task = load_glue_task(
+        GlueDataArguments(task_name="sst2", dataset_name=str(write_glue(tmp_path, "sst2"))), predict=False, seed=0
+    )
+    config = with_labels(config_for(task), ["positive", "negative"])
+    sight = task.prepared(config, PerceiverTokenizer(), seed=0)
+    assert [1 - example["label"] for example in task.train] == [example["labels"] for example in sight.train]
+
+
+def test_counts_cut_what_is_read(tmp_path):
+    arguments = GlueDataArguments(
+        task_name="mnli",
+        dataset_name=str(write_glue(tmp_path, "mnli")),
+        max_train_samples=5, max_eval_samples=4, max_predict_samples=3,
+    )  # fmt: skip
+    task = load_glue_task(arguments, predict=True, seed=0)
+    assert len(task.train) == 5
+    assert [len(split) for split in (*task.evaluation.values(), *task.prediction.values())] == [4, 4, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"task_name": "glue"}, ["--task_name glue", "mrpc"]),
+        ({"task_name": "sst2", "max_seq_length": 0}, ["--max_seq_length 0", "1 or more"]),
+        ({"task_name": "sst2", "max_eval_samples": 0}, ["--max_eval_samples 0", "1 or more"]),
+        ({"train_file": "not_there.csv"}, ["--train_file not_there.csv", "no such file"]),
+        ({"train_file": "data.xlsx"}, ["--train_file data.xlsx", ".csv", ".parquet"]),
+    ],
+)
+def test_arguments_that_cannot_be_meant(given, says):
+    with pytest.raises(BadInput) as error:
+        GlueDataArguments(**given)
+    assert all(part in str(error.value) for part in says), error.value
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "says"),
+    [
+        ({"text": ["a", "b"], "label": ["x", "z"]}, {"text": ["a"], "label": ["y"]}, ["'validation'", "'y'", "'x'"]),
+        ({"text": ["a", "b"], "label": ["x", "z"]}, {"text": ["a"]}, ["validation"]),
+        ({"text": ["a"], "kind": ["x"]}, {"text": ["a"], "kind": ["x"]}, ["'label'", "'kind'"]),
+        ({"label": ["x"]}, {"label": ["x"]}, ["no column with sentences"]),
+        ({"text": ["a", "b"], "label": ["x", "z"]}, {"text": [], "label": []}, ["validation"]),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path, train, validation, says):
+    paths = [
+        str(write_table(tmp_path / f"{name}.csv", columns))
+        for name, columns in (("train", train), ("validation", validation))
+    ]
+    arguments = GlueDataArguments(train_file=paths[0], validation_file=paths[1])
+    with pytest.raises(BadInput) as error:
+        load_glue_task(arguments, predict=False, seed=0)
+    assert "\n" not in str(error.value)
+    assert all(part in str(error.value) for part in (*says, ".csv")), error.value
+
+
+@pytest.mark.parametrize(
+    ("given", "predict", "says"),
+    [
+        ({}, False, ["--train_file", "--task_name"]),
+        ({"train_file": "own.csv"}, False, ["--validation_file"]),
+        ({"train_file": "own.csv", "validation_file": "own.csv"}, True, ["--test_file", "--do_predict"]),
+        ({"dataset_name": "not/there"}, False, ["--dataset_name not/there"]),
+        ({"task_name": "rte", "dataset_name": "."}, False, ["--dataset_name ."]),
+    ],
+)
+def test_data_that_are_not_there(tmp_path, monkeypatch, given, predict, says):
+    monkeypatch.chdir(tmp_path)
+    for ending in (".csv", ".json"):
+        write_table(Path(f"own{ending}"), {"text": ["a"], "label": ["x"]})
+    with pytest.raises(BadInput) as error:
+        load_glue_task(GlueDataArguments(**given), predict, seed=0)
+    assert all(part in str(error.value) for part in says), error.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "says"),
+    [
+        ({"vocab_size": 100}, {}, ["262", "100", "--tokenizer_name"]),
+        ({}, {"max_seq_length": POSITIONS + 1}, [f"--max_seq_length {POSITIONS + 1}", str(POSITIONS)]),
+    ],
+)
+def test_a_tokenizer_or_a_length_that_the_model_has_no_room_for(tmp_path, changes, given, says):
+    arguments = GlueDataArguments(task_name="sst2", dataset_name=str(write_glue(tmp_path, "sst2")), **given)
+    task = load_glue_task(arguments, predict=False, seed=0)
+    with pytest.raises(BadInput) as error:
+        prepared(task, **changes)
+    assert all(part in str(error.value) for part in says), error.value
+
+
+def own(tmp_path: Path, train: dict, predict: bool = False, evaluate: bool = True, **others: dict) -> GlueTask:
+    paths = {f"{name}_file": str(write_table(tmp_path / f"{name}.jsonl", columns)) for name, columns in others.items()}
+    paths["train_file"] = str(write_table(tmp_path / "train.parquet", train))
+    return load_glue_task(GlueDataArguments(**paths), predict, seed=0, evaluate=evaluate)
+
+
+GOOD = {"text": ["aa", "bb", "cc"], "label": ["x", "y", "x"]}
+
+
+@pytest.mark.parametrize("names", [["equivalent", "not_equivalent"], ["Not-Equivalent", "EQUIVALENT"], ["0", "1"]])
+def test_f1_is_about_the_same_class_whatever_the_data_call_it_and_in_whatever_order(tmp_path, names):
+    folder = write_glue(tmp_path, "mrpc", labels=names)
+    task = load_glue_task(GlueDataArguments(task_name="mrpc", dataset_name=str(folder)), predict=False, seed=0)
+    assert [name.lower().replace("-", "_") for name in task.labels] in (LABELS["mrpc"], ["0", "1"])
+    sentences = dict(zip(task.train["sentence1"], task.train["label"], strict=True))
+    for sentence, label in sentences.items():
+        assert task.labels[label] == names[ord(sentence[0]) - ord("a")]
+
+
+def test_a_task_of_other_classes_is_refused(tmp_path):
+    folder = write_glue(tmp_path, "mrpc", labels=["no", "yes"])
+    with pytest.raises(BadInput, match="'no', 'yes'.*'not_equivalent' and 'equivalent'"):
+        load_glue_task(GlueDataArguments(task_name="mrpc", dataset_name=str(folder)), predict=False, seed=0)
+
+
+def test_files_of_different_formats(tmp_path):
+    """Labels by name: integers in one are strings in the other."""
+    task = own(tmp_path, {"text": ["a", "b"], "label": [0, 1]}, validation={"text": ["c"], "label": ["1"]})
+    assert (task.labels, task.evaluation[""]["label"]) == (["0", "1"], [1])
+
+
+def test_classes_of_truth_values(tmp_path):
+    task = own(tmp_path, {"text": ["a", "b"], "label": [True, False]}, validation={"text": ["c"], "label": [True]})
+    assert (task.labels, task.evaluation[""]["label"]) == (["False", "True"], [1])
+
+
+def test_a_number_beside_the_text_is_no_sentence(tmp_path):
+    table = {"id": [3, 4, 5]} | GOOD
+    assert own(tmp_path, table, validation=table).sentence_columns == ("text",)
+
+
+def test_without_a_validation_file_a_labelled_test_file_is_evaluated(tmp_path):
+    task = own(tmp_path, GOOD, test=GOOD, predict=True)
+    assert len(task.evaluation[""]) == len(task.prediction[""]) == 3
+    assert task.source.split == "test"
+
+
+def test_where_nothing_is_evaluated_there_need_not_be_anything(tmp_path):
+    task = own(tmp_path, GOOD, test={"text": ["aa"]}, predict=True, evaluate=False)
+    assert not task.evaluation and len(task.prediction[""]) == 1
+    assert prepared(task).batch(4)["input_ids"].shape[0] == 1
+    with pytest.raises(BadInput, match="nothing to evaluate on"):
+        own(tmp_path, GOOD, test={"text": ["aa"]}, predict=True)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "says"),
+    [
+        (GOOD | {"label": ["x", None, "y"]}, GOOD, "split 'train': column 'label' has no value.* 1 of 3"),
+        (GOOD | {"label": [0, -1, 1]}, GOOD, "split 'train': column 'label' has no value.* example 1"),
+        (GOOD, GOOD | {"label": ["x", "y", None]}, "split 'validation': column 'label' has no value.* example 2"),
+        (GOOD | {"label": [0.0, 1.0, 0.0]}, GOOD, "numbers with a point, '0.0', '1.0'"),
+        (GOOD | {"label": [0.5, None, 1.5]}, GOOD, "split 'train': column 'label' has no value"),
+        (GOOD | {"label": [[0], [1], [0]]}, GOOD, "column 'label' holds List"),
+        (GOOD | {"label": ["x", "x", "x"]}, GOOD, "'x' alone"),
+        (GOOD | {"text": [1, 2, 3]}, GOOD, "no column with sentences"),
+        (GOOD | {"text": ["a", None, "b"]}, GOOD, "split 'train': column 'text' has no value"),
+        (GOOD, GOOD | {"text": [1, 2, 3]}, "split 'validation': column 'text' holds int64"),
+        (GOOD, GOOD | {"text": ["a", "b", None]}, "split 'validation': column 'text' has no value"),
+        (GOOD, GOOD | {"text": [["a"], ["b"], ["c"]]}, "split 'validation': column 'text' holds List"),
+        (GOOD, GOOD | {"label": [True, False, True]}, "labels 'False', 'True'; allowed are those of training"),
+    ],
+)
+def test_what_is_missing_or_of_another_kind_is_refused(tmp_path, train, validation, says):
+    with pytest.raises(BadInput, match=says) as error:
+        own(tmp_path, train, validation=validation)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_sentence_is_one(tmp_path):
+    table = GOOD | {"text": ["", "b", "c"]}
+    assert prepared(own(tmp_path, table, validation=table)).train[0]["attention_mask"] == [1, 1]
+
+
+def test_a_tokenizer_without_padding_and_a_length_without_text_are_named(tmp_path):
+    task = own(tmp_path, GOOD, validation=GOOD)
+    tokenizer = PerceiverTokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(BadInput, match="pad"):
+        task.prepared(config_for(task), tokenizer, seed=0)
+    task.arguments.max_seq_length = 2
+    with pytest.raises(BadInput, match="--max_seq_length 2: allowed are 3 to"):
+        prepared(task)
+
+
+def test_the_tokenizer_learns_the_positions_of_the_model(tmp_path):
+    assert prepared(own(tmp_path, GOOD, validation=GOOD)).processing_class.model_max_length == POSITIONS
+
+
+@pytest.mark.parametrize("overwrite_cache", [False, True])
+def test_data_that_changed_are_read_again(tmp_path, overwrite_cache):
+    """datasets would go on with what it knows of a folder of that name."""
+    options = dict(predict=False, seed=0, cache_dir=str(tmp_path / "cache"))
+    for count in (18, 9):
+        folder = str(write_glue(tmp_path / "glue", "sst2", validation=count))
+        arguments = GlueDataArguments(task_name="sst2", dataset_name=folder, overwrite_cache=overwrite_cache)
+        task = load_glue_task(arguments, **options)
+        assert len(task.evaluation[""]) == len(prepared(task).evaluation[""]) == count

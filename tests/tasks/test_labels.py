@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classes go by name, wherever they stand; labels that are missing or mean nothing are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import EvalPrediction
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.errors import BadInput
+from experiments.tasks.base import PreparedTask
+from experiments.tasks.labels import has_labels, label_ids, label_names, matched, with_label_ids, with_numbers
+from experiments.tasks.scores import classes
+
+
+def prepared(names: list[str], ids: list[int], kind: str) -> PreparedTask:
+    return PreparedTask([], {}, {}, None, dict, classes, kind, labels=names, label_ids=ids)
+
+
+@given(order=st.permutations(range(2)), seed=st.integers(0, 99), kind=st.sampled_from(["mrpc", "qqp", "cola", "rte"]))
+def test_no_score_depends_on_the_order_of_label2id(order, seed, kind):
+    """The same model with its outputs in another order has the same figures and writes the same names."""
+    random = np.random.default_rng(seed)
+    logits, references = random.normal(size=(9, 2)), random.integers(2, size=9)
+    plain, other = prepared(["no", "yes"], [0, 1], kind), prepared(["no", "yes"], list(order), kind)
+    shuffled = np.empty_like(logits)
+    shuffled[:, order] = logits
+    ids = np.array(order)[references]
+    assert other.metrics(EvalPrediction(shuffled, ids)) == plain.metrics(EvalPrediction(logits, references))
+    assert other.written(other.predictions(shuffled)) == plain.written(plain.predictions(logits))
+    assert other.references(ids).tolist() == references.tolist()
+
+
+@given(order=st.permutations(range(4)))
+def test_three_and_more_classes_too(order):
+    ids, names = np.array(order), list("abcd")
+    task = prepared(names, list(order), "classification")
+    assert task.references(ids).tolist() == [0, 1, 2, 3]
+    assert task.written(task.predictions(np.eye(4)[ids])) == names
+
+
+@pytest.mark.parametrize(
+    ("data", "checkpoint", "expected"),
+    [
+        (["negative", "positive"], ["POSITIVE", "NEGATIVE"], [1, 0]),
+        (["not_equivalent", "equivalent"], ["Equivalent", "not-equivalent"], [1, 0]),
+        (["a b", "c"], ["C", "a_b"], [1, 0]),
+        (["A", "a"], ["a", "A"], [1, 0]),
+        (["x", "y"], ["LABEL_0", "LABEL_1"], [0, 1]),
+        (["0", "1"], ["negative", "positive"], [0, 1]),
+        (["x", "y"], ["LABEL_1", "LABEL_0"], None),
+        (["x", "y"], ["x", "z"], None),
+        (["x", "y"], ["x", "y", "z"], None),
+        (["A", "b"], ["a", "A"], None),
+        (["1", "2"], ["negative", "positive"], None),
+    ],
+)
+def test_which_label_is_which(data, checkpoint, expected):
+    assert matched(data, checkpoint) == expected
+
+
+def test_a_config_of_other_labels_is_refused_with_both_sets():
+    config = ToMePerceiverConfig(id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
+    assert label_ids(config, ["dog", "cat"]) == [1, 0]
+    with pytest.raises(BadInput, match="cat.*'bird', 'dog'"):
+        label_ids(config, ["bird", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ([3, 1, 3], ["1", "3"]),
+        (["3", "x"], ["3", "x"]),
+        ([True, False], ["False", "True"]),
+        ([0.5, 1.0], None),
+    ],
+)
+def test_names_of_own_labels(values, names):
+    dataset = Dataset.from_dict({"label": values})
+    assert label_names(dataset, "label", "here") == names
+    if names:
+        ids = with_label_ids(dataset, "label", names, "here")["label"]
+        assert [names[index] for index in ids] == list(map(str, values))
+
+
+@pytest.mark.parametrize("values", [[[1], [2]], [{"a": 1}, {"a": 2}], [None, None], [b"x", b"y"]])
+def test_labels_of_other_kinds_are_refused(values):
+    with pytest.raises(BadInput, match="column 'label' holds .*allowed are a name"):
+        label_names(Dataset.from_dict({"label": values}), "label", "here")
+
+
+def test_the_order_of_names_in_the_data_is_not_that_of_the_task():
+    features = Features({"label": ClassLabel(names=["yes", "no"])})
+    dataset = Dataset.from_dict({"label": [0, 1, 1]}, features=features)
+    assert with_label_ids(dataset, "label", ["no", "yes"], "here")["label"] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("value", [-1, None, 7])
+def test_missing_labels_are_counted(value):
+    features = Features({"label": ClassLabel(names=["no", "yes"])})
+    table = Dataset.from_dict({"label": [0, 1, 1, 1]}, features=features).data.table.to_pydict()
+    table["label"][2:] = [value] * 2
+    dataset = Dataset.from_dict(table, features=Features({"label": Value("int64")}))
+    dataset.info.features = features
+    with pytest.raises(BadInput, match="here: column 'label' has no value.* in 2 of 4 examples, .* example 2"):
+        with_label_ids(dataset, "label", ["no", "yes"], "here")
+
+
+@pytest.mark.parametrize("values", [["x", None, ""], [1, -1, -1], ["x", "", None]])
+def test_missing_names_are_counted(values):
+    with pytest.raises(BadInput, match="2 of 3 examples, .* example 1"):
+        with_label_ids(Dataset.from_dict({"label": values}), "label", ["x", "1"], "here")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [([0.5, None], "1 of 2"), ([0.5, float("nan")], "1 of 2"), ([0.5, float("inf")], "not finite"), (["x", "y"], "x")],
+)
+def test_numbers_are_finite(values, says):
+    with pytest.raises(BadInput, match=says):
+        with_numbers(Dataset.from_dict({"label": values}), "label", "here")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([-1, -1], False), ([None], False), ([-1.0], False), ([-1, 0], True), (["", "x"], True)]
+)
+def test_labels_that_are_kept_back(values, expected):
+    assert has_labels(Dataset.from_dict({"label": values}), "label") is expected
+    assert has_labels(Dataset.from_dict({"other": values}), "label") is False

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sentences are masked, what of them, and what the model sees and is asked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PerceiverTokenizer
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.errors import BadInput
+from experiments.merging.arguments import ModelArguments
+from experiments.merging.groups import unlabelled_batches
+from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
+from experiments.tasks.mlm import NOT_ASKED, MlmDataArguments, MlmTask, load_mlm_task
+from modeling_tome_perceiver import ToMePerceiverForMaskedLM
+from tests.support.tiny_models import stock_model
+from tests.support.tiny_texts import MODEL, POSITIONS, write_sentences, write_table
+
+TOKENIZER = PerceiverTokenizer()
+CONFIG = ToMePerceiverConfig(**MODEL | {"architectures": ["PerceiverForMaskedLM"]})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return str(write_sentences(tmp_path_factory.mktemp("data"), "one", "two"))
+
+
+def loaded(folder: str, **given: object) -> MlmTask:
+    arguments = MlmDataArguments(dataset_name=folder, dataset_config_name="one,two", **given)
+    return load_mlm_task(arguments, predict=False, seed=0)
+
+
+def files(tmp_path, **splits: list[str]) -> MlmTask:
+    paths = {f"{name}_file": str(write_table(tmp_path / f"{name}.csv", {"t": t})) for name, t in splits.items()}
+    return load_mlm_task(MlmDataArguments(**paths), predict=False, seed=0)
+
+
+def prepared(task: MlmTask, seed: int = 0):
+    return task.prepared(CONFIG, TOKENIZER, seed)
+
+
+def test_configurations_are_one_pool_and_what_is_evaluated_is_not_trained_on(folder):
+    """The training splits hold the validation sentences too, and text that is no sentence."""
+    task = loaded(folder)
+    train, evaluation = set(task.train["sentence"]), set(task.evaluation[""]["sentence"])
+    assert len(evaluation) == len(task.evaluation[""]) == 38 and len(train) == len(task.train) == 111 - 38
+    assert not train & evaluation
+    assert {sentence[0] for sentence in train | evaluation} == {"a", "b", "c"}
+
+
+def test_every_column_of_text_is_read(tmp_path):
+    path = str(write_table(tmp_path / "own.csv", {"first": ["aa", "bb"], "second": ["cc", " "], "label": ["x", "y"]}))
+    task = load_mlm_task(MlmDataArguments(train_file=path, validation_split_percentage=40), predict=False, seed=0)
+    assert sorted([*task.train["sentence"], *task.evaluation[""]["sentence"]]) == ["aa", "bb", "cc"]
+    assert len(task.evaluation[""]) == 1
+
+
+def test_lines_of_a_text_file_are_sentences(tmp_path):
+    for role in ("train", "validation"):
+        (tmp_path / f"{role}.txt").write_text(f"one {role}\n\ntwo {role}\n")
+    files = {f"{role}_file": str(tmp_path / f"{role}.txt") for role in ("train", "validation")}
+    task = load_mlm_task(MlmDataArguments(**files), predict=False, seed=0)
+    assert sorted(task.train["sentence"]) == ["one train", "two train"]
+    assert sorted(task.evaluation[""]["sentence"]) == ["one validation", "two validation"]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".TXT"])
+def test_files_of_any_format_and_two_of_them_at_once(tmp_path, ending):
+    train, validation = tmp_path / f"train[1]{ending}", tmp_path / "validation.json"
+    row = '{"text": "%s"}' if ending == ".jsonl" else "%s"
+    header = ["text"] if ending in (".csv", ".tsv") else []
+    train.write_text("\n".join([*header, row % "one", row % "null"]) + "\n")
+    validation.write_text('{"text": "two"}\n')
+    arguments = MlmDataArguments(train_file=str(train), validation_file=str(validation))
+    task = load_mlm_task(arguments, predict=False, seed=0)
+    assert sorted(task.train["sentence"]) == ["null", "one"] and task.evaluation[""]["sentence"] == ["two"]
+
+
+def test_case_and_punctuation_make_no_other_sentence(tmp_path):
+    task = files(tmp_path, train=["So it is.", "so it is", "it is not", "!"], validation=["It is, not!", "yes"])
+    assert sorted(sentence.lower().strip(".") for sentence in task.train["sentence"]) == ["!", "so it is"]
+    assert len(task.evaluation[""]) == 2
+
+
+def test_counts_cut_what_is_read_and_keep_what_is_compared(folder):
+    few, all_of_them = loaded(folder, max_train_samples=5, max_eval_samples=4), loaded(folder)
+    assert len(few.train) == 5
+    assert few.evaluation[""]["sentence"] == all_of_them.evaluation[""]["sentence"][:4]
+    masked = [
+        [example["input_ids"].tolist() for example in prepared(task).evaluation[""]] for task in (few, all_of_them)
+    ]
+    assert 0 < len(masked[0]) <= 4 and masked[0] == masked[1][: len(masked[0])]
+
+
+def test_training_masks_anew_and_evaluation_always_alike(folder):
+    task = loaded(folder)
+    one, other = prepared(task, seed=0), prepared(task, seed=1)
+    reads = []
+    for epoch in (0, 1, 0):
+        one.train.epoch.fill_(epoch)
+        reads.append([one.train[index]["labels"].tolist() for index in range(20)])
+    assert reads[0] != reads[1] and reads[0] == reads[2]
+    assert reads[0] != [other.train[index]["labels"].tolist() for index in range(20)]
+    assert len(one.evaluation[""]) == len(other.evaluation[""])
+    for example, again in zip(one.evaluation[""], other.evaluation[""], strict=True):
+        assert all(example[name].equal(again[name]) for name in ("input_ids", "labels"))
+        assert (example["labels"] != NOT_ASKED).any()
+
+
+def test_what_is_asked_is_what_stood_there_and_never_a_special_token(folder):
+    task = loaded(folder, mlm_probability=0.4)
+    asked = total = 0
+    sight = prepared(task)
+    for index, sentence in enumerate(task.train["sentence"]):
+        example, tokens = sight.train[index], torch.tensor(TOKENIZER(sentence)["input_ids"])
+        where = example["labels"] != NOT_ASKED
+        assert example["labels"][where].equal(tokens[where])
+        assert example["input_ids"][~where].equal(tokens[~where])
+        assert not where[0] and not where[-1]  # [CLS] and [SEP]
+        asked, total = asked + int(where.sum()), total + len(sentence)
+    assert asked / total == pytest.approx(0.4, abs=0.05)
+
+
+def test_the_share_of_masks_is_as_asked(folder):
+    """With none, all that is asked stands there to be seen."""
+    asked = dict(mlm_probability=1.0, random_replace_prob=0.0)
+    for share in (0.0, 1.0):
+        example = prepared(loaded(folder, mask_replace_prob=share, **asked)).train[0]
+        inner = example["labels"] != NOT_ASKED
+        masked = example["input_ids"][inner] == TOKENIZER.mask_token_id
+        assert (
+            masked.all()
+            if share
+            else example["input_ids"].equal(torch.where(inner, example["labels"], example["input_ids"]))
+        )
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_labels_are_for_every_position_that_is_decoded(folder, pad):
+    """The loss is that of the masked tokens, wherever the inputs end."""
+    sight = prepared(loaded(folder, pad_to_max_length=pad))
+    examples = sight.evaluation[""][:3]
+    lengths = [int(example["attention_mask"].sum()) for example in examples]
+    batch = sight.collate(examples)
+    assert len(set(lengths)) > 1
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, POSITIONS if pad else max(lengths))
+    assert batch["labels"].shape == (3, POSITIONS)
+    model = ToMePerceiverForMaskedLM(CONFIG).eval()
+    output = model(**batch)
+    chosen = [
+        (output.logits[row, place], example["labels"][place])
+        for row, example in enumerate(examples)
+        for place in torch.nonzero(example["labels"] != NOT_ASKED)[:, 0]
+    ]
+    expected = torch.stack([F.cross_entropy(logits, label) for logits, label in chosen]).mean()
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_calibration_sees_masked_sentences_and_no_labels(folder):
+    sight = prepared(loaded(folder, mlm_probability=1.0))
+    batch = next(iter(unlabelled_batches(sight, 8)))
+    assert set(batch) == {"input_ids", "attention_mask"}
+    inner = batch["input_ids"][batch["attention_mask"].bool()]
+    assert (inner == TOKENIZER.mask_token_id).float().mean() > 0.5
+
+
+def test_figures_are_of_the_likeliest_tokens_where_anything_is_asked(folder):
+    sight = prepared(loaded(folder))
+    batch = next(iter(DataLoader(sight.evaluation[""], 8, collate_fn=sight.collate)))
+    logits = F.one_hot(batch["labels"].clamp(min=0), MODEL["vocab_size"]).float()
+    predictions = sight.reduce_logits(logits, batch["labels"])
+    assert predictions.shape == batch["labels"].shape
+    right = sight.metrics(EvalPrediction(predictions=predictions.numpy(), label_ids=batch["labels"].numpy()))
+    assert right == {"accuracy": 1.0, "accuracy_stderr": 0.0}
+    # One example wrong, the others as they were.
+    predictions[0] += 1
+    some = sight.metrics(EvalPrediction(predictions=predictions.numpy(), label_ids=batch["labels"].numpy()))
+    asked = (batch["labels"] != NOT_ASKED).sum(dim=1).numpy()
+    assert some["accuracy"] == pytest.approx(1 - asked[0] / asked.sum())
+    wrong = np.eye(8)[0] * asked[0]
+    expected = np.sqrt(np.sum((wrong - (1 - some["accuracy"]) * asked) ** 2)) / asked.sum()
+    assert some["accuracy_stderr"] == pytest.approx(expected)
+
+
+def test_a_model_from_scratch_decodes_no_more_positions_than_are_read(folder):
+    for length, positions in ((20, 20), (None, POSITIONS)):
+        config = ToMePerceiverConfig(**MODEL)
+        loaded(folder, max_seq_length=length).fit_config(config, TOKENIZER)
+        assert (config.max_position_embeddings, config.vocab_size) == (positions, len(TOKENIZER))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"mlm_probability": 0.0}, ["--mlm_probability 0.0", "above 0"]),
+        ({"mlm_probability": 1.1}, ["--mlm_probability 1.1", "up to 1"]),
+        ({"mask_replace_prob": -0.1}, ["--mask_replace_prob -0.1", "0 or more"]),
+        ({"mask_replace_prob": 0.8, "random_replace_prob": 0.3}, ["--mask_replace_prob 0.8", "at most 1"]),
+        ({"line_by_line": False}, ["--line_by_line False", "True"]),
+        ({"validation_split_percentage": 100}, ["--validation_split_percentage 100", "1 to 99"]),
+        ({"max_seq_length": 0}, ["--max_seq_length 0"]),
+    ],
+)
+def test_arguments_that_cannot_be_meant(given, says):
+    with pytest.raises(BadInput) as error:
+        MlmDataArguments(**given)
+    assert all(part in str(error.value) for part in says), error.value
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({}, ["--train_file", "--dataset_name"]),
+        ({"dataset_name": "not/there"}, ["--dataset_name not/there"]),
+        ({"dataset_config_name": "one,three"}, ["--dataset_name", "three"]),
+        ({"task_name": "sst2"}, ["--task_name sst2", "--dataset_config_name"]),
+        ({"predict": True}, ["--do_predict", "--do_eval"]),
+    ],
+)
+def test_data_that_are_not_there(folder, given, says):
+    predict = given.pop("predict", False)
+    data = {"dataset_name": folder} if "dataset_config_name" in given or predict else {}
+    with pytest.raises(BadInput) as error:
+        load_mlm_task(MlmDataArguments(**data | given), predict=predict, seed=0)
+    assert "\n" not in str(error.value)
+    assert all(part in str(error.value) for part in says), error.value
+
+
+@pytest.mark.parametrize(
+    ("splits", "says"),
+    [
+        ({"train": ["a"], "validation": ["A."]}, ["train.csv", "'train'", "duplicates"]),
+        ({"train": ["a", "b"], "validation": [" "]}, ["validation.csv", "no data"]),
+        ({"train": ["a", "b"]}, ["train.csv", "'validation'"]),  # 5% of two
+    ],
+)
+def test_files_without_sentences(tmp_path, splits, says):
+    with pytest.raises(BadInput) as error:
+        files(tmp_path, **splits)
+    assert all(part in str(error.value) for part in says), error.value
+
+
+def test_models_and_tokenizers_that_do_not_fit(folder):
+    task = loaded(folder)
+    classifier = ToMePerceiverConfig(architectures=["ToMePerceiverForSequenceClassification"])
+    with pytest.raises(BadInput, match="ToMePerceiverForSequenceClassification.*PerceiverForMaskedLM"):
+        task.model_class_name(classifier)
+    maskless = PerceiverTokenizer()
+    maskless.mask_token = None
+    with pytest.raises(BadInput, match="mask token"):
+        task.prepared(CONFIG, maskless, seed=0)
+    with pytest.raises(BadInput, match=f"--max_seq_length {POSITIONS + 1}"):
+        prepared(loaded(folder, max_seq_length=POSITIONS + 1))
+    with pytest.raises(BadInput, match="--mlm_probability 1e-09"):
+        prepared(loaded(folder, mlm_probability=1e-9))
+
+
+def test_a_sweep_takes_the_data_that_the_checkpoint_is_for(folder, tmp_path):
+    stock_model("ForMaskedLM").save_pretrained(tmp_path)
+    model = ModelArguments(model_name_or_path=str(tmp_path))
+    data = SweepDataArguments(dataset_name=folder, dataset_config_name="one,two")
+    task = load_sweep_task(data, model, seed=0)
+    assert isinstance(task, MlmTask) and len(task.train) == 111 - 38
+    with pytest.raises(BadInput, match="--task_name mrpc.*PerceiverForMaskedLM.*finds masked tokens"):
+        load_sweep_task(SweepDataArguments(task_name="mrpc"), model, seed=0)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders are read as they are now, by the name that was given, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from experiments.errors import BadInput
+from experiments.tasks.reading import read_dataset, read_file
+from tests.support.tiny_texts import write_glue
+
+ROWS = [{"text": "null", "label": "None"}, {"text": "NA", "label": "x"}]
+
+
+def written(path: Path, content: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def table(path: Path, rows: list[dict[str, str]] = ROWS) -> str:
+    kind, separator = path.suffix.lower(), {".tsv": "\t"}.get(path.suffix.lower(), ",")
+    if kind == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+        return str(path)
+    if kind == ".json":
+        return written(path, json.dumps(rows))
+    if kind == ".jsonl":
+        return written(path, "\n".join(map(json.dumps, rows)))
+    return written(path, "\n".join([separator.join(rows[0]), *(separator.join(row.values()) for row in rows)]) + "\n")
+
+
+def read(path: str) -> Dataset:
+    return read_file(f"--train_file {path}", path, anew=False)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.tsv", "a.json", "a.jsonl", "A.JsonL", "a.parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    """Words that pandas takes for nothing among them."""
+    assert read(table(tmp_path / name)).to_list() == ROWS
+
+
+@pytest.mark.parametrize("name", ["a[1].csv", "a b.csv", "{c},d#e%20.csv", "a*?.csv", ".hidden.csv", "x[!a]/y.csv"])
+def test_a_path_is_a_path_and_no_pattern(tmp_path, name):
+    table(tmp_path / "a1.csv", [{"text": "another", "label": "file"}])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    assert read(table(tmp_path / name)).to_list() == ROWS
+
+
+def test_a_changed_file_is_read_again_whatever_its_time_says(tmp_path):
+    """As an archive unpacks another version: the same path, size and time."""
+    path = table(tmp_path / "a.csv")
+    for letter in "xyz":
+        written(Path(path), f"text,label\n{letter},1\n")
+        os.utime(path, (1, 1))
+        assert read(path)["text"] == [letter]
+
+
+def test_a_changed_folder_with_a_card_is_read_again(tmp_path):
+    for count in (18, 9):
+        folder = str(write_glue(tmp_path / "glue", "sst2", validation=count))
+        assert len(read_dataset("--dataset_name", folder, "sst2", anew=False)["validation"]) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", "", "No columns"),
+        ("a.csv", "text,label\na,b,c\nd,e,f\n", "more fields than its header"),
+        ("a.csv", "text,label\na,b\nd,e,f\n", "line 3"),
+        ("a.csv", "text,text,label\na,b,c\n", "'text' twice"),
+        ("a.csv", "text,label\nä,b\n".encode("latin-1"), "utf-8"),
+        ("a.csv", "text,label\nä,b\n".encode("utf-16"), "utf-8"),
+        ("a.csv", "text,label\na,99999999999999999999999\n", "too large"),
+        ("a.tsv", 'text\tlabel\n"a\tx\nb"\ty\n', "quotation mark"),
+        ("a.json", "", "a.json"),
+        ("a.json", '[{"text": "a"', "a.json"),
+        ("a.jsonl", '{"text": "a", "text": "b"}\n', "twice"),
+        ("a.parquet", b"", "0 bytes"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet"),
+        ("a::b.csv", "text,label\na,x\n", "'::'"),
+    ],
+)
+def test_files_that_cannot_be_read_are_one_line(tmp_path, name, content, says):
+    with pytest.raises(BadInput) as error:
+        read(written(tmp_path / name, content))
+    assert "\n" not in str(error.value)
+    assert f"--train_file {tmp_path / name}: " in str(error.value) and says in str(error.value), error.value
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_name(tmp_path):
+    assert read(written(tmp_path / "a.csv", "\ufefftext,label\na,x\n")).column_names == ["text", "label"]
+    assert read(written(tmp_path / "a.json", "\ufeff" + json.dumps(ROWS))).to_list() == ROWS
+
+
+def test_classes_in_another_order_in_another_split_are_refused(tmp_path):
+    for split, names in (("train", ["a", "b"]), ("validation", ["b", "a"])):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        rows = {"text": ["x", "y"], "label": [0, 1]}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(BadInput, match="classes of column 'label' are .*validation.parquet.*train.parquet"):
+        read_dataset(f"--dataset_name {tmp_path}", str(tmp_path), None, anew=False)
+
+
+def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
+    folder = write_glue(tmp_path / "glue[1]", "sst2")
+    write_glue(tmp_path / "glue1", "sst2")
+    with pytest.raises(BadInput, match=r"--dataset_name .*without \*"):
+        read_dataset(f"--dataset_name {folder}", str(folder), "sst2", anew=False)

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes do what one does with batches of twice the size, and leave what one leaves.
+
+Starting processes takes most of the time, so one start of two runs all the commands, one after the other.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed
+from accelerate import PartialState
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+from experiments.command_line import parse_arguments
+from experiments.merging.arguments import MergeArguments, ModelArguments
+from experiments.tasks.glue import GlueDataArguments
+from experiments.training.stage import RetrainArguments
+from tests.support.script_run import ROOT, call_script
+from tests.support.tiny_texts import LABELS, write_glue, write_model_config
+from tests.training.test_resume import Killed, killed_at
+
+VALIDATION, TEST = 19, 7  # neither two processes nor their batches of 4 divide them
+# Of plain SGD the weights are as close as the gradients; Adam makes of a gradient of zero, rounded, a whole step.
+TRAINING = (
+    "--use_cpu", "--optim", "sgd", "--learning_rate", 0.3, "--logging_steps", 1, "--per_device_eval_batch_size", 4,
+    "--save_strategy", "epoch", "--retrain_epochs", 1, "--disable_tqdm", "true",
+)  # fmt: skip
+FINETUNING = ("--do_train", "--do_eval", "--do_predict", "--num_train_epochs", 2, "--r", 2)
+FINETUNING_STEPS = 8
+# From scratch, in one training.
+ELASTIC = ("--elastic", "--retrain_epochs", 0)
+SWEEP = ("--r", 0, 2, "--timing_rounds", 1, "--timing_batch_size", 2)
+CONFIGS = sorted((ROOT / "examples").glob("accelerate_*.yaml"))
+
+
+def run_commands(commands: Path) -> None:
+    """In each of several processes: run scripts as a file of JSON lists them, and note the world they are in.
+
+    Each is [NAME, ARGUMENTS, HOW], where HOW is "killed" in the second step of retraining, "sharded" or "".
+    """
+    *runs, mistake = json.loads(commands.read_text())
+    for number, (name, arguments, how) in enumerate(runs):
+        print(f"== {number}", flush=True)
+        # Connections that are closed cannot be opened again for the next command.
+        with patch("torch.distributed.destroy_process_group") as closed:
+            if how == "killed":
+                with pytest.raises(Killed), killed_at(Trainer, "training_step", call=FINETUNING_STEPS + 2):
+                    call_script(name, *arguments)
+            else:
+                with sharded() if how == "sharded" else nullcontext():
+                    call_script(name, *arguments)
+                closed.assert_called_once_with()
+        world = [torch.distributed.get_world_size(), torch.distributed.get_rank()]
+        (commands.parent / f"world-{number}-{os.environ['RANK']}.json").write_text(json.dumps(world))
+    # The first one writes for longer, and a mistake of one process ends the others.
+    torch.distributed.barrier()
+    try:
+        call_script(mistake[0], *mistake[1])
+    finally:
+        assert not torch.distributed.is_initialized()
+
+
+@contextmanager
+def sharded() -> Iterator[None]:
+    """What the example for FSDP sets, on processors; accelerate shards on them too if they pass for GPUs."""
+    command = ["--config_file", str(ROOT / "examples" / "accelerate_fsdp.yaml"), "--main_process_port", "0", "run.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    initialize = PartialState.__init__
+
+    def pass_for_gpus(state: PartialState, *arguments: object, **options: object) -> None:
+        initialize(state, *arguments, **options)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in prepare_multi_gpu_env(arguments).items():
+            if "FSDP" in name:
+                patch.setenv(name, value)
+        patch.setattr(PartialState, "__init__", pass_for_gpus)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def data(folder) -> tuple[object, ...]:
+    # A cache of its own: `datasets` takes a folder for another one of the same name that it has seen before.
+    return (
+        "--task_name", "sst2", "--dataset_name", write_glue(folder / "glue", "sst2", 24, VALIDATION, TEST),
+        "--cache_dir", folder / "cache",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finetuning(folder, data) -> tuple[object, ...]:
+    config = write_model_config(folder, attention_probs_dropout_prob=0.0)
+    return "--config_name", config, *data, *FINETUNING, *TRAINING
+
+
+@pytest.fixture(scope="module")
+def one(folder, data, finetuning) -> tuple[Path, str]:
+    """The folder where one process did the same as two, with batches of 6, and what it printed in `glue`."""
+    folder = folder / "one"
+    with redirect_stdout(io.StringIO()) as printed:
+        call_script("run_glue.py", *finetuning, "--per_device_train_batch_size", 6, "--output_dir", folder / "glue")
+    elastic = (*finetuning, *ELASTIC, "--per_device_train_batch_size", 6)
+    call_script("run_glue.py", *elastic, "--output_dir", folder / "elastic")
+    checkpoint = ("--model_name_or_path", folder / "glue" / "finetuned", *data)
+    training = (*TRAINING, "--per_device_train_batch_size", 6)
+    call_script("eval_sweep.py", *checkpoint, *training, *SWEEP, "--output_dir", folder / "sweep")
+    evaluation = ("--do_eval", "--use_cpu", "--per_device_eval_batch_size", 1)
+    call_script("run_glue.py", *checkpoint, *evaluation, "--output_dir", folder / "evaluated")
+    return folder, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def two(folder, data, finetuning, one) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder of two processes, each with batches of 3, and how they ended: the last command is a mistake."""
+    folder = folder / "two"
+    folder.mkdir()
+    checkpoint = ("--model_name_or_path", one[0] / "glue" / "finetuned", *data)
+    batches = ("--per_device_train_batch_size", 3)
+    killed = ("run_glue.py", (*finetuning, *batches, "--output_dir", folder / "killed"))
+    resumed = ("run_glue.py", (*killed[1], "--resume_from_checkpoint", "last"))
+    evaluation = ("--do_eval", "--use_cpu", "--per_device_eval_batch_size", 1, "--output_dir", folder / "evaluated")
+    unmerged = ("--r", 0, "--retrain_epochs", 0)
+    elastic = (*finetuning, *ELASTIC, *batches)
+    mistake = ("--use_cpu", "--do_eval", "--r", -1, "--output_dir", folder / "mistaken")
+    commands = [
+        ("run_glue.py", (*finetuning, *batches, "--output_dir", folder / "glue"), ""),
+        ("eval_sweep.py", (*checkpoint, *TRAINING, *batches, *SWEEP, "--output_dir", folder / "sweep"), ""),
+        (*killed, "killed"),
+        (*resumed, ""),
+        ("run_glue.py", (*checkpoint, *evaluation), ""),
+        ("run_glue.py", (*finetuning, *batches, *unmerged, "--output_dir", folder / "sharded"), "sharded"),
+        ("run_glue.py", (*elastic, "--output_dir", folder / "elastic"), ""),
+        ("run_glue.py", (*elastic, "--output_dir", folder / "elastic_sharded"), "sharded"),
+        ("run_glue.py", (*checkpoint, *mistake), ""),
+    ]
+    (folder / "commands.json").write_text(json.dumps(commands, default=str))
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            "--redirects", "3", "--log_dir", folder / "logs",
+            "--module", "tests.training.test_distributed", folder / "commands.json",
+        ],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert len(list(folder.glob("world-*"))) == 2 * (len(commands) - 1), logs(folder, "stderr") + [result.stderr]
+    return folder, result
+
+
+def logs(folder: Path, stream: str) -> list[str]:
+    """What each process wrote to a stream."""
+    return [next(folder.glob(f"logs/*/attempt_0/{rank}/{stream}.log")).read_text() for rank in (0, 1)]
+
+
+def blocks(printed: str) -> list[str]:
+    return re.findall(r"^\*\*\*\*\* .* \*\*\*\*\*$", printed, re.MULTILINE)
+
+
+def results(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def apart(first: Path, second: Path) -> float:
+    """How far apart the weights of two checkpoints are."""
+    one, other = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_there_are_two(two):
+    """Both processes ran every command in a world of two, and each kept its own state of the random generators."""
+    folder, _ = two
+    for number in range(8):
+        worlds = [json.loads((folder / f"world-{number}-{rank}.json").read_text()) for rank in (0, 1)]
+        assert worlds == [[2, 0], [2, 1]]
+    for checkpoint in ("glue/finetuned/checkpoint-8", "glue/checkpoint-4", "sweep/retrained/r2/checkpoint-4"):
+        states = sorted(path.name for path in (folder / checkpoint).glob("rng_state*"))
+        assert states == ["rng_state_0.pth", "rng_state_1.pth"]
+
+
+@pytest.mark.parametrize("stage", ["glue/finetuned", "glue", "sweep/retrained/r0", "sweep/retrained/r2"])
+def test_weights_are_those_of_one_process(one, two, stage):
+    """Of the second stage too, which comes after an evaluation that prepares the model for evaluation alone."""
+    assert apart(one[0] / stage, two[0] / stage) < 1e-5
+    start = one[0] / "glue" / ("finetuned" if stage != "glue/finetuned" else "finetuned/checkpoint-4")
+    assert apart(one[0] / stage, start) > 1e-3  # it was trained
+
+
+@pytest.mark.parametrize("stage", ["glue/finetuned", "glue"])
+def test_metrics_are_those_of_one_process(one, two, stage):
+    first, second = results(one[0] / stage), results(two[0] / stage)
+    assert first.keys() == second.keys()
+    assert second["train_loss"] == pytest.approx(first["train_loss"], abs=1e-5)
+    assert second["eval_accuracy"] == first["eval_accuracy"]
+    assert second["eval_samples"] == VALIDATION
+    assert (second["eval_accuracy"] * VALIDATION) % 1 == pytest.approx(0, abs=1e-9)
+    # The last batch is filled up with examples that only the loss then counts; see the batches of one below.
+    assert second["eval_loss"] == pytest.approx(first["eval_loss"], rel=0.05)
+
+
+def test_the_loss_is_that_of_one_process(one, two):
+    """Of every sample once, where nothing but a batch of one is filled up."""
+    first, second = results(one[0] / "evaluated"), results(two[0] / "evaluated")
+    assert second["eval_loss"] == pytest.approx(first["eval_loss"], abs=1e-5)
+    assert second["eval_samples"] == VALIDATION
+
+
+def test_every_input_is_predicted_once_and_in_order(one, two):
+    first, second = ((folder / "glue" / "predict_results_sst2.txt").read_text() for folder in (one[0], two[0]))
+    assert first == second
+    lines = [line.split("\t") for line in second.splitlines()]
+    assert [index for index, _ in lines] == ["index", *map(str, range(TEST))]
+    assert {label for _, label in lines[1:]} == set(LABELS["sst2"])  # another order would show
+
+
+def test_only_the_first_process_prints_and_writes(one, two):
+    """Each block of results is there once for each time that one process printed it."""
+    folder, _ = two
+    first, second = logs(folder, "stdout")
+    assert blocks(one[1]).count("***** eval metrics *****") == 2  # finetuned, and retrained
+    assert blocks(first.partition("== 1")[0]) == blocks(one[1])
+    assert [line for line in second.splitlines() if not line.startswith("== ")] == []
+    for name in ("glue", "sweep"):
+        files = [
+            sorted(str(path.relative_to(side / name)) for path in (side / name).rglob("*") if path.is_file())
+            for side in (one[0], folder)
+        ]
+        assert files[0] == sorted({re.sub(r"rng_state_\d", "rng_state", file) for file in files[1]})
+
+
+def test_a_sweep_is_that_of_one_process(one, two):
+    first, second = (json.loads((folder / "sweep" / "sweep_results.json").read_text()) for folder in (one[0], two[0]))
+    assert [row["name"] for row in second["rows"]] == ["r=0", "r=2"]
+    for ours, theirs in zip(second["rows"], first["rows"], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert (ours["merged"], ours["retrained"]) == (theirs["merged"], theirs["retrained"])
+    assert second["evaluated_on"] == VALIDATION
+
+
+def test_two_killed_processes_go_on(two):
+    """Killed while retraining; finetuning is then loaded and evaluated, and must still not be trained apart."""
+    folder, _ = two
+    for stage in ("finetuned", "."):
+        assert apart(folder / "glue" / stage, folder / "killed" / stage) < 1e-6
+
+
+def test_sharded_training_is_that_of_one_process(one, two):
+    """What FSDP shards is finetuned as it is whole, and saved whole: a checkpoint with our code and our names."""
+    finetuned, folder = one[0] / "glue" / "finetuned", two[0] / "sharded"
+    assert apart(finetuned, folder) < 1e-5
+    states = sorted(path.name for path in (folder / "checkpoint-8").glob("*fsdp*"))
+    assert states == ["pytorch_model_fsdp.bin"]  # it was sharded
+    configs = [json.loads((place / "config.json").read_text()) for place in (finetuned, folder)]
+    for name in ("architectures", "auto_map"):
+        assert configs[0][name] == configs[1][name]
+    code = [sorted(path.name for path in place.glob("*.py")) for place in (finetuned, folder)]
+    assert code[0] == code[1] and len(code[0]) == 4
+    assert results(folder)["eval_accuracy"] == results(finetuned)["eval_accuracy"]
+
+
+@pytest.mark.parametrize("name", ["elastic", "elastic_sharded"])
+def test_elastic_training_is_that_of_one_process(one, two, name):
+    """Each process draws the same merging, and averages the gradient of both forward passes."""
+    assert apart(one[0] / "elastic", two[0] / name) < 1e-5
+    assert apart(two[0] / name, one[0] / "elastic" / "checkpoint-4") > 1e-3  # it was trained
+    assert apart(one[0] / "elastic", one[0] / "glue" / "finetuned") > 1e-3  # otherwise than without --elastic
+    assert json.loads((two[0] / name / "config.json").read_text())["r"] == 2
+
+
+def test_a_mistake_is_one_line_and_no_success(two):
+    folder, result = two
+    assert result.returncode != 0
+    errors = [[line for line in text.splitlines() if line.startswith("error: ")] for text in logs(folder, "stderr")]
+    assert len(errors[0]) == 1 and errors[1] == []
+    assert "--r -1" in errors[0][0]
+    assert not (folder / "mistaken").exists()
+    assert "Traceback" not in "".join(logs(folder, "stderr"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_config_for_accelerate_starts_what_it_says(path, monkeypatch):
+    """Its command is understood, by accelerate and by the script, and starts all the processes that the file names."""
+    config = load_config_from_file(str(path))
+    comments = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    command = shlex.split(
+        re.search(r"accelerate launch .*?(?<!\\)$", "\n".join(comments), re.DOTALL | re.MULTILINE)[0].replace(
+            "\\\n", " "
+        )
+    )
+    assert command[3] == str(path.relative_to(ROOT))
+    monkeypatch.chdir(ROOT)
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command[2:]))
+    assert arguments.multi_gpu or arguments.use_fsdp
+    prepare_multi_gpu_env(arguments)
+    machines = int(getattr(arguments, "nnodes", None) or 1)
+    assert (machines, int(arguments.nproc_per_node)) == (config.num_machines, config.num_processes // machines)
+    assert config.num_processes // machines > 1
+
+    monkeypatch.setattr(sys, "argv", [arguments.training_script, *arguments.training_script_args])
+    types = (ModelArguments, MergeArguments, GlueDataArguments, RetrainArguments, TrainingArguments)
+    model, merging, *_, training = parse_arguments("", *types)
+    assert (model.model_name_or_path, merging.r) == ("deepmind/language-perceiver", "8")
+    assert training.do_train
+
+
+if __name__ == "__main__":
+    run_commands(Path(sys.argv[1]))

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with a merging drawn in every step: what is drawn, what is learnt from it, and what scripts make of it.
+
+Letters: N latents, L self-attention layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PerceiverImageProcessorPil, PreTrainedModel, Trainer, TrainingArguments
+
+import experiments.runs.sweep
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.merging.cost import forward_cost
+from experiments.merging.schedules import UNMERGED
+from experiments.runs import sweep_run
+from experiments.training.elastic import LEAST_SHARE, ElasticTrainer, MergingDraw, merging_by
+from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
+from tests.support.tiny_images import LABELS, MODEL, write_images
+from tests.support.tiny_models import NUM_LATENTS, NUM_LAYERS, tiny_config, tiny_inputs, tiny_model
+from tests.training.test_resume import steps_of
+
+BATCH = 6
+STEP = 3
+TEXT = "ForSequenceClassification"
+# Fixed groups: the second layer joins the latents in pairs.
+GROUPS = [None, [index // 2 for index in range(NUM_LATENTS)], *[None] * (NUM_LAYERS - 2)]
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module")
+def published() -> ToMePerceiverConfig:
+    """The published language model's: 256 latents, 26 layers."""
+    return ToMePerceiverConfig(qk_channels=256, v_channels=1280)
+
+
+def shares(draw: MergingDraw, steps: int) -> list[float]:
+    return [draw.at(step)[0] for step in range(steps)]
+
+
+@settings(max_examples=20)
+@given(SEEDS, st.integers(0, 10**6))
+def test_a_draw_is_a_function_of_seed_and_step(seed, step):
+    """Whatever was drawn before it, and whatever the config merges by itself."""
+    draw, other = MergingDraw(tiny_config(), seed), MergingDraw(tiny_config(r=2, r_inflection=1.0), seed)
+    other.at(step + 1)
+    assert other.at(step) == draw.at(step) == MergingDraw(tiny_config(merge_groups=GROUPS), seed).at(step)
+
+
+@settings(max_examples=20)
+@given(SEEDS)
+def test_a_draw_is_what_the_config_does_and_costs(seed):
+    """No cap changes it, and its share is that of the FLOPs of the self-attention layers."""
+    draw = MergingDraw(tiny_config(), seed)
+    unmerged = forward_cost(tiny_config(), (1, 9), "PerceiverForSequenceClassification")
+    for step in range(10):
+        share, r = draw.at(step)
+        config = tiny_config(r=r)
+        assert config.merge_schedule == r and config.latents_per_layer[-1] >= 1
+        cost = forward_cost(config, (1, 9), "PerceiverForSequenceClassification")
+        assert share == pytest.approx(sum(cost.self_attention) / sum(unmerged.self_attention))
+
+
+def test_draws_go_evenly_from_an_eighth_to_all(published):
+    """Log-uniformly: about a third of them in each of the three halvings; some shapes do not come down to the last."""
+    drawn = shares(MergingDraw(published, seed=0), 3000)
+    assert min(drawn) < 1.1 * LEAST_SHARE and max(drawn) > 0.95
+    thirds, _ = np.histogram(np.log2(drawn), bins=[-3.1, -2, -1, 0])
+    assert all(0.25 < count / len(drawn) < 0.41 for count in thirds), thirds
+
+
+def test_other_seeds_and_steps_draw_otherwise():
+    drawn = [shares(MergingDraw(tiny_config(), seed), 50) for seed in (0, 1)]
+    assert drawn[0] != drawn[1] and len(set(drawn[0])) > 10
+
+
+def test_every_constant_r_is_among_what_is_drawn(published):
+    """The source paper's rows, r = 0 to 16, down to a single latent that is left."""
+    members = {member for shape in MergingDraw(published, seed=0).shapes for _, member in shape}
+    for r in range(17):
+        assert tuple(ToMePerceiverConfig(r=r).merge_schedule) in members
+
+
+def test_latents_that_must_stay_do():
+    draw = MergingDraw(tiny_config(min_latents=5), seed=0)
+    assert min(NUM_LATENTS - sum(draw.at(step)[1]) for step in range(200)) == 5
+
+
+@pytest.mark.parametrize("own", [{}, {"r": 2}, {"r": 3, "r_inflection": -1.0}, {"merge_groups": GROUPS}])
+def test_the_config_is_put_back(own):
+    config = tiny_config(**own)
+    before = config.to_dict()
+    with pytest.raises(KeyError), merging_by(config, [1, 0, 2, 0, 0, 0]):
+        config.check_merging()
+        assert config.merge_schedule == [1, 0, 2, 0, 0, 0]
+        raise KeyError
+    assert config.to_dict() == before
+
+
+def labelled(kind: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """A model that trains on a kind of task, and a batch for it."""
+    generator = torch.Generator().manual_seed(1)
+    if kind == "masked":
+        inputs = tiny_inputs("ForMaskedLM", batch=BATCH)
+        model = tiny_model("ForMaskedLM")
+        # Its outputs, and so the labels, are for every position that there may be.
+        labels = torch.randint(0, 262, (BATCH, model.config.max_position_embeddings), generator=generator)
+        asked = torch.rand(labels.shape, generator=generator) < 0.3
+        return model, inputs | {"labels": labels.masked_fill(~asked, -100)}
+    inputs = tiny_inputs(TEXT, batch=BATCH)
+    if kind == "regression":
+        labels = torch.randn(BATCH, generator=generator, dtype=torch.float64)
+        return tiny_model(TEXT, num_labels=1, problem_type="regression"), inputs | {"labels": labels}
+    model = tiny_model(TEXT, problem_type="single_label_classification")
+    return model, inputs | {"labels": torch.arange(BATCH) % 3}
+
+
+def elastic_trainer(model: PreTrainedModel, folder: Path, weight: float = 1.0, **arguments: Any) -> ElasticTrainer:
+    arguments = {"learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0} | arguments
+    training = TrainingArguments(folder, use_cpu=True, save_strategy="no", disable_tqdm=True, **arguments)
+    return ElasticTrainer(model=model, args=training, distillation_weight=weight)
+
+
+def loss_of(trainer: Trainer, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    trainer.state.global_step = STEP
+    return trainer.compute_loss(model.train(), batch)
+
+
+def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def by_hand(model: PreTrainedModel, batch: dict[str, Tensor], kind: str, r: list[int], weight: float) -> Tensor:
+    """The loss from two forward passes and the definitions of its parts."""
+    model.config.merge_groups, model.r = None, 0
+    unmerged = model(**batch)
+    model.r = r
+    merged = model(**batch).logits
+    taught = unmerged.logits.detach()
+    if kind == "regression":
+        return unmerged.loss + weight * ((merged - taught) ** 2).mean()
+    apart = (taught.softmax(-1) * (taught.softmax(-1).log() - merged.softmax(-1).log())).sum(-1)
+    return unmerged.loss + weight * apart[batch["labels"] != -100].mean()
+
+
+@pytest.mark.parametrize("own", [{}, {"r": 2}, {"merge_groups": GROUPS}], ids=["unmerged", "r", "groups"])
+@pytest.mark.parametrize("kind", ["classes", "regression", "masked"])
+def test_loss_and_gradient_are_those_by_hand(kind, own, tmp_path):
+    """Whatever the config merges by itself, which it does again after the step."""
+    model, batch = labelled(kind)
+    reference = copy.deepcopy(model)
+    for name, value in own.items():
+        setattr(model.config, name, value)
+    trainer = elastic_trainer(model, tmp_path, weight=0.7)
+    share, r = trainer.draw.at(STEP)
+    assert share < 0.9  # it merges
+    loss = loss_of(trainer, model, dict(batch))
+    assert {name: getattr(model.config, name) for name in UNMERGED} == UNMERGED | own
+    expected = by_hand(reference.train(), batch, kind, r, 0.7)
+    # The distance is taken in float32.
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    computed, wanted = gradients(model, loss), gradients(reference, expected)
+    assert computed.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(computed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_recomputes_what_was_drawn(reentrant, tmp_path):
+    """In the backward pass, when the config already says something else."""
+    model, batch = labelled("classes")
+    plain = gradients(model, loss_of(elastic_trainer(model, tmp_path), model, dict(batch)))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    recomputed = gradients(model, loss_of(elastic_trainer(model, tmp_path), model, dict(batch)))
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_without_a_weight_the_loss_is_the_tasks(smoothing, tmp_path):
+    model, batch = labelled("classes")
+    elastic = elastic_trainer(model, tmp_path, weight=0.0, label_smoothing_factor=smoothing)
+    plain = Trainer(model=model, args=elastic.args)
+    assert loss_of(elastic, model, dict(batch)).item() == loss_of(plain, model, dict(batch)).item()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_evaluation_merges_as_the_config_says(smoothing, tmp_path):
+    model, batch = labelled("classes")
+    model.r = 2
+    elastic = elastic_trainer(model, tmp_path, label_smoothing_factor=smoothing)
+    plain = Trainer(model=model, args=elastic.args)
+    computed, expected = (trainer.compute_loss(model.eval(), dict(batch)) for trainer in (elastic, plain))
+    assert computed.item() == expected.item()
+
+
+def test_parts_of_a_step_merge_alike(tmp_path):
+    """So that accumulating gradients is, as ever, a larger batch."""
+    model, batch = labelled("classes")
+    examples = [{name: values[row] for name, values in batch.items()} for row in range(BATCH)]
+    trained = []
+    for accumulated in (1, 3):
+        copied = copy.deepcopy(model)
+        trainer = elastic_trainer(
+            copied, tmp_path, per_device_train_batch_size=BATCH // accumulated,
+            gradient_accumulation_steps=accumulated, max_steps=2,
+        )  # fmt: skip
+        trainer.train_dataset = examples
+        trainer.train()
+        trained.append(copied.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    assert not trained[0]["perceiver.embeddings.latents"].equal(model.base_model.embeddings.latents)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> tuple[object, ...]:
+    """A checkpoint and its data."""
+    folder = tmp_path_factory.mktemp("images")
+    config = ToMePerceiverConfig(**MODEL | {"model_type": "tome_perceiver", "num_labels": len(LABELS)})
+    ToMePerceiverForImageClassificationConvProcessing(config).save_pretrained(folder / "model")
+    PerceiverImageProcessorPil(do_center_crop=False, size={"height": 16, "width": 16}).save_pretrained(folder / "model")
+    data = write_images(folder / "images", {"train": 24, "test": 20})
+    return "--model_name_or_path", folder / "model", "--dataset_name", data, "--use_cpu", "--learning_rate", 3e-3
+
+
+def test_a_sweep_trains_once_for_all_rows(images, tmp_path, monkeypatch):
+    """Each row is that one checkpoint, with the row's merging; a lost cell is measured again without any training."""
+    output_dir = tmp_path / "sweep"
+    sweep = (
+        *images, "--r", "0", "2", "4,0,0,1", "--elastic", "--retrain_epochs", 1, "--per_device_train_batch_size", 6,
+        "--save_strategy", "no", "--timing_rounds", 0, "--output_dir", output_dir,
+    )  # fmt: skip
+    evaluate, evaluated = experiments.runs.sweep.evaluate, []
+
+    def noting(trainer: Trainer, *arguments: Any) -> Any:
+        latents = trainer.model.base_model.embeddings.latents.detach().clone()
+        evaluated.append((trainer.model.config.merge_schedule, latents))
+        return evaluate(trainer, *arguments)
+
+    monkeypatch.setattr(experiments.runs.sweep, "evaluate", noting)
+    assert steps_of("eval_sweep.py", *sweep) == 4
+    checkpoint = output_dir / "retrained" / "elastic"
+    assert [folder.name for folder in (output_dir / "retrained").iterdir()] == ["elastic"]
+    saved = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(checkpoint)
+    assert saved.r == 0
+    schedules = [[0] * 4, [2, 2, 2, 1], [4, 0, 0, 1]]
+    assert [schedule for schedule, _ in evaluated] == schedules * 2  # merged, and retrained
+    assert [latents.equal(saved.base_model.embeddings.latents) for _, latents in evaluated] == [False] * 3 + [True] * 3
+
+    results = json.loads((output_dir / "sweep_results.json").read_text())
+    lost = results["rows"][1].pop("retrained")
+    (output_dir / "sweep_results.json").write_text(json.dumps(results))
+    assert steps_of("eval_sweep.py", *sweep) == 0
+    assert json.loads((output_dir / "sweep_results.json").read_text())["rows"][1]["retrained"] == lost
+
+    card, whole = ((folder / "README.md").read_text() for folder in (checkpoint, output_dir))
+    assert [f"| retrained for every r | {r} |" in card for r in ("0", "2", "4,0,0,1")] == [True] * 3
+    assert 'revision="elastic"' in card and 'revision="elastic"' in whole and "one for all rows" in whole
+
+    pushed = []
+    monkeypatch.setattr(sweep_run, "push_addressed", lambda *arguments, **branch: pushed.append((arguments, branch)))
+    sweep_run.push_sweep("repository", output_dir, "main")
+    assert pushed[1:] == [(("repository", checkpoint, "Retrained for every r"), {"revision": "elastic"})]
