@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -122,7 +122,7 @@ def peak_memory_mb(run: Callable[[], object], model: nn.Module) -> float:
 def describe_environment() -> dict[str, str | int]:
     """Date, machine and versions, to stand beside every figure."""
     return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "processor": _processor_name(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
