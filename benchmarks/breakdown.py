@@ -42,6 +42,7 @@ from experiments.errors import exit_on_bad_input
 from experiments.measurement import Quartiles, time_interleaved
 from experiments.merging.cost import forward_cost
 from experiments.merging.schedules import Fields, apply_merging
+from experiments.publishing.tables import markdown_table
 from layers_tome_perceiver import MatchLatents
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
@@ -234,10 +235,10 @@ def breakdown(
 def as_markdown(cell: Cell, breakdowns: list[Breakdown]) -> str:
     """A heading and a table of shares, a line for each setting."""
     columns = ["", "ms", "with the clock", *PARTS, "matching and merging", "matching, of the FLOPs"]
-    lines = [f"## {cell.name}", "", f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
-    for each in breakdowns:
+
+    def cells(each: Breakdown) -> list[str]:
         overhead = each.matching_and_merging_share
-        cells = [
+        return [
             each.name,
             f"{each.milliseconds.median:.4g}",
             f"{sum(each.part_milliseconds.values()):.4g}",
@@ -245,8 +246,8 @@ def as_markdown(cell: Cell, breakdowns: list[Breakdown]) -> str:
             f"{overhead.median:.1%} ({overhead.lower:.1%} to {overhead.upper:.1%})",
             f"{each.matching_flops_share:.2%}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+
+    return f"## {cell.name}\n\n{markdown_table(columns, map(cells, breakdowns), 'lr')}\n"
 
 
 def main() -> None:

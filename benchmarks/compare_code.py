@@ -34,6 +34,7 @@ from benchmarks.speed_rows import Cell, SpeedArguments, write_results
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
 from experiments.measurement import Timing, time_interleaved
+from experiments.publishing.tables import markdown_table
 
 
 @dataclass
@@ -96,14 +97,19 @@ def measure(arguments: CompareCodeArguments, before: ModuleType, cell: Cell) -> 
 
 def as_markdown(cell: Cell, rows: list[Row]) -> str:
     """A heading and a line for each setting."""
-    lines = [f"## {cell.name}", "", "| | ms before | ms now | times as fast | quartiles | before against itself |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
-    for row in rows:
-        speedup, noise = row.now.speedup, row.before.speedup
-        times = f"{row.before.latency_ms.median:.4g} | {row.now.latency_ms.median:.4g}"
-        spread = f"{speedup.median:.3f} | {speedup.lower:.3f} to {speedup.upper:.3f}"
-        lines.append(f"| {row.name} | {times} | {spread} | {noise.median:.3f} |")
-    return "\n".join(lines) + "\n"
+    cells = [
+        (
+            row.name,
+            f"{row.before.latency_ms.median:.4g}",
+            f"{row.now.latency_ms.median:.4g}",
+            f"{row.now.speedup.median:.3f}",
+            f"{row.now.speedup.lower:.3f} to {row.now.speedup.upper:.3f}",
+            f"{row.before.speedup.median:.3f}",
+        )
+        for row in rows
+    ]
+    columns = ["", "ms before", "ms now", "times as fast", "quartiles", "before against itself"]
+    return f"## {cell.name}\n\n{markdown_table(columns, cells, 'lr')}\n"
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.errors import BadInput, exit_on_bad_input
 from experiments.files import write_text, write_whole
 from experiments.publishing.card import metric_name
+from experiments.publishing.tables import markdown_table, with_error
 from experiments.training.output_folder import SWEEP_FILE
 
 matplotlib.use("Agg")  # there may be no screen
@@ -103,15 +104,19 @@ def points_of(label: str, results: dict[str, Any], stages: Sequence[str]) -> lis
     ]
 
 
-def markdown_table(points: Sequence[Point], metric: str) -> str:
-    """A line for each point, in the order of the sweeps."""
-    lines = [f"| | row | FLOPs | of self-attention | {metric}, change |", f"{'|---' * 5}|"]
-    lines += [
-        f"| {point.line} | {point.row} | {point.flops_ratio:.3f} | {point.self_attention_flops_ratio:.3f} "
-        f"| {point.change:+.2f} ± {point.stderr:.2f} |"
+def as_markdown(points: Sequence[Point], metric: str) -> str:
+    """A table with a line for each point, in the order of the sweeps."""
+    rows = [
+        (
+            point.line,
+            point.row,
+            f"{point.flops_ratio:.3f}",
+            f"{point.self_attention_flops_ratio:.3f}",
+            with_error(point.change, point.stderr, "+.2f"),
+        )
         for point in points
     ]
-    return "\n".join(lines) + "\n"
+    return markdown_table(["", "row", "FLOPs", "of self-attention", f"{metric}, change"], rows) + "\n"
 
 
 def draw(points: Sequence[Point], metric: str, options: argparse.Namespace, path: Path) -> None:
@@ -150,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise BadInput("sweeps: none has a row that merges beside one that does not; eval_sweep.py with --r 0 makes it")
     metric = metric_name(metrics.pop())
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    table = markdown_table(points, metric)
+    table = as_markdown(points, metric)
     write_text(options.output_dir / "comparison.md", table)
     draw(points, metric, options, options.output_dir / "comparison.png")
     print(table)

@@ -55,6 +55,7 @@ from experiments.measurement import (
 )
 from experiments.merging.cost import forward_cost
 from experiments.merging.schedules import UNMERGED, Fields
+from experiments.publishing.tables import markdown_table
 
 STOCK = "stock"
 # Far more would not fit in any memory, and a typing error is better found here than there.
@@ -296,12 +297,11 @@ def as_markdown(scaling: Scaling) -> str:
     """Two tables: every variant at every length, and the lines."""
     columns = ["bytes", "", "latents left", "GFLOPs", "ms", "quartiles", "FLOPs imply", "times stock", "quartiles"]
     columns += ["FLOPs imply", "peak MB"]
-    lines = ["## Times", "", f"| {' | '.join(columns)} |", f"|---:|---{'|---:' * (len(columns) - 2)}|"]
-    for row in scaling.rows:
-        cells = [
-            str(row.length),
+    rows = [
+        (
+            row.length,
             row.name,
-            str(row.latents_left),
+            row.latents_left,
             f"{row.gflops:.4g}",
             f"{row.milliseconds.median:.4g}",
             f"{row.milliseconds.lower:.4g} to {row.milliseconds.upper:.4g}",
@@ -310,13 +310,14 @@ def as_markdown(scaling: Scaling) -> str:
             f"{row.speedup.lower:.2f} to {row.speedup.upper:.2f}",
             f"{row.implied_speedup:.2f}",
             f"{row.peak_memory_mb:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        )
+        for row in scaling.rows
+    ]
+    times = markdown_table(columns, rows, "rlr")
     columns = ["", "GFLOPs at 0 bytes", "MFLOPs a byte", "ms at 0 bytes", "FLOPs imply", "µs a byte", "FLOPs imply"]
     columns += ["largest deviation of a median"]
-    lines += ["", "## Lines", "", f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
-    for each in scaling.growth:
-        cells = [
+    growth = [
+        (
             each.name,
             f"{each.flops.constant / 1e9:.4g}",
             f"{each.flops.slope / 1e6:.4g}",
@@ -325,14 +326,20 @@ def as_markdown(scaling: Scaling) -> str:
             f"{1e3 * each.milliseconds.slope:.4g}",
             f"{1e3 * each.predicted_milliseconds.slope:.4g}",
             f"{each.largest_deviation:.1%}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"What the FLOPs imply of times is at the {scaling.gflops_per_second:.4g} GFLOP/s of stock on the shortest "
-        f"texts. Outputs at r = 0 differ from stock's there by {scaling.outputs_difference:.1e} of the largest.",
+        )
+        for each in scaling.growth
     ]
-    return "\n".join(lines) + "\n"
+    return f"""## Times
+
+{times}
+
+## Lines
+
+{markdown_table(columns, growth, "lr")}
+
+What the FLOPs imply of times is at the {scaling.gflops_per_second:.4g} GFLOP/s of stock on the shortest texts. \
+Outputs at r = 0 differ from stock's there by {scaling.outputs_difference:.1e} of the largest.
+"""
 
 
 def draw(scaling: Scaling, title: str, path: Path) -> None:

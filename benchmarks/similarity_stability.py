@@ -50,6 +50,7 @@ from experiments.merging.arguments import ModelArguments
 from experiments.merging.groups import average_linkage, unlabelled_batches
 from experiments.merging.schedules import UNMERGED
 from experiments.merging.similarity import SIMILARITIES
+from experiments.publishing.tables import markdown_table
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.tasks.base import Batch
 from experiments.training.identity import noted_arguments
@@ -270,16 +271,14 @@ def measure(
 def as_markdown(rows: list[LayerStability], num_groups: int) -> str:
     """A line for each similarity and layer, with agreements for one number of groups."""
     counts = [mean.samples for mean in rows[0].means]
-    lines = [
-        "| | layer | one input: rank correlation (quartiles) | its groups | mean similarity | spread of pairs "
-        "| of inputs " + "".join(f"| {count} samples " for count in counts) + "|",
-        "|---" * (7 + len(counts)) + "|",
-    ]
-    for row in rows:
+    columns = ["", "layer", "one input: rank correlation (quartiles)", "its groups", "mean similarity"]
+    columns += ["spread of pairs", "of inputs", *(f"{count} samples" for count in counts)]
+
+    def cells(row: LayerStability) -> list[object]:
         one = row.rank_correlation
-        cells = [
+        return [
             row.similarity,
-            str(row.layer),
+            row.layer,
             f"{one.mean:.2f} ({one.lower:.2f} to {one.upper:.2f})",
             f"{row.adjusted_rand[num_groups].mean:.2f}",
             f"{row.mean_similarity:.2f}",
@@ -287,8 +286,8 @@ def as_markdown(rows: list[LayerStability], num_groups: int) -> str:
             f"{row.spread_of_inputs:.2f}",
             *(f"{mean.adjusted_rand[num_groups]:.2f}" for mean in row.means),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+
+    return markdown_table(columns, map(cells, rows)) + "\n"
 
 
 def draw(rows: list[LayerStability], num_groups: int, title: str, path: Path) -> None:

@@ -14,7 +14,7 @@ OUTPUT_DIR gets size_ablation.json and size_ablation.md.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from experiments.measurement import describe_environment
 from experiments.merging.arguments import ModelArguments
 from experiments.merging.budget import Budget, flops_ratios
 from experiments.merging.schedules import DEFAULT_SCHEDULE, SCHEDULES, apply_merging
+from experiments.publishing.tables import markdown_table, with_error
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.runs.finetune_stages import COUNTED_INPUTS
 from experiments.training.identity import noted_arguments
@@ -93,6 +94,17 @@ def without_sizes(model: ToMePerceiverPreTrainedModel, places: tuple[str, ...]) 
             hook.remove()
 
 
+def as_markdown(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """A table with a line for each budget and place, and what the metric changes by from sizes in both places."""
+
+    def cells(row: Mapping[str, Any]) -> list[object]:
+        change, error = (100 * row[f"{metric}_change{end}"] for end in ("", "_stderr"))
+        shown = None if row["sizes"] == "in both" else with_error(change, error, "+.2f")
+        return [row["flops_ratio"], row["sizes"], f"{100 * row[metric]:.2f}", shown]
+
+    return markdown_table(["FLOPs", "sizes", f"{metric} x 100", "change"], map(cells, rows))
+
+
 def main() -> None:
     model_args, data, ablation, training = parse_arguments(
         __doc__, ModelArguments, SweepDataArguments, AblationArguments, TrainerArguments
@@ -119,11 +131,7 @@ def main() -> None:
             change = changes(prepared.kind, evaluations[name], before)
             score = evaluations[name].metrics[f"merged_{task.main_metric}"]
             rows.append({"flops_ratio": ratio, "sizes": name, "r": fields["r"], task.main_metric: score} | change)
-    lines = [f"| FLOPs | sizes | {task.main_metric} x 100 | change |", "|---|---|---|---|"]
-    for row in rows:
-        error = 100 * row[f"{task.main_metric}_change_stderr"]
-        change = f"{100 * row[f'{task.main_metric}_change']:+.2f} ± {error:.2f}" if row["sizes"] != "in both" else ""
-        lines.append(f"| {row['flops_ratio']} | {row['sizes']} | {100 * row[task.main_metric]:.2f} | {change} |")
+    table = as_markdown(rows, task.main_metric)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(
         output_dir / "size_ablation.json",
@@ -135,8 +143,8 @@ def main() -> None:
             "rows": rows,
         },
     )
-    write_text(output_dir / "size_ablation.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_text(output_dir / "size_ablation.md", table + "\n")
+    print(table)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ from experiments.measurement import (
 )
 from experiments.merging.cost import ForwardCost, forward_cost, linear_flops
 from experiments.merging.schedules import UNMERGED, Fields
+from experiments.publishing.tables import markdown_table
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 STOCK = "stock"
@@ -305,11 +306,12 @@ def as_markdown(table: Table) -> str:
     compiled = any(row.first_call_seconds is not None for row in table.rows)
     columns = ["", "latents left", "GFLOPs", "ms", "times stock", "quartiles", "FLOPs imply", "share", "GFLOP/s"]
     columns += ["of the product's", "peak MB"] + (["first call, s"] if compiled else [])
-    lines = [f"## {table.cell}", "", f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
-    for row in table.rows:
-        cells = [
+
+    def cells(row: Row) -> list[object]:
+        first_call = "" if row.first_call_seconds is None else f"{row.first_call_seconds:.1f}"
+        return [
             row.name,
-            str(row.latents_per_layer[-1]),
+            row.latents_per_layer[-1],
             f"{row.gflops:.4g}",
             f"{row.milliseconds.median:.4g}",
             f"{row.speedup.median:.2f}",
@@ -319,17 +321,17 @@ def as_markdown(table: Table) -> str:
             f"{row.gflops_per_second:.4g}",
             f"{row.share_of_product_rate:.0%}",
             f"{row.peak_memory_mb:.0f}",
+            *([first_call] if compiled else []),
         ]
-        if compiled:
-            cells.append("" if row.first_call_seconds is None else f"{row.first_call_seconds:.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
+
     rows, width = table.product_shape
-    lines += [
-        "",
-        f"A matrix product of ({rows}, {width}) with ({width}, {width}) ran at {table.product_gflops_per_second:.4g} "
-        f"GFLOP/s. Outputs at r = 0 differ from stock's by {table.outputs_difference:.1e} of the largest.",
-    ]
-    return "\n".join(lines) + "\n"
+    return f"""## {table.cell}
+
+{markdown_table(columns, map(cells, table.rows), "lr")}
+
+A matrix product of ({rows}, {width}) with ({width}, {width}) ran at {table.product_gflops_per_second:.4g} GFLOP/s. \
+Outputs at r = 0 differ from stock's by {table.outputs_difference:.1e} of the largest.
+"""
 
 
 def draw(tables: list[Table], path: Path) -> None:

@@ -18,6 +18,7 @@ from experiments.measurement import describe_environment, environment_line
 from experiments.merging.cost import forward_cost
 from experiments.merging.schedules import UNMERGED
 from experiments.publishing.schedule_picture import draw_schedule
+from experiments.publishing.tables import markdown_table, with_error
 from experiments.tasks.base import Source
 
 R = int | list[int]
@@ -137,14 +138,15 @@ Every file that it needs, its code too, is in the repository. Pin `revision` to 
 def results_table(measured: Sequence[Measured]) -> str:
     """A line for each row, a column for each metric, as value and standard error."""
     metrics = [name for name in measured[0].metrics if f"{name}_stderr" in measured[0].metrics]
-    lines = [
-        f"| | r | {' | '.join(metric_name(metric) for metric in metrics)} |",
-        f"|---|---|{'---|' * len(metrics)}",
+    rows = [
+        (
+            row.name,
+            shown_r(row.r),
+            *(with_error(row.metrics[each], row.metrics[f"{each}_stderr"], ".4f") for each in metrics),
+        )
+        for row in measured
     ]
-    for row in measured:
-        cells = [f"{row.metrics[metric]:.4f} ± {row.metrics[f'{metric}_stderr']:.4f}" for metric in metrics]
-        lines.append(f"| {row.name} | {shown_r(row.r)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown_table(["", "r", *map(metric_name, metrics)], rows)
 
 
 def write_checkpoint_card(

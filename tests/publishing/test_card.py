@@ -58,7 +58,7 @@ def test_a_folder_is_no_base_model(tmp_path):
 
 def test_the_table_has_a_column_for_each_metric():
     assert results_table(ROWS).splitlines() == [
-        "| | r | Pearson | Spearman |",
+        "|  | r | Pearson | Spearman |",
         "|---|---|---|---|",
         "| finetuned | 0 | 0.8500 ± 0.0100 | 0.8400 ± 0.0200 |",
         "| retrained | 2,0 | 0.8000 ± 0.0300 | 0.7000 ± 0.0400 |",

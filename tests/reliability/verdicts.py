@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.files import write_text
+from experiments.publishing.tables import markdown_table
 
 FAULTS = ("wrong in silence", "traceback", "hang", "other")
 BEGIN, END = "<!-- begin: written by make reliability -->", "<!-- end: written by make reliability -->"
@@ -52,9 +53,8 @@ def report(verdicts: list[Verdict], heading: str) -> str:
         parts.append(f"### {kind[0].upper()}{kind[1:]}\n\n{_table(of_kind)}")
     met = Counter(stage for verdict in verdicts for stage in verdict.met)
     if met:
-        rows = [f"| {stage} | {count} |" for stage, count in met.most_common()]
-        total = f"| **all** | {met.total()} |"
-        parts.append("\n".join(["### What the kills met", "", "| while | kills |", "|---|---:|", *rows, total]))
+        table = markdown_table(["while", "kills"], [*met.most_common(), ("**all**", met.total())], "lr")
+        parts.append(f"### What the kills met\n\n{table}")
     failed = [verdict for verdict in verdicts if not verdict.passed]
     if failed:
         lines = [f"- {verdict.id} ({verdict.fault}): {_plain(verdict.wrong)}" for verdict in failed[:MOST_SHOWN]]
@@ -81,20 +81,15 @@ def _table(verdicts: list[Verdict]) -> str:
     classes: Mapping[str, list[Verdict]] = {verdict.row: [] for verdict in verdicts}
     for verdict in verdicts:
         classes[verdict.row].append(verdict)
-    lines = [
-        "| class | cases | passed | wrong in silence | tracebacks | hangs | other |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        *(_row(name, of_class) for name, of_class in sorted(classes.items())),
-        _row("**all**", verdicts),
-    ]
-    return "\n".join(lines)
+    columns = ["class", "cases", "passed", "wrong in silence", "tracebacks", "hangs", "other"]
+    rows = [_row(name, of_class) for name, of_class in sorted(classes.items())]
+    return markdown_table(columns, [*rows, _row("**all**", verdicts)], "lr")
 
 
-def _row(name: str, verdicts: Iterable[Verdict]) -> str:
+def _row(name: str, verdicts: Iterable[Verdict]) -> list[object]:
     of_row = list(verdicts)
     faults = Counter(verdict.fault for verdict in of_row if not verdict.passed)
-    counts = [len(of_row), sum(verdict.passed for verdict in of_row), *(faults[fault] for fault in FAULTS)]
-    return f"| {name} | {' | '.join(map(str, counts))} |"
+    return [name, len(of_row), sum(verdict.passed for verdict in of_row), *(faults[fault] for fault in FAULTS)]
 
 
 def _plain(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 
-from experiments.runs.sweep_report import markdown_table, write_csv
+from experiments.runs.sweep_report import flat_row, sweep_table, write_csv
 
 MEASURED = {
     "name": "r=2", "gflops": 0.5, "flops_ratio": 0.25, "latents_left": 4, "throughput": 812.34,
@@ -17,10 +17,11 @@ MEASURED = {
     "latency_ms": {"median": 3.0, "lower": 2.0, "upper": 4.0}, "speedup": {"median": 2.5, "lower": 2.25, "upper": 2.75},
 }  # fmt: skip
 PLANNED = {"name": "r=4", "gflops": 0.25, "flops_ratio": 0.125, "latents_left": 1}
+ROWS = [flat_row(row, "accuracy") for row in (MEASURED, PLANNED)]
 
 
 def test_table_has_a_line_for_each_row():
-    lines = markdown_table([MEASURED, PLANNED], "accuracy").splitlines()
+    lines = sweep_table(ROWS, "accuracy").splitlines()
     assert lines[2] == (
         "| r=2 | 81.23 ± 0.40 | -1.00 ± 0.20 | 90.00 ± 0.30 |  | 0.5 | 0.250 | 4 | 812.3 "
         "| 2.50x (2.25 to 2.75) | 3 | 123 |"
@@ -30,7 +31,7 @@ def test_table_has_a_line_for_each_row():
 
 
 def test_csv_has_a_number_a_column(tmp_path):
-    write_csv([MEASURED, PLANNED], "accuracy", tmp_path / "rows.csv")
+    write_csv(ROWS, tmp_path / "rows.csv")
     with (tmp_path / "rows.csv").open() as file:
         measured, planned = csv.DictReader(file)
     assert (measured["merged"], measured["retrained_stderr"], measured["speedup_upper"]) == ("0.8123", "0.003", "2.75")
