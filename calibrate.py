@@ -39,7 +39,7 @@ from experiments.publishing.card import scores
 from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.publishing.hub_push import push_addressed
 from experiments.runs.calibration_arguments import CalibrationArguments
-from experiments.runs.calibration_report import CalibrationResults, write_calibrated_card
+from experiments.runs.calibration_report import CalibrationResults
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.runs.finetune_stages import COUNTED_INPUTS
 from experiments.training.identity import (
@@ -125,7 +125,7 @@ def main() -> None:
     save_whole(output_dir, model.save_pretrained)
     save_whole(output_dir, prepared.processing_class.save_pretrained)
     results.save(output_dir)
-    write_calibrated_card(output_dir, model.config, unmerged, results, task, model_args.model_name_or_path)
+    results.write_card(output_dir, model.config, unmerged, task, model_args.model_name_or_path)
     print(f"{results.summary()}\n\nCheckpoint, results and card: {output_dir}")
     if repository is not None:
         print(push_addressed(repository, output_dir, COMMIT_MESSAGE, revision))

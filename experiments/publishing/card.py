@@ -6,16 +6,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import TrainingArguments
 
+from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.files import write_text
 from experiments.measurement import describe_environment, environment_line
-from experiments.merging.cost import forward_cost
+from experiments.merging.cost import ForwardCost, forward_cost
 from experiments.merging.schedules import UNMERGED
 from experiments.publishing.schedule_picture import draw_schedule
 from experiments.publishing.tables import markdown_table, with_error
@@ -25,6 +27,7 @@ R = int | list[int]
 
 CARD_FILE = "README.md"
 SCHEDULE_FILE = "schedule.png"
+TOKEN_MERGING = "[Token Merging](https://arxiv.org/abs/2210.09461)"
 AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
@@ -36,7 +39,7 @@ PIPELINE_INPUTS = {
     "fill-mask": 'f"a {pipe.tokenizer.mask_token}."',
 }
 SET_R = "model.r = 0  # merge nothing; any other r works too, without reloading"
-# What `usage_section` writes.
+# What `Card.usage` writes.
 LOADED_FROM = re.compile(r'(pipeline\("[a-z-]+", |\.from_pretrained\()"[^"]*"')
 # What a card says of a training in any case; whatever else decides it is said where it is not the default.
 TRAINING_SHOWN = (
@@ -71,70 +74,6 @@ def shown_r(r: R) -> str:
     return ",".join(map(str, r)) if isinstance(r, list) else str(r)
 
 
-def card_data(
-    source: Source, hub_task: str, name: str, measured: Sequence[Measured], base_model: str | None
-) -> ModelCardData:
-    """The YAML at the head of a card, with every figure in `model-index`.
-
-    Args:
-        source: the data.
-        hub_task: the Hub's name of the task.
-        name: of the model.
-        measured: the figures; r stands in each one's name and arguments, since the Hub keys results by these.
-        base_model: what was finetuned; folders of this machine are nothing to the Hub and are left out.
-    """
-    results = [
-        EvalResult(
-            task_type=hub_task,
-            dataset_type=source.dataset,
-            dataset_name=source.name,
-            dataset_config=source.config,
-            dataset_split=source.split,
-            metric_type=metric,
-            metric_name=f"{metric_name(metric)} (r={shown_r(row.r)}, {row.name})",
-            metric_value=value,
-            metric_args={"r": row.r, "model": row.name, "standard_error": row.metrics[f"{metric}_stderr"]},
-        )
-        for row in measured
-        for metric, value in row.metrics.items()
-        if f"{metric}_stderr" in row.metrics
-    ]
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag=hub_task,
-        tags=["perceiver", "token-merging"],
-        datasets=[source.dataset] if source.on_hub else None,
-        base_model=None if base_model is None or Path(base_model).exists() else base_model,
-        model_name=name,
-        eval_results=results or None,
-    )
-
-
-def usage_section(hub_task: str, model_id: str, revision: str | None = None, other_merging: str = SET_R) -> str:
-    """How to load what the card belongs to, a folder until `address_card` says which repository it became.
-
-    Args:
-        hub_task: the Hub's name of the task.
-        model_id: the folder.
-        revision: branch of the repository, if not the main one.
-        other_merging: line of code that makes the model merge otherwise.
-    """
-    pinned = "" if revision is None else f', revision="{revision}"'
-    return f"""## Use it
-
-```python
-from transformers import {AUTO_CLASSES[hub_task]}, pipeline
-
-pipe = pipeline("{hub_task}", "{model_id}"{pinned}, trust_remote_code=True)
-pipe({PIPELINE_INPUTS[hub_task]})
-
-model = {AUTO_CLASSES[hub_task]}.from_pretrained("{model_id}"{pinned}, trust_remote_code=True)
-{other_merging}
-```
-
-Every file that it needs, its code too, is in the repository. Pin `revision` to a commit for results that stay."""
-
-
 def results_table(measured: Sequence[Measured]) -> str:
     """A line for each row, a column for each metric, as value and standard error."""
     metrics = [name for name in measured[0].metrics if f"{name}_stderr" in measured[0].metrics]
@@ -147,90 +86,6 @@ def results_table(measured: Sequence[Measured]) -> str:
         for row in measured
     ]
     return markdown_table(["", "r", *map(metric_name, metrics)], rows)
-
-
-def write_checkpoint_card(
-    folder: Path,
-    *,
-    source: Source,
-    hub_task: str,
-    config: PreTrainedConfig,
-    input_shape: Sequence[int],
-    evaluated_on: int,
-    trained_on: int,
-    measured: Sequence[Measured],
-    budget: str | None,
-    trainings: Mapping[str, Mapping[str, Any]],
-    base_model: str | None,
-    model_id: str,
-    revision: str | None = None,
-) -> None:
-    """Write the card of one checkpoint and its picture, `schedule.png`.
-
-    Args:
-        folder: of the checkpoint.
-        source, hub_task: data and task.
-        config: of the checkpoint.
-        input_shape: of one input, (1, S) or (1, 3, height, width), to state its cost.
-        evaluated_on, trained_on: numbers of examples.
-        measured: the figures.
-        budget: that decided what merges, in words, if one did.
-        trainings: what decided each training, as `experiments.training.identity.training_fields`, under its heading.
-        base_model: what was finetuned.
-        model_id: the folder that becomes the repository.
-        revision: branch of it that the checkpoint becomes, if not the main one.
-    """
-    cost, unmerged = (
-        forward_cost(changed, input_shape, config.architectures[0])
-        for changed in (config, type(config).from_dict(config.to_dict() | UNMERGED))
-    )
-    draw_schedule(config, cost, unmerged, folder / SCHEDULE_FILE)
-    results = f"{results_table(measured)}\n\nOn {evaluated_on:,} examples, with standard errors." if measured else ""
-    headed = [f"## {heading}\n\n{training_lines(fields, trained_on)}" for heading, fields in trainings.items()]
-    sections = "\n\n".join(headed)
-    name = folder.resolve().name if revision is None else f"{Path(model_id).resolve().name}, {revision}"
-    body = f"""# {name}
-
-A [Perceiver IO](https://arxiv.org/abs/2107.14795) that merges its latents as it runs
-([Token Merging](https://arxiv.org/abs/2210.09461)), trained on {source.name}
-({"from scratch" if base_model is None else f"from {Path(base_model).name}"}). With r = {shown_r(config.r)} it goes from
-{config.num_latents} latents to {config.latents_per_layer[-1]} and takes {cost.total_with_matching / 1e9:.4g} GFLOPs
-for an input of shape {tuple(input_shape[1:])}, {cost.total_with_matching / unmerged.total_with_matching:.1%} of what it
-takes unmerged.
-
-![Latents that are left after each layer, and the FLOPs of each layer]({SCHEDULE_FILE})
-
-{usage_section(hub_task, model_id, revision)}
-
-## Results
-
-{results}
-
-## Merging
-
-{merging_lines(config, budget)}
-
-{sections}
-
-{environment_line(describe_environment())}.
-"""
-    write_card(folder, card_data(source, hub_task, name, measured, base_model), body)
-
-
-def merging_lines(config: PreTrainedConfig, budget: str | None) -> str:
-    """What merges, as a list: every setting, and the budget that it followed from."""
-    lines = {
-        "r": "fixed groups, `merge_groups`" if config.merge_groups is not None else shown_r(config.r),
-        "latents left after each layer": shown_r(config.latents_per_layer),
-        "merge_method": config.merge_method,
-        "merge_metric": config.merge_metric,
-        "proportional_attention": config.proportional_attention,
-        "min_latents": config.min_latents,
-        "r_inflection": config.r_inflection or None,
-        "num_blocks": config.num_blocks,
-        "budget": budget,
-    }
-    return "\n".join(f"- {name}: {value}" for name, value in lines.items() if value is not None)
 
 
 def training_lines(fields: Mapping[str, Any], trained_on: int) -> str:
@@ -246,9 +101,193 @@ def training_lines(fields: Mapping[str, Any], trained_on: int) -> str:
     return "\n".join([f"- training samples: {trained_on:,}", *lines])
 
 
-def write_card(folder: Path, data: ModelCardData, body: str) -> None:
-    """Write a folder's card; last of all its files, and over the one that Trainer may have written."""
-    write_text(folder / CARD_FILE, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")))
+@dataclass(frozen=True)
+class WhatMerges:
+    """What merges in a checkpoint, and what that saves.
+
+    Attributes:
+        config: of the checkpoint.
+        input_shape: of one input, (1, S) or (1, 3, height, width), to state its cost.
+        budget: that decided what merges, in words, if one did.
+        start: config of the model that is compared with; by default the same without merging.
+    """
+
+    config: ToMePerceiverConfig
+    input_shape: Sequence[int]
+    budget: str | None = None
+    start: ToMePerceiverConfig | None = None
+
+    @property
+    def unmerged(self) -> ToMePerceiverConfig:
+        """What the cost is compared with."""
+        return self.start or type(self.config).from_dict(self.config.to_dict() | UNMERGED)
+
+    @cached_property
+    def costs(self) -> tuple[ForwardCost, ForwardCost]:
+        """Of a forward pass, merged and unmerged."""
+        merged, unmerged = (
+            forward_cost(config, self.input_shape, self.config.architectures[0])
+            for config in (self.config, self.unmerged)
+        )
+        return merged, unmerged
+
+    def section(self) -> str:
+        """What it saves, in words and as a picture, every setting, and the budget that these follow from."""
+        config, (cost, unmerged) = self.config, (cost.total_with_matching for cost in self.costs)
+        settings = {
+            "r": shown_r(config.r) if config.merge_groups is None else "fixed groups, `merge_groups`",
+            "latents left after each layer": shown_r(config.latents_per_layer),
+            "merge_method": config.merge_method,
+            "merge_metric": config.merge_metric,
+            "proportional_attention": config.proportional_attention,
+            "min_latents": config.min_latents,
+            "r_inflection": config.r_inflection or None,
+            "num_blocks": config.num_blocks,
+            "budget": self.budget,
+        }
+        lines = "\n".join(f"- {name}: {value}" for name, value in settings.items() if value is not None)
+        return f"""It goes from {self.unmerged.num_latents} latents to {config.latents_per_layer[-1]} and takes \
+{cost / 1e9:.4g} GFLOPs for an input of shape {tuple(self.input_shape[1:])}, {cost / unmerged:.1%} of what it takes \
+unmerged.
+
+![Latents that are left after each layer, and the FLOPs of each layer]({SCHEDULE_FILE})
+
+{lines}"""
+
+    def draw(self, path: Path) -> None:
+        """The latents that are left and the FLOPs, layer by layer."""
+        draw_schedule(self.config, *self.costs, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the card of a checkpoint says.
+
+    Attributes:
+        model_id: the folder that becomes the repository.
+        revision: branch of it that the checkpoint becomes, if not the main one.
+        source, hub_task: the data, and the Hub's name of the task.
+        base_model: what the checkpoint was made from; `None` is from scratch.
+        what: it is, after "A Perceiver IO"; by default, that it merges and what it was trained on.
+        merging: what merges in it, if anything does before somebody sets it.
+        other_merging: line of code that makes the model merge otherwise.
+        measured: the figures; r stands in each one's name and arguments, since the Hub keys results by these.
+        evaluated_on: number of examples behind them.
+        report: what stands under "Results"; by default a table of `measured`.
+        steps: what decided each training, or what else made it, as `experiments.training.identity.training_fields`,
+            under its heading.
+        trained_on: number of examples that each step read.
+        sections: others, under their headings.
+        environment: what it was made in; by default this one.
+    """
+
+    model_id: str
+    revision: str | None = None
+    source: Source
+    hub_task: str
+    base_model: str | None
+    what: str | None = None
+    merging: WhatMerges | None = None
+    other_merging: str = SET_R
+    measured: Sequence[Measured] = ()
+    evaluated_on: int = 0
+    report: str | None = None
+    steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    trained_on: int = 0
+    sections: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=describe_environment)
+
+    def write(self, output_dir: Path) -> None:
+        """Write the card and its picture, last of all files in the folder: Trainer may have written a card too."""
+        if self.merging is not None:
+            self.merging.draw(output_dir / SCHEDULE_FILE)
+        write_text(output_dir / CARD_FILE, str(ModelCard(f"---\n{self.data.to_yaml()}\n---\n\n{self.text}")))
+
+    @property
+    def title(self) -> str:
+        """Name of the model."""
+        name = Path(self.model_id).resolve().name
+        return name if self.revision is None else f"{name}, {self.revision}"
+
+    @property
+    def data(self) -> ModelCardData:
+        """The YAML at the head, with every figure in `model-index`."""
+        results = [
+            EvalResult(
+                task_type=self.hub_task,
+                dataset_type=self.source.dataset,
+                dataset_name=self.source.name,
+                dataset_config=self.source.config,
+                dataset_split=self.source.split,
+                metric_type=metric,
+                metric_name=f"{metric_name(metric)} (r={shown_r(row.r)}, {row.name})",
+                metric_value=value,
+                metric_args={"r": row.r, "model": row.name, "standard_error": row.metrics[f"{metric}_stderr"]},
+            )
+            for row in self.measured
+            for metric, value in row.metrics.items()
+            if f"{metric}_stderr" in row.metrics
+        ]
+        # A folder of this machine is nothing to the Hub.
+        on_hub = self.base_model is not None and not Path(self.base_model).exists()
+        return ModelCardData(
+            library_name="transformers",
+            pipeline_tag=self.hub_task,
+            tags=["perceiver", "token-merging"],
+            datasets=[self.source.dataset] if self.source.on_hub else None,
+            base_model=self.base_model if on_hub else None,
+            model_name=self.title,
+            eval_results=results or None,
+        )
+
+    @property
+    def text(self) -> str:
+        """What people read: what it is, and the sections that there is something to say in."""
+        sections = {
+            "Merging": "" if self.merging is None else self.merging.section(),
+            "Use it": self.usage,
+            "Results": self.results,
+            **{heading: training_lines(fields, self.trained_on) for heading, fields in self.steps.items()},
+            **self.sections,
+        }
+        shown = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text)
+        return f"""# {self.title}
+
+A [Perceiver IO](https://arxiv.org/abs/2107.14795) {self.what or self._trained}
+
+{shown}
+
+{environment_line(self.environment)}.
+"""
+
+    @property
+    def _trained(self) -> str:
+        start = "from scratch" if self.base_model is None else f"from {Path(self.base_model).name}"
+        return f"that merges its latents as it runs ({TOKEN_MERGING}), trained on {self.source.name} ({start})."
+
+    @property
+    def usage(self) -> str:
+        """How to load the checkpoint, from its folder until `address_card` says which repository that became."""
+        auto_class = AUTO_CLASSES[self.hub_task]
+        pinned = "" if self.revision is None else f', revision="{self.revision}"'
+        return f"""```python
+from transformers import {auto_class}, pipeline
+
+pipe = pipeline("{self.hub_task}", "{self.model_id}"{pinned}, trust_remote_code=True)
+pipe({PIPELINE_INPUTS[self.hub_task]})
+
+model = {auto_class}.from_pretrained("{self.model_id}"{pinned}, trust_remote_code=True)
+{self.other_merging}
+```
+
+Every file that it needs, its code too, is in the repository. Pin `revision` to a commit for results that stay."""
+
+    @property
+    def results(self) -> str:
+        """The report, or else the figures, if there are any."""
+        if self.report is not None or not self.measured:
+            return self.report or ""
+        return f"{results_table(self.measured)}\n\nOn {self.evaluated_on:,} examples, with standard errors."
 
 
 def address_card(folder: Path, repo_id: str) -> None:

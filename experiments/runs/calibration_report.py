@@ -8,26 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.measurement import environment_line
-from experiments.merging.cost import forward_cost
-from experiments.publishing.card import (
-    SCHEDULE_FILE,
-    Measured,
-    card_data,
-    figures,
-    metric_name,
-    usage_section,
-    write_card,
-)
-from experiments.publishing.schedule_picture import draw_schedule
+from experiments.publishing.card import SET_R, TOKEN_MERGING, Card, Measured, WhatMerges, figures, metric_name
+from experiments.publishing.tables import markdown_table, with_error
 from experiments.tasks.base import Source, Task
 from experiments.training.output_folder import write_json
 
 RESULTS_FILE = "calibration_results.json"
 DROP_GROUPS = "model.config.merge_groups = None  # merge nothing; then model.r = 8 matches as it runs"
-GROUPED = """Which latents merge was decided once, from {samples:,} training samples of {source} without their labels,
+# What of the arguments a card says.
+SHOWN = ("model_name_or_path", "num_groups", "flops_ratio", "merge_layer", "similarity", "seed")
+WHAT = """whose latents are merged ({merging}) in fixed groups, made from {base_model} without training. {kind}"""
+GROUPED = """Which latents merge was decided once, from {samples:,} training samples of {source} without their labels, \
 and stands in `config.merge_groups`: nothing is matched as the model runs."""
-FEWER = """Its learned latents are means of groups of that model's, found in {samples:,} training samples of {source}
+FEWER = """Its learned latents are means of groups of that model's, found in {samples:,} training samples of {source} \
 without their labels. It merges nothing as it runs. How many latents each one stands for is lost, so train it on."""
 
 
@@ -68,75 +61,62 @@ class CalibrationResults:
         write_json(output_dir / RESULTS_FILE, asdict(self))
 
     def summary(self) -> str:
-        """What came out, a line for each thing."""
-        lines = [
-            f"latents left after each layer: {','.join(map(str, self.latents_left))}",
-            f"GFLOPs for an input of shape {self.input_shape[1:]}: {self.gflops:.4g}, {self.flops_ratio:.1%} of those "
-            "without merging",
+        """What came out: the cost, and the figures if there are any."""
+        cost = (
+            f"Latents left after each layer: {','.join(map(str, self.latents_left))}. GFLOPs for an input of shape "
+            f"{self.input_shape[1:]}: {self.gflops:.4g}, {self.flops_ratio:.1%} of those without merging."
+        )
+        return f"{cost}\n\n{self.figures_table()}".strip()
+
+    def figures_table(self) -> str:
+        """A table of every metric, unmerged and with groups, and what it is of; nothing if nothing was evaluated."""
+
+        def shown(stage: dict[str, float], metric: str, form: str = ".4f") -> str:
+            return with_error(stage[metric], stage[f"{metric}_stderr"], form)
+
+        if not self.unmerged:
+            return ""
+        rows = [
+            (
+                metric_name(metric),
+                shown(self.unmerged, metric),
+                shown(self.calibrated, metric),
+                shown(self.calibrated, f"{metric}_change", "+.4f"),
+            )
+            for metric in self.unmerged
+            if f"{metric}_stderr" in self.unmerged
         ]
-        if self.unmerged:
-            lines.append(f"Evaluated on {self.evaluated_on:,} examples of the split '{self.source.split}'")
-        for metric, unmerged in self.unmerged.items():
-            if f"{metric}_stderr" in self.unmerged:
-                lines.append(
-                    f"{metric_name(metric)}: unmerged {unmerged:.4f} ± "
-                    f"{self.unmerged[f'{metric}_stderr']:.4f}, with groups {self.calibrated[metric]:.4f} ± "
-                    f"{self.calibrated[f'{metric}_stderr']:.4f}; change, paired by example, "
-                    f"{self.calibrated[f'{metric}_change']:+.4f} ± {self.calibrated[f'{metric}_change_stderr']:.4f}"
-                )
-        return "\n".join(f"- {line}" for line in lines)
+        table = markdown_table(["", "unmerged", "with groups", "change, paired by example"], rows)
+        return f"{table}\n\nOn {self.evaluated_on:,} examples of the split '{self.source.split}', with standard errors."
 
+    def write_card(
+        self, output_dir: Path, config: ToMePerceiverConfig, unmerged: ToMePerceiverConfig, task: Task, base_model: str
+    ) -> None:
+        """Write the card of the calibrated checkpoint, and its picture.
 
-def write_calibrated_card(
-    output_dir: Path,
-    config: ToMePerceiverConfig,
-    unmerged: ToMePerceiverConfig,
-    results: CalibrationResults,
-    task: Task,
-    base_model: str,
-) -> None:
-    """Write the card of a calibrated checkpoint and its picture, `schedule.png`.
-
-    Args:
-        output_dir: with the checkpoint.
-        config: of the checkpoint, with its groups or, if they merged at the start, with fewer latents.
-        unmerged: of the model without them.
-        results: what is known of it.
-        task: that it is for.
-        base_model: what was calibrated.
-    """
-    cost, unmerged_cost = (
-        forward_cost(each, results.input_shape, config.architectures[0]) for each in (config, unmerged)
-    )
-    draw_schedule(config, cost, unmerged_cost, output_dir / SCHEDULE_FILE)
-    name = output_dir.resolve().name
-    shown = ("model_name_or_path", "num_groups", "flops_ratio", "merge_layer", "similarity", "seed")
-    arguments = "\n".join(
-        f"- `{key}`: {results.arguments[key]}" for key in shown if results.arguments.get(key) is not None
-    )
-    at_start = config.num_latents < unmerged.num_latents
-    what = (FEWER if at_start else GROUPED).format(samples=results.calibrated_on, source=task.source.name)
-    usage = usage_section(task.hub_task, str(output_dir), **({} if at_start else {"other_merging": DROP_GROUPS}))
-    body = f"""# {name}
-
-A [Perceiver IO](https://arxiv.org/abs/2107.14795) whose latents are merged
-([Token Merging](https://arxiv.org/abs/2210.09461)) in fixed groups, made from {Path(base_model).name} without training.
-{what}
-
-{results.summary()}
-
-![Latents that are left after each layer, and the FLOPs of each layer]({SCHEDULE_FILE})
-
-{usage}
-
-## Calibration
-
-{arguments}
-
-{environment_line(results.environment)}.
-"""
-    measured = [
-        Measured("unmerged", 0, results.unmerged),
-        Measured("fewer latents" if at_start else "fixed groups", 0, figures(results.calibrated)),
-    ]
-    write_card(output_dir, card_data(task.source, task.hub_task, name, measured, base_model), body)
+        Args:
+            output_dir: with the checkpoint.
+            config: of the checkpoint, with its groups or, if they merged at the start, with fewer latents.
+            unmerged: of the model without them.
+            task: that it is for.
+            base_model: what was calibrated.
+        """
+        at_start = config.num_latents < unmerged.num_latents
+        name, kind = ("fewer latents", FEWER) if at_start else ("fixed groups", GROUPED)
+        kind = kind.format(samples=self.calibrated_on, source=self.source.name)
+        stages = {"unmerged": self.unmerged, name: figures(self.calibrated)}
+        card = Card(
+            model_id=str(output_dir),
+            source=task.source,
+            hub_task=task.hub_task,
+            base_model=base_model,
+            what=WHAT.format(merging=TOKEN_MERGING, base_model=Path(base_model).name, kind=kind),
+            merging=WhatMerges(config, self.input_shape, start=unmerged),
+            other_merging=SET_R if at_start else DROP_GROUPS,
+            measured=[Measured(stage, 0, metrics) for stage, metrics in stages.items()],
+            report=self.figures_table(),
+            steps={"Calibration": {name: self.arguments.get(name) for name in SHOWN}},
+            trained_on=self.calibrated_on,
+            environment=self.environment,
+        )
+        card.write(output_dir)

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from experiments.merging.arguments import MergeArguments, ModelArguments
 from experiments.merging.schedules import DEFAULT_SCHEDULE, apply_merging, unmerged_fields
 from experiments.merging.search import undisturbed
-from experiments.publishing.card import Measured, measured_in, write_checkpoint_card
+from experiments.publishing.card import Card, Measured, WhatMerges, measured_in
 from experiments.tasks.base import PreparedTask, Task
 from experiments.training.elastic import merging_by
 from experiments.training.identity import (
@@ -190,7 +190,7 @@ class Run:
     def write_card(self) -> None:
         """Write the card of the checkpoint that training left, and note its config, which is what is evaluated."""
         note_content(self.output_dir, CONFIG, config_fingerprint(self.model.config))
-        config, r = self.model.config, self.model.r
+        r = self.model.r
         last = "retrained" if self.retrains else "trained"
         stages = [("eval", f"{last} for every r" if self.retraining.elastic else last, self.output_dir, r)]
         if self.retrains:
@@ -211,17 +211,15 @@ class Run:
             "distillation_weight": self.retraining.distillation_weight if self.retraining.elastic else None,
             **{f"{name} at first, then on from there": value for name, value in extended.items()},
         }
-        write_checkpoint_card(
-            self.output_dir,
+        card = Card(
+            model_id=str(self.output_dir),
             source=self.task.source,
             hub_task=self.task.hub_task,
-            config=config,
-            input_shape=self.input_shape,
-            evaluated_on=len(self.prepared.evaluation.get("", ())),
-            trained_on=len(self.prepared.train),
-            measured=measured,
-            budget=self.merging.budget_line,
-            trainings=trainings,
             base_model=self.model_args.model_name_or_path,
-            model_id=str(self.output_dir),
+            merging=WhatMerges(self.model.config, self.input_shape, self.merging.budget_line),
+            measured=measured,
+            evaluated_on=len(self.prepared.evaluation.get("", ())),
+            steps=trainings,
+            trained_on=len(self.prepared.train),
         )
+        card.write(self.output_dir)

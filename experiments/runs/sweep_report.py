@@ -79,7 +79,7 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> str:
         output_dir: where they go.
 
     Returns:
-        The report without its heading, Markdown that begins with the table.
+        The report without its heading and the environment, Markdown that begins with the table.
     """
     metric, name = results.metric, metric_name(results.metric)
     title = f"{results.source.name}: {results.evaluated_on:,} examples"
@@ -103,11 +103,9 @@ Made by
 
 ```
 {command}
-```
-
-Measured on: {environment_line(results.environment)}.
-"""
-    write_text(output_dir / "sweep_report.md", f"# {title}\n\n{report}")
+```"""
+    measured_on = f"Measured on: {environment_line(results.environment)}."
+    write_text(output_dir / "sweep_report.md", f"# {title}\n\n{report}\n\n{measured_on}\n")
     return report
 
 

@@ -15,7 +15,7 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
 from experiments.files import save_whole
 from experiments.merging.arguments import ModelArguments
-from experiments.publishing.card import Measured, card_data, figures, usage_section, write_card, write_checkpoint_card
+from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerges, figures
 from experiments.publishing.hub import HubRepository
 from experiments.publishing.hub_push import push_addressed
 from experiments.runs.sweep import Cells, Row, SweepResults
@@ -30,6 +30,9 @@ from experiments.training.stage import RetrainArguments, task_trainer, train_and
 RETRAINED = "retrained"
 # Folder below it, and branch, of the one checkpoint for all rows.
 ELASTIC = "elastic"
+WHAT = """and what merging its latents ({merging}) does to it on {source}. In a row "r", so many latents go in every \
+self-attention layer; in a row "flops", a schedule keeps to that share of the FLOPs. The checkpoint here merges \
+nothing until `model.r` is set."""
 
 
 @dataclass(frozen=True)
@@ -126,21 +129,20 @@ class SweepRun:
     ) -> None:
         distilled = {"elastic": True, "distillation_weight": self.retraining.distillation_weight}
         elastic = distilled if self.retraining.elastic else {}
-        write_checkpoint_card(
-            self.output_dir / RETRAINED / branch,
-            source=self.task.source,
-            hub_task=self.task.hub_task,
-            config=config,
-            input_shape=self.results.input_shape,
-            evaluated_on=self.results.evaluated_on,
-            measured=measured,
-            trained_on=len(self.prepared.train),
-            budget=None if budget is None else f"row '{budget}' of the sweep",
-            trainings={"Retraining": training_fields(self.retraining.training_arguments(self.training)) | elastic},
-            base_model=self.model_args.model_name_or_path,
+        budget_line = None if budget is None else f"row '{budget}' of the sweep"
+        card = Card(
             model_id=str(self.output_dir),
             revision=branch,
+            source=self.task.source,
+            hub_task=self.task.hub_task,
+            base_model=self.model_args.model_name_or_path,
+            merging=WhatMerges(config, self.results.input_shape, budget_line),
+            measured=measured,
+            evaluated_on=self.results.evaluated_on,
+            steps={"Retraining": training_fields(self.retraining.training_arguments(self.training)) | elastic},
+            trained_on=len(self.prepared.train),
         )
+        card.write(self.output_dir / RETRAINED / branch)
 
     @property
     def _stage_names(self) -> dict[str, str]:
@@ -166,25 +168,29 @@ class SweepRun:
         save_whole(self.output_dir, self.prepared.processing_class.save_pretrained)
         self.results.save(self.output_dir)
         report = write_report(self.results, shown_command(), self.output_dir)
-        measured = self._measured(*self._stage_names)
-        name, base_model = self.output_dir.resolve().name, self.model_args.model_name_or_path
-        branches = f"{self._branches()}\n\n" if self.retraining.retrain_epochs > 0 else ""
-        body = f"""# {name}
-
-A [Perceiver IO](https://arxiv.org/abs/2107.14795) and what merging its latents
-([Token Merging](https://arxiv.org/abs/2210.09461)) does to it on {self.task.source.name}. In a row "r", so many latents
-go in every self-attention layer; in a row "flops", a schedule keeps to that share of the FLOPs. The checkpoint here
-merges nothing until `model.r` is set.
-
-{report}
-{branches}{usage_section(self.task.hub_task, str(self.output_dir))}
-"""
-        write_card(self.output_dir, card_data(self.task.source, self.task.hub_task, name, measured, base_model), body)
+        self.write_card(report)
         print(report.partition("\n\n")[0])
         print(f"\nReport, picture and card: {self.output_dir}")
 
+    def write_card(self, report: str) -> None:
+        """Write the card of the unmerged checkpoint, which is the report."""
+        card = Card(
+            model_id=str(self.output_dir),
+            source=self.task.source,
+            hub_task=self.task.hub_task,
+            base_model=self.model_args.model_name_or_path,
+            what=WHAT.format(merging=TOKEN_MERGING, source=self.task.source.name),
+            measured=self._measured(*self._stage_names),
+            report=report,
+            sections={"Retrained checkpoints": self._branches()},
+            environment=self.results.environment,
+        )
+        card.write(self.output_dir)
+
     def _branches(self) -> str:
-        """Where the retrained checkpoints are, for the card."""
+        """Where the retrained checkpoints are, for the card, if there are any."""
+        if self.retraining.retrain_epochs == 0:
+            return ""
         if self.retraining.elastic:
             return (
                 "The retrained checkpoint, one for all rows, trained with a merging drawn anew in every step, is on a "

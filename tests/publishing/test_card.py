@@ -10,14 +10,13 @@ from PIL import Image
 
 from experiments.publishing.card import (
     AUTO_CLASSES,
+    Card,
     Measured,
+    WhatMerges,
     address_card,
-    card_data,
     measured_in,
     results_table,
     scores,
-    usage_section,
-    write_checkpoint_card,
 )
 from experiments.tasks.base import Source
 from experiments.training.output_folder import save_metrics
@@ -30,6 +29,12 @@ ROWS = [
 ]
 
 
+def card_of(**fields: object) -> Card:
+    """A card that says no more than it has to, and `fields`."""
+    least = {"model_id": "model", "source": GLUE, "hub_task": "text-classification", "base_model": None}
+    return Card(**least | fields)
+
+
 def test_only_figures_with_a_standard_error_are_results():
     metrics = {"eval_f1": 0.5, "eval_f1_stderr": 0.1, "eval_runtime": 3.0, "eval_samples": 4, "epoch": 1.0}
     assert scores(metrics, "eval") == {"f1": 0.5, "f1_stderr": 0.1}
@@ -37,7 +42,7 @@ def test_only_figures_with_a_standard_error_are_results():
 
 def test_rows_do_not_collapse_on_the_hub():
     """The Hub keys a result by task, dataset and the metric's type, name and arguments."""
-    data = card_data(GLUE, "text-classification", "model", ROWS, None)
+    data = card_of(measured=ROWS).data
     read = ModelCard(f"---\n{data.to_yaml()}\n---\n").data.eval_results
     assert len({(result.metric_type, result.metric_name, str(result.metric_args)) for result in read}) == 4
     assert [result.metric_value for result in read] == [0.85, 0.84, 0.8, 0.7]
@@ -48,12 +53,12 @@ def test_rows_do_not_collapse_on_the_hub():
 @pytest.mark.parametrize(("on_hub", "datasets"), [(True, ["nyu-mll/glue"]), (False, None)])
 def test_data_that_are_not_on_the_hub_are_not_linked(on_hub, datasets):
     source = Source("", "nyu-mll/glue", on_hub)
-    assert card_data(source, "text-classification", "model", ROWS, None).datasets == datasets
+    assert card_of(source=source).data.datasets == datasets
 
 
 def test_a_folder_is_no_base_model(tmp_path):
-    assert card_data(GLUE, "text-classification", "model", ROWS, str(tmp_path)).base_model is None
-    assert card_data(GLUE, "text-classification", "model", ROWS, "some/model").base_model == "some/model"
+    assert card_of(base_model=str(tmp_path)).data.base_model is None
+    assert card_of(base_model="some/model").data.base_model == "some/model"
 
 
 def test_the_table_has_a_column_for_each_metric():
@@ -73,28 +78,44 @@ def test_what_was_not_measured_is_no_row(tmp_path):
 
 @pytest.mark.parametrize("hub_task", sorted(AUTO_CLASSES))
 def test_the_code_that_a_card_shows_is_code(hub_task):
-    section = usage_section(hub_task, "someone/model", "r2")
-    code = section.partition("```python\n")[2].partition("```")[0]
+    usage = card_of(hub_task=hub_task, model_id="someone/model", revision="r2").usage
+    code = usage.partition("```python\n")[2].partition("```")[0]
     compile(code, "card", "exec")
     assert f"import {AUTO_CLASSES[hub_task]}, pipeline" in code and f'pipeline("{hub_task}", ' in code
     assert hasattr(transformers, AUTO_CLASSES[hub_task])
 
 
+def test_a_card_says_only_what_there_is_to_say(tmp_path):
+    """No merging, figures or training: no picture and no heading without a text; other sections where there are."""
+    card_of(sections={"Branches": "Two.", "Nothing": ""}).write(tmp_path)
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert [line for line in text.splitlines() if line.startswith("#")] == ["# model", "## Use it", "## Branches"]
+    assert not (tmp_path / "schedule.png").exists()
+
+
+def test_a_report_stands_in_place_of_the_table():
+    card = card_of(measured=ROWS, evaluated_on=1500, report="As measured.", what="and what it does.")
+    assert "## Results\n\nAs measured.\n\n" in card.text and "1,500" not in card.text
+    assert "A [Perceiver IO](https://arxiv.org/abs/2107.14795) and what it does.\n" in card.text
+    assert len(card.data.eval_results) == 4
+
+
 @pytest.mark.parametrize("measured", [ROWS, []])
 def test_a_card_is_whole_and_moves_to_its_repository(tmp_path, measured):
     config = tiny_config(r=2, architectures=["ToMePerceiverForSequenceClassification"])
-    write_checkpoint_card(
-        tmp_path, source=GLUE, hub_task="text-classification", config=config, input_shape=(1, 20), evaluated_on=1500,
-        trained_on=3000, measured=measured, budget="at most 0.5 of the FLOPs", base_model=None,
-        trainings={
+    card = card_of(
+        model_id=str(tmp_path), revision="r2", measured=measured, evaluated_on=1500, trained_on=3000,
+        merging=WhatMerges(config, (1, 20), "at most 0.5 of the FLOPs"),
+        steps={
             "Finetuning": {"learning_rate": 0.1, "data_seed": None, "max_grad_norm": 1.0},
             "Retraining": {"learning_rate": 0.2, "max_grad_norm": 2.0, "elastic": True},
         },
-        model_id=str(tmp_path), revision="r2",
     )  # fmt: skip
+    card.write(tmp_path)
     before = (tmp_path / "README.md").read_text()
     assert f'from_pretrained("{tmp_path}", revision="r2"' in before
-    assert "12 latents to 1" in before and "data_seed" not in before
+    assert "12 latents to 1" in before.replace("\n", " ") and "data_seed" not in before
+    assert ("On 1,500 examples" in before) == bool(measured)
     assert "`learning_rate`: 0.1" in before and "`learning_rate`: 0.2" in before and "samples: 3,000" in before
     assert "`max_grad_norm`: 2.0" in before and "`max_grad_norm`: 1.0" not in before and "`elastic`: True" in before
     assert "merge_method: bipartite" in before and "budget: at most 0.5 of the FLOPs" in before

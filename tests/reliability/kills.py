@@ -101,7 +101,7 @@ WRITING: tuple[tuple[str, bool], ...] = (
 # Functions that stages are known by, innermost first.
 STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("writing a checkpoint", ("_save_checkpoint", "save_model", "save_state", "_copy_code", "save_pretrained")),
-    ("writing a card or report", ("write_checkpoint_card", "write_report", "write_calibrated_card", "write_card")),
+    ("writing a card or report", ("write_card", "_write_retrained_card", "write_report")),
     ("training", ("_inner_training_loop", "train_and_save")),
     ("timing", ("time_interleaved", "peak_memory_mb")),
     ("searching a schedule", ("best", "divergence", "searching")),

@@ -133,9 +133,9 @@ def test_figures_are_of_all_evaluated_images_unmerged_and_with_groups(inputs, sc
         saved.config.merge_groups = None
     shown = [f"{results[stage]['accuracy']:.4f} ± " for stage in ("unmerged", "calibrated")]
     line = next(line for line in result.stdout.splitlines() if "Accuracy" in line)
-    assert line.index(f"unmerged {shown[0]}") < line.index(f"with groups {shown[1]}")
+    assert line.startswith(f"| Accuracy | {shown[0]}") and f" | {shown[1]}" in line
     # Two standard errors say little of a difference between paired figures.
-    assert f"Evaluated on {EVALUATED} examples" in result.stdout and "paired by example" in result.stdout
+    assert f"On {EVALUATED} examples" in result.stdout and "paired by example" in result.stdout
     change = results["calibrated"]["accuracy_change"]
     assert change == pytest.approx(results["calibrated"]["accuracy"] - results["unmerged"]["accuracy"])
 
@@ -221,7 +221,7 @@ def test_a_stock_text_checkpoint_comes_down_to_a_budget_and_exact_duplicates_cos
     changed = {name: results["calibrated"].pop(name) for name in list(results["calibrated"]) if "_change" in name}
     assert results["calibrated"] == results["unmerged"]
     assert len(changed) == 4 and set(changed.values()) == {0.0}
-    assert "Accuracy mm: unmerged" in capsys.readouterr().out
+    assert "| Accuracy mm | " in capsys.readouterr().out
 
     saved = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     tokens = PerceiverTokenizer.from_pretrained(tmp_path / "out")("aaaxx", return_tensors="pt")

@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
 
-from experiments.runs import sweep_run
+from experiments.publishing.card import Card
 from experiments.runs.sweep import SweepResults
 from experiments.training import stage as training
 from experiments.training.checkpoint import last_checkpoint
@@ -459,7 +459,7 @@ def test_a_sweep_killed_by_the_system_goes_on(sweep, tmp_path):
     [
         pytest.param(SweepResults, "save", 2, 0, 8, id="the second merged cell"),
         pytest.param(Trainer, "training_step", 8, 1, 1, id="retraining, after a checkpoint"),
-        pytest.param(sweep_run, "write_checkpoint_card", 1, 0, 4, id="the first card"),
+        pytest.param(Card, "write", 1, 0, 4, id="the first card"),
     ],
 )
 def test_a_killed_sweep_goes_on(sweep, tmp_path, owner, name, call, retrained, steps):
