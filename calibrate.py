@@ -36,8 +36,8 @@ from experiments.merging.groups import calibrate_groups, unlabelled_batches
 from experiments.merging.latent_parameters import merge_latent_parameters
 from experiments.merging.schedules import UNMERGED
 from experiments.publishing.card import scores
+from experiments.publishing.hub import push_checkpoint
 from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
-from experiments.publishing.hub_push import push_addressed
 from experiments.runs.calibration_arguments import CalibrationArguments
 from experiments.runs.calibration_report import CalibrationResults
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
@@ -64,7 +64,7 @@ def main() -> None:
     )
     output_dir, revision = Path(training.output_dir), training.hub_revision or "main"
     if hub.push_only:
-        print(push_addressed(open_to_push(training, model_args.token), output_dir, COMMIT_MESSAGE, revision))
+        print(push_checkpoint(open_to_push(training, model_args.token), output_dir, COMMIT_MESSAGE, revision))
         return
     calibration.check_given()
     check_sharding("--do_eval" if training.do_eval else None)
@@ -128,7 +128,7 @@ def main() -> None:
     results.write_card(output_dir, model.config, unmerged, task, model_args.model_name_or_path)
     print(f"{results.summary()}\n\nCheckpoint, results and card: {output_dir}")
     if repository is not None:
-        print(push_addressed(repository, output_dir, COMMIT_MESSAGE, revision))
+        print(push_checkpoint(repository, output_dir, COMMIT_MESSAGE, revision))
 
 
 if __name__ == "__main__":

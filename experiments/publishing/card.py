@@ -56,12 +56,21 @@ class Measured:
     Attributes:
         name: of the row.
         r: of the config.
-        metrics: figures by name, each with its standard error under NAME_stderr.
+        metrics: figures by name, each with its standard error under NAME_stderr; also changes from another row.
     """
 
     name: str
     r: R
     metrics: dict[str, float]
+
+    @property
+    def scores(self) -> dict[str, tuple[float, float]]:
+        """The figures that are no changes, each with its standard error."""
+        return {
+            metric: (value, self.metrics[f"{metric}_stderr"])
+            for metric, value in self.metrics.items()
+            if f"{metric}_stderr" in self.metrics and not metric.endswith("_change")
+        }
 
 
 def metric_name(metric: str) -> str:
@@ -76,14 +85,9 @@ def shown_r(r: R) -> str:
 
 def results_table(measured: Sequence[Measured]) -> str:
     """A line for each row, a column for each metric, as value and standard error."""
-    metrics = [name for name in measured[0].metrics if f"{name}_stderr" in measured[0].metrics]
+    metrics = list(measured[0].scores)
     rows = [
-        (
-            row.name,
-            shown_r(row.r),
-            *(with_error(row.metrics[each], row.metrics[f"{each}_stderr"], ".4f") for each in metrics),
-        )
-        for row in measured
+        (row.name, shown_r(row.r), *(with_error(*row.scores[metric], ".4f") for metric in metrics)) for row in measured
     ]
     return markdown_table(["", "r", *map(metric_name, metrics)], rows)
 
@@ -222,11 +226,10 @@ class Card:
                 metric_type=metric,
                 metric_name=f"{metric_name(metric)} (r={shown_r(row.r)}, {row.name})",
                 metric_value=value,
-                metric_args={"r": row.r, "model": row.name, "standard_error": row.metrics[f"{metric}_stderr"]},
+                metric_args={"r": row.r, "model": row.name, "standard_error": error},
             )
             for row in self.measured
-            for metric, value in row.metrics.items()
-            if f"{metric}_stderr" in row.metrics
+            for metric, (value, error) in row.scores.items()
         ]
         # A folder of this machine is nothing to the Hub.
         on_hub = self.base_model is not None and not Path(self.base_model).exists()
@@ -293,8 +296,10 @@ Every file that it needs, its code too, is in the repository. Pin `revision` to 
 def address_card(folder: Path, repo_id: str) -> None:
     """Make the examples in a folder's card load from a repository, whatever they loaded from so far."""
     path = folder / CARD_FILE
-    if path.exists():
-        write_text(path, LOADED_FROM.sub(lambda match: f'{match[1]}"{repo_id}"', path.read_text()))
+    text = path.read_text() if path.exists() else ""
+    addressed = LOADED_FROM.sub(lambda match: f'{match[1]}"{repo_id}"', text)
+    if addressed != text:
+        write_text(path, addressed)
 
 
 def measured_in(folder: Path, split: str, name: str, r: R) -> list[Measured]:
@@ -314,8 +319,3 @@ def scores(metrics: dict[str, Any], split: str) -> dict[str, float]:
     plain = {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
     names = [name for name in plain if f"{name}_stderr" in plain]
     return {name: plain[name] for scored in names for name in (scored, f"{scored}_stderr")}
-
-
-def figures(cell: dict[str, float]) -> dict[str, float]:
-    """Of a cell of a sweep or a calibration, the figures without what they changed from."""
-    return {name: value for name, value in cell.items() if "_change" not in name}

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from experiments.errors import BadInput, Stopped, naming
+from experiments.publishing.card import address_card
 
 RETRY_WAITS = (2.0, 5.0, 15.0, 45.0)
 """Seconds before each further try of a push."""
@@ -109,7 +110,8 @@ def open_repository(model_id: str | None, output_dir: Path, token: str | None, p
 def push_checkpoint(repository: HubRepository, folder: Path, message: str, revision: str = "main") -> str:
     """Make the repository hold the checkpoint in a folder, in one commit, or in none where it holds it already.
 
-    Weights in the repository that are not in the folder go. What passes by itself is tried again, see `RETRY_WAITS`.
+    Its card is made to show how to load it from there. Weights in the repository that are not in the folder go. What
+    passes by itself is tried again, see `RETRY_WAITS`.
 
     Args:
         repository: from `open_repository`.
@@ -121,12 +123,13 @@ def push_checkpoint(repository: HubRepository, folder: Path, message: str, revis
         The commit's URL.
 
     Raises:
-        PushFailed: the folder is as it was, and pushing again does what is left to do.
+        PushFailed: the folder has all that it had, and pushing again does what is left to do.
         BadInput: there is no checkpoint in the folder.
     """
     # Or else a wrong folder would take the weights out of the repository.
     if not (folder / "config.json").is_file():
         raise BadInput(f"--output_dir {folder}: holds no config.json, so no checkpoint to push")
+    address_card(folder, repository.repo_id)
     waits = iter(RETRY_WAITS)
     while True:
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.publishing.card import SET_R, TOKEN_MERGING, Card, Measured, WhatMerges, figures, metric_name
+from experiments.publishing.card import SET_R, TOKEN_MERGING, Card, Measured, WhatMerges, metric_name
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.tasks.base import Source, Task
 from experiments.training.output_folder import write_json
@@ -104,7 +104,7 @@ class CalibrationResults:
         at_start = config.num_latents < unmerged.num_latents
         name, kind = ("fewer latents", FEWER) if at_start else ("fixed groups", GROUPED)
         kind = kind.format(samples=self.calibrated_on, source=self.source.name)
-        stages = {"unmerged": self.unmerged, name: figures(self.calibrated)}
+        stages = {"unmerged": self.unmerged, name: self.calibrated}
         card = Card(
             model_id=str(output_dir),
             source=task.source,

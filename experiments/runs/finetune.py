@@ -14,8 +14,8 @@ from experiments.command_line import parse_arguments
 from experiments.errors import BadInput
 from experiments.merging.arguments import MergeArguments, ModelArguments
 from experiments.merging.search import SEARCH
+from experiments.publishing.hub import push_checkpoint
 from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
-from experiments.publishing.hub_push import push_addressed
 from experiments.runs.finetune_stages import Run
 from experiments.tasks.base import Task
 from experiments.training.loading import load_model_and_task
@@ -76,7 +76,7 @@ def run_experiment(experiment: Experiment) -> None:
     training, retraining = experiment.training, experiment.retraining
     output_dir, revision = Path(training.output_dir), training.hub_revision or "main"
     if experiment.hub.push_only:
-        print(push_addressed(open_to_push(training, experiment.model.token), output_dir, COMMIT_MESSAGE, revision))
+        print(push_checkpoint(open_to_push(training, experiment.model.token), output_dir, COMMIT_MESSAGE, revision))
         return
     merging = experiment.merging.config_fields()
     retrain = retraining.retrain_epochs > 0
@@ -131,4 +131,4 @@ def run_experiment(experiment: Experiment) -> None:
         if training.do_train:
             run.write_card()
         if repository is not None:
-            print(push_addressed(repository, output_dir, COMMIT_MESSAGE, revision))
+            print(push_checkpoint(repository, output_dir, COMMIT_MESSAGE, revision))

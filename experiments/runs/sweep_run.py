@@ -15,9 +15,8 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
 from experiments.files import save_whole
 from experiments.merging.arguments import ModelArguments
-from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerges, figures
-from experiments.publishing.hub import HubRepository
-from experiments.publishing.hub_push import push_addressed
+from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerges
+from experiments.publishing.hub import HubRepository, push_checkpoint
 from experiments.runs.sweep import Cells, Row, SweepResults
 from experiments.runs.sweep_arguments import Merge, SweepArguments
 from experiments.runs.sweep_report import write_report
@@ -121,7 +120,7 @@ class SweepRun:
 
     def _write_its_card(self, merge: Merge, row: Row, trainer: Trainer) -> None:
         config = trainer.model.config
-        measured = [Measured(name, config.r, figures(row[stage])) for stage, name in self._stage_names.items()]
+        measured = [Measured(name, config.r, row[stage]) for stage, name in self._stage_names.items()]
         self._write_retrained_card(merge.branch, config, measured, merge.name)
 
     def _write_retrained_card(
@@ -153,7 +152,7 @@ class SweepRun:
     def _measured(self, *stages: str) -> list[Measured]:
         """The figures of every row, for cards."""
         return [
-            Measured(_named(self._stage_names[stage], merge), merge.fields["r"], figures(row[stage]))
+            Measured(_named(self._stage_names[stage], merge), merge.fields["r"], row[stage])
             for merge, row in zip(self.merges, self.results.rows, strict=True)
             for stage in stages
             if stage in row
@@ -212,8 +211,8 @@ def push_sweep(repository: HubRepository, output_dir: Path, revision: str) -> No
         BadInput: if there is no sweep.
         PushFailed: what was pushed stays; pushing again does the rest.
     """
-    print(push_addressed(repository, output_dir, "Sweep over r", revision))
+    print(push_checkpoint(repository, output_dir, "Sweep over r", revision))
     for folder in sorted((output_dir / RETRAINED).glob("*")):
         config = json.loads((folder / "config.json").read_text())
         message = "Retrained for every r" if folder.name == ELASTIC else f"Retrained with r = {config['r']}"
-        print(push_addressed(repository, folder, message, revision=folder.name))
+        print(push_checkpoint(repository, folder, message, revision=folder.name))

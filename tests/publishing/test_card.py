@@ -50,6 +50,13 @@ def test_rows_do_not_collapse_on_the_hub():
     assert read[2].metric_args == {"r": [2, 0], "model": "retrained", "standard_error": 0.03}
 
 
+def test_changes_are_no_results():
+    """They are of two rows; what stands beside a row is a figure of its own."""
+    row = Measured("merged", 2, {"f1": 0.5, "f1_stderr": 0.1, "f1_change": -0.2, "f1_change_stderr": 0.1, "loss": 3.0})
+    assert row.scores == {"f1": (0.5, 0.1)}
+    assert [result.metric_type for result in card_of(measured=[row]).data.eval_results] == ["f1"]
+
+
 @pytest.mark.parametrize(("on_hub", "datasets"), [(True, ["nyu-mll/glue"]), (False, None)])
 def test_data_that_are_not_on_the_hub_are_not_linked(on_hub, datasets):
     source = Source("", "nyu-mll/glue", on_hub)

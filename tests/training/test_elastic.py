@@ -273,6 +273,6 @@ def test_a_sweep_trains_once_for_all_rows(images, tmp_path, monkeypatch):
     assert 'revision="elastic"' in card and 'revision="elastic"' in whole and "one for all rows" in whole
 
     pushed = []
-    monkeypatch.setattr(sweep_run, "push_addressed", lambda *arguments, **branch: pushed.append((arguments, branch)))
+    monkeypatch.setattr(sweep_run, "push_checkpoint", lambda *arguments, **branch: pushed.append((arguments, branch)))
     sweep_run.push_sweep("repository", output_dir, "main")
     assert pushed[1:] == [(("repository", checkpoint, "Retrained for every r"), {"revision": "elastic"})]
