@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 
-.PHONY: demo test reliability lint types clean
+.PHONY: demo test test-fast reliability lint types clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt requirements-dev.txt
@@ -21,6 +21,10 @@ demo: .venv/installed
 
 test: lint types
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# What does not compile, start other programs or train whole runs (tests/conftest.py): under a minute on two cores.
+test-fast: .venv/installed
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 # Bad inputs, changes between two runs and kills, all of them; the tables go to docs/reliability.md.
 reliability: .venv/installed

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings for every test: no network, one thread, no progress bars, seeded, and hypothesis without deadlines."""
+"""Settings for every test: no network, one thread, no progress bars, seeded, and hypothesis without deadlines.
+
+Here too stands which tests are slow.
+"""
 
 import os
 import shutil
@@ -19,10 +22,38 @@ from hypothesis import settings
 from benchmarks.published_models import PUBLISHED_MODELS
 from tests.support.tiny_models import SIZES
 
+# What `make test-fast` leaves out, by its place below tests/: rooms, files or single tests that compile, start other
+# programs or train whole runs. `make test` runs everything.
+SLOW = (
+    "benchmarks/",
+    "examples/",
+    "reliability/",
+    "runs/",
+    "model/test_call_r.py::test_compiled_layers_and_a_compiled_model_take_it",
+    "model/test_modeling_execution.py",
+    "model/test_remote_code.py",
+    "publishing/test_hub.py",
+    "publishing/test_hub_push.py",
+    "tasks/test_labels.py::test_no_score_depends_on_the_order_of_label2id",
+    "tasks/test_metric.py::test_evaluate_is_not_imported_before_it_is_needed",
+    "training/test_distributed.py",
+    "training/test_elastic.py::test_a_sweep_trains_once_for_all_rows",
+    "training/test_resume.py",
+    "training/test_trainer_arguments.py::test_it_works",
+)
+
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 settings.register_profile("tome", deadline=None, max_examples=60)
 settings.load_profile("tome")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what is slow, before `-m` chooses."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="session")
