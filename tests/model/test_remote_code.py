@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import PerceiverTokenizer
 from transformers.models.perceiver.image_processing_pil_perceiver import PerceiverImageProcessorPil
 
 import modeling_tome_perceiver as tome
+from tests.support.script_run import PROGRAMS
 from tests.support.tiny_models import HEADS, IMAGE_HEADS, flat_logits, tiny_inputs, tiny_model
 
 REPOSITORY = Path(tome.__file__).resolve().parent
@@ -39,117 +41,12 @@ AUTO_CLASSES = {
 R_SAVED, R_SET = [3, 0, 2, 1, 0, 1], [0, 0, 4, 0, 0, 2]
 TEXT = "a text of words"
 
-LOAD = """
-import json, sys
-from pathlib import Path
-import torch, transformers
-from PIL import Image
 
-task = json.loads(Path(sys.argv[1]).read_text())
-report = {}
-
-def flat(output):
-    logits = output.last_hidden_state if output.get("logits") is None else output.logits
-    parts = list(logits.values()) if isinstance(logits, dict) else [logits]
-    return torch.cat([part.flatten(1) for part in parts], dim=1).detach()
-
-for head, folder in task["folders"].items():
-    inputs = torch.load(f"{task['inputs']}/{head}.pt")
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    auto_class = getattr(transformers, task["auto_classes"].get(head, "AutoModel"))
-    model, loading = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
-    entry = report[head] = dict(
-        config_class=f"{type(config).__module__}.{type(config).__qualname__}",
-        model_class=f"{type(model).__module__}.{type(model).__qualname__}",
-        files=[sys.modules[type(part).__module__].__file__ for part in (config, model)],
-        amiss={name: sorted(map(str, keys)) for name, keys in loading.items() if keys},
-        config_r=config.r,
-        schedule=config.merge_schedule,
-        r=model.r,
-        logits=flat(model(**inputs)),
-    )
-    # Any head by AutoModel too, and what it saves is what its own Auto class saves.
-    by_auto_model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
-    entry["auto_model_class"] = type(by_auto_model).__qualname__
-    entry["auto_model_logits"] = flat(by_auto_model(**inputs))
-    by_auto_model.save_pretrained(f"resaved/{head}")
-    entry["auto_map"] = json.loads(Path(f"resaved/{head}/config.json").read_text())["auto_map"]
-    entry["auto_model_files"] = sorted(path.stem for path in Path(f"resaved/{head}").glob("*.py"))
-    if "set_r" in task:
-        model.r = task["set_r"]
-        entry["logits_set"] = flat(model(**inputs))
-        model.save_pretrained(f"{task['resaved']}/{head}")
-
-for name, part in (("text", "tokenizer"), ("image", "image_processor")):
-    pipe = transformers.pipeline(f"{name}-classification", model=task[name], trust_remote_code=True)
-    given = task["words"] if name == "text" else Image.open(task["picture"])
-    report[name] = dict(
-        scores={entry["label"]: entry["score"] for entry in pipe(given, top_k=None if name == "text" else 3)},
-        model_class=f"{type(pipe.model).__module__}.{type(pipe.model).__qualname__}",
-        r=pipe.model.r,
-    )
-    if "set_r" in task:
-        pipe.model.r = task["set_r"]
-        pipe.save_pretrained(f"{task['resaved']}/{name}")
-
-report["outside"] = [name for name in task["modules"] if name in sys.modules]
-torch.save(report, task["report"])
-"""
-
-LOAD_BROKEN = """
-import json, sys, traceback
-from pathlib import Path
-import transformers
-
-task = json.loads(Path(sys.argv[1]).read_text())
-report = {}
-for name, folder in task["folders"].items():
-    try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
-        report[name] = dict(loaded=type(model).__module__)
-    except BaseException as error:
-        report[name] = dict(error=type(error).__name__, message=str(error), trace=traceback.format_exc())
-Path(task["report"]).write_text(json.dumps(report))
-"""
-
-LOAD_WHAT_MAKES_INPUTS = """
-import builtins, json, logging, sys
-from pathlib import Path
-import transformers
-
-task = json.loads(Path(sys.argv[1]).read_text())
-said = []
-
-class Listening(logging.Handler):
-    def emit(self, record):
-        said.append(record.getMessage())
-
-def ask(question):
-    said.append(question)
-    return "n"
-
-transformers.logging.add_handler(Listening())
-builtins.input = ask
-text, image = task["text"], task["image"]
-loaded = [
-    transformers.AutoTokenizer.from_pretrained(text, trust_remote_code=True),
-    transformers.AutoTokenizer.from_pretrained(text, tokenizer_type="perceiver"),
-    transformers.PerceiverTokenizer.from_pretrained(text),
-    transformers.AutoImageProcessor.from_pretrained(image),
-    transformers.AutoImageProcessor.from_pretrained(image, trust_remote_code=True),
-    transformers.pipeline("text-classification", model=text, trust_remote_code=True).tokenizer,
-    transformers.pipeline("image-classification", model=image, trust_remote_code=True).image_processor,
-]
-report = dict(said=said, loaded=[type(each).__name__ for each in loaded])
-Path(task["report"]).write_text(json.dumps(report))
-"""
-
-
-def run_elsewhere(script: str, task: dict[str, Any], folder: Path, pythonpath: Path | None = None) -> Path:
-    """Run a script in a fresh process, another folder and with an empty `HF_HOME`; its report's path comes back."""
+def run_elsewhere(program: str, task: dict[str, Any], folder: Path, pythonpath: Path | None = None) -> Path:
+    """Run a program in a fresh process, another folder and with an empty `HF_HOME`; its report's path comes back."""
     folder.mkdir()
     task = task | dict(report=str(folder / "report"))
-    (folder / "child.py").write_text(script)
+    shutil.copy(PROGRAMS / program, folder)
     (folder / "task.json").write_text(json.dumps(task))
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))
@@ -158,7 +55,7 @@ def run_elsewhere(script: str, task: dict[str, Any], folder: Path, pythonpath: P
     if pythonpath is not None:
         environment["PYTHONPATH"] = str(pythonpath)
     done = subprocess.run(
-        [sys.executable, "child.py", "task.json"], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, program, "task.json"], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return folder / "report"
@@ -234,13 +131,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 def first_load(checkpoints: Checkpoints) -> dict[str, Any]:
     """A child loads every folder, sets r and saves again."""
     task = checkpoints.task("saved", set_r=R_SET, resaved=str(checkpoints.root / "resaved"))
-    return torch.load(run_elsewhere(LOAD, task, checkpoints.root / "first"))
+    return torch.load(run_elsewhere("load_checkpoints.py", task, checkpoints.root / "first"))
 
 
 @pytest.fixture(scope="module")
 def second_load(checkpoints: Checkpoints, first_load: dict[str, Any]) -> dict[str, Any]:
     """Another child loads what the first one saved."""
-    return torch.load(run_elsewhere(LOAD, checkpoints.task("resaved"), checkpoints.root / "second"))
+    return torch.load(run_elsewhere("load_checkpoints.py", checkpoints.task("resaved"), checkpoints.root / "second"))
 
 
 def auto_map(head: str) -> dict[str, str]:
@@ -302,7 +199,7 @@ def test_pipelines_run_a_folder_elsewhere(name, checkpoints, first_load, second_
 def test_what_makes_inputs_loads_without_a_question_or_a_warning(checkpoints):
     """AutoTokenizer reads the config first, whose code it has to be allowed or need not ask for."""
     report = json.loads(
-        run_elsewhere(LOAD_WHAT_MAKES_INPUTS, checkpoints.task("saved"), checkpoints.root / "quiet").read_text()
+        run_elsewhere("load_what_makes_inputs.py", checkpoints.task("saved"), checkpoints.root / "quiet").read_text()
     )
     assert report["said"] == []
     tokenizer, processor = "PerceiverTokenizer", "PerceiverImageProcessorPil"
@@ -329,7 +226,9 @@ def test_a_broken_module_fails_with_its_own_error(checkpoints):
             (folders[name] / file.name).write_bytes(file.read_bytes())
         (folders[name] / "merging_tome_perceiver.py").write_text(text)
     task = dict(folders={name: str(folder) for name, folder in folders.items()})
-    report = json.loads(run_elsewhere(LOAD_BROKEN, task, checkpoints.root / "broken", REPOSITORY).read_text())
+    report = json.loads(
+        run_elsewhere("load_broken_checkpoints.py", task, checkpoints.root / "broken", REPOSITORY).read_text()
+    )
     assert report["whole"]["loaded"].startswith("transformers_modules.")
     assert (report["raises"]["error"], report["raises"]["message"]) == ("RuntimeError", "broken on purpose")
     for name, missing in (("imports what is not there", "no_such_name"), ("lacks a name", "MERGE_METHODS")):

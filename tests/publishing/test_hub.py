@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from experiments.publishing import hub as hub_upload
 from experiments.publishing.hub import RETRY_WAITS, HubRepository, PushFailed, open_repository, push_checkpoint
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.loopback_repository import FINE_TOKEN, READ_TOKEN, USER, WRITE_TOKEN
+from tests.support.script_run import PROGRAMS
 from tests.support.tiny_models import flat_logits, spread_weights, tiny_inputs, tiny_model
 
 ID = f"{USER}/model"
@@ -52,36 +54,6 @@ AT_HOME = {
     "runs/events.out": b"losses",
 }
 LARGE = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
-
-LOAD = """
-import json, sys
-from pathlib import Path
-import datasets, torch, transformers
-
-task = json.loads(Path(sys.argv[1]).read_text())
-report = {"logits": {}, "classes": {}, "files": {}, "errors": {}}
-inputs = torch.load(task["inputs"])
-for revision in task["revisions"]:
-    model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-        task["id"], revision=revision, trust_remote_code=True, output_loading_info=True
-    )
-    assert not any(loading.values()), loading
-    report["logits"][revision] = model.double()(**inputs).logits.detach()
-    report["classes"][revision] = f"{type(model).__module__}.{type(model).__qualname__}"
-    report["files"][revision] = sys.modules[type(model).__module__].__file__
-
-def error(load, *arguments):
-    try:
-        load(*arguments)
-    except Exception as error:
-        return [kind.__name__ for kind in type(error).__mro__], str(error)
-
-for name in task["models"]:
-    report["errors"][name] = error(transformers.AutoConfig.from_pretrained, name)
-for name in task["datasets"]:
-    report["errors"][name] = error(datasets.load_dataset, name)
-torch.save(report, task["report"])
-"""
 
 
 @contextmanager
@@ -445,9 +417,9 @@ def test_a_pushed_model_is_the_model_elsewhere(hub, tmp_path):
         report=str(elsewhere / "report.pt"),
     )
     (elsewhere / "task.json").write_text(json.dumps(task))
-    (elsewhere / "load.py").write_text(LOAD)
+    shutil.copy(PROGRAMS / "load_revisions.py", elsewhere)
     done = subprocess.run(
-        [sys.executable, "load.py", "task.json"],
+        [sys.executable, "load_revisions.py", "task.json"],
         cwd=elsewhere,
         env=hub.environment(elsewhere / "home"),
         capture_output=True,

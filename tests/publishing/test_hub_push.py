@@ -18,26 +18,11 @@ from experiments.publishing import hub as hub_upload
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.loopback_repository import USER, WRITE_TOKEN
-from tests.support.script_run import ROOT, bad_input_line, call_script
+from tests.support.script_run import PROGRAMS, ROOT, bad_input_line, call_script
 from tests.support.tiny_texts import write_glue, write_model_config
 
 TOKEN = ("--hub_token", WRITE_TOKEN)
 SENTENCE = "aaaxx"
-LOAD = """
-import json, sys
-import torch
-from transformers import AutoModelForSequenceClassification, pipeline
-logits = {}
-for repo_id, revision in json.loads(sys.argv[1]):
-    options = dict(revision=revision, trust_remote_code=True)
-    model = AutoModelForSequenceClassification.from_pretrained(repo_id, **options).eval()
-    classify = pipeline("text-classification", repo_id, **options)
-    tokens = classify.tokenizer("aaaxx", return_tensors="pt")
-    with torch.no_grad():
-        logits[revision] = model(**tokens).logits[0].tolist()
-    assert classify("aaaxx")[0]["label"] in ("negative", "positive")
-print("LOGITS", json.dumps(logits))
-"""
 
 
 @pytest.fixture()
@@ -156,7 +141,7 @@ def test_a_sweep_is_pushed_and_comes_back(hub, trained, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, json.dumps([(repo_id, revision) for revision in folders])],
+        [sys.executable, PROGRAMS / "classify_from_hub.py", json.dumps([(repo_id, revision) for revision in folders])],
         cwd=elsewhere,
         env=hub.environment(elsewhere / "home"),
         capture_output=True,

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# What tests run in other processes.
+PROGRAMS = Path(__file__).resolve().parent / "programs"
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -72,17 +72,17 @@ def kill(script: str, arguments: tuple[object, ...], owner: object, name: str, c
 
 def really_kill(script: str, arguments: tuple[object, ...], owner: str, name: str, call: int) -> None:
     """The same in a process of its own, which gets the signal."""
-    code = (
-        "import importlib, json, os, signal, sys\n"
-        "from tests.support.script_run import call_script\n"
-        "from tests.training.test_resume import killed_at\n"
-        "module, _, owner = sys.argv[1].rpartition('.')\n"
-        "owner = getattr(importlib.import_module(module), owner)\n"
-        "with killed_at(owner, sys.argv[2], int(sys.argv[3]), lambda: os.kill(os.getpid(), signal.SIGKILL)):\n"
-        "    call_script(*sys.argv[4:])\n"
-    )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, owner, name, str(call), script, *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.programs.killed_script",
+        owner,
+        name,
+        str(call),
+        script,
+        *map(str, arguments),
+    ]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
 
