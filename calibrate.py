@@ -24,17 +24,18 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
 from transformers import set_seed
 
+from budget_tome_perceiver import Merging
+from cost_tome_perceiver import forward_cost
 from experiments.command_line import parse_arguments
-from experiments.errors import exit_on_bad_input
+from experiments.errors import Stopped, exit_on_bad_input
 from experiments.files import save_whole
 from experiments.measurement import describe_environment
-from experiments.merging.arguments import ModelArguments, apply_merging
-from experiments.merging.cost import forward_cost
-from experiments.merging.groups import calibrate_groups, unlabelled_batches
+from experiments.merging.arguments import apply_fields
 from experiments.merging.latent_parameters import merge_latent_parameters
-from experiments.merging.schedules import UNMERGED
+from experiments.merging.similarity import SIMILARITIES
 from experiments.publishing.card import scores
 from experiments.publishing.hub import push_checkpoint
 from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
@@ -51,9 +52,11 @@ from experiments.training.identity import (
     weights_fingerprint,
 )
 from experiments.training.loading import load_model_and_task
+from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import CONFIG, START, claim
 from experiments.training.stage import changes, check_sharding, evaluate, rehearse, task_trainer
 from experiments.training.trainer_arguments import TrainerArguments
+from groups_tome_perceiver import fixed_groups
 
 COMMIT_MESSAGE = "Checkpoint with fixed groups of latents"
 
@@ -76,7 +79,7 @@ def main() -> None:
     with training.main_process_first(desc="loading the data"):
         task = load_sweep_task(data, model_args, training.seed)
     model, prepared = load_model_and_task(model_args, {}, task, training)
-    batch = next(iter(unlabelled_batches(prepared, COUNTED_INPUTS)))
+    batch = next(iter(prepared.unlabelled(prepared.train, COUNTED_INPUTS)))
     input_shape, architecture = (1, *batch[task.input_name].shape[1:]), type(model).__name__
     left_after = calibration.left_after(model.config, input_shape, architecture)
     rehearse(model, prepared, [training])
@@ -86,11 +89,16 @@ def main() -> None:
     claim(output_dir, noted, longer=False, write=training.should_save)
 
     start = time.perf_counter()
-    batches = unlabelled_batches(prepared, training.per_device_eval_batch_size)
-    merge_groups = calibrate_groups(model.to(training.device), batches, left_after, calibration.similarity)
+    batches = prepared.unlabelled(prepared.train, training.per_device_eval_batch_size)
+    bar = tqdm(batches, desc="calibrating", unit="batch")
+    try:
+        similarity = SIMILARITIES[calibration.similarity]
+        merge_groups = fixed_groups(model.to(training.device), bar, left_after, similarity)
+    except FloatingPointError as error:
+        raise Stopped(str(error)) from error
     seconds = {"calibrating": time.perf_counter() - start}
 
-    apply_merging(model.config, UNMERGED)
+    Merging.none(model.config).apply(model.config)
     unmerged = copy.deepcopy(model.config)
     flops, evaluations, metrics = {}, {}, {}
     trainer = task_trainer(model, prepared, training, output_dir)
@@ -98,7 +106,7 @@ def main() -> None:
         if stage == "calibrated" and calibration.at_start:
             merge_latent_parameters(model, merge_groups[0])
         elif stage == "calibrated":
-            apply_merging(model.config, {"merge_groups": merge_groups})
+            apply_fields(model.config, {"merge_groups": merge_groups})
         flops[stage] = forward_cost(model.config, input_shape, architecture).total_with_matching
         if training.do_eval:
             start = time.perf_counter()

@@ -23,6 +23,7 @@ each retrained one to a branch of its own, so that from_pretrained(..., revision
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
@@ -30,8 +31,6 @@ from transformers import set_seed
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
 from experiments.measurement import describe_environment
-from experiments.merging.arguments import ModelArguments
-from experiments.merging.search import SEARCH
 from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.runs.sweep import SweepResults, plan_rows
@@ -45,6 +44,7 @@ from experiments.training.identity import (
     weights_fingerprint,
 )
 from experiments.training.loading import load_model_and_task
+from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import CONFIG, START, check_disk_space
 from experiments.training.stage import RetrainArguments, check_sharding, rehearse
 from experiments.training.trainer_arguments import TrainerArguments
@@ -74,7 +74,7 @@ def main() -> None:
     results = SweepResults(
         arguments=noted_arguments(model_args, data, sweep_args, retraining) | training_fields(training),
         content={START: weights_fingerprint(model), CONFIG: config_fingerprint(model.config)}
-        | content(task, prepared, train=retrains or SEARCH in sweep_args.schedule),
+        | content(task, prepared, train=retrains or sweep_args.searches),
         environment=describe_environment(),
         source=task.source,
         evaluated_on=len(prepared.evaluation[""]),
@@ -85,15 +85,16 @@ def main() -> None:
     if not continued:
         start = time.perf_counter()
         log_dir = output_dir if training.should_save else None
-        merges = sweep_args.merges(model.to(training.device), prepared, batch, input_shape, log_dir)
-        results.rows = plan_rows(model, merges, baseline, input_shape)
+        samples = partial(prepared.samples, batch_size=sweep_args.timing_batch_size)
+        variants = sweep_args.variants(model.to(training.device), samples, input_shape, log_dir)
+        results.rows = plan_rows(model, variants, baseline, input_shape)
         results.spend("resolving budgets", start)
     retrained = 1 if retraining.elastic else len(results.rows)
     models = 1 + (retrained if retrains else 0)
     check_disk_space(output_dir, model, training, models)
 
     run = SweepRun(
-        model_args, sweep_args, retraining, training, task, prepared, results.merges, baseline, results, continued
+        model_args, sweep_args, retraining, training, task, prepared, results.variants, baseline, results, continued
     )
     run.measure(model, batch)
     if retrains:

@@ -50,12 +50,25 @@ MergeMethod = Callable[[Tensor, int, Tensor | None, float], Match]
 MERGE_METHODS: dict[str, MergeMethod] = {}
 """The merging methods by the name that `config.merge_method` holds."""
 
+MatchingFlops = Callable[[int, int], int]
+"""From N and the channels of the metric to the FLOPs of matching them, for one row."""
 
-def register_merge_method(name: str) -> Callable[[MergeMethod], MergeMethod]:
-    """Decorator: make a merging method available as `config.merge_method = name`."""
+MATCHING_FLOPS: dict[str, MatchingFlops] = {}
+"""Of the methods that say what they cost."""
+
+
+def register_merge_method(name: str, flops: MatchingFlops | None = None) -> Callable[[MergeMethod], MergeMethod]:
+    """Decorator: make a merging method available as `config.merge_method = name`.
+
+    Args:
+        name: of the method.
+        flops: what it costs; without them it merges, and no budget can be kept with it.
+    """
 
     def register(method: MergeMethod) -> MergeMethod:
         MERGE_METHODS[name] = method
+        if flops is not None:
+            MATCHING_FLOPS[name] = flops
         return method
 
     return register
@@ -71,7 +84,40 @@ def check_merge_method(name: str) -> None:
         raise ValueError(f"merge_method = {name!r}: allowed are {', '.join(map(repr, sorted(MERGE_METHODS)))}")
 
 
-@register_merge_method("bipartite")
+def matching_flops(name: str, latents: int, channels: int) -> int:
+    """FLOPs of one matching of a row.
+
+    Args:
+        name: of the method.
+        latents, channels: N, and those of the metric.
+
+    Raises:
+        ValueError: if the method does not say what it costs.
+    """
+    if name not in MATCHING_FLOPS:
+        raise ValueError(
+            f"merge_method = {name!r}: its cost is not known; known are "
+            f"{', '.join(map(repr, sorted(MATCHING_FLOPS)))}, others say it in register_merge_method(name, flops=...)"
+        )
+    return MATCHING_FLOPS[name](latents, channels)
+
+
+def product_flops(rows: int, in_channels: int, out_channels: int) -> int:
+    """A linear layer, or any product of (rows, in_channels) with (in_channels, out_channels): 2 for a multiply-add."""
+    return 2 * rows * in_channels * out_channels
+
+
+def bipartite_flops(latents: int, channels: int) -> int:
+    """Similarities of each even position with each odd one."""
+    return product_flops((latents + 1) // 2, channels, latents // 2)
+
+
+def all_pairs_flops(latents: int, channels: int) -> int:
+    """Similarities of every latent with every one."""
+    return product_flops(latents, channels, latents)
+
+
+@register_merge_method("bipartite", flops=bipartite_flops)
 @torch.no_grad()
 def match_bipartite(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """Bipartite soft matching: each even position proposes its most similar odd one; the best R proposals merge.
@@ -88,7 +134,7 @@ def match_bipartite(metric: Tensor, r: int, sizes: Tensor | None = None, depth: 
     return _match_edges(edge_score, edge_target, metric.shape[1], r)
 
 
-@register_merge_method("size_penalty")
+@register_merge_method("size_penalty", flops=bipartite_flops)
 @torch.no_grad()
 def match_size_penalty(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """Bipartite soft matching in which what already stands for many latents is less attractive.
@@ -112,7 +158,7 @@ def match_size_penalty(metric: Tensor, r: int, sizes: Tensor | None = None, dept
     return _match_edges(edge_score, edge_target, metric.shape[1], r)
 
 
-@register_merge_method("energy")
+@register_merge_method("energy", flops=all_pairs_flops)
 @torch.no_grad()
 def match_energy(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """The 2R latents of highest energy merge in pairs, the others are protected.
@@ -159,7 +205,7 @@ def energy_scores(similarity: Tensor, margin: float) -> Tensor:
     return scores.masked_fill(itself, 0).mean(dim=-1)
 
 
-@register_merge_method("k_center")
+@register_merge_method("k_center", flops=all_pairs_flops)
 @torch.no_grad()
 def match_k_center(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """The M latents that stay are spread as far as they go, and each other one merges into its most similar.
@@ -190,7 +236,7 @@ def match_k_center(metric: Tensor, r: int, sizes: Tensor | None = None, depth: f
     return Match(kept=kept, merged=merged, into=_take_pairs(similarity, merged, kept).argmax(dim=-1))
 
 
-@register_merge_method("ward")
+@register_merge_method("ward", flops=all_pairs_flops)
 @torch.no_grad()
 def match_ward(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """Agglomerative clustering: R times the two groups merge that add least to the squared distances from their means.
@@ -239,7 +285,7 @@ def match_ward(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float
     return Match(kept=kept, merged=merged_away, into=place_among_kept.gather(1, group.gather(1, merged_away)))
 
 
-@register_merge_method("random")
+@register_merge_method("random", flops=lambda latents, channels: 0)
 @torch.no_grad()
 def match_random(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """A control for the matching: the same bipartite form, but the edges are drawn at random.
@@ -257,7 +303,7 @@ def match_random(metric: Tensor, r: int, sizes: Tensor | None = None, depth: flo
     return _match_edges(score.expand(rows, -1), target.expand(rows, -1), num_latents, r)
 
 
-@register_merge_method("prune")
+@register_merge_method("prune", flops=bipartite_flops)
 def match_prune(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """A control for the merging: the latents that `bipartite` would merge away are dropped instead."""
     return match_bipartite(metric, r, sizes, depth)._replace(into=None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -24,15 +24,19 @@ from transformers.models.perceiver import modeling_perceiver as upstream
 
 # As in the module of the layers, which says why.
 try:
+    from .budget_tome_perceiver import Merging  # type: ignore[import-not-found]
     from .configuration_tome_perceiver import ToMePerceiverConfig  # type: ignore[import-not-found]
     from .layers_tome_perceiver import latent_bias, take_tome_classes  # type: ignore[import-not-found]
     from .merging_tome_perceiver import check_merge_method  # type: ignore[import-not-found]
+    from .search_tome_perceiver import Choice, choose_merging  # type: ignore[import-not-found]
 except ImportError:
     if __package__:
         raise
+    from budget_tome_perceiver import Merging
     from configuration_tome_perceiver import ToMePerceiverConfig
     from layers_tome_perceiver import latent_bias, take_tome_classes
     from merging_tome_perceiver import check_merge_method
+    from search_tome_perceiver import Choice, choose_merging
 
 # More than all layers of a model could need, each for itself.
 COMPILED_GRAPHS = 256
@@ -61,7 +65,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
 
     Modifications:
     - upstream's parts take the classes of `layers_tome_perceiver.py`
-    - `r`, settable at any time, and an `r` of each call's own
+    - `r`, settable at any time, and an `r` of each call's own; `merge_to`, which chooses what merges within a budget
     - a keyword that `forward` does not know is an error
     - a checkpoint loads by `AutoModel` too, as the head that it is: upstream's bare model takes no text and no images
     - the input embeddings of a text model are its tokens', and can be resized
@@ -93,6 +97,8 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         )
         if hasattr(self, "num_labels"):
             config.check_labels()
+        # What shares of the cost are of, whatever runs later.
+        self.built_num_blocks = config.num_blocks
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Upstream's; `auto_map` names this class for `AutoModel` and for the head's own Auto class, however the model
@@ -142,6 +148,39 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         except ValueError:
             self.config.r = before
             raise
+
+    def merge_to(
+        self,
+        flops_ratio: float | None = None,
+        latency_ratio: float | None = None,
+        samples: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]] | None = None,
+        **options: Any,
+    ) -> Choice:
+        """Merge so that a forward pass keeps to a share of what it costs unmerged; `save_pretrained` keeps it.
+
+        With a few hundred samples, without labels, it merges so that their outputs change least: among schedules,
+        methods, metrics, fixed groups of latents and fewer runs of blocks that share weights. Without samples it merges
+        early and by the config's method.
+
+        Args:
+            flops_ratio: share of the FLOPs, above 0 to 1; the matching counts.
+            latency_ratio: in its place a share of the time on this machine, of the first batch of samples.
+            samples: what `forward` takes, a batch or several.
+            options: `input_shape`, `schedules`, `merge_methods`, `merge_metrics`, `log_file`, as
+                `search_tome_perceiver.choose_merging` takes them.
+
+        Returns:
+            What was chosen and on what grounds; `print` shows the candidates.
+
+        Raises:
+            ValueError: in one line, for a share that cannot be kept to, or a model or samples that cannot be searched
+                with; what merges stays.
+            FloatingPointError: for outputs that are not finite.
+        """
+        with Merging.of(self.config).by(0, num_blocks=self.built_num_blocks).applied(self.config):
+            choice = choose_merging(self, flops_ratio, latency_ratio, samples, **options)
+        choice.chosen.merging.apply(self.config)
+        return choice
 
     def compile_repeated_blocks(self, **kwargs: Any) -> None:
         """Compile the self-attention layers, in place: one graph serves all of them, with any number of latents.

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -33,15 +33,16 @@ from torch import nn
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
 import layers_tome_perceiver
 import modeling_tome_perceiver
 from benchmarks.published_models import DTYPES
-from benchmarks.speed_rows import Cell, SpeedArguments, write_results
+from benchmarks.speed_rows import Cell, Fields, SpeedArguments, write_results
+from budget_tome_perceiver import Merging
+from cost_tome_perceiver import forward_cost
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
 from experiments.measurement import Quartiles, time_interleaved
-from experiments.merging.cost import forward_cost
-from experiments.merging.schedules import Fields, apply_merging
 from experiments.publishing.tables import markdown_table
 from layers_tome_perceiver import MatchLatents
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
@@ -186,11 +187,12 @@ def measure(arguments: BreakdownArguments, cell: Cell) -> list[Breakdown]:
     model = published.build_merging(published.build_stock(arguments.seed, dtype, arguments.device))
     inputs = published.draw_inputs(cell.input_shape, dtype, arguments.device)
     synchronize = torch.cuda.synchronize if inputs.is_cuda else lambda: None
+    unmerged = Merging.none(published.config())
     charges: dict[str, list[dict[str, float]]] = {name: [] for name in cell.settings}
 
     def run(variant: tuple[str, bool]) -> None:
         name, with_clock = variant
-        apply_merging(model.config, cell.settings[name])
+        replace(unmerged, **cell.settings[name]).apply(model.config)
         if not with_clock:
             model(inputs=inputs)
             return

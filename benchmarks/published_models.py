@@ -68,7 +68,7 @@ class PublishedModel:
         return ToMePerceiverConfig(**{**self.fields, **merging})
 
     def input_shape(self, batch_size: int, length: int | None) -> tuple[int, ...]:
-        """(B, S) for S = `length`, or (B, 3, height, width), as `experiments.merging.cost.forward_cost` takes it."""
+        """(B, S) for S = `length`, or (B, 3, height, width), as `cost_tome_perceiver.forward_cost` takes it."""
         if not self.takes_text:
             return batch_size, RGB_CHANNELS, self.config().image_size, self.config().image_size
         assert length is not None

@@ -43,8 +43,10 @@ from matplotlib.ticker import LogLocator
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
 from benchmarks.published_models import DTYPES, PublishedModel, check_outputs
-from benchmarks.speed_rows import Cell, SpeedArguments, write_results
+from benchmarks.speed_rows import Cell, Fields, SpeedArguments, write_results
+from cost_tome_perceiver import forward_cost
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
 from experiments.files import write_whole
@@ -53,8 +55,6 @@ from experiments.measurement import (
     peak_memory_mb,
     time_interleaved,
 )
-from experiments.merging.cost import forward_cost
-from experiments.merging.schedules import UNMERGED, Fields
 from experiments.publishing.tables import markdown_table
 
 STOCK = "stock"
@@ -244,7 +244,7 @@ def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
     inputs = [published.draw_inputs(cell.input_shape, dtype, arguments.device) for cell in cells]
     difference = check_outputs(stock, published.build_merging(stock), inputs[0])
 
-    settings = {STOCK: UNMERGED, **cells[0].settings}
+    settings = {STOCK: {}, **cells[0].settings}
     models: list[PreTrainedModel] = [
         stock, *(published.build_merging(stock, **fields) for fields in cells[0].settings.values())
     ]  # fmt: skip
@@ -254,7 +254,7 @@ def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
     seconds = interleaved_seconds(turns, arguments.rounds or 1, synchronize)
     peaks = [peak_memory_mb(turn, model) for turn, (_, model) in zip(turns, pairs, strict=True)]
 
-    rate = variant_flops(published, UNMERGED, cells[0].input_shape) / np.median(seconds[0])
+    rate = variant_flops(published, {}, cells[0].input_shape) / np.median(seconds[0])
     rows = []
     for index, (cell, (name, fields)) in enumerate(product(cells, settings.items())):
         # The variants of a length stand together, stock first.
@@ -269,7 +269,7 @@ def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
                 milliseconds=Quartiles.of(1e3 * seconds[index]),
                 predicted_milliseconds=1e3 * flops / rate,
                 speedup=Quartiles.of(stocks / seconds[index]),
-                implied_speedup=variant_flops(published, UNMERGED, cell.input_shape) / flops,
+                implied_speedup=variant_flops(published, {}, cell.input_shape) / flops,
                 peak_memory_mb=peaks[index],
             )
         )

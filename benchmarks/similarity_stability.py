@@ -42,21 +42,21 @@ from matplotlib import pyplot as plt
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from budget_tome_perceiver import Merging
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input
 from experiments.files import write_whole
 from experiments.measurement import Quartiles, describe_environment
-from experiments.merging.arguments import ModelArguments
-from experiments.merging.groups import average_linkage, unlabelled_batches
-from experiments.merging.schedules import UNMERGED
 from experiments.merging.similarity import SIMILARITIES
 from experiments.publishing.tables import markdown_table
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.tasks.base import Batch
 from experiments.training.identity import noted_arguments
 from experiments.training.loading import load_model_and_task
+from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import write_json
 from experiments.training.trainer_arguments import TrainerArguments
+from groups_tome_perceiver import average_linkage
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 RESULTS_FILE, PICTURE_FILE = "similarity_stability.json", "similarity_stability.png"
@@ -216,7 +216,7 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
 
 def grouped(similarity: np.ndarray, num_groups: int) -> list[int]:
     """The group of each latent, from a similarity for each pair."""
-    return average_linkage(squareform(similarity), num_groups)
+    return average_linkage(torch.from_numpy(squareform(similarity)), num_groups)
 
 
 def measure(
@@ -344,11 +344,12 @@ def main() -> None:
     data.max_train_samples = min(2 * stability.sample_counts[-1], data.max_train_samples or sys.maxsize)
     task = load_sweep_task(data, model_args, training.seed)
     stability.check_samples(len(task.train))
-    model, prepared = load_model_and_task(model_args, UNMERGED, task, training)
+    model, prepared = load_model_and_task(model_args, {}, task, training)
+    Merging.none(model.config).apply(model.config)
     num_groups = stability.groups(model.config.num_latents)
     model.to(training.device).eval()
 
-    batches = unlabelled_batches(prepared, training.per_device_eval_batch_size)
+    batches = prepared.unlabelled(prepared.train, training.per_device_eval_batch_size)
     rows = []
     for name in stability.similarity:
         samples = sample_similarities(model, tqdm(batches, desc=name, unit="batch"), name)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,18 +26,17 @@ from transformers import set_seed
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from budget_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, flops_ratios, named_family, weakest_member
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input
 from experiments.files import write_text
 from experiments.measurement import describe_environment
-from experiments.merging.arguments import ModelArguments
-from experiments.merging.budget import Budget, flops_ratios
-from experiments.merging.schedules import DEFAULT_SCHEDULE, SCHEDULES, apply_merging
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.runs.finetune_stages import COUNTED_INPUTS
 from experiments.training.identity import noted_arguments
 from experiments.training.loading import load_model_and_task
+from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import write_json
 from experiments.training.stage import changes, evaluate, task_trainer
 from experiments.training.trainer_arguments import TrainerArguments
@@ -115,14 +114,16 @@ def main() -> None:
     input_shape = (1, *prepared.batch(COUNTED_INPUTS)[task.input_name].shape[1:])
     cost_ratio = flops_ratios(model.config, input_shape, type(model).__name__)
     members = {
-        ratio: Budget("flops_ratio", ratio, cost_ratio).fields(ablation.schedule, model.config, None)
+        ratio: weakest_member(named_family(model.config, ablation.schedule), ratio, cost_ratio)
         for ratio in ablation.flops_ratio
     }
     output_dir = Path(training.output_dir)
     trainer = task_trainer(model, prepared, training, output_dir)
     rows: list[dict[str, Any]] = []
-    for ratio, fields in members.items():
-        apply_merging(model.config, fields | {"proportional_attention": True})
+    for ratio, member in members.items():
+        if member is None:
+            raise BadInput(f"--flops_ratio {ratio}: allowed is a larger share, which {ablation.schedule} can keep to")
+        replace(member, proportional_attention=True).apply(model.config)
         evaluations = {}
         for name, places in PLACES.items():
             with without_sizes(model, places):
@@ -130,7 +131,7 @@ def main() -> None:
             before = next(iter(evaluations.values())).predictions
             change = changes(prepared.kind, evaluations[name], before)
             score = evaluations[name].metrics[f"merged_{task.main_metric}"]
-            rows.append({"flops_ratio": ratio, "sizes": name, "r": fields["r"], task.main_metric: score} | change)
+            rows.append({"flops_ratio": ratio, "sizes": name, "r": member.r, task.main_metric: score} | change)
     table = as_markdown(rows, task.main_metric)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,14 +20,16 @@ from typing import Any, ClassVar
 import torch
 
 from benchmarks.published_models import DTYPES, PUBLISHED_MODELS, PublishedModel
+from budget_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, flops_ratios, named_family, weakest_member
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
 from experiments.errors import BadInput, naming
 from experiments.files import write_text
 from experiments.measurement import describe_environment, environment_line
-from experiments.merging.budget import Budget, flops_ratios
-from experiments.merging.schedules import DEFAULT_SCHEDULE, SCHEDULES, UNMERGED, Fields
 from experiments.training.output_folder import write_json
+
+Fields = dict[str, Any]
+"""Of a config, what merges; the others are as they are by default."""
 
 DEFAULT_LENGTH = [128]
 
@@ -143,10 +145,13 @@ class SpeedArguments:
     def _settings(self, input_shape: tuple[int, ...]) -> dict[str, Fields]:
         assert self.r is not None and self.flops_ratio is not None
         config = self.model.config()
-        settings = {f"r = {r}": UNMERGED | {"r": r} for r in self.r}
+        settings: dict[str, Fields] = {f"r = {r}": {"r": r} for r in self.r}
         cost_ratio = flops_ratios(config, input_shape, self.model.architecture)
         for schedule, ratio in product(self.schedule, self.flops_ratio):
-            fields = Budget("flops_ratio", ratio, cost_ratio).fields(schedule, config, None)
+            member = weakest_member(named_family(config, schedule), ratio, cost_ratio)
+            if member is None:
+                raise BadInput(f"--flops_ratio {ratio}: allowed are those that schedule {schedule} keeps to")
+            fields = asdict(member)
             settings[f"{schedule} {ratio}"] = fields
             settings[f"{schedule} {ratio}, fixed groups"] = consecutive_groups(self.model.config(**fields))
         return settings
@@ -179,7 +184,7 @@ def consecutive_groups(config: ToMePerceiverConfig) -> Fields:
         None if after == before else [position * after // before for position in range(before)]
         for before, after in pairwise(reaching)
     ]
-    return UNMERGED | {"merge_groups": groups}
+    return {"merge_groups": groups}
 
 
 def write_results(arguments: SpeedArguments, name: str, figures: Mapping[str, Any], tables: Iterable[str]) -> str:

@@ -41,8 +41,10 @@ from matplotlib import pyplot as plt
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
 from benchmarks.published_models import DTYPES, check_outputs
-from benchmarks.speed_rows import Cell, SpeedArguments, check_names, write_results
+from benchmarks.speed_rows import Cell, Fields, SpeedArguments, check_names, write_results
+from cost_tome_perceiver import ForwardCost, forward_cost
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input
 from experiments.files import write_whole
@@ -52,9 +54,8 @@ from experiments.measurement import (
     peak_memory_mb,
     time_interleaved,
 )
-from experiments.merging.cost import ForwardCost, forward_cost, linear_flops
-from experiments.merging.schedules import UNMERGED, Fields
 from experiments.publishing.tables import markdown_table
+from merging_tome_perceiver import product_flops
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 STOCK = "stock"
@@ -209,7 +210,7 @@ def build_variants(
     def ours(fields: Fields) -> PreTrainedModel:
         return arguments.model.build_merging(stock, **fields)
 
-    variants = [Variant(STOCK, stock, UNMERGED)]
+    variants = [Variant(STOCK, stock, {})]
     variants += [Variant(name, ours(fields), fields) for name, fields in settings.items()]
     if arguments.training:
         for name, fields in settings.items():
@@ -217,7 +218,7 @@ def build_variants(
             variants[-1].model.gradient_checkpointing_enable()
     for compiled in arguments.compile:
         again = arguments.model.build_stock_again(stock)
-        variants.append(Variant(f"{STOCK}, {compiled} compiled", again, UNMERGED, compiled=compiled))
+        variants.append(Variant(f"{STOCK}, {compiled} compiled", again, {}, compiled=compiled))
         variants += [
             Variant(f"{name}, {compiled} compiled", ours(fields), fields, compiled=compiled)
             for name, fields in settings.items()
@@ -270,7 +271,7 @@ def measure(arguments: ThroughputArguments, cell: Cell) -> Table:
     timings = time_interleaved(lambda turn: turn(), turns, turns[0], arguments.rounds or 1, desc=cell.name)
     *timings, product = timings
     peaks = [peak_memory_mb(turn, variant.model) for variant, turn in zip(variants, turns, strict=False)]
-    product_rate = PRODUCTS * linear_flops(*rows, width) / product.latency_ms.median / 1e6
+    product_rate = PRODUCTS * product_flops(*rows, width) / product.latency_ms.median / 1e6
 
     def row(variant: Variant, timing: Timing, peak: float) -> Row:
         flops = variant_flops(arguments, cell, variant)

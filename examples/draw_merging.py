@@ -39,7 +39,7 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from examples.merging_picture import Example, ImageExample, TextExample, draw_merging, pixel_grid, read_input
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
-from experiments.merging.arguments import MergeArguments, apply_merging
+from experiments.merging.arguments import MergeArguments, apply_fields
 from experiments.tasks.reading import read_dataset
 
 TEXT_CLASSES = ("ToMePerceiverForSequenceClassification", "ToMePerceiverForMaskedLM")
@@ -144,7 +144,7 @@ def load_model(arguments: DrawArguments, merging: dict[str, Any]) -> modeling.To
         raise BadInput(f"--images: {name} is a model for text ({architecture}); allowed are --texts and --dataset_name")
     if arguments.texts is not None and class_name not in TEXT_CLASSES:
         raise BadInput(f"--texts: {name} is a model for images ({architecture}); allowed are --images, --dataset_name")
-    apply_merging(config, merging)
+    apply_fields(config, merging)
     with naming(f"--model_name_or_path {name}", OSError, RuntimeError):
         return getattr(modeling, class_name).from_pretrained(name, config=config).eval()
 

@@ -1,76 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments that say which model and how it merges."""
+"""The arguments that say what merges, and what they come to for a model."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from configuration_tome_perceiver import MERGE_METRICS
-from experiments.errors import BadInput
-from experiments.merging.budget import SCHEDULE_NAMES, Budget, check_schedule, flops_ratios, latency_ratios, searching
-from experiments.merging.schedules import DEFAULT_SCHEDULE, apply_merging
-from experiments.merging.search import SEARCH
-from experiments.tasks.base import PreparedTask
+from budget_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, SKIP_BLOCKS, Merging
+from configuration_tome_perceiver import MERGE_METRICS, ToMePerceiverConfig
+from experiments.errors import BadInput, Stopped
+from groups_tome_perceiver import Batch
 from merging_tome_perceiver import MERGE_METHODS
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
+from search_tome_perceiver import SEARCH, Choice
 
-TIMED_INPUTS = 32
+SCHEDULE_NAMES = (*SCHEDULES, SKIP_BLOCKS, SEARCH)
+SEARCH_LOG = "schedule_search.json"
 # The arguments that say how much merges, of which one is given at most.
 MEANS = ("r", "flops_ratio", "latency_ratio")
+# Fields of the config that say how; a search finds the first two, unless they are given.
+WAYS = ("merge_method", "merge_metric", "proportional_attention")
 
-
-@dataclass
-class ModelArguments:
-    """Which model: a checkpoint, or a small one from scratch."""
-
-    _argument_group_name: ClassVar[str] = "model"
-
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Hub id or local folder of a checkpoint, stock Perceiver or ours. Without it: from scratch."},
-    )
-    config_name: str | None = field(
-        default=None,
-        metadata={"help": "For a model from scratch: a JSON file with its config, or a checkpoint to take it from."},
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "Changes to the config of a model from scratch: num_latents=64,d_latents=128,..."},
-    )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer, if it is not that of --model_name_or_path."}
-    )
-    image_processor_name: str | None = field(
-        default=None, metadata={"help": "Image processor, if it is not that of --model_name_or_path."}
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
-    token: str | None = field(
-        default=None,
-        metadata={"help": "Token for gated or private repositories; by default the one of `hf auth login`."},
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run a tokenizer's or image processor's own code. The model's is always this repository's."},
-    )
-    code_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of that code, if it is in a repository of its own."}
-    )
-    ignore_mismatched_sizes: bool = field(
-        default=False,
-        metadata={"help": "Start a head of another size anew, for a checkpoint finetuned on other labels."},
-    )
-
-    def download_options(self) -> dict[str, Any]:
-        """What every `from_pretrained` takes."""
-        return {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
-
-    def dataset_options(self) -> dict[str, Any]:
-        """What `datasets.load_dataset` takes."""
-        return {"cache_dir": self.cache_dir, "token": self.token}
+Samples = Callable[[int], Sequence[Batch]]
+"""From a number to so many unlabelled samples, in batches as large as those that are timed."""
 
 
 @dataclass
@@ -85,19 +43,20 @@ class MergeArguments:
     )
     flops_ratio: float | None = field(
         default=None,
-        metadata={"help": "Instead of --r: a share of the unmerged model's FLOPs, which a --schedule keeps to."},
-    )
-    latency_ratio: float | None = field(
-        default=None,
         metadata={
-            "help": f"The same of the unmerged model's time for {TIMED_INPUTS} inputs, measured on this machine."
+            "help": "Instead of --r: a share of the unmerged model's FLOPs. What merges then is what changes the "
+            "outputs least on some training samples."
         },
     )
+    latency_ratio: float | None = field(
+        default=None, metadata={"help": "The same of the unmerged model's time, measured on this machine."}
+    )
     schedule: str = field(
-        default=DEFAULT_SCHEDULE,
+        default=SEARCH,
         metadata={
-            "help": f"How such a share is spread over the layers: {', '.join(sorted(SCHEDULE_NAMES))}. '{SEARCH}' "
-            "finds the one that changes the outputs least."
+            "help": f"How such a share is spread over the layers. '{SEARCH}' finds that, with the method, the metric "
+            f"or fixed groups of latents; {', '.join(sorted(SCHEDULE_NAMES[:-1]))} are taken as they are. A model that "
+            f"is trained from scratch with merging on takes '{DEFAULT_SCHEDULE}'."
         },
     )
     calibration_samples: int = field(
@@ -111,7 +70,7 @@ class MergeArguments:
         default=None, metadata={"help": f"What merges with what: {', '.join(sorted(MERGE_METHODS))}."}
     )
     merge_metric: str | None = field(
-        default=None, metadata={"help": "What of the latents is compared: key (the default), value or hidden."}
+        default=None, metadata={"help": "What of the latents is compared: key, value or hidden."}
     )
     proportional_attention: bool | None = field(
         default=None, metadata={"help": "Whether a merged latent counts as often as it stands for (the default)."}
@@ -129,9 +88,7 @@ class MergeArguments:
             merge_method=self.merge_method,
             merge_metric=self.merge_metric,
         )
-        check_schedule(self.schedule)
-        if self.schedule != DEFAULT_SCHEDULE and not self.has_budget:
-            raise BadInput(f"--schedule {self.schedule}: allowed with a budget only, --flops_ratio or --latency_ratio")
+        check_schedule(self.schedule, self.has_budget)
         if self.calibration_samples < 1:
             raise BadInput(f"--calibration_samples {self.calibration_samples}: allowed is an integer of 1 or more")
         given = [f"--{name} {value}" for name in MEANS if (value := getattr(self, name)) is not None]
@@ -161,50 +118,92 @@ class MergeArguments:
         kind, ratio = ("FLOPs", self.flops_ratio) if self.latency_ratio is None else ("time", self.latency_ratio)
         return f"at most {ratio:g} of the unmerged model's {kind}, schedule {self.schedule}"
 
-    def apply_budget(
-        self,
-        model: ToMePerceiverPreTrainedModel,
-        prepared: PreparedTask,
-        input_shape: tuple[int, ...],
-        log_dir: Path | None,
-        schedule: str | None = None,
-    ) -> None:
-        """With a budget, set the list of r that keeps to it, in place of whatever merged.
-
-        Args:
-            model: whose config it is; a search runs it, and so does a budget of time.
-            prepared: the task, whose training samples a search looks at.
-            input_shape: of one input, that the FLOPs are for.
-            log_dir: where a search keeps what it has found; `None`: nowhere.
-            schedule: in place of `--schedule`.
-
-        Raises:
-            BadInput: if the schedule cannot keep to it.
-        """
-        if not self.has_budget:
-            return
-        schedule, config = schedule or self.schedule, model.config
-        if self.flops_ratio is not None:
-            budget = Budget("flops_ratio", self.flops_ratio, flops_ratios(config, input_shape, type(model).__name__))
-        else:
-            assert self.latency_ratio is not None
-            batch = prepared.batch(TIMED_INPUTS)
-            budget = Budget("latency_ratio", self.latency_ratio, latency_ratios(model, batch))
-        search = searching(model, prepared, self.calibration_samples, log_dir) if schedule == SEARCH else None
-        apply_merging(config, budget.fields(schedule, config, search))
+    @property
+    def without_samples(self) -> MergeArguments:
+        """The same by a schedule that needs no data, for a model that has no outputs to keep."""
+        return replace(self, schedule=DEFAULT_SCHEDULE) if self.searches else self
 
     def config_fields(self) -> dict[str, Any]:
         """The fields that were given, as the config takes them."""
-        given: dict[str, Any] = {
-            "r_inflection": self.r_inflection,
-            "min_latents": self.min_latents,
-            "merge_method": self.merge_method,
-            "merge_metric": self.merge_metric,
-            "proportional_attention": self.proportional_attention,
-        }
+        given = {name: getattr(self, name) for name in ("r_inflection", "min_latents", *WAYS)}
         if self.r is not None:
             given["r"] = parse_r(self.r)
         return {name: value for name, value in given.items() if value is not None}
+
+    def resolve(
+        self,
+        model: ToMePerceiverPreTrainedModel,
+        samples: Samples,
+        input_shape: tuple[int, ...],
+        log_dir: Path | None = None,
+    ) -> Choice | None:
+        """With a budget, choose what merges within it, and set it in place of whatever merged; otherwise `None`.
+
+        Args:
+            model: whose config it is; a search runs it, and so does a budget of time.
+            samples: that a search looks at, and that are timed.
+            input_shape: of one input, that the FLOPs are for.
+            log_dir: where a search keeps what it has found; `None`: nowhere.
+
+        Raises:
+            BadInput: if the budget cannot be kept to.
+            Stopped: if the model's outputs are not finite.
+        """
+        if not self.has_budget:
+            return None
+        if self.latency_ratio is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise BadInput("--latency_ratio: allowed in one process only, since several do not measure the same time")
+        options: dict[str, Any] = {"input_shape": input_shape}
+        if self.searches:
+            options |= {"samples": samples(self.calibration_samples)}
+            options |= {f"{name}s": [value] for name in WAYS[:2] if (value := getattr(self, name)) is not None}
+            options |= {} if log_dir is None else {"log_file": log_dir / SEARCH_LOG}
+        else:
+            own = {f"{name}s": [getattr(model.config, name)] for name in WAYS[:2]}
+            options |= own | {"schedules": [self.schedule]}
+            options |= {} if self.latency_ratio is None else {"samples": samples(1)}
+        with naming_arguments():
+            return model.merge_to(self.flops_ratio, self.latency_ratio, **options)
+
+
+@contextmanager
+def naming_arguments() -> Iterator[None]:
+    """Turn what model and config say of a value into the line for the argument that gave it.
+
+    Raises:
+        BadInput: in place of a `ValueError`.
+        Stopped: in place of a `FloatingPointError`, for outputs that are not finite.
+    """
+    try:
+        yield
+    except FloatingPointError as error:
+        raise Stopped(f"--schedule {SEARCH}: {error}") from error
+    except ValueError as error:
+        given = re.match(rf"({'|'.join((*MEANS[1:], *WAYS))}) = (\S+): (.*)", str(error))
+        line = f"merging: {error}" if given is None else f"--{given[1]} {given[2]}: {given[3]}"
+        raise BadInput(line) from error
+
+
+def apply_fields(config: ToMePerceiverConfig, fields: dict[str, Any]) -> None:
+    """Set merging fields on a config and check what they mean together.
+
+    Raises:
+        BadInput: naming the field, the value and what is allowed.
+    """
+    with naming_arguments():
+        replace(Merging.of(config), **fields).apply(config)
+
+
+def check_schedule(name: str, has_budget: bool) -> None:
+    """Check the name of a schedule.
+
+    Raises:
+        BadInput: for one that is not there, or that has no budget to spread.
+    """
+    if name not in SCHEDULE_NAMES:
+        raise BadInput(f"--schedule {name}: allowed are {', '.join(sorted(SCHEDULE_NAMES))}")
+    if name != SEARCH and not has_budget:
+        raise BadInput(f"--schedule {name}: allowed with a budget only, --flops_ratio or --latency_ratio")
 
 
 def check_merging(**given: Any) -> None:

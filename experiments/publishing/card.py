@@ -14,11 +14,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
+from budget_tome_perceiver import Merging
 from configuration_tome_perceiver import ToMePerceiverConfig
+from cost_tome_perceiver import ForwardCost, forward_cost
 from experiments.files import write_text
 from experiments.measurement import describe_environment, environment_line
-from experiments.merging.cost import ForwardCost, forward_cost
-from experiments.merging.schedules import UNMERGED
 from experiments.publishing.schedule_picture import draw_schedule
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.tasks.base import Source
@@ -124,7 +124,7 @@ class WhatMerges:
     @property
     def unmerged(self) -> ToMePerceiverConfig:
         """What the cost is compared with."""
-        return self.start or type(self.config).from_dict(self.config.to_dict() | UNMERGED)
+        return self.start or Merging.none(self.config).asked_of(self.config)
 
     @cached_property
     def costs(self) -> tuple[ForwardCost, ForwardCost]:

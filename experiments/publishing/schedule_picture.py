@@ -8,8 +8,8 @@ from pathlib import Path
 import matplotlib
 from transformers import PreTrainedConfig
 
+from cost_tome_perceiver import ForwardCost
 from experiments.files import write_whole
-from experiments.merging.cost import ForwardCost
 
 matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt

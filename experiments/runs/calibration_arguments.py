@@ -6,17 +6,18 @@ Letters: L self-attention layers, N latents that reach a layer, M groups that ar
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from budget_tome_perceiver import Merging
 from configuration_tome_perceiver import ToMePerceiverConfig
+from cost_tome_perceiver import forward_cost
 from experiments.errors import BadInput
 from experiments.merging.arguments import spelled_r
-from experiments.merging.cost import forward_cost
-from experiments.merging.schedules import UNMERGED
 from experiments.merging.similarity import SIMILARITIES
 
 START = "start"
@@ -148,7 +149,7 @@ def groups_for_flops(
         config: of the model; its own merging does not count.
         flops_ratio: the share, of the whole forward pass.
         layer: that merges, counted from 0; `None` for fewer latents from the start.
-        input_shape: as `experiments.merging.cost.forward_cost` takes it.
+        input_shape: as `cost_tome_perceiver.forward_cost` takes it.
         architecture: name of the model class.
 
     Returns:
@@ -158,24 +159,26 @@ def groups_for_flops(
         BadInput: for a share that one merge in this layer cannot come down to, or that asks for none.
     """
     latents = config.num_latents
-    fields = config.to_dict() | UNMERGED
+    unmerged = Merging.none(config).asked_of(config)
 
     def flops(count: int) -> int:
-        merging: dict[str, Any] = {"num_latents": count}
+        asked = copy.copy(unmerged)
         if layer is not None:
             merge_groups: list[list[int] | None] = [None] * config.num_self_attention_layers
             # Which latents merge makes no difference.
             merge_groups[layer] = [min(latent, count - 1) for latent in range(latents)]
-            merging = {"merge_groups": merge_groups}
-        return forward_cost(type(config).from_dict(fields | merging), input_shape, architecture).total_with_matching
+            asked.merge_groups = merge_groups
+        else:
+            asked.num_latents = count
+        return forward_cost(asked, input_shape, architecture).total_with_matching
 
     counts = range(config.min_latents, latents)
-    unmerged = flops(latents)
+    most = flops(latents)
     # FLOPs grow with the number of groups.
-    fitting = bisect_right(counts, flops_ratio * unmerged, key=flops) if flops_ratio < 1 else 0
+    fitting = bisect_right(counts, flops_ratio * most, key=flops) if flops_ratio < 1 else 0
     if fitting == 0:
         where = "at the start" if layer is None else f"in layer {layer}"
-        least = f"{flops(counts[0]) / unmerged:.3f}, where {counts[0]} of {latents} latents are left" if counts else "1"
+        least = f"{flops(counts[0]) / most:.3f}, where {counts[0]} of {latents} latents are left" if counts else "1"
         raise BadInput(
             f"--flops_ratio {flops_ratio}: allowed for one merge {where} are {least}, to below 1, no merging"
         )

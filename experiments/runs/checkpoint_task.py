@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from experiments.errors import BadInput
-from experiments.merging.arguments import ModelArguments
 from experiments.tasks.base import Task
 from experiments.tasks.glue import load_glue_task
 from experiments.tasks.images import ImageDataArguments, load_image_task
 from experiments.tasks.mlm import MlmDataArguments, load_mlm_task
 from experiments.training.loading import requested_config
+from experiments.training.model_arguments import ModelArguments
 
 TASKS: dict[str, tuple[Callable[..., Task], str]] = {
     "ForSequenceClassification": (load_glue_task, "classifies text"),

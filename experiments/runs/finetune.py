@@ -12,18 +12,17 @@ from transformers import TrainingArguments, set_seed
 
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput
-from experiments.merging.arguments import MergeArguments, ModelArguments
-from experiments.merging.search import SEARCH
+from experiments.merging.arguments import MergeArguments
 from experiments.publishing.hub import push_checkpoint
 from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.runs.finetune_stages import Run
 from experiments.tasks.base import Task
 from experiments.training.loading import load_model_and_task
+from experiments.training.model_arguments import ModelArguments
 from experiments.training.stage import (
     RetrainArguments,
     check_resume,
     check_sharding,
-    evaluate_and_save,
     predict_and_save,
     rehearse,
 )
@@ -88,18 +87,16 @@ def run_experiment(experiment: Experiment) -> None:
     retraining.check_elastic(None if training.do_train else "--do_train")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise BadInput("--do_train, --do_eval, --do_predict: none is given; allowed is one of them or more")
-    if training.push_to_hub and not training.do_train and not (output_dir / "config.json").exists():
+    leaves_checkpoint = training.do_train or experiment.merging.has_budget
+    if experiment.merging.has_budget and not training.do_train and not training.do_eval:
+        raise BadInput("--flops_ratio, --latency_ratio: allowed with --do_train or --do_eval, which save a checkpoint")
+    if training.push_to_hub and not leaves_checkpoint and not (output_dir / "config.json").exists():
         raise BadInput(
             f"--push_to_hub: --output_dir {output_dir} holds no checkpoint, and without --do_train none comes"
         )
     untrained = "--retrain_epochs" if retrain else None if training.do_train else "--do_eval"
     check_sharding(untrained)
     check_resume(training.resume_from_checkpoint)
-    if experiment.merging.searches and experiment.model.model_name_or_path is None and not retrain:
-        raise BadInput(
-            f"--schedule {SEARCH}: allowed for a trained --model_name_or_path, or with --retrain_epochs, since a model "
-            "from scratch has no outputs to keep"
-        )
     repository = check_push(training, experiment.model.token)
 
     set_seed(training.seed)
@@ -124,11 +121,14 @@ def run_experiment(experiment: Experiment) -> None:
     run.claim()
     trainer = run.train()
     if training.do_eval:
-        evaluate_and_save(trainer, prepared, "eval")
+        run.evaluate(trainer)
     if training.do_predict:
         predict_and_save(trainer, prepared, task.source.name)
     if trainer.is_world_process_zero():
-        if training.do_train:
+        if leaves_checkpoint:
             run.write_card()
+        ending = run.end()
+        if ending is not None:
+            print(f"\n{ending}")
         if repository is not None:
             print(push_checkpoint(repository, output_dir, COMMIT_MESSAGE, revision))

@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+import logging
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from experiments.merging.arguments import MergeArguments, ModelArguments
-from experiments.merging.schedules import DEFAULT_SCHEDULE, apply_merging, unmerged_fields
-from experiments.merging.search import undisturbed
+from budget_tome_perceiver import Merging, undisturbed
+from experiments.files import save_whole
+from experiments.merging.arguments import MergeArguments
 from experiments.publishing.card import Card, Measured, WhatMerges, measured_in
+from experiments.runs.ending import Ending, cost_and_speed
 from experiments.tasks.base import PreparedTask, Task
-from experiments.training.elastic import merging_by
 from experiments.training.identity import (
     CONTENT,
     Noted,
@@ -26,6 +27,7 @@ from experiments.training.identity import (
     training_fields,
     weights_fingerprint,
 )
+from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import (
     CONFIG,
     RESOLVED,
@@ -39,6 +41,7 @@ from experiments.training.output_folder import (
     read_note,
 )
 from experiments.training.stage import (
+    Evaluation,
     RetrainArguments,
     check_begins,
     check_resume,
@@ -51,9 +54,15 @@ from experiments.training.stage import (
 from experiments.training.trainer import TaskTrainer
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 FINETUNED = "finetuned"
 # FLOPs are for an input as long as the longest of so many evaluated ones.
 COUNTED_INPUTS = 32
+# Of a budget of time it is the time for so many inputs.
+TIMED_INPUTS = 32
+# How fast a run ends up is measured with so many.
+SPEED_INPUTS = 8
 # Of the data arguments, what decides predictions and no training.
 ONLY_PREDICTED = ("max_predict_samples",)
 
@@ -88,6 +97,7 @@ class Run:
         self.predicted = {name: read.pop(name) for name in ("prediction",) if name in read}
         self.read = read
         start = {START: weights_fingerprint(self.model)} | read
+        self.unmerged: Evaluation | None = None
         # Before a budget changes the config. Finetuning in a stage of its own merges nothing.
         self.start, self.unmerged_start = (
             start | {f"{CONFIG}_to_start_from": config_fingerprint(self.model.config, merging=merging)}
@@ -115,6 +125,11 @@ class Run:
             BadInput: if another experiment is there, or a part of this one that nobody said what to do with.
         """
         training, resume = self.training, self.training.resume_from_checkpoint
+        if self.saves_merged:
+            noted = noted_arguments(self.model_args, self.data, self.merging) | evaluation_fields(training)
+            noted |= {CONTENT: self.start | {CONFIG: config_fingerprint(self.model.config)}}
+            claim(self.output_dir, noted | self._resolved, longer=False, write=self.writes)
+            return
         if not training.do_train:
             contents = {WEIGHTS: self.start[START], CONFIG: config_fingerprint(self.model.config)} | self.predicted
             contents |= {name: self.read[name] for name in ("evaluation", "inputs")}
@@ -133,30 +148,49 @@ class Run:
                 check_resume(stage_resume(resume, folder, self.output_dir) if self.retrains else resume, noted)
             check_begins(resume, *stages)
 
+    @property
+    def saves_merged(self) -> bool:
+        """Whether the checkpoint, merged to a budget and not trained, is what is to come out."""
+        return self.merging.has_budget and not self.training.do_train
+
     def resolve_merging(self) -> None:
         """Turn a budget into what merges, or as long as there is no finetuned model, make sure that it can be kept."""
         self._resolved: Noted = {}
+        self.chosen: str | None = None
         if not self.merging.has_budget:
             return
         self.model.to(self.training.device)
         if self.retrains:
             with undisturbed(self.model):
-                self.merging.apply_budget(self.model, self.prepared, self.input_shape, None, DEFAULT_SCHEDULE)
+                self._merge(self.merging.without_samples, None)
         else:
             self._resolve()
 
     def _resolve(self) -> None:
         """Resolve a budget, or take over what it came to here before: time is not measured the same twice."""
-        arguments = noted_arguments(self.merging)
-        of = arguments | {CONTENT: self.start | {START: weights_fingerprint(self.model)}}
+        of = noted_arguments(self.merging) | {CONTENT: self.start | {START: weights_fingerprint(self.model)}}
         earlier = read_note(self.output_dir).get(RESOLVED) or {}
         if earlier.get("of") == of:
-            apply_merging(self.model.config, earlier["fields"])
+            self.chosen = earlier["chosen"]
+            Merging(**earlier["merging"]).apply(self.model.config)
         else:
-            log_dir = self.output_dir if self.writes else None
-            self.merging.apply_budget(self.model, self.prepared, self.input_shape, log_dir)
-        fields = {name: getattr(self.model.config, name) for name in unmerged_fields(self.model.config)}
-        self._resolved = {RESOLVED: {"of": of, "fields": fields}}
+            # What is trained from scratch with merging on has no outputs to keep.
+            trained = self.retrains or self.model_args.model_name_or_path is not None
+            merging = self.merging if trained else self.merging.without_samples
+            if merging is not self.merging:
+                logger.warning(
+                    "a model from scratch has no outputs to keep: it merges by schedule %s", merging.schedule
+                )
+            self.chosen = self._merge(merging, self.output_dir if self.writes else None)
+        merged = asdict(Merging.of(self.model.config))
+        self._resolved = {RESOLVED: {"of": of, "chosen": self.chosen, "merging": merged}}
+
+    def _merge(self, merging: MergeArguments, log_dir: Path | None) -> str:
+        """Merge to the budget, and say by what."""
+        samples = partial(self.prepared.samples, batch_size=TIMED_INPUTS)
+        choice = merging.resolve(self.model, samples, self.input_shape, log_dir)
+        assert choice is not None
+        return choice.chosen.name
 
     def train(self) -> TaskTrainer:
         """Train as asked, if at all; the trainer has the model as it is to be evaluated."""
@@ -168,12 +202,12 @@ class Run:
             if training.do_train:
                 train_and_save(trainer, resume)
             return trainer
-        with merging_by(self.model.config, 0):
+        with Merging.of(self.model.config).by(0).applied(self.model.config):
             finetuning = task_trainer(
                 self.model, self.prepared, training, self.finetuned_dir, experiment=self.finetuning
             )
             train_and_save(finetuning, stage_resume(resume, self.finetuned_dir, self.output_dir))
-            evaluate_and_save(finetuning, self.prepared, "eval")
+            self.unmerged = evaluate_and_save(finetuning, self.prepared, "eval")
         if self.merging.has_budget:
             self._resolve()
             if self.writes:
@@ -183,13 +217,25 @@ class Run:
             self.model, self.prepared, arguments, self.output_dir, self.retraining.trainer_class, self.whole
         )
         if self.merging.merges or any(self.model.config.merge_schedule):
-            evaluate_and_save(trainer, self.prepared, "merged")
+            evaluate_and_save(trainer, self.prepared, "merged", self.unmerged)
         train_and_save(trainer, stage_resume(resume, self.output_dir, self.output_dir))
         return trainer
 
-    def write_card(self) -> None:
-        """Write the card of the checkpoint that training left, and note its config, which is what is evaluated."""
-        note_content(self.output_dir, CONFIG, config_fingerprint(self.model.config))
+    def evaluate(self, trainer: TaskTrainer) -> None:
+        """Evaluate what came out; with a budget and no training, unmerged too, and save it."""
+        if self.saves_merged:
+            config = self.model.config
+            with Merging.of(config).by(0, num_blocks=self.model.built_num_blocks).applied(config):
+                self.unmerged = evaluate_and_save(trainer, self.prepared, "unmerged")
+        evaluate_and_save(trainer, self.prepared, "eval", self.unmerged)
+        if self.saves_merged and self.writes:
+            save_whole(self.output_dir, self.model.save_pretrained)
+            save_whole(self.output_dir, self.prepared.processing_class.save_pretrained)
+            note_content(self.output_dir, WEIGHTS, weights_fingerprint(self.model))
+
+    @cached_property
+    def measured(self) -> list[Measured]:
+        """The figures of each stage, for the card and the end of the run."""
         r = self.model.r
         last = "retrained" if self.retrains else "trained"
         stages = [("eval", f"{last} for every r" if self.retraining.elastic else last, self.output_dir, r)]
@@ -199,9 +245,37 @@ class Run:
                 ("merged", "merged without retraining", self.output_dir, r),
                 *stages,
             ]
-        measured: list[Measured] = [
-            row for split, name, folder, r in stages for row in measured_in(folder, split, name, r)
-        ]
+        elif self.saves_merged:
+            stages = [
+                ("unmerged", "unmerged", self.output_dir, 0),
+                ("eval", "merged without training", self.output_dir, r),
+            ]
+        return [row for split, name, folder, r in stages for row in measured_in(folder, split, name, r)]
+
+    def end(self) -> Ending | None:
+        """What merging came to, if anything merges and was evaluated."""
+        config = self.model.config
+        merged = Merging.of(config)
+        unmerged = merged.by(0, num_blocks=self.model.built_num_blocks).asked_of(config)
+        if not self.measured or not merged.merges(unmerged):
+            return None
+        batch = self.prepared.batch(SPEED_INPUTS)
+        share, speedup = cost_and_speed(self.model, batch, self.input_shape)
+        how = f"{sum(config.merge_schedule)} of {config.num_latents} latents in layers, r = {config.merge_schedule}"
+        fixed = "fixed groups" if config.merge_groups else f"{config.merge_method} {config.merge_metric}"
+        return Ending(
+            measured=[row for row in self.measured if not row.name.endswith("_mm")],
+            metric=self.task.main_metric,
+            flops_ratio=share,
+            speedup=speedup,
+            batch_size=len(next(iter(batch.values()))),
+            chosen=f"{how}, {fixed}" if self.chosen is None else f"{self.chosen}; {how}",
+            saved=str(self.output_dir),
+        )
+
+    def write_card(self) -> None:
+        """Write the card of the checkpoint that training left, and note its config, which is what is evaluated."""
+        note_content(self.output_dir, CONFIG, config_fingerprint(self.model.config))
         trainings = {"Finetuning" if self.retrains else "Training": training_fields(self.training)}
         if self.retrains:
             trainings["Retraining"] = training_fields(self.retraining.training_arguments(self.training))
@@ -217,7 +291,7 @@ class Run:
             hub_task=self.task.hub_task,
             base_model=self.model_args.model_name_or_path,
             merging=WhatMerges(self.model.config, self.input_shape, self.merging.budget_line),
-            measured=measured,
+            measured=self.measured,
             evaluated_on=len(self.prepared.evaluation.get("", ())),
             steps=trainings,
             trained_on=len(self.prepared.train),

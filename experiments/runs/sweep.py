@@ -14,12 +14,14 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer
 
+from budget_tome_perceiver import Merging
+from cost_tome_perceiver import forward_cost
 from experiments.errors import BadInput
 from experiments.files import write_whole
 from experiments.measurement import describe_environment, peak_memory_mb, time_interleaved
-from experiments.merging.cost import forward_cost
+from experiments.merging.arguments import WAYS
 from experiments.publishing.card import scores
-from experiments.runs.sweep_arguments import VARIED, Merge, SweepArguments
+from experiments.runs.sweep_arguments import SweepArguments, Variant
 from experiments.tasks.base import Batch, PreparedTask, Source
 from experiments.training.identity import CONTENT, Noted
 from experiments.training.output_folder import (
@@ -38,29 +40,31 @@ NOT_COMPARED = ("timing_rounds",)
 Row = dict[str, Any]
 
 
-def plan_rows(model: PreTrainedModel, merges: list[Merge], baseline: Merge, input_shape: tuple[int, ...]) -> list[Row]:
-    """A row for each merge, with what is known before anything runs.
+def plan_rows(
+    model: PreTrainedModel, variants: list[Variant], baseline: Variant, input_shape: tuple[int, ...]
+) -> list[Row]:
+    """A row for each variant, with what is known before anything runs.
 
     Args:
         model: its config and class say the cost.
-        merges: what the rows merge.
+        variants: what the rows merge.
         baseline: merges nothing.
         input_shape: of one input, (1, S) or (1, 3, height, width).
 
     Raises:
-        BadInput: for a merge that the config cannot mean.
+        BadInput: for a variant that the config cannot mean.
     """
 
-    def row(merge: Merge) -> Row:
-        merge.apply(model.config)
+    def row(variant: Variant) -> Row:
+        variant.merging.apply(model.config)
         cost = forward_cost(model.config, input_shape, type(model).__name__)
         return {
-            "name": merge.name,
-            "series": merge.series,
-            "fields": merge.fields,
+            "name": variant.name,
+            "series": variant.series,
+            "fields": asdict(variant.merging),
             "r": model.config.merge_schedule,
             "num_blocks": model.config.num_blocks,
-            **{name: getattr(model.config, name) for name in VARIED},
+            **{name: getattr(model.config, name) for name in WAYS},
             "gflops": cost.total_with_matching / 1e9,
             "self_attention_gflops": (sum(cost.self_attention) + sum(cost.matching)) / 1e9,
             "latents_left": model.config.latents_per_layer[-1],
@@ -73,7 +77,7 @@ def plan_rows(model: PreTrainedModel, merges: list[Merge], baseline: Merge, inpu
             "flops_ratio": planned["gflops"] / unmerged["gflops"],
             "self_attention_flops_ratio": planned["self_attention_gflops"] / unmerged["self_attention_gflops"],
         }
-        for planned in map(row, merges)
+        for planned in map(row, variants)
     ]
 
 
@@ -111,9 +115,9 @@ class SweepResults:
         return self.arguments | {CONTENT: self.content}
 
     @property
-    def merges(self) -> list[Merge]:
+    def variants(self) -> list[Variant]:
         """What the rows merge, as it was resolved when the sweep began."""
-        return [Merge(row["name"], row["series"], row["fields"]) for row in self.rows]
+        return [Variant(row["name"], row["series"], Merging(**row["fields"])) for row in self.rows]
 
     def save(self, output_dir: Path) -> None:
         """Write the file, whole or not at all."""
@@ -159,7 +163,7 @@ class Cells:
 
     Attributes:
         results: whose rows are filled.
-        merges: of the rows.
+        variants: of the rows.
         baseline: merges nothing; what the others are compared with.
         task: to evaluate on.
         output_dir: where the results go.
@@ -167,8 +171,8 @@ class Cells:
     """
 
     results: SweepResults
-    merges: list[Merge]
-    baseline: Merge
+    variants: list[Variant]
+    baseline: Variant
     task: PreparedTask
     output_dir: Path
     writes: bool
@@ -176,30 +180,32 @@ class Cells:
     def fill(
         self,
         stage: str,
-        trainer_for: Callable[[Merge], Trainer],
-        done: Callable[[Merge, Row, Trainer], None] | None = None,
+        trainer_for: Callable[[Variant], Trainer],
+        done: Callable[[Variant, Row, Trainer], None] | None = None,
     ) -> None:
         """Evaluate every row that lacks a stage, and save after each.
 
         Args:
             stage: `"merged"` or `"retrained"`.
-            trainer_for: the Trainer to evaluate for a merge, trained if the stage says so.
-            done: called, in the process that writes, with each merge, its row and its trainer.
+            trainer_for: the Trainer to evaluate for a variant, trained if the stage says so.
+            done: called, in the process that writes, with each variant, its row and its trainer.
         """
-        missing = [(row, merge) for row, merge in zip(self.results.rows, self.merges, strict=True) if stage not in row]
+        missing = [
+            (row, variant) for row, variant in zip(self.results.rows, self.variants, strict=True) if stage not in row
+        ]
         # What all are compared with comes first.
         missing.sort(key=lambda cell: not self._is_unmerged(cell[0]))
-        for row, merge in (bar := tqdm(missing, desc=stage, unit="cell", disable=not self.writes)):
-            bar.set_description(f"{stage} {merge.name}")
-            trainer = trainer_for(merge)
+        for row, variant in (bar := tqdm(missing, desc=stage, unit="cell", disable=not self.writes)):
+            bar.set_description(f"{stage} {variant.name}")
+            trainer = trainer_for(variant)
             start = time.perf_counter()
             evaluation = evaluate(trainer, self.task, stage)
-            row[stage] = scores(evaluation.metrics, stage) | self._change(evaluation, stage, merge, row)
+            row[stage] = scores(evaluation.metrics, stage) | self._change(evaluation, stage, variant, row)
             self.results.spend(f"evaluating {stage}", start)
             if self.writes:
                 # A cell that is saved is not filled again, so what is done for it comes before.
                 if done is not None:
-                    done(merge, row, trainer)
+                    done(variant, row, trainer)
                 self.results.save(self.output_dir)
 
     def measure(self, model: PreTrainedModel, arguments: SweepArguments, batch: Batch) -> None:
@@ -213,23 +219,23 @@ class Cells:
         size = len(next(iter(inputs.values())))
         model.eval()
 
-        def forward(merge: Merge) -> None:
-            merge.apply(model.config)
+        def forward(variant: Variant) -> None:
+            variant.merging.apply(model.config)
             with torch.inference_mode():
                 model(**inputs)
 
-        timings = time_interleaved(forward, self.merges, baseline=self.baseline, rounds=arguments.timing_rounds)
+        timings = time_interleaved(forward, self.variants, baseline=self.baseline, rounds=arguments.timing_rounds)
         self.results.timing = {"rounds": arguments.timing_rounds, "batch_size": size}
         if (here := describe_environment()) != self.results.environment:
             self.results.timing["environment"] = here
-        for row, merge, timing in zip(rows, self.merges, timings, strict=True):
+        for row, variant, timing in zip(rows, self.variants, timings, strict=True):
             row["latency_ms"], row["speedup"] = asdict(timing.latency_ms), asdict(timing.speedup)
             row["throughput"] = 1e3 * size / timing.latency_ms.median
-            row["peak_memory_mb"] = peak_memory_mb(lambda merge=merge: forward(merge), model)  # type: ignore[misc]
+            row["peak_memory_mb"] = peak_memory_mb(lambda variant=variant: forward(variant), model)  # type: ignore[misc]
         self.results.spend("timing", start)
         self.results.save(self.output_dir)
 
-    def _change(self, evaluation: Evaluation, stage: str, merge: Merge, row: Row) -> dict[str, float]:
+    def _change(self, evaluation: Evaluation, stage: str, variant: Variant, row: Row) -> dict[str, float]:
         """What has changed from the unmerged checkpoint, example by example; predictions stay on disk for it."""
         folder = self.output_dir / PREDICTIONS
         compared = stage == "merged" and self._is_unmerged(row)
@@ -237,7 +243,7 @@ class Cells:
         for suffix, predicted in evaluation.predictions.items():
             unmerged = folder / f"unmerged{suffix}.npy"
             if self.writes:
-                _save_array(folder / f"{stage}_{merge.branch}{suffix}.npy", predicted)
+                _save_array(folder / f"{stage}_{variant.branch}{suffix}.npy", predicted)
                 if compared:
                     _save_array(unmerged, predicted)
             if not compared and unmerged.exists():
@@ -245,7 +251,7 @@ class Cells:
         return changes(self.task.kind, evaluation, before)
 
     def _is_unmerged(self, row: Row) -> bool:
-        return not sum(row["r"]) and row["num_blocks"] == self.baseline.fields["num_blocks"]
+        return not sum(row["r"]) and row["num_blocks"] == self.baseline.merging.num_blocks
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

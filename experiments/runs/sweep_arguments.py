@@ -4,53 +4,52 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
+from budget_tome_perceiver import Merging
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
-from experiments.merging.arguments import check_merging, parse_r, spelled_r
-from experiments.merging.budget import SCHEDULE_NAMES, Budget, check_schedule, flops_ratios, latency_ratios, searching
-from experiments.merging.schedules import DEFAULT_SCHEDULE, Fields, apply_merging, unmerged_fields
-from experiments.merging.search import SEARCH
-from experiments.tasks.base import Batch, PreparedTask
+from experiments.merging.arguments import (
+    MEANS,
+    SCHEDULE_NAMES,
+    WAYS,
+    MergeArguments,
+    Samples,
+    apply_fields,
+    check_merging,
+    check_schedule,
+    spelled_r,
+)
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
+from search_tome_perceiver import SEARCH
 
-# Fields of the config that a sweep may cross with every row.
-VARIED = ("merge_method", "merge_metric", "proportional_attention")
 # Of rounds and samples: more would only be a slip of the finger.
 MOST = 10**6
 BOOLEANS = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
-class Merge:
+class Variant:
     """What one row of a sweep merges.
 
     Attributes:
         name: of the row.
         series: rows of the same one are joined by a line.
-        fields: of the config, all that decide what merges.
+        merging: what it sets.
     """
 
     name: str
     series: str
-    fields: Fields
+    merging: Merging
 
     @property
     def branch(self) -> str:
         """Of the Hub repository, and folder below `retrained/`."""
         return re.sub(r"[^A-Za-z0-9.]+", "_", self.name.replace("=", ""))
-
-    def apply(self, config: ToMePerceiverConfig) -> None:
-        """Set it on a config, whatever that merged before.
-
-        Raises:
-            BadInput: for what the config cannot mean.
-        """
-        apply_merging(config, self.fields)
 
 
 @dataclass
@@ -75,8 +74,11 @@ class SweepArguments:
         metadata={"help": "The same of the unmerged model's time for a timed batch, measured on this machine."},
     )
     schedule: list[str] = field(
-        default_factory=lambda: [DEFAULT_SCHEDULE],
-        metadata={"help": f"How such a share is spread over the layers: {', '.join(sorted(SCHEDULE_NAMES))}."},
+        default_factory=lambda: [SEARCH],
+        metadata={
+            "help": f"How such a share is spread over the layers: {', '.join(sorted(SCHEDULE_NAMES))}. '{SEARCH}' "
+            "finds that, with the method and the metric if they are not given."
+        },
     )
     calibration_samples: int = field(
         default=256, metadata={"help": "Training samples, without labels, on which --schedule search compares outputs."}
@@ -110,7 +112,7 @@ class SweepArguments:
             if value not in BOOLEANS:
                 raise BadInput(f"--proportional_attention {value}: allowed are {', '.join(BOOLEANS)}")
         self.r = [spelled_r(r) for r in self.r]
-        for name in ("r", "flops_ratio", "latency_ratio", "schedule", *VARIED):
+        for name in ("r", "flops_ratio", "latency_ratio", "schedule", *WAYS):
             values = getattr(self, name)
             for value in values:
                 check_merging(**{name: value})
@@ -118,24 +120,25 @@ class SweepArguments:
                 raise BadInput(f"--{name} {min(repeated)}: stands there twice; allowed is each once")
         check_merging(r_inflection=self.r_inflection, min_latents=self.min_latents)
         for name in self.schedule:
-            check_schedule(name)
-            if name != DEFAULT_SCHEDULE and not budgets:
-                raise BadInput(f"--schedule {name}: allowed with a budget only, --flops_ratio or --latency_ratio")
+            check_schedule(name, bool(budgets))
 
-    def merges(
+    @property
+    def searches(self) -> bool:
+        """Whether any row is searched for."""
+        return SEARCH in self.schedule and bool(self.flops_ratio or self.latency_ratio)
+
+    def variants(
         self,
         model: ToMePerceiverPreTrainedModel,
-        prepared: PreparedTask,
-        batch: Batch,
+        samples: Samples,
         input_shape: tuple[int, ...],
         log_dir: Path | None,
-    ) -> list[Merge]:
-        """What each row merges: nothing, then with every variant every r, and every budget with every schedule.
+    ) -> list[Variant]:
+        """What each row merges: nothing, then in every way every r, and every budget with every schedule.
 
         Args:
-            model: whose merging it is; a search runs it, and so does a budget of time.
-            prepared: the task, whose training samples a search looks at.
-            batch: that is timed.
+            model: whose merging it is; a search runs it, and so does a budget of time. Afterwards it merges nothing.
+            samples: as for `MergeArguments.resolve`.
             input_shape: of one input, (1, S) or (1, 3, height, width); a share of the FLOPs is for it.
             log_dir: where a search keeps what it has found; `None`: nowhere.
 
@@ -144,63 +147,46 @@ class SweepArguments:
         """
         config = model.config
         baseline = unmerged(config)
-        merges = [baseline]
-        attention = [BOOLEANS[value] for value in self.proportional_attention]
-        given: dict[str, list] = dict(zip(VARIED, (self.merge_method, self.merge_metric, attention), strict=True))
-        variants = {name: values or [getattr(config, name)] for name, values in given.items()}
-        for values in product(*variants.values()):
-            variant = dict(zip(variants, values, strict=True))
-            if self.min_latents is not None:
-                variant["min_latents"] = self.min_latents
-            # A budget is for what a method costs, and a search for what it does to the outputs.
-            apply_merging(config, baseline.fields | variant)
-            named = [_spelled(variant[name]) for name in VARIED if len(variants[name]) > 1]
-            for name, series, fields in self._rows(model, prepared, batch, input_shape, log_dir):
-                merged = baseline.fields | variant | fields
-                if _merges(merged, config):
-                    merges.append(Merge(" ".join([name, *named]), " ".join([series, *named]), merged))
-                elif name not in (merge.name for merge in merges):
+        found = [baseline]
+        for way in self._ways():
+            named = [_spelled(way[name]) for name in WAYS if len(getattr(self, name)) > 1]
+            for name, series, arguments in self._rows(way):
+                baseline.merging.apply(config)
+                apply_fields(config, arguments.config_fields())
+                arguments.resolve(model, samples, input_shape, log_dir)
+                merging = Merging.of(config)
+                if merging.merges(baseline.merging.asked_of(config)):
+                    found.append(Variant(" ".join([name, *named]), " ".join([series, *named]), merging))
+                elif name not in (variant.name for variant in found):
                     # How it would merge makes no difference, so there is one of it.
-                    merges.append(Merge(name, series, merged))
-        return merges
+                    found.append(Variant(name, series, merging))
+        baseline.merging.apply(config)
+        return found
 
-    def _rows(
-        self,
-        model: ToMePerceiverPreTrainedModel,
-        prepared: PreparedTask,
-        batch: Batch,
-        input_shape: tuple[int, ...],
-        log_dir: Path | None,
-    ) -> list[tuple[str, str, Fields]]:
-        """Name, series and fields of each row, for what the config says of method and metric."""
-        config = model.config
-        inflection = {} if self.r_inflection is None else {"r_inflection": self.r_inflection}
-        rows = [(f"r={r}", "r", inflection | {"r": parse_r(r)}) for r in self.r]
-        cost = {
-            "flops_ratio": flops_ratios(config, input_shape, type(model).__name__),
-            "latency_ratio": latency_ratios(model, batch),
-        }
-        budgets = [Budget(argument, ratio, cost[argument]) for argument in cost for ratio in getattr(self, argument)]
-        search = None
-        if budgets and SEARCH in self.schedule:
-            search = searching(model, prepared, self.calibration_samples, log_dir)
-        for name, budget in product(self.schedule, budgets):
-            found = budget.fields(name, config, search)
-            rows.append((f"{budget.name}={budget.ratio:g} {name}", name, found))
-        return rows
+    def _ways(self) -> Iterator[dict[str, Any]]:
+        """Every combination of what is given of method, metric and attention."""
+        attention = [BOOLEANS[value] for value in self.proportional_attention]
+        given: tuple[list[Any], ...] = (self.merge_method, self.merge_metric, attention)
+        for values in product(*(values or [None] for values in given)):
+            yield dict(zip(WAYS, values, strict=True)) | {"min_latents": self.min_latents}
+
+    def _rows(self, way: dict[str, Any]) -> Iterator[tuple[str, str, MergeArguments]]:
+        """Name, series and arguments of each row."""
+        for r in self.r:
+            yield f"r={r}", "r", MergeArguments(r=r, r_inflection=self.r_inflection, **way)
+        for schedule in self.schedule:
+            for budget in MEANS[1:]:
+                for ratio in getattr(self, budget):
+                    given: dict[str, Any] = {budget: ratio, "schedule": schedule} | way
+                    arguments = MergeArguments(calibration_samples=self.calibration_samples, **given)
+                    yield f"{budget.removesuffix('_ratio')}={ratio:g} {schedule}", schedule, arguments
 
 
-def _merges(fields: Fields, config: ToMePerceiverConfig) -> bool:
-    """Whether anything merges or is left out; if not, how it would merge makes no difference."""
-    return fields["r"] not in (0, [0] * config.num_self_attention_layers)
-
-
-def unmerged(config: ToMePerceiverConfig) -> Merge:
-    """The row that merges nothing, for this model: its other fields, of those a sweep changes, are the config's."""
-    own = {name: getattr(config, name) for name in (*VARIED, "min_latents")}
-    return Merge("r=0", "r", own | unmerged_fields(config))
+def unmerged(config: ToMePerceiverConfig) -> Variant:
+    """The row that merges nothing, for this model."""
+    return Variant("r=0", "r", Merging.none(config))
 
 
 def _spelled(value: Any) -> str:
-    """A variant in the name of a row."""
+    """A way in the name of a row."""
     return {True: "proportional", False: "plain"}[value] if isinstance(value, bool) else str(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -14,15 +14,15 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
 from experiments.files import save_whole
-from experiments.merging.arguments import ModelArguments
 from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerges
 from experiments.publishing.hub import HubRepository, push_checkpoint
 from experiments.runs.sweep import Cells, Row, SweepResults
-from experiments.runs.sweep_arguments import Merge, SweepArguments
+from experiments.runs.sweep_arguments import SweepArguments, Variant
 from experiments.runs.sweep_report import write_report
 from experiments.tasks.base import Batch, PreparedTask, Task
 from experiments.training.identity import training_fields
 from experiments.training.loading import load_config, load_model
+from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import claim
 from experiments.training.stage import RetrainArguments, task_trainer, train_and_save
 
@@ -41,7 +41,7 @@ class SweepRun:
     Attributes:
         model_args, sweep_args, retraining, training: what the command line says.
         task, prepared: to evaluate and train on.
-        merges: of the rows.
+        variants: of the rows.
         baseline: merges nothing.
         results: rows to fill.
         continued: whether some of the results are of an earlier run.
@@ -53,8 +53,8 @@ class SweepRun:
     training: TrainingArguments
     task: Task
     prepared: PreparedTask
-    merges: list[Merge]
-    baseline: Merge
+    variants: list[Variant]
+    baseline: Variant
     results: SweepResults
     continued: bool
 
@@ -65,15 +65,15 @@ class SweepRun:
     @property
     def cells(self) -> Cells:
         return Cells(
-            self.results, self.merges, self.baseline, self.prepared, self.output_dir, self.training.should_save
+            self.results, self.variants, self.baseline, self.prepared, self.output_dir, self.training.should_save
         )
 
     def measure(self, model: PreTrainedModel, batch: Batch) -> None:
         """Evaluate the checkpoint with every merge, and time it."""
         trainer = task_trainer(model, self.prepared, self.training, self.output_dir)
 
-        def merged(merge: Merge) -> Trainer:
-            merge.apply(model.config)
+        def merged(variant: Variant) -> Trainer:
+            variant.merging.apply(model.config)
             return trainer
 
         self.cells.fill("merged", merged)
@@ -85,13 +85,13 @@ class SweepRun:
         It is trained with every merge, each from the same start; or, with `--elastic`, once for all of them.
         """
         if not self.retraining.elastic:
-            self.cells.fill("retrained", lambda merge: self._trained(merge, merge.branch), self._write_its_card)
+            self.cells.fill("retrained", lambda variant: self._trained(variant, variant.branch), self._write_its_card)
             return
         trained = cache(lambda: self._trained(self.baseline, ELASTIC))
 
-        def merged(merge: Merge) -> Trainer:
+        def merged(variant: Variant) -> Trainer:
             trainer = trained()
-            merge.apply(trainer.model.config)
+            variant.merging.apply(trainer.model.config)
             return trainer
 
         self.cells.fill("retrained", merged)
@@ -99,29 +99,29 @@ class SweepRun:
             config = ToMePerceiverConfig.from_pretrained(self.output_dir / RETRAINED / ELASTIC)
             self._write_retrained_card(ELASTIC, config, self._measured("retrained"))
 
-    def _trained(self, merge: Merge, branch: str) -> Trainer:
+    def _trained(self, variant: Variant, branch: str) -> Trainer:
         """The checkpoint, trained from its start; with some of the results there, from where an earlier run was."""
         start = time.perf_counter()
         set_seed(self.training.seed)
         config = load_config(self.model_args, {}, self.task)
-        merge.apply(config)
+        variant.merging.apply(config)
         model = load_model(self.model_args, config, self.task)
         self.results.spend("loading", start)
         start = time.perf_counter()
         arguments = self.retraining.training_arguments(self.training)
         folder = self.output_dir / RETRAINED / branch
         # What the sweep is, and which of its rows.
-        experiment = self.results.noted | {"row": merge.fields}
+        experiment = self.results.noted | {"row": asdict(variant.merging)}
         claim(folder, experiment, longer=False, write=self.training.should_save)
         trainer = task_trainer(model, self.prepared, arguments, folder, self.retraining.trainer_class, experiment)
         train_and_save(trainer, "last" if self.continued else None)
         self.results.spend("retraining", start)
         return trainer
 
-    def _write_its_card(self, merge: Merge, row: Row, trainer: Trainer) -> None:
+    def _write_its_card(self, variant: Variant, row: Row, trainer: Trainer) -> None:
         config = trainer.model.config
         measured = [Measured(name, config.r, row[stage]) for stage, name in self._stage_names.items()]
-        self._write_retrained_card(merge.branch, config, measured, merge.name)
+        self._write_retrained_card(variant.branch, config, measured, variant.name)
 
     def _write_retrained_card(
         self, branch: str, config: ToMePerceiverConfig, measured: list[Measured], budget: str | None = None
@@ -152,8 +152,8 @@ class SweepRun:
     def _measured(self, *stages: str) -> list[Measured]:
         """The figures of every row, for cards."""
         return [
-            Measured(_named(self._stage_names[stage], merge), merge.fields["r"], row[stage])
-            for merge, row in zip(self.merges, self.results.rows, strict=True)
+            Measured(_named(self._stage_names[stage], variant), variant.merging.r, row[stage])
+            for variant, row in zip(self.variants, self.results.rows, strict=True)
             for stage in stages
             if stage in row
         ]
@@ -162,7 +162,7 @@ class SweepRun:
         """Write the report, and the unmerged checkpoint with a card that is the report, last."""
         if not self.training.should_save:
             return
-        self.baseline.apply(model.config)
+        self.baseline.merging.apply(model.config)
         save_whole(self.output_dir, model.save_pretrained)
         save_whole(self.output_dir, self.prepared.processing_class.save_pretrained)
         self.results.save(self.output_dir)
@@ -195,13 +195,13 @@ class SweepRun:
                 "The retrained checkpoint, one for all rows, trained with a merging drawn anew in every step, is on a "
                 f'branch of its own: `revision="{ELASTIC}"`.'
             )
-        names = ", ".join(merge.branch for merge in self.merges)
+        names = ", ".join(variant.branch for variant in self.variants)
         return f"Each retrained checkpoint is on a branch of its own: `revision` is one of {names}."
 
 
-def _named(stage: str, merge: Merge) -> str:
+def _named(stage: str, variant: Variant) -> str:
     """A stage, and what else tells a row from others with the same r."""
-    return stage if merge.series == "r" else f"{stage}, {merge.name}"
+    return stage if variant.series == "r" else f"{stage}, {variant.name}"
 
 
 def push_sweep(repository: HubRepository, output_dir: Path, revision: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from datasets import Dataset, DatasetDict
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from transformers import EvalPrediction, TrainerCallback
 
 from configuration_tome_perceiver import ToMePerceiverConfig
@@ -25,6 +26,7 @@ from experiments.tasks.scores import standard_errors
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
+LABELS = "labels"
 
 
 @dataclass
@@ -134,6 +136,26 @@ class PreparedTask:
         batch = dict(self.collate([dataset[index] for index in range(min(size, len(dataset)))]))
         batch.pop("labels", None)
         return batch
+
+    def samples(self, count: int, batch_size: int) -> list[Batch]:
+        """Training samples without their labels, spread evenly over the training split.
+
+        Args:
+            count: how many, or all if there are fewer.
+            batch_size: B.
+        """
+        available = len(self.train)
+        chosen = range(0, available, max(1, available // count))[:count]
+        # Held, since what augmentation makes of an image is another every time.
+        return list(self.unlabelled(Subset(self.train, list(chosen)), batch_size))
+
+    def unlabelled(self, examples: Any, batch_size: int) -> DataLoader:
+        """Batches of examples without their labels, which can be gone through again."""
+
+        def collate(batch: list[dict[str, Any]]) -> Batch:
+            return dict(self.collate([{name: each[name] for name in each if name != LABELS} for each in batch]))
+
+        return DataLoader(examples, batch_size, collate_fn=collate)
 
 
 @dataclass

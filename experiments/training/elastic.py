@@ -9,20 +9,19 @@ Letters: B batch, S positions, K labels, N latents, L self-attention layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import accumulate
 from operator import sub
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from budget_tome_perceiver import SCHEDULES, Merging, named_family
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.merging.cost import self_attention_layer_flops
-from experiments.merging.schedules import SCHEDULES, UNMERGED, named_family
+from cost_tome_perceiver import self_attention_layer_flops
 from experiments.training.trainer import TaskTrainer
+from search_tome_perceiver import output_divergence
 
 LEAST_SHARE = 1 / 8
 """Of the self-attention layers' FLOPs, what is left at the strongest merging that is drawn."""
@@ -33,7 +32,7 @@ UNLABELLED = -100
 class MergingDraw:
     """The merging of each training step: a schedule of any shape, within a budget drawn log-uniformly.
 
-    The shapes are `experiments.merging.schedules.SCHEDULES`, so constant numbers down to one latent left, as in the
+    The shapes are `budget_tome_perceiver.SCHEDULES`, so constant numbers down to one latent left, as in the
     source paper, are among them. The budget is a share of the FLOPs of the self-attention layers, without the matching,
     from `LEAST_SHARE`, or the least that the shape comes down to, up to 1; log-uniform, since what is hard to learn
     lies at the lower end.
@@ -60,7 +59,7 @@ class MergingDraw:
         for name in sorted(SCHEDULES):
             family = named_family(config, name)
             strengths = (strength / (2 * latents) for strength in range(2 * latents + 1))
-            members = {tuple(family(strength)["r"]) for strength in strengths}
+            members = {tuple(family(strength).r) for strength in strengths}  # type: ignore[arg-type]
             self.shapes.append(sorted(((share(member), member) for member in members), reverse=True))
 
     def at(self, step: int) -> tuple[float, list[int]]:
@@ -77,31 +76,17 @@ class MergingDraw:
         return share, list(r)
 
 
-@contextmanager
-def merging_by(config: ToMePerceiverConfig, r: int | list[int]) -> Iterator[None]:
-    """Merge by `r` and by nothing else inside; whatever the config said before it says again after."""
-    before = {name: getattr(config, name) for name in UNMERGED}
-    try:
-        for name, value in (UNMERGED | {"r": r}).items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
-
-
 def distance(merged: Tensor, unmerged: Tensor, labels: Tensor, regression: bool) -> Tensor:
     """How far merged outputs are from unmerged ones, a scalar, the mean over what is labelled.
 
     Args:
         merged, unmerged: (B, K) logits, or (B, S, K).
         labels: (B,) or (B, S), `UNLABELLED` where nothing is asked.
-        regression: the squared error, in place of the Kullback-Leibler divergence from the unmerged distribution.
+        regression: as for `output_divergence`.
     """
-    if regression:
-        return F.mse_loss(merged.float(), unmerged.float())
-    log_merged, log_unmerged = (logits[labels != UNLABELLED].float().log_softmax(-1) for logits in (merged, unmerged))
-    return F.kl_div(log_merged, log_unmerged, log_target=True, reduction="batchmean")
+    if not regression:
+        merged, unmerged = (logits[labels != UNLABELLED] for logits in (merged, unmerged))
+    return output_divergence(merged, unmerged, regression).mean()
 
 
 class ElasticTrainer(TaskTrainer):
@@ -127,11 +112,12 @@ class ElasticTrainer(TaskTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         config = self.model.config
-        with merging_by(config, 0):
+        own = Merging.of(config)
+        with own.by(0).applied(config):
             # Upstream takes the labels out of what it is given if it smooths them.
             loss, unmerged = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
         _, r = self.draw.at(self.state.global_step)
-        with merging_by(config, r):
+        with own.by(r).applied(config):
             merged = model(**{name: value for name, value in inputs.items() if name != "labels"})
         regression = config.problem_type == "regression"
         apart = distance(merged.logits, unmerged.logits.detach(), inputs["labels"], regression)

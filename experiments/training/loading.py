@@ -15,9 +15,10 @@ from transformers.utils import CONFIG_NAME
 import modeling_tome_perceiver as modeling
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput, naming
-from experiments.merging.arguments import ModelArguments, apply_merging
+from experiments.merging.arguments import apply_fields
 from experiments.tasks.base import PreparedTask, Task
 from experiments.tasks.labels import checkpoint_labels, listed, matched, warn_of_order
+from experiments.training.model_arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def load_config(arguments: ModelArguments, merging: dict[str, Any], task: Task) 
     task.model_class_name(config)
     if task.classifies:
         _take_labels(config, arguments, task)
-    apply_merging(config, merging)
+    apply_fields(config, merging)
     return config
 
 

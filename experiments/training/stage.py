@@ -403,12 +403,24 @@ def changes(kind: str, after: Evaluation, before: dict[str, np.ndarray]) -> dict
     }
 
 
-def evaluate_and_save(trainer: TaskTrainer, task: PreparedTask, split: str) -> None:
-    """`evaluate`, and write `SPLIT_results.json`, and `all_results.json`."""
-    metrics = evaluate(trainer, task, split).metrics
+def evaluate_and_save(
+    trainer: TaskTrainer, task: PreparedTask, split: str, before: Evaluation | None = None
+) -> Evaluation:
+    """`evaluate`, and write `SPLIT_results.json`, and `all_results.json`.
+
+    Args:
+        trainer, task, split: as for `evaluate`.
+        before: the same unmerged; its results are then followed by what has changed, example by example.
+    """
+    evaluation = evaluate(trainer, task, split)
+    metrics = evaluation.metrics
+    if before is not None:
+        changed = changes(task.kind, evaluation, before.predictions)
+        metrics = metrics | {f"{split}_{name}": value for name, value in changed.items()}
     trainer.log_metrics(split, metrics)
     if trainer.is_world_process_zero():
         save_metrics(Path(trainer.args.output_dir), split, metrics)
+    return evaluation
 
 
 def predict_and_save(trainer: TaskTrainer, task: PreparedTask, name: str) -> None:

@@ -17,9 +17,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from benchmarks import scaling
 from benchmarks.published_models import PUBLISHED_MODELS
 from benchmarks.scaling import STOCK, Line, ScalingArguments, flops_line, interleaved_seconds, variant_flops
+from cost_tome_perceiver import forward_cost
 from experiments.measurement import Quartiles
-from experiments.merging.cost import forward_cost
-from experiments.merging.schedules import UNMERGED
 from modeling_tome_perceiver import ToMePerceiverModel
 from tests.support.script_run import bad_input_line, call_script
 
@@ -34,8 +33,8 @@ LENGTHS, NAMES = [9, 40], [STOCK, "r = 0", "r = 2"]
 @pytest.mark.parametrize("r", [0, 8, 32])
 def test_the_flops_are_linear_in_the_length_and_merging_lowers_the_constant_alone(small, r):
     published = ScalingArguments(small=small).model
-    line = flops_line(published, UNMERGED | {"r": r}, 2)
-    unmerged = flops_line(published, UNMERGED, 2)
+    line = flops_line(published, {"r": r}, 2)
+    unmerged = flops_line(published, {}, 2)
     for length in (1, 128, 4097, 65536):
         cost = forward_cost(published.config(r=r), (2, length), published.architecture)
         assert line.at(length) == cost.total_with_matching
@@ -131,7 +130,7 @@ def test_the_report_has_every_variant_at_every_length_and_its_line(tiny_publishe
     assert report["settings"]["positions"] == 40 and report["environment"]["torch"] == torch.__version__
     published = ScalingArguments(length=LENGTHS, r=[0, 2]).model
     for row in rows:
-        fields = UNMERGED | {"r": 2 if row["name"] == "r = 2" else 0}
+        fields = {"r": 2 if row["name"] == "r = 2" else 0}
         flops = variant_flops(published, fields, (3, row["length"]))
         (stock,) = (each for each in rows if each["length"] == row["length"] and each["name"] == STOCK)
         assert row["gflops"] == flops / 1e9

@@ -14,8 +14,7 @@ from benchmarks.breakdown import BreakdownArguments
 from benchmarks.published_models import PUBLISHED_MODELS, check_outputs
 from benchmarks.speed_rows import consecutive_groups
 from benchmarks.throughput import STOCK, ThroughputArguments, build_variants, first_calls, infer, step_flops, train
-from experiments.merging.cost import forward_cost
-from experiments.merging.schedules import UNMERGED
+from cost_tome_perceiver import forward_cost
 from tests.support.script_run import bad_input_line, call_script
 from tests.support.tiny_models import tiny_config, tiny_inputs, tiny_model
 
@@ -110,7 +109,7 @@ def test_compiled_variants_stand_beside_the_others():
     arguments = ThroughputArguments(small=True, compile=["layers", "model"], compile_backend="eager", flops_ratio=[1.0])
     published = arguments.model
     stock = published.build_stock(0, torch.float32, "cpu")
-    variants = build_variants(arguments, stock, {"r = 2": UNMERGED | {"r": 2}})
+    variants = build_variants(arguments, stock, {"r = 2": {"r": 2}})
     names = [f"{name}, {how} compiled" for how in ("layers", "model") for name in ("stock", "r = 2")]
     assert [variant.name for variant in variants] == [STOCK, "r = 2", *names]
     inputs = published.draw_inputs((2, 9), torch.float32, "cpu")

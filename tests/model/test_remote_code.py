@@ -28,10 +28,14 @@ from tests.support.tiny_models import HEADS, IMAGE_HEADS, flat_logits, tiny_inpu
 
 REPOSITORY = Path(tome.__file__).resolve().parent
 MODULES = [
+    "budget_tome_perceiver",
     "configuration_tome_perceiver",
+    "cost_tome_perceiver",
+    "groups_tome_perceiver",
     "layers_tome_perceiver",
     "merging_tome_perceiver",
     "modeling_tome_perceiver",
+    "search_tome_perceiver",
 ]
 AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -231,7 +235,7 @@ def test_a_broken_module_fails_with_its_own_error(checkpoints):
     )
     assert report["whole"]["loaded"].startswith("transformers_modules.")
     assert (report["raises"]["error"], report["raises"]["message"]) == ("RuntimeError", "broken on purpose")
-    for name, missing in (("imports what is not there", "no_such_name"), ("lacks a name", "MERGE_METHODS")):
+    for name, missing in (("imports what is not there", "no_such_name"), ("lacks a name", "cannot import name")):
         assert report[name]["error"] == "ImportError"
         assert missing in report[name]["message"]
         assert "transformers_modules" in report[name]["trace"]

@@ -17,8 +17,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, PerceiverImageProcessorPil, PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.merging.cost import forward_cost
-from experiments.merging.groups import calibrate_groups
+from cost_tome_perceiver import forward_cost
+from experiments.merging.similarity import SIMILARITIES
+from groups_tome_perceiver import fixed_groups
 from modeling_tome_perceiver import (
     ToMePerceiverForImageClassificationConvProcessing,
     ToMePerceiverForSequenceClassification,
@@ -97,7 +98,7 @@ def test_the_checkpoint_has_groups_that_come_from_the_training_images(inputs, ca
     """All of them were asked for, so that nothing depends on which."""
     model = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(inputs[1])
     direct, elsewhere = (
-        calibrate_groups(model, [{"pixel_values": pixel_values(inputs[-1], split)}], [6, 6, 6, 3], "hidden")
+        fixed_groups(model, [{"pixel_values": pixel_values(inputs[-1], split)}], [6, 6, 6, 3], SIMILARITIES["hidden"])
         for split in ("train", "test")
     )
     assert merge_groups(calibrated) == direct != elsewhere
@@ -249,7 +250,7 @@ def started(inputs, tmp_path_factory) -> Path:
 def test_merging_at_the_start_leaves_a_smaller_model_that_merges_nothing(inputs, started):
     start = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(inputs[1])
     batches = [{"pixel_values": pixel_values(inputs[-1], "train")}]
-    groups = torch.tensor(calibrate_groups(start, batches, [3] * 4, "hidden")[0])
+    groups = torch.tensor(fixed_groups(start, batches, [3] * 4, SIMILARITIES["hidden"])[0])
     saved = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(started)
     assert (saved.config.num_latents, saved.r, saved.config.merge_groups) == (3, 0, None)
     before, after = (model.base_model.embeddings.latents for model in (start, saved))

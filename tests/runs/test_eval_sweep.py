@@ -201,14 +201,14 @@ def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, caps
         (("--r", "1", "--timing_batch_size", "0"), ("--timing_batch_size 0", "from 1")),
         (("--r", "1", "--merge_method", "glue"), ("--merge_method glue", "bipartite")),
         (("--r", "1", "--min_latents", "99"), ("min_latents = 99", "8")),
-        (("--flops_ratio", "0.01"), ("--flops_ratio 0.01", "floor")),
+        (("--flops_ratio", "0.01"), ("--flops_ratio 0.01", "where merging ends")),
         (("--flops_ratio", "1.5"), ("--flops_ratio 1.5", "to 1")),
         (("--flops_ratio", "0.9", "--schedule", "steep"), ("--schedule steep", "geometric")),
         (("--schedule", "geometric"), ("--schedule geometric", "--flops_ratio")),
         (("--flops_ratio", "0.9", "0.9"), ("--flops_ratio 0.9", "twice")),
         (("--elastic", "true"), ("--elastic", "--retrain_epochs")),
         (("--latency_ratio", "0"), ("--latency_ratio 0.0", "to 1")),
-        (("--flops_ratio", "0.01", "--schedule", "search"), ("--flops_ratio 0.01", "search")),
+        (("--flops_ratio", "0.01", "--schedule", "floor"), ("--flops_ratio 0.01", "floor")),
         (("--flops_ratio", "0.1", "--schedule", "skip_blocks"), ("--flops_ratio 0.1", "skip_blocks")),
         (("--r", "1", "--calibration_samples", "0"), ("--calibration_samples 0", "from 1")),
         (("--r", "1", "--merge_metric", "query"), ("--merge_metric query", "key")),
@@ -281,7 +281,10 @@ def test_controls_searches_and_ablations_are_rows(inputs, tmp_path):
     assert all(row["flops_ratio"] <= 0.99 for name, row in rows.items() if "search" in name)
     searched = json.loads((tmp_path / "sweep" / "schedule_search.json").read_text())
     # For each variant by itself.
-    variants = {tuple(json.loads(name)[1:3]) for name in searched["divergences"]}
+    tried = [json.loads(json.loads(name)[0]) for name in searched["divergences"]]
+    variants = {
+        (merging["merge_metric"], merging["proportional_attention"]) for merging in tried if any([merging["r"]])
+    }
     assert variants == {(metric, attention) for metric in ("key", "hidden") for attention in (True, False)}
     # Continued, nothing is searched for again: the rows are what they were.
     (tmp_path / "sweep" / "schedule_search.json").unlink()
@@ -297,4 +300,4 @@ def test_a_share_of_the_time_is_a_row(inputs, tmp_path):
     )  # fmt: skip
     unmerged, row = read(tmp_path / "sweep")["rows"]
     assert unmerged["name"] == "r=0"
-    assert row["name"] == "latency=1 floor" and sum(row["r"]) == 0
+    assert row["name"] == "latency=1 search" and sum(row["r"]) == 0

@@ -15,12 +15,13 @@ from transformers import AutoTokenizer, PerceiverImageProcessorPil, PerceiverTok
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import parse_arguments
-from experiments.merging.arguments import MergeArguments, ModelArguments
+from experiments.merging.arguments import MergeArguments
 from experiments.publishing.hub_arguments import HubArguments
 from experiments.runs.checkpoint_task import SweepDataArguments
 from experiments.runs.sweep_arguments import SweepArguments
 from experiments.tasks.glue import GlueDataArguments
 from experiments.tasks.images import ImageDataArguments
+from experiments.training.model_arguments import ModelArguments
 from experiments.training.stage import RetrainArguments
 from tests.support.script_run import ROOT, call_script, run_script
 from tests.support.tiny_images import write_images

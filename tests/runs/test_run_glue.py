@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -151,12 +152,60 @@ def test_a_budget_of_flops_becomes_a_list(inputs, tmp_path, schedule):
         "--calibration_samples", 4, "--retrain_epochs", 1, "--output_dir", tmp_path / "out",
     )  # fmt: skip
     model = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert len(model.r) == model.config.num_self_attention_layers and sum(model.r) > 0
+    unmerged = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out" / "finetuned")
+    fewer_blocks = model.config.num_blocks < unmerged.config.num_blocks
+    assert any(model.config.merge_schedule) or schedule == "search" and fewer_blocks
+    assert schedule == "search" or len(model.r) == model.config.num_self_attention_layers
     assert (tmp_path / "out" / "schedule_search.json").exists() == (schedule == "search")
     share = re.search(r"([0-9.]+)% of what it", (tmp_path / "out" / "README.md").read_text().replace("\n", " "))
     assert 90 < float(share[1]) <= 98.5
-    unmerged = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out" / "finetuned")
     assert unmerged.config.merge_schedule == [0] * NUM_LAYERS
+
+
+def test_a_budget_without_training_saves_the_merged_checkpoint(inputs, finetuned, tmp_path, capsys):
+    """Evaluated unmerged and merged, with what has changed, its card, and how it ends in a few lines."""
+    given = (
+        "--model_name_or_path", finetuned / "finetuned", *inputs[2:], "--task_name", "sst2", "--do_eval", "--use_cpu",
+        "--flops_ratio", 0.985, "--calibration_samples", 8, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    call_script("run_glue.py", *given)
+    printed = capsys.readouterr().out
+    found = results(tmp_path / "out")
+    model = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out")
+    start = ToMePerceiverForSequenceClassification.from_pretrained(finetuned / "finetuned")
+    assert any(model.config.merge_schedule) or model.config.num_blocks < start.config.num_blocks
+    assert all(value.equal(start.state_dict()[name]) for name, value in model.state_dict().items())
+    assert found["unmerged_accuracy"] == results(finetuned / "finetuned")["eval_accuracy"]
+    assert found["eval_accuracy_change"] == pytest.approx(found["eval_accuracy"] - found["unmerged_accuracy"])
+    ending = printed[printed.rindex("\nunmerged: ") :].strip().splitlines()
+    assert [line.partition(":")[0] for line in ending] == [
+        "unmerged",
+        "merged without training",
+        "cost",
+        "merges",
+        "saved",
+    ]
+    assert f"Accuracy {100 * found['unmerged_accuracy']:.2f} ±" in ending[0] and "paired by example" in ending[1]
+    assert " of the FLOPs, " in ending[2] and str(tmp_path / "out") in ending[4]
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert {result.metric_value for result in card.data.eval_results} == {
+        found["unmerged_accuracy"], found["eval_accuracy"]
+    }  # fmt: skip
+    # The same command again leaves the same; another budget is another experiment.
+    call_script("run_glue.py", *given)
+    line = bad_input_line(capsys, "run_glue.py", *given, "--flops_ratio", 0.99)
+    assert "holds another experiment" in line and "flops_ratio" in line
+
+
+def test_a_merged_checkpoint_is_not_saved_over_the_unmerged_one(inputs, finetuned, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finetuned / "finetuned", copy)
+    line = bad_input_line(
+        capsys, "run_glue.py", "--model_name_or_path", copy, *inputs[2:], "--task_name", "sst2", "--do_eval",
+        "--use_cpu", "--flops_ratio", 0.985, "--output_dir", copy,
+    )  # fmt: skip
+    assert "holds another experiment" in line
+    assert json.loads((copy / "config.json").read_text())["r"] == 0
 
 
 @pytest.mark.parametrize(("ending", "r"), [(".json", "1,0,2,0"), (".yaml", [1, 0, 2, 0]), (".yaml", 1)])
@@ -195,7 +244,7 @@ def test_own_files(tmp_path):
         (("--flops_ratio", "0.1"), ("--flops_ratio 0.1", "floor", "to 1")),
         (("--flops_ratio", "0.9", "--schedule", "steep"), ("--schedule steep", "geometric")),
         (("--schedule", "geometric"), ("--schedule geometric", "--flops_ratio")),
-        (("--flops_ratio", "0.9", "--schedule", "search"), ("--schedule search", "--model_name_or_path")),
+        (("--flops_ratio", "0.01"), ("--flops_ratio 0.01", "where schedule floor ends")),
         (("--flops_ratio", "0.9", "--calibration_samples", "0"), ("--calibration_samples 0", "1 or more")),
         (("--flops_ratio", "0.9", "--latency_ratio", "0.9"), ("--latency_ratio 0.9", "--flops_ratio 0.9")),
         (("--max_seq_length", "9999"), ("--max_seq_length 9999", str(POSITIONS))),

@@ -12,10 +12,9 @@ from transformers import EvalPrediction, PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
-from experiments.merging.arguments import ModelArguments
-from experiments.merging.groups import unlabelled_batches
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.tasks.mlm import NOT_ASKED, MlmDataArguments, MlmTask, load_mlm_task
+from experiments.training.model_arguments import ModelArguments
 from modeling_tome_perceiver import ToMePerceiverForMaskedLM
 from tests.support.tiny_models import stock_model
 from tests.support.tiny_texts import MODEL, POSITIONS, write_sentences, write_table
@@ -162,7 +161,7 @@ def test_labels_are_for_every_position_that_is_decoded(folder, pad):
 
 def test_calibration_sees_masked_sentences_and_no_labels(folder):
     sight = prepared(loaded(folder, mlm_probability=1.0))
-    batch = next(iter(unlabelled_batches(sight, 8)))
+    batch = next(iter(sight.unlabelled(sight.train, 8)))
     assert set(batch) == {"input_ids", "attention_mask"}
     inner = batch["input_ids"][batch["attention_mask"].bool()]
     assert (inner == TOKENIZER.mask_token_id).float().mean() > 0.5

@@ -30,8 +30,9 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from experiments.command_line import parse_arguments
-from experiments.merging.arguments import MergeArguments, ModelArguments
+from experiments.merging.arguments import MergeArguments
 from experiments.tasks.glue import GlueDataArguments
+from experiments.training.model_arguments import ModelArguments
 from experiments.training.stage import RetrainArguments
 from tests.support.script_run import ROOT, call_script
 from tests.support.tiny_texts import LABELS, write_glue, write_model_config
@@ -279,7 +280,7 @@ def test_sharded_training_is_that_of_one_process(one, two):
     for name in ("architectures", "auto_map"):
         assert configs[0][name] == configs[1][name]
     code = [sorted(path.name for path in place.glob("*.py")) for place in (finetuned, folder)]
-    assert code[0] == code[1] and len(code[0]) == 4
+    assert code[0] == code[1] and len(code[0]) == 8
     assert results(folder)["eval_accuracy"] == results(finetuned)["eval_accuracy"]
 
 

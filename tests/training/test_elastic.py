@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import PerceiverImageProcessorPil, PreTrainedModel, Trainer, TrainingArguments
 
 import experiments.runs.sweep
+from budget_tome_perceiver import Merging
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.merging.cost import forward_cost
-from experiments.merging.schedules import UNMERGED
+from cost_tome_perceiver import forward_cost
 from experiments.runs import sweep_run
-from experiments.training.elastic import LEAST_SHARE, ElasticTrainer, MergingDraw, merging_by
+from experiments.training.elastic import LEAST_SHARE, ElasticTrainer, MergingDraw
 from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
 from tests.support.tiny_images import LABELS, MODEL, write_images
 from tests.support.tiny_models import NUM_LATENTS, NUM_LAYERS, tiny_config, tiny_inputs, tiny_model
@@ -100,7 +100,7 @@ def test_latents_that_must_stay_do():
 def test_the_config_is_put_back(own):
     config = tiny_config(**own)
     before = config.to_dict()
-    with pytest.raises(KeyError), merging_by(config, [1, 0, 2, 0, 0, 0]):
+    with pytest.raises(KeyError), Merging.of(config).by([1, 0, 2, 0, 0, 0]).applied(config):
         config.check_merging()
         assert config.merge_schedule == [1, 0, 2, 0, 0, 0]
         raise KeyError
@@ -163,11 +163,12 @@ def test_loss_and_gradient_are_those_by_hand(kind, own, tmp_path):
     reference = copy.deepcopy(model)
     for name, value in own.items():
         setattr(model.config, name, value)
+    before = Merging.of(model.config)
     trainer = elastic_trainer(model, tmp_path, weight=0.7)
     share, r = trainer.draw.at(STEP)
     assert share < 0.9  # it merges
     loss = loss_of(trainer, model, dict(batch))
-    assert {name: getattr(model.config, name) for name in UNMERGED} == UNMERGED | own
+    assert Merging.of(model.config) == before
     expected = by_hand(reference.train(), batch, kind, r, 0.7)
     # The distance is taken in float32.
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)

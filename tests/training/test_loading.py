@@ -13,10 +13,10 @@ from transformers import PerceiverTokenizer, TrainingArguments, pipeline
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
-from experiments.merging.arguments import ModelArguments
 from experiments.tasks.glue import GlueDataArguments, GlueTask, load_glue_task
 from experiments.tasks.images import ImageDataArguments, load_image_task
 from experiments.training.loading import load_config, load_model, load_model_and_task, requested_config
+from experiments.training.model_arguments import ModelArguments
 from modeling_tome_perceiver import ToMePerceiverForMaskedLM, ToMePerceiverForSequenceClassification
 from tests.support.script_run import bad_input_line, call_script
 from tests.support.tiny_images import write_images

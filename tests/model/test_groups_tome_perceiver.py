@@ -14,17 +14,22 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PerceiverTokenizer
 
+from cost_tome_perceiver import forward_cost
 from experiments.errors import BadInput
-from experiments.merging.cost import forward_cost
-from experiments.merging.groups import average_linkage, calibrate_groups, mean_similarity, unlabelled_batches
+from experiments.merging.similarity import SIMILARITIES
 from experiments.runs.calibration_arguments import CalibrationArguments, groups_for_flops
 from experiments.tasks.base import PreparedTask
 from experiments.tasks.images import collate_images
+from groups_tome_perceiver import average_linkage, fixed_groups, mean_similarity
 from tests.support.tiny_models import NUM_LATENTS, NUM_LAYERS, repeat_latents, run, tiny_config, tiny_inputs, tiny_model
 
 TEXT, IMAGE = "ForSequenceClassification", "ForImageClassificationConvProcessing"
 MODULES = 3  # of the six layers; the two blocks share them
 DUPLICATES = [0, 1, 2, 1, 3, 0, 1, 4, 4, 0, 1, 2]
+
+
+def calibrate_groups(model, batches, left_after, similarity="key"):
+    return fixed_groups(model, batches, left_after, SIMILARITIES[similarity])
 
 
 def merging_once(layer: int, left: int) -> list[int]:
@@ -83,7 +88,12 @@ def test_groups_are_those_of_a_direct_computation(head, layer, similarity):
     """Layers 0 and 3, and 1 and 4, are calls of the same module."""
     model, inputs = tiny_model(head), tiny_inputs(head, batch=4)
     direct = direct_similarity(model, inputs, layer, similarity)
-    assert np.abs(mean_similarity(model.requires_grad_(False), [inputs], layer, similarity) - direct).max() < 1e-12
+    assert (
+        np.abs(
+            mean_similarity(model.requires_grad_(False), [inputs], layer, SIMILARITIES[similarity]).numpy() - direct
+        ).max()
+        < 1e-12
+    )
     for left in (2, 5, 11):
         merge_groups = calibrate_groups(model, [inputs], merging_once(layer, left), similarity)
         assert merge_groups == [direct_groups(direct, left) if index == layer else None for index in range(NUM_LAYERS)]
@@ -119,9 +129,9 @@ def test_a_second_merge_sees_the_latents_that_the_first_one_left(second, similar
 def test_every_sample_counts_the_same_however_they_are_batched():
     model, inputs = tiny_model(IMAGE).requires_grad_(False), tiny_inputs(IMAGE, batch=5)
     parts = [{name: value[rows] for name, value in inputs.items()} for rows in (slice(0, 1), slice(1, 5))]
-    whole, split = (mean_similarity(model, batches, 2, "key") for batches in ([inputs], parts))
+    whole, split = (mean_similarity(model, batches, 2, SIMILARITIES["key"]).numpy() for batches in ([inputs], parts))
     assert np.abs(whole - split).max() < 1e-14
-    assert np.abs(whole - mean_similarity(model, parts[:1], 2, "key")).max() > 1e-3
+    assert np.abs(whole - mean_similarity(model, parts[:1], 2, SIMILARITIES["key"]).numpy()).max() > 1e-3
 
 
 def test_half_precision_is_compared_in_float32():
@@ -134,7 +144,7 @@ def test_half_precision_is_compared_in_float32():
     hook.remove()
     compared = seen[0].mean(dim=1).double()
     pairs = torch.cosine_similarity(compared[:, :, None], compared[:, None, :], dim=-1).mean(dim=0).numpy()
-    assert np.abs(mean_similarity(model, [inputs], 0, "key") - pairs).max() < 1e-6
+    assert np.abs(mean_similarity(model, [inputs], 0, SIMILARITIES["key"]).numpy() - pairs).max() < 1e-6
 
 
 @pytest.mark.parametrize("count", range(1, NUM_LATENTS + 1))
@@ -147,7 +157,7 @@ def test_ties_give_exactly_the_number_that_is_wanted(ties, count):
         "four kinds": (latents[:, None] % 4 == latents % 4).astype(float),
         "a ring": 1 - np.minimum(ring, NUM_LATENTS - ring) / NUM_LATENTS,
     }[ties]
-    groups = average_linkage(similarity, count)
+    groups = average_linkage(torch.from_numpy(similarity), count)
     assert set(groups) == set(range(count)) and groups == ordered(groups)
     tiny_config(merge_groups=[groups, *[None] * (NUM_LAYERS - 1)]).check_merging()
     if ties == "four kinds" and count == 4:
@@ -206,11 +216,6 @@ def test_batches_that_can_be_gone_through_only_once_are_named():
     left_after = [8, 8, 4, 4, 4, 4]
     with pytest.raises(ValueError, match="batches: there are none"):
         calibrate_groups(tiny_model(TEXT), iter([tiny_inputs(TEXT)]), left_after)
-
-
-def test_an_unknown_similarity_is_named():
-    with pytest.raises(ValueError, match="similarity = 'value': allowed are 'attention', 'hidden', 'key', 'output'"):
-        calibrate_groups(tiny_model(TEXT), [tiny_inputs(TEXT)], merging_once(0, 5), "value")
 
 
 def cost(layer: int, count: int) -> int:
@@ -290,23 +295,23 @@ class NeverRead:
 
 
 def test_labels_and_evaluation_splits_are_never_read():
-    def prepared(train: list[dict], collate) -> PreparedTask:
+    def unlabelled(train: list[dict], collate):
         nothing = NeverRead()
         task = PreparedTask.__new__(PreparedTask)
         vars(task).update(train=train, collate=collate, evaluation=nothing, prediction=nothing)
-        return task
+        return task.unlabelled(task.train, 2)
 
     def image(value: int) -> dict:
         return {"pixel_values": torch.full((3, 2, 2), float(value)), "labels": NeverRead()}
 
-    batches = unlabelled_batches(prepared([image(index) for index in range(5)], collate_images), 2)
+    batches = unlabelled([image(index) for index in range(5)], collate_images)
     for _ in range(2):  # they can be gone through again
         values = [batch["pixel_values"][:, 0, 0, 0].tolist() for batch in batches]
         assert values == [[0, 1], [2, 3], [4]]
         assert all(set(batch) == {"pixel_values"} for batch in batches)
 
     text = [{"input_ids": [4, index, 5], "attention_mask": [1, 1, 1], "labels": NeverRead()} for index in range(3)]
-    batches = unlabelled_batches(prepared(text, DataCollatorWithPadding(PerceiverTokenizer())), 2)
+    batches = unlabelled(text, DataCollatorWithPadding(PerceiverTokenizer()))
     assert [set(batch) for batch in batches] == [{"input_ids", "attention_mask"}] * 2
     assert isinstance(next(iter(batches))["input_ids"], Tensor)
     # That such a label is noticed when it is read.

@@ -12,13 +12,24 @@ it, Q decoder queries, T frames, A audio samples, K labels. All figures but thos
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
-from configuration_tome_perceiver import ToMePerceiverConfig
+import torch
+from tqdm.auto import tqdm
 
-FLOPS_PER_MULTIPLY_ADD = 2
+# As in the module of the layers, which says why.
+try:
+    from .configuration_tome_perceiver import ToMePerceiverConfig  # type: ignore[import-not-found]
+    from .merging_tome_perceiver import matching_flops, product_flops  # type: ignore[import-not-found]
+except ImportError:
+    if __package__:
+        raise
+    from configuration_tome_perceiver import ToMePerceiverConfig
+    from merging_tome_perceiver import matching_flops, product_flops
 
 RGB_CHANNELS = 3
 # Perceiver IO's image models (upstream's constructors of the heads).
@@ -118,19 +129,14 @@ def forward_cost(
         preprocessing=batch * ends.preprocessing,
         cross_attention=batch * cross_attention,
         self_attention=tuple(batch * self_attention_layer_flops(config, before, after) for before, after in layers),
-        matching=tuple(batch * matching_flops(config, before, after) for before, after in layers),
+        matching=tuple(batch * layer_matching_flops(config, before, after) for before, after in layers),
         decoder=batch * decoder,
     )
 
 
-def linear_flops(rows: int, in_channels: int, out_channels: int) -> int:
-    """A linear layer, or any product of (rows, in_channels) with (in_channels, out_channels)."""
-    return FLOPS_PER_MULTIPLY_ADD * rows * in_channels * out_channels
-
-
 def convolution_flops(positions: int, kernel_size: int, in_channels: int, out_channels: int) -> int:
     """A convolution with a square kernel: at each output position a product with the whole kernel."""
-    return linear_flops(positions, kernel_size**2 * in_channels, out_channels)
+    return product_flops(positions, kernel_size**2 * in_channels, out_channels)
 
 
 def attention_flops(
@@ -138,19 +144,19 @@ def attention_flops(
 ) -> int:
     """Multi-head attention with its output projection. Heads divide the channels and so leave the count as it is."""
     projections = (
-        linear_flops(queries, query_channels, qk_channels)
-        + linear_flops(keys, key_channels, qk_channels)
-        + linear_flops(keys, key_channels, v_channels)
+        product_flops(queries, query_channels, qk_channels)
+        + product_flops(keys, key_channels, qk_channels)
+        + product_flops(keys, key_channels, v_channels)
     )
-    scores = linear_flops(queries, qk_channels, keys)
-    weighted_values = linear_flops(queries, keys, v_channels)
-    return projections + scores + weighted_values + linear_flops(queries, v_channels, query_channels)
+    scores = product_flops(queries, qk_channels, keys)
+    weighted_values = product_flops(queries, keys, v_channels)
+    return projections + scores + weighted_values + product_flops(queries, v_channels, query_channels)
 
 
 def mlp_flops(rows: int, channels: int, widening_factor: int) -> int:
     """The two linear layers after attention."""
     hidden = widening_factor * channels
-    return linear_flops(rows, channels, hidden) + linear_flops(rows, hidden, channels)
+    return product_flops(rows, channels, hidden) + product_flops(rows, hidden, channels)
 
 
 def self_attention_layer_flops(config: ToMePerceiverConfig, before: int, after: int) -> int:
@@ -181,20 +187,15 @@ def cross_attention_layer_flops(
     return attention + mlp_flops(queries, query_channels, widening_factor)
 
 
-def matching_flops(config: ToMePerceiverConfig, before: int, after: int) -> int:
+def layer_matching_flops(config: ToMePerceiverConfig, before: int, after: int) -> int:
     """What a layer spends on finding what merges.
 
     Raises:
-        ValueError: if the cost of `config.merge_method` is not in `MATCHING_COSTS`.
+        ValueError: if the FLOPs of `config.merge_method` are not known.
     """
     if before == after or config.merge_groups is not None:
         return 0
-    if config.merge_method not in MATCHING_COSTS:
-        raise ValueError(
-            f"merge_method = {config.merge_method!r}: its cost is not known; known are "
-            f"{', '.join(map(repr, sorted(MATCHING_COSTS)))}"
-        )
-    return MATCHING_COSTS[config.merge_method](before, metric_channels(config))
+    return matching_flops(config.merge_method, before, metric_channels(config))
 
 
 def metric_channels(config: ToMePerceiverConfig) -> int:
@@ -202,28 +203,6 @@ def metric_channels(config: ToMePerceiverConfig) -> int:
     qk_channels, v_channels = _attention_channels(config.qk_channels, config.v_channels, config.d_latents)
     heads = config.num_self_attention_heads
     return {"key": qk_channels // heads, "value": v_channels // heads, "hidden": config.d_latents}[config.merge_metric]
-
-
-def bipartite_flops(latents: int, channels: int) -> int:
-    """Similarities of each even position with each odd one."""
-    return linear_flops((latents + 1) // 2, channels, latents // 2)
-
-
-def all_pairs_flops(latents: int, channels: int) -> int:
-    """Similarities of every latent with every one."""
-    return linear_flops(latents, channels, latents)
-
-
-MATCHING_COSTS: dict[str, Callable[[int, int], int]] = {
-    "bipartite": bipartite_flops,
-    "energy": all_pairs_flops,
-    "k_center": all_pairs_flops,
-    "prune": bipartite_flops,
-    "random": lambda latents, channels: 0,
-    "size_penalty": bipartite_flops,
-    "ward": all_pairs_flops,
-}
-"""For each name in `MERGE_METHODS` of `merging_tome_perceiver.py`: FLOPs from N and the channels of the metric."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +272,7 @@ def _masked_lm_ends(config: ToMePerceiverConfig, shape: Sequence[int]) -> tuple[
         query_channels=config.d_model,
         qk_channels=MASKED_LM_QK_CHANNELS,
         v_channels=config.d_model,
-        after=linear_flops(queries, config.d_model, config.vocab_size),
+        after=product_flops(queries, config.d_model, config.vocab_size),
     )
     return batch, Ends(inputs, config.d_model, decoder=decoder)
 
@@ -305,7 +284,7 @@ def _learned_ends(config: ToMePerceiverConfig, shape: Sequence[int]) -> tuple[in
         inputs,
         LEARNED_IMAGE_CHANNELS + LEARNED_POSITION_CHANNELS,
         preprocessing=convolution_flops(inputs, 1, RGB_CHANNELS, LEARNED_IMAGE_CHANNELS)
-        + linear_flops(inputs, LEARNED_IMAGE_CHANNELS, LEARNED_POSITION_CHANNELS),
+        + product_flops(inputs, LEARNED_IMAGE_CHANNELS, LEARNED_POSITION_CHANNELS),
         decoder=_classification_decoder(config),
     )
 
@@ -337,9 +316,9 @@ def _optical_flow_ends(config: ToMePerceiverConfig, shape: Sequence[int]) -> tup
     return batch, Ends(
         inputs,
         channels,
-        preprocessing=linear_flops(inputs, FLOW_PATCH_CHANNELS, FLOW_INPUT_CHANNELS),
+        preprocessing=product_flops(inputs, FLOW_PATCH_CHANNELS, FLOW_INPUT_CHANNELS),
         # The decoder asks with the encoder's inputs.
-        decoder=Decoder(inputs, channels, after=linear_flops(inputs, channels, FLOW_OUTPUT_CHANNELS)),
+        decoder=Decoder(inputs, channels, after=product_flops(inputs, channels, FLOW_OUTPUT_CHANNELS)),
     )
 
 
@@ -368,10 +347,10 @@ def _multimodal_ends(
     query_channels = QUERY_PADDING + max(audio_positions, video_positions, config._label_trainable_num_channels)
     outputs = config.output_num_channels
     after = (
-        linear_flops(queries, query_channels, outputs)
-        + linear_flops(audio, outputs, config.samples_per_patch)
-        + linear_flops(video, outputs, RGB_CHANNELS)
-        + linear_flops(label, outputs, labels)
+        product_flops(queries, query_channels, outputs)
+        + product_flops(audio, outputs, config.samples_per_patch)
+        + product_flops(video, outputs, RGB_CHANNELS)
+        + product_flops(label, outputs, labels)
     )
     return batch, Ends(inputs, INPUT_PADDING + input_channels, decoder=Decoder(queries, query_channels, after))
 
@@ -392,7 +371,7 @@ _ENDS: dict[str, Callable[[ToMePerceiverConfig, Sequence[int]], tuple[int, Ends]
 
 def _classification_decoder(config: ToMePerceiverConfig) -> Decoder:
     """One query, projected to the labels."""
-    return Decoder(1, config.d_latents, after=linear_flops(1, config.d_latents, _num_labels(config)))
+    return Decoder(1, config.d_latents, after=product_flops(1, config.d_latents, _num_labels(config)))
 
 
 def _num_labels(config: ToMePerceiverConfig) -> int:
@@ -430,3 +409,37 @@ def _sizes(shape: Sequence[int], *allowed: int | str) -> tuple[int, ...]:
     if not fits:
         raise ValueError(f"input_shape = {tuple(shape)}: allowed is ({', '.join(map(str, allowed))})")
     return tuple(shape)
+
+
+def interleaved_seconds(
+    run: Callable[[Any], object], variants: Sequence[Any], rounds: int, bar: tqdm | None = None
+) -> list[list[float]]:
+    """Time variants in alternating rounds: seconds of each in each round. A first round is not counted.
+
+    What slows a machine for a while slows all variants of a round, so their ratios within a round are what counts.
+
+    Args:
+        run: called with a variant, which runs once in every round; each round starts with another one.
+        variants: what to compare.
+        rounds: that are counted.
+        bar: is updated after each round.
+    """
+    seconds = []
+    for round_index in range(rounds + 1):
+        taken = [0.0] * len(variants)
+        for offset in range(len(variants)):
+            index = (round_index + offset) % len(variants)
+            _wait_for_device()
+            start = time.perf_counter()
+            run(variants[index])
+            _wait_for_device()
+            taken[index] = time.perf_counter() - start
+        seconds.append(taken)
+        if bar is not None:
+            bar.update()
+    return seconds[1:]
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -3,18 +3,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from budget_tome_perceiver import (
+    SCHEDULES,
+    SKIP_BLOCKS,
+    Merging,
+    flops_ratios,
+    named_family,
+    undisturbed,
+    weakest_member,
+    whole_schedule,
+)
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.errors import BadInput
-from experiments.merging.budget import Budget, flops_ratios
-from experiments.merging.cost import forward_cost
-from experiments.merging.schedules import SCHEDULES, SKIP_BLOCKS, apply_merging, unmerged_fields, whole_schedule
-from tests.support.tiny_models import tiny_config
+from cost_tome_perceiver import forward_cost
+from tests.support.tiny_models import tiny_config, tiny_model
 
 TEXT = "ToMePerceiverForSequenceClassification"
 # The published language model's shapes, at which the source paper counts.
@@ -31,7 +41,8 @@ def flops(config: ToMePerceiverConfig, r: list[int] | int) -> int:
 
 def schedule_for_flops(config, ratio, name, shape=SHAPE):
     """The list of r that keeps to a share of the FLOPs."""
-    return Budget("flops_ratio", ratio, flops_ratios(config, shape, TEXT)).fields(name, config, None)["r"]
+    member = weakest_member(named_family(config, name), ratio, flops_ratios(config, shape, TEXT))
+    return None if member is None else member.r
 
 
 @names
@@ -92,19 +103,9 @@ def test_the_checkpoints_own_merging_does_not_count():
     assert schedule_for_flops(merging, 0.5, "floor") == schedule_for_flops(PUBLISHED, 0.5, "floor")
 
 
-@pytest.mark.parametrize(
-    ("ratio", "name", "says"),
-    [
-        (0.0, "floor", "--flops_ratio 0.0: allowed are 0\\.[0-9]+, where schedule floor ends, to 1"),
-        (-1.0, "floor", "--flops_ratio -1.0"),
-        (1.01, "floor", "--flops_ratio 1.01"),
-        (0.2, "staged", "--flops_ratio 0.2.*staged"),
-        (0.1, SKIP_BLOCKS, "--flops_ratio 0.1.*skip_blocks"),
-    ],
-)
-def test_what_cannot_be_kept_to_is_named(ratio, name, says):
-    with pytest.raises(BadInput, match=says):
-        schedule_for_flops(PUBLISHED, ratio, name)
+@pytest.mark.parametrize(("ratio", "name"), [(0.01, "floor"), (0.2, "staged"), (0.1, SKIP_BLOCKS)])
+def test_what_cannot_be_kept_to_has_no_member(ratio, name):
+    assert schedule_for_flops(PUBLISHED, ratio, name) is None
 
 
 @names
@@ -124,11 +125,58 @@ def test_skipping_blocks_merges_nothing_and_runs_fewer():
     """Of four weight-shared blocks, as many as the budget allows; afterwards all of them can run again."""
     config = tiny_config(num_blocks=4, num_self_attends_per_block=2)
     cost_ratio = flops_ratios(config, (1, 9), TEXT)
-    fields = Budget("flops_ratio", 0.8, cost_ratio).fields(SKIP_BLOCKS, config, None)
-    assert 1 <= fields["num_blocks"] < 4 and fields["r"] == [0] * (2 * fields["num_blocks"])
-    assert cost_ratio(fields) <= 0.8 < cost_ratio(fields | {"num_blocks": fields["num_blocks"] + 1, "r": 0})
-    before = unmerged_fields(config)
-    apply_merging(config, fields)
-    assert config.num_self_attention_layers == 2 * fields["num_blocks"]
-    apply_merging(config, before)
+    found = weakest_member(named_family(config, SKIP_BLOCKS), 0.8, cost_ratio)
+    assert 1 <= found.num_blocks < 4 and found.r == [0] * (2 * found.num_blocks)
+    assert cost_ratio(found) <= 0.8 < cost_ratio(found.by(0, num_blocks=found.num_blocks + 1))
+    with found.applied(config):
+        assert config.num_self_attention_layers == 2 * found.num_blocks
     assert config.num_blocks == 4 and config.merge_schedule == [0] * 8
+
+
+@given(
+    r=st.one_of(st.integers(0, 12), st.lists(st.integers(0, 6), min_size=6, max_size=6)),
+    inflection=st.floats(-1, 1),
+    method=st.sampled_from(["bipartite", "ward"]),
+)
+def test_what_a_config_says_comes_back(r, inflection, method):
+    """To a config and from it, and through JSON; a copy that is asked of it leaves it alone."""
+    config = tiny_config(r=r, r_inflection=inflection if isinstance(r, int) else 0.0, merge_method=method)
+    merging, other = Merging.of(config), tiny_config()
+    assert merging.asked_of(other).merge_schedule == config.merge_schedule and other.r == 0
+    merging.apply(other)
+    assert Merging.of(other) == merging == Merging(**json.loads(merging.key))
+    assert Merging.none(other).asked_of(other).merge_schedule == [0] * 6
+    assert merging.merges(other) == any(config.merge_schedule)
+
+
+def test_what_cannot_be_meant_leaves_the_config_as_it_was():
+    config = tiny_config(r=2)
+    for changed in ({"r": [1]}, {"merge_method": "magic"}, {"min_latents": 99}, {"merge_groups": [[0]] * 6}):
+        with pytest.raises(ValueError, match=f"{next(iter(changed))}"):
+            replace(Merging.of(config), **changed).apply(config)
+        assert Merging.of(config) == Merging.of(tiny_config(r=2))
+
+
+def test_groups_that_are_applied_are_a_copy():
+    config, groups = tiny_config(), [[0, 1, 1, *range(2, 11)], *[None] * 5]
+    Merging.none(config).by(0, merge_groups=groups).apply(config)
+    groups[0][0] = 5
+    assert config.merge_groups[0][0] == 0
+
+
+def test_after_an_error_inside_the_config_merges_as_before():
+    config = tiny_config(r=3)
+    with pytest.raises(RuntimeError), Merging.none(config).applied(config):
+        assert config.r == 0
+        raise RuntimeError
+    assert config.r == 3
+
+
+def test_undisturbed_restores_modes_and_merging():
+    model = tiny_model("ForSequenceClassification", r=2).train()
+    model.base_model.decoder.eval()
+    modes = [module.training for module in model.modules()]
+    with undisturbed(model):
+        model.r = 0
+        assert not model.training and not torch.is_grad_enabled()
+    assert model.r == 2 and [module.training for module in model.modules()] == modes

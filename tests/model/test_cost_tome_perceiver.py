@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import modeling_tome_perceiver as modeling
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.merging.cost import MASKED_LM_QK_CHANNELS, MATCHING_COSTS, ForwardCost, forward_cost, linear_flops
-from merging_tome_perceiver import MERGE_METHODS
+from cost_tome_perceiver import MASKED_LM_QK_CHANNELS, ForwardCost, forward_cost
+from merging_tome_perceiver import MATCHING_FLOPS, MERGE_METHODS, product_flops
 
 TEXT_CLASSIFIER = "ToMePerceiverForSequenceClassification"
 
@@ -151,17 +151,17 @@ def test_queries_that_every_row_repeats_are_projected_once():
     config = ToMePerceiverConfig(**{**SMALL, "r": 2})
     rows = 3
     closed_form = cost("ToMePerceiverForMaskedLM", config, (rows, 7)).total_with_matching
-    encoder = linear_flops(config.num_latents, config.d_latents, config.d_model)
-    decoder = linear_flops(config.max_position_embeddings, config.d_model, MASKED_LM_QK_CHANNELS)
+    encoder = product_flops(config.num_latents, config.d_latents, config.d_model)
+    decoder = product_flops(config.max_position_embeddings, config.d_model, MASKED_LM_QK_CHANNELS)
     counted = counted_flops("ToMePerceiverForMaskedLM", config, (rows, 7))
     assert counted == closed_form - (rows - 1) * (encoder + decoder)
 
 
 def test_every_merging_method_has_a_cost():
-    assert set(MATCHING_COSTS) == set(MERGE_METHODS)
+    assert set(MATCHING_FLOPS) == set(MERGE_METHODS)
 
 
-@pytest.mark.parametrize("method", MATCHING_COSTS)
+@pytest.mark.parametrize("method", MATCHING_FLOPS)
 @pytest.mark.parametrize("r", [2, 20])
 def test_every_merging_method_costs_what_pytorch_counts(method, r):
     config = ToMePerceiverConfig(**SMALL, r=r, merge_method=method)

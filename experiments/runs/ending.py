@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run ends: what merging costs and gains, in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import inference_mode
+
+from budget_tome_perceiver import Merging, undisturbed
+from cost_tome_perceiver import forward_cost
+from experiments.measurement import Quartiles, time_interleaved
+from experiments.publishing.card import Measured, metric_name
+from experiments.tasks.base import Batch
+from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
+
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a run came to.
+
+    Attributes:
+        measured: the figures of each stage, in their order.
+        metric: the figure that is shown.
+        flops_ratio: share of the unmerged model's FLOPs.
+        speedup: times as fast as unmerged on this machine.
+        batch_size: of what was timed.
+        chosen: what merges, in words.
+        saved: where it is.
+    """
+
+    measured: Sequence[Measured]
+    metric: str
+    flops_ratio: float
+    speedup: Quartiles
+    batch_size: int
+    chosen: str
+    saved: str
+
+    def __str__(self) -> str:
+        """Unmerged, merged, retrained; cost; what merges; where it is."""
+        lines = []
+        for row in self.measured:
+            value, error = row.metrics[self.metric], row.metrics[f"{self.metric}_stderr"]
+            line = f"{row.name}: {metric_name(self.metric)} {100 * value:.2f} ± {100 * error:.2f}"
+            if f"{self.metric}_change" in row.metrics:
+                change, error = (row.metrics[f"{self.metric}_change{end}"] for end in ("", "_stderr"))
+                line += f", change, paired by example, {100 * change:+.2f} ± {100 * error:.2f}"
+            lines.append(line)
+        slower = "" if self.speedup.median >= 1 else "; slower than unmerged on this machine"
+        lines.append(
+            f"cost: {self.flops_ratio:.3f} of the FLOPs, {self.speedup.median:.2f} times as fast as unmerged "
+            f"({self.speedup.lower:.2f} to {self.speedup.upper:.2f}, batch {self.batch_size}){slower}"
+        )
+        return "\n".join([*lines, f"merges: {self.chosen}", f"saved: {self.saved}"])
+
+
+def cost_and_speed(
+    model: ToMePerceiverPreTrainedModel, batch: Batch, input_shape: tuple[int, ...]
+) -> tuple[float, Quartiles]:
+    """What the model's merging leaves of its FLOPs, and how much faster it is than unmerged.
+
+    Args:
+        model: that merges; it runs all blocks that it was built with when it is compared with.
+        batch: that is timed, in alternating rounds.
+        input_shape: that FLOPs are for.
+    """
+    merged = Merging.of(model.config)
+    unmerged = merged.by(0, num_blocks=model.built_num_blocks)
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    flops = [
+        forward_cost(merging.asked_of(model.config), input_shape, type(model).__name__).total_with_matching
+        for merging in (merged, unmerged)
+    ]
+
+    def forward(merging: Merging) -> None:
+        with merging.applied(model.config), inference_mode():
+            model(**inputs)
+
+    with undisturbed(model):
+        (timing,) = time_interleaved(forward, [merged], unmerged, ROUNDS, desc="timing")
+    return flops[0] / flops[1], timing.speedup

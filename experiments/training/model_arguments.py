@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments that say which model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass
+class ModelArguments:
+    """Which model: a checkpoint, or a small one from scratch."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or local folder of a checkpoint, stock Perceiver or ours. Without it: from scratch."},
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "For a model from scratch: a JSON file with its config, or a checkpoint to take it from."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Changes to the config of a model from scratch: num_latents=64,d_latents=128,..."},
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer, if it is not that of --model_name_or_path."}
+    )
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Image processor, if it is not that of --model_name_or_path."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
+    token: str | None = field(
+        default=None,
+        metadata={"help": "Token for gated or private repositories; by default the one of `hf auth login`."},
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run a tokenizer's or image processor's own code. The model's is always this repository's."},
+    )
+    code_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of that code, if it is in a repository of its own."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False,
+        metadata={"help": "Start a head of another size anew, for a checkpoint finetuned on other labels."},
+    )
+
+    def download_options(self) -> dict[str, Any]:
+        """What every `from_pretrained` takes."""
+        return {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
+
+    def dataset_options(self) -> dict[str, Any]:
+        """What `datasets.load_dataset` takes."""
+        return {"cache_dir": self.cache_dir, "token": self.token}

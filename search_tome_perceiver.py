@@ -1,0 +1,684 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a budget to what merges: among schedules, methods, metrics and fixed groups, what changes the output least.
+
+Nothing but a few unlabelled samples is needed. Candidates keep to the budget, each with its matching. A half of the
+samples narrows them down, on ever more of its rows (Jamieson & Talwalkar, 2016, "Non-stochastic best arm
+identification"), and improves the best by postponing merges; the other half judges what is left. Of those that it
+cannot tell apart, the fastest on this machine is taken.
+
+Letters: B batch, N latents, M latents left, L self-attention layers, K classes, S positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+# As in the module of the layers, which says why.
+try:
+    from .budget_tome_perceiver import (  # type: ignore[import-not-found]
+        DEFAULT_SCHEDULE,
+        SCHEDULES,
+        SKIP_BLOCKS,
+        CostRatio,
+        Family,
+        Merging,
+        family_of,
+        flops_ratios,
+        named_family,
+        undisturbed,
+        weakest_member,
+    )
+    from .configuration_tome_perceiver import MERGE_METRICS, ToMePerceiverConfig  # type: ignore[import-not-found]
+    from .cost_tome_perceiver import forward_cost, interleaved_seconds  # type: ignore[import-not-found]
+    from .groups_tome_perceiver import Batch, fixed_groups, latent_similarities  # type: ignore[import-not-found]
+    from .layers_tome_perceiver import METRICS  # type: ignore[import-not-found]
+except ImportError:
+    if __package__:
+        raise
+    from budget_tome_perceiver import (
+        DEFAULT_SCHEDULE,
+        SCHEDULES,
+        SKIP_BLOCKS,
+        CostRatio,
+        Family,
+        Merging,
+        family_of,
+        flops_ratios,
+        named_family,
+        undisturbed,
+        weakest_member,
+    )
+    from configuration_tome_perceiver import MERGE_METRICS, ToMePerceiverConfig
+    from cost_tome_perceiver import forward_cost, interleaved_seconds
+    from groups_tome_perceiver import Batch, fixed_groups, latent_similarities
+    from layers_tome_perceiver import METRICS
+
+SEARCH = "search"
+# Methods that are worth a search: `random` and `prune` are controls, and `size_penalty` differs from `bipartite` in
+# what is already unequal alone.
+SEARCHED_METHODS = ("bipartite", "energy", "k_center", "ward")
+GROUPS = "groups"
+# What a search may spend: minutes on two cores at the published shapes, seconds on a small model.
+SEARCH_FLOPS = 4e13
+# Of the first candidates, how many shapes and how many ways to match are combined; of all those, how many are improved,
+# and how many the other half of the samples judges.
+COMBINED, IMPROVED, FINALISTS = 4, 2, 5
+# How many more of its latents a layer keeps when merging is postponed.
+STEP = 1.25
+# Rows that are run at a time, and positions of each that are looked at where each has outputs of its own.
+ROWS, POSITIONS = 32, 16
+TIMED_ROUNDS = 7
+# Rounds of bringing the time of a candidate down to a budget.
+TIGHTENED = 6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to merge that keeps to a budget.
+
+    Attributes:
+        name: its shape over the layers and its way to match: "floor from layer 2, ward hidden".
+        merging: what it sets.
+        flops_ratio: share of the unmerged model's FLOPs, with the matching.
+        divergence: how far it moves the outputs of samples that did not choose it; `None` if that was not measured.
+        speedup: times as fast as unmerged, on this machine; `None` if that was not measured.
+    """
+
+    name: str
+    merging: Merging
+    flops_ratio: float
+    divergence: float | None = None
+    speedup: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a model merges now, and on what grounds.
+
+    Attributes:
+        chosen: what was set.
+        candidates: the best ones, by divergence.
+        samples: rows that were looked at; 0 if there were none.
+        tried: how many candidates there were.
+        seconds: that it took.
+    """
+
+    chosen: Candidate
+    candidates: list[Candidate]
+    samples: int = 0
+    tried: int = 1
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """The candidates as a Markdown table, the chosen one marked."""
+        lines = ["| | candidate | share of the FLOPs | divergence | times as fast |", "|---|---|---|---|---|"]
+        for each in self.candidates:
+            divergence = "" if each.divergence is None else f"{each.divergence:.3g}"
+            speedup = "" if each.speedup is None else f"{each.speedup:.2f}"
+            mark = "chosen" if each == self.chosen else ""
+            lines.append(f"| {mark} | {each.name} | {each.flops_ratio:.3f} | {divergence} | {speedup} |")
+        return "\n".join(lines)
+
+
+def choose_merging(
+    model: Any,
+    flops_ratio: float | None = None,
+    latency_ratio: float | None = None,
+    samples: Batch | Iterable[Batch] | None = None,
+    input_shape: Sequence[int] | None = None,
+    schedules: Sequence[str] | None = None,
+    merge_methods: Sequence[str] | None = None,
+    merge_metrics: Sequence[str] | None = None,
+    log_file: str | os.PathLike | None = None,
+) -> Choice:
+    """Choose what merges within a budget, and leave the model as it was; `model.merge_to` sets it.
+
+    Args:
+        model: a head with logits, on the device that counts.
+        flops_ratio: share of the unmerged model's FLOPs, above 0 to 1; the matching counts.
+        latency_ratio: in its place a share of the unmerged model's time for the first batch of samples.
+        samples: what the model takes, a batch or several; labels are left out. Without them the schedule is one that
+            needs no data, and the method the config's.
+        input_shape: of one input, (1, S) or (1, 3, height, width), that FLOPs are for; by default the longest of the
+            samples, or what the config has positions or pixels for.
+        schedules: allowed shapes over the layers, names of `SCHEDULES` or `SKIP_BLOCKS`; by default the search finds
+            its own.
+        merge_methods, merge_metrics: allowed ways to match; by default all that are worth it, and fixed groups.
+        log_file: JSON file of every divergence that was measured, from which a search that was stopped goes on.
+
+    Raises:
+        ValueError: in one line, for a share that cannot be kept to, a model or samples that cannot be searched with,
+            or names that are not known.
+        FloatingPointError: for outputs that are not finite.
+    """
+    start = time.perf_counter()
+    _check_budget(flops_ratio, latency_ratio, samples)
+    for argument, names, known in (
+        ("schedules", schedules, (*SCHEDULES, SKIP_BLOCKS)),
+        ("merge_metrics", merge_metrics, MERGE_METRICS),
+    ):
+        for name in names or ():
+            if name not in known:
+                raise ValueError(f"{argument}: {name!r}; allowed are {', '.join(known)}")
+    batches = _without_labels(samples)
+    if samples is not None and not batches:
+        raise ValueError("samples: there are none; allowed is a batch or more of what the model takes")
+    shape = tuple(input_shape) if input_shape is not None else _input_shape(model, batches)
+    cost = flops_ratios(model.config, shape, type(model).__name__)
+    given = (flops_ratio, latency_ratio)
+    ways = _ways(model.config, merge_methods, merge_metrics, bool(batches))
+    shapes = _shapes(model.config, schedules, bool(batches))
+    if latency_ratio is None and len(shapes) == len(ways) == 1:
+        # Nothing to choose from.
+        chosen = _only(model.config, shapes, ways, flops_ratio, cost)
+        return Choice(chosen, [chosen], seconds=time.perf_counter() - start)
+    with undisturbed(model):
+        unmerged = Merging.none(model.config).asked_of(model.config)
+        passes = SEARCH_FLOPS / forward_cost(unmerged, shape, type(model).__name__).total_with_matching
+        search = Search(model, batches, cost, shapes, ways, passes, log_file, merge_methods is None)
+        finalists = search.run(*given)
+        if not finalists:
+            raise _not_met(model.config, shapes, ways, given, cost)
+        return replace(search.judged(finalists), seconds=time.perf_counter() - start)
+
+
+def output_divergence(output: Tensor, before: Tensor, regression: bool) -> Tensor:
+    """How far an output is from an earlier one, for each sample; gradients reach both.
+
+    Args:
+        output, before: logits (B, K).
+        regression: they are numbers and not classes.
+
+    Returns:
+        (B,) Kullback-Leibler divergence from the earlier classes in nats, or squared differences.
+    """
+    output, before = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (output, before))
+    if regression:
+        return (output - before).square().sum(dim=-1)
+    now, earlier = (F.log_softmax(each, dim=-1) for each in (output, before))
+    return F.kl_div(now, earlier, reduction="none", log_target=True).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How merging is spread over the layers: a family for each way to match."""
+
+    name: str
+    family: Callable[[Merging], Family]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to match."""
+
+    name: str
+    base: Merging
+
+
+class Search:
+    """Narrowing candidates down on unlabelled samples.
+
+    Args:
+        model: a head with logits, undisturbed.
+        batches: samples without labels.
+        cost: of a merging, as a share of the unmerged FLOPs.
+        shapes, ways: whose combinations are tried.
+        passes: how many rows may be run, in unmerged passes.
+        log_file: as for `choose_merging`.
+        with_groups: whether fixed groups are tried too.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Sequence[Batch],
+        cost: CostRatio,
+        shapes: Sequence[_Shape],
+        ways: Sequence[_Way],
+        passes: float,
+        log_file: str | os.PathLike | None,
+        with_groups: bool,
+    ) -> None:
+        self.model, self.cost, self.shapes, self.ways, self.passes = model, cost, shapes, ways, passes
+        self.with_groups = with_groups
+        self.timed_batch = {name: value.to(model.device) for name, value in batches[0].items()}
+        rows = sum(len(next(iter(batch.values()))) for batch in batches)
+        # Every other row chooses, the others judge; of a single row both.
+        self.halves = [[_every_other(batch, first if rows > 1 else 0) for batch in batches] for first in (0, 1)]
+        self.log_file = None if log_file is None else Path(log_file)
+        self.divergences: dict[str, list[float]] = {}
+        self.regression = model.config.problem_type == "regression"
+        self.references = [self._outputs(Merging.none(model.config), half, None) for half in self.halves]
+        if not all(output.isfinite().all() for half in self.references for output in half):
+            raise FloatingPointError(
+                "the outputs of the model are not finite, so there is nothing to keep to; its weights are damaged or "
+                "training has diverged"
+            )
+        self.fingerprint = self._fingerprint()
+        if self.log_file is not None and self.log_file.exists():
+            found = json.loads(self.log_file.read_text())
+            if found["searched"] == self.fingerprint:
+                self.divergences = found["divergences"]
+        self.tried: set[str] = set()
+        self.bar: tqdm = tqdm(desc="choosing what merges", unit="candidate", disable=None)
+
+    @property
+    def rows(self) -> int:
+        """How many choose."""
+        return sum(len(next(iter(batch.values()))) for batch in self.halves[0])
+
+    def run(self, flops_ratio: float | None, latency_ratio: float | None) -> list[Candidate]:
+        """The best few within the budget; none if none is within it."""
+        ratio = latency_ratio if flops_ratio is None else flops_ratio
+        assert ratio is not None
+        first_way, simple = self.ways[0], self._simplest_shape()
+        kept = {way.name: ratio for way in self.ways}
+        spread = self._ranked([self._member(shape, first_way, kept) for shape in self.shapes], 0.3, least=4)
+        matched = self._ranked([self._member(simple, way, kept) for way in self.ways], 0.2, least=4)
+        shapes = [shape for shape in self.shapes if shape.name in _firsts(spread, 0)][:COMBINED]
+        shapes += [] if simple in shapes else [simple]
+        ways = [way for way in self.ways if way.name in _firsts(matched, 1)][:COMBINED]
+        ways += [] if first_way in ways else [first_way]
+        if latency_ratio is not None:
+            kept = {way.name: self._flops_for(simple, way, latency_ratio) for way in ways}
+            ways = [way for way in ways if kept[way.name] > 0]
+        combined = [self._member(shape, way, kept) for shape, way in product(shapes, ways)]
+        if self.with_groups:
+            groupings = [
+                self._grouped(shape, ratio if latency_ratio is None else kept[first_way.name]) for shape in shapes
+            ]
+            combined += [each for grouping in groupings for each in grouping]
+        ranked = self._ranked(combined, 0.25, least=8)
+        improved = [self._improved(each) for each in ranked[:IMPROVED]]
+        finalists = _distinct([*improved, *ranked])[:FINALISTS]
+        # What needs no search is there to be compared with.
+        plain = self._member(simple, first_way, kept)
+        finalists = _distinct([*finalists, *([] if plain is None else [plain])])
+        if latency_ratio is not None:
+            finalists = _distinct([self._tightened(each, latency_ratio) for each in finalists])
+        return finalists
+
+    def judged(self, finalists: list[Candidate]) -> Choice:
+        """Of those that the other half of the samples cannot tell from the best, the fastest; none slower than
+        unmerged if there is another."""
+        rows = {each.name: self._each(each.merging, 1, None) for each in finalists}
+        speedups = self._speedups(finalists)
+        judged = [
+            replace(each, divergence=sum(rows[each.name]) / len(rows[each.name]), speedup=speedup)
+            for each, speedup in zip(finalists, speedups, strict=True)
+        ]
+        judged.sort(key=lambda each: _number(each.divergence))
+        # Noise of a few rounds is no reason to refuse what is as fast.
+        allowed = [each for each in judged if _number(each.speedup) >= 0.97] or judged
+        best = allowed[0]
+        level = [each for each in allowed if _level(rows[each.name], rows[best.name])]
+        chosen = max(level, key=lambda each: _number(each.speedup))
+        self.bar.close()
+        return Choice(chosen, judged, samples=2 * self.rows if self.rows > 1 else 1, tried=len(self.tried))
+
+    def _simplest_shape(self) -> _Shape:
+        return next((shape for shape in self.shapes if shape.name == DEFAULT_SCHEDULE), self.shapes[0])
+
+    def _member(self, shape: _Shape, way: _Way, kept: Mapping[str, float]) -> Candidate | None:
+        merging = weakest_member(shape.family(way.base), kept[way.name], self.cost)
+        return None if merging is None else Candidate(f"{shape.name}, {way.name}", merging, self.cost(merging))
+
+    def _grouped(self, shape: _Shape, ratio: float) -> list[Candidate]:
+        """Fixed groups in place of matching, which they save."""
+        config = self.model.config
+        # As many are left as if matching cost nothing.
+        free = weakest_member(shape.family(replace(self.ways[0].base, merge_method="random")), ratio, self.cost)
+        # Of fewer runs of shared blocks the groups would be others for each number of them.
+        if free is None or free.num_blocks != config.num_blocks:
+            return []
+        left = free.asked_of(config).latents_per_layer
+        batches = list(self._chunks(self.halves[0], min(self.rows, max(8, int(self.passes / 40)))))
+        found = []
+        for metric in ("key", "hidden"):
+            groups = fixed_groups(self.model, batches, left, partial(latent_similarities, compared=METRICS[metric]))
+            merging = self.ways[0].base.by(0, merge_groups=groups)
+            found.append(Candidate(f"{shape.name}, {GROUPS} by {metric}", merging, self.cost(merging)))
+        return found
+
+    def _ranked(self, candidates: Sequence[Candidate | None], share: float, least: int) -> list[Candidate]:
+        """By divergence on as many rows as a share of the passes affords, the least first."""
+        there = _distinct([each for each in candidates if each is not None])
+        count = min(self.rows, max(least, int(share * self.passes / max(len(there), 1))))
+        return sorted(there, key=lambda each: self._mean(each.merging, count))
+
+    def _improved(self, best: Candidate) -> Candidate:
+        """Postpone merging where that helps most, until it helps nowhere."""
+        if best.merging.merge_groups is not None:
+            return best
+        count = min(self.rows, max(16, int(0.25 * self.passes / (4 * len(self.model.config.merge_schedule)))))
+        ratio = best.flops_ratio
+        while True:
+            members = [
+                weakest_member(family, ratio, self.cost) for family in postponed(self.model.config, best.merging)
+            ]
+            found = min(
+                (member for member in members if member is not None),
+                key=lambda member: self._mean(member, count),
+                default=None,
+            )
+            if found is None or not self._mean(found, count) < self._mean(best.merging, count):
+                return best
+            name = best.name if best.name.startswith("improved ") else f"improved {best.name}"
+            best = Candidate(name, found, self.cost(found))
+
+    def _mean(self, merging: Merging, count: int) -> float:
+        each = self._each(merging, 0, count)
+        return sum(each) / len(each)
+
+    def _each(self, merging: Merging, half: int, rows: int | None) -> list[float]:
+        """Divergences of the first rows of a half; of a text's positions, those that are no padding."""
+        key = json.dumps([merging.key, half, rows])
+        if key not in self.divergences:
+            outputs = self._outputs(merging, self.halves[half], rows)
+            before = self._outputs_before(half, rows, outputs)
+            apart = [
+                output_divergence(output.double(), earlier.double(), self.regression)
+                for output, earlier in zip(outputs, before, strict=True)
+            ]
+            # Outputs that are not finite are as far as can be, and JSON has no infinity.
+            worst = torch.finfo(torch.float32).max
+            self.divergences[key] = torch.cat(apart).nan_to_num(worst, worst).clamp(max=worst).tolist()
+            self._save()
+        self.tried.add(merging.key)
+        self.bar.update()
+        return self.divergences[key]
+
+    def _outputs(self, merging: Merging, half: Sequence[Batch], rows: int | None) -> list[Tensor]:
+        """Logits of the first rows, chunk by chunk, (B, K) or the positions of a text that are no padding."""
+        outputs = []
+        with merging.applied(self.model.config):
+            for batch in self._chunks(half, rows):
+                inputs = {name: value.to(self.model.device) for name, value in batch.items()}
+                logits = self.model(**inputs).get("logits")
+                if not isinstance(logits, Tensor):
+                    raise ValueError(
+                        f"samples: {type(self.model).__name__} has no logits of one kind, so there is nothing to "
+                        "compare; allowed is a head that has, or a budget without samples"
+                    )
+                outputs.append(logits if logits.dim() == 2 else _positions(logits, inputs.get("attention_mask")))
+        return outputs
+
+    def _outputs_before(self, half: int, rows: int | None, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The unmerged outputs of the same rows: those of whole chunks are the first ones of each."""
+        before = self.references[half][: len(outputs)]
+        return [earlier[: len(output)] for earlier, output in zip(before, outputs, strict=True)]
+
+    def _chunks(self, half: Sequence[Batch], rows: int | None) -> Iterator[Batch]:
+        """The first rows, so many at a time; the chunks begin at the same rows for any number of rows."""
+        left = math.inf if rows is None else rows
+        for batch in half:
+            size = len(next(iter(batch.values())))
+            for start in range(0, size, ROWS):
+                if left <= 0:
+                    return
+                end = min(start + ROWS, size, start + left)
+                yield {name: value[start : int(end)] for name, value in batch.items()}
+                left -= end - start
+
+    def _flops_for(self, shape: _Shape, way: _Way, latency_ratio: float) -> float:
+        """The share of the FLOPs at which this takes so much of the time; 0 if it never does."""
+        ratio = latency_ratio
+        for _ in range(TIGHTENED):
+            member = self._member(shape, way, {way.name: ratio})
+            if member is None:
+                return 0.0
+            taken = 1 / self._speedups([member])[0]
+            if abs(taken / latency_ratio - 1) < 0.05:
+                break
+            ratio = min(1.0, ratio * latency_ratio / taken)
+        return ratio
+
+    def _tightened(self, candidate: Candidate, latency_ratio: float) -> Candidate | None:
+        """The same with fewer latents until its time is within the budget; `None` if it never is."""
+        for _ in range(TIGHTENED):
+            taken = 1 / self._speedups([candidate])[0]
+            if taken <= latency_ratio:
+                return candidate
+            if candidate.merging.merge_groups is not None:
+                return None
+            ratio = self.cost(candidate.merging) * 0.98 * latency_ratio / taken
+            tighter = weakest_member(fewer(self.model.config, candidate.merging), ratio, self.cost)
+            if tighter is None:
+                return None
+            candidate = replace(candidate, merging=tighter, flops_ratio=self.cost(tighter))
+        return None
+
+    def _speedups(self, candidates: Sequence[Candidate]) -> list[float]:
+        """Times as fast as unmerged for the first batch of samples, in alternating rounds."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Several processes would not measure the same, and have to choose the same.
+            return [1.0] * len(candidates)
+
+        def run(merging: Merging) -> None:
+            with merging.applied(self.model.config):
+                self.model(**self.timed_batch)
+
+        variants = [Merging.none(self.model.config), *(each.merging for each in candidates)]
+        seconds = interleaved_seconds(run, variants, TIMED_ROUNDS)
+        return [median(taken[0] / taken[index] for taken in seconds) for index in range(1, len(variants))]
+
+    def _fingerprint(self) -> str:
+        """Of the unmerged outputs: other weights or other samples make it another search."""
+        digest = hashlib.sha256()
+        for half in self.references:
+            for output in half:
+                digest.update(output.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _save(self) -> None:
+        if self.log_file is not None:
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            partial_file = self.log_file.with_name(f"{self.log_file.name}.partial")
+            partial_file.write_text(json.dumps({"searched": self.fingerprint, "divergences": self.divergences}))
+            partial_file.replace(self.log_file)
+
+
+def postponed(config: ToMePerceiverConfig, merging: Merging) -> Iterator[Family]:
+    """For each layer the schedules in which more latents stay there, and fewer, down to a floor, in those after it.
+
+    Args:
+        config: of the model.
+        merging: to start from.
+    """
+    left = merging.asked_of(config).latents_per_layer
+    for layer, here in enumerate(left):
+        reaching = left[layer - 1] if layer else config.num_latents
+        kept = min(reaching, math.ceil(here * STEP))
+        if kept > here:
+            yield family_of(config, merging, _capped_after(left, layer, kept), merging.num_blocks)
+
+
+def fewer(config: ToMePerceiverConfig, merging: Merging) -> Family:
+    """The schedules that leave a share of the latents that this one leaves, the same in every layer."""
+    left = merging.asked_of(config).latents_per_layer
+    return family_of(config, merging, lambda strength: [each * (1 - strength) for each in left], merging.num_blocks)
+
+
+def _capped_after(left: Sequence[int], layer: int, kept: int) -> Callable[[float], list[float]]:
+    def left_after(strength: float) -> list[float]:
+        cap = kept ** (1 - strength)
+        return [*left[:layer], kept, *(min(each, cap) for each in left[layer + 1 :])]
+
+    return left_after
+
+
+def _shapes(config: ToMePerceiverConfig, names: Sequence[str] | None, searching: bool) -> list[_Shape]:
+    """The named ones; or all, and merging to a floor from each layer on, with all blocks and with fewer."""
+    if names is None and not searching:
+        names = [DEFAULT_SCHEDULE]
+    if names is not None:
+        return [_Shape(name, partial(_named, config, name)) for name in names]
+    shapes = [_Shape(name, partial(_named, config, name)) for name in SCHEDULES]
+    shapes.sort(key=lambda shape: shape.name != DEFAULT_SCHEDULE)
+    for num_blocks in range(config.num_blocks, 0, -1):
+        layers = num_blocks * config.num_self_attends_per_block
+        # With fewer blocks, from the first layer on is enough to say whether blocks are needed at all.
+        for start in range(1, layers) if num_blocks == config.num_blocks else [0]:
+            blocks = "" if num_blocks == config.num_blocks else f" in {num_blocks} of {config.num_blocks} blocks"
+            later = f" from layer {start}" if start else ""
+            shapes.append(_Shape(f"floor{later}{blocks}", partial(_floor_from, config, start, layers, num_blocks)))
+    return shapes
+
+
+def _named(config: ToMePerceiverConfig, name: str, base: Merging) -> Family:
+    return named_family(config, name, base)
+
+
+def _floor_from(config: ToMePerceiverConfig, start: int, layers: int, num_blocks: int, base: Merging) -> Family:
+    latents = config.num_latents
+    return family_of(
+        config,
+        base,
+        lambda strength: [latents] * start + [latents ** (1 - strength)] * (layers - start),
+        num_blocks,
+    )
+
+
+def _ways(
+    config: ToMePerceiverConfig, methods: Sequence[str] | None, metrics: Sequence[str] | None, searching: bool
+) -> list[_Way]:
+    """The ways to match that are allowed: without samples the config's own, otherwise also all that are worth it."""
+    own = Merging.none(config)
+    # Not the config's own first: a model that was merged before is to be merged as if it had not been.
+    searched_methods, searched_metrics = (SEARCHED_METHODS, MERGE_METRICS) if searching else ((), ())
+    pairs = product(
+        methods or dict.fromkeys((*searched_methods, own.merge_method)),
+        metrics or dict.fromkeys((*searched_metrics, own.merge_metric)),
+    )
+    return [
+        _Way(f"{method} {metric}", replace(own, merge_method=method, merge_metric=metric)) for method, metric in pairs
+    ]
+
+
+def _only(
+    config: ToMePerceiverConfig,
+    shapes: Sequence[_Shape],
+    ways: Sequence[_Way],
+    ratio: float | None,
+    cost: CostRatio,
+) -> Candidate:
+    (shape,), (way,) = shapes, ways
+    assert ratio is not None
+    merging = weakest_member(shape.family(way.base), ratio, cost)
+    if merging is None:
+        raise _not_met(config, shapes, ways, (ratio, None), cost)
+    return Candidate(f"{shape.name}, {way.name}", merging, cost(merging))
+
+
+def _not_met(
+    config: ToMePerceiverConfig,
+    shapes: Sequence[_Shape],
+    ways: Sequence[_Way],
+    given: tuple[float | None, float | None],
+    cost: CostRatio,
+) -> ValueError:
+    if given[0] is None:
+        return ValueError(f"latency_ratio = {given[1]}: allowed is a larger share; nothing that was tried is so fast")
+    least = min(cost(shape.family(way.base)(1.0)) for shape in shapes for way in ways)
+    named = f"schedule {shapes[0].name}" if len(shapes) == 1 else "merging"
+    return ValueError(f"flops_ratio = {given[0]}: allowed are {least:.3f}, where {named} ends, to 1, no merging")
+
+
+def _check_budget(flops_ratio: float | None, latency_ratio: float | None, samples: object) -> None:
+    given = {"flops_ratio": flops_ratio, "latency_ratio": latency_ratio}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(f"flops_ratio = {flops_ratio}, latency_ratio = {latency_ratio}: allowed is one of them")
+    value = given[named[0]]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{named[0]} = {value!r}: allowed is a number above 0, up to 1")
+    if latency_ratio is not None and samples is None:
+        raise ValueError(f"latency_ratio = {latency_ratio}: allowed with samples only, whose time is measured")
+
+
+def _positions(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Of outputs for each position, (B, ..., K), those of a few positions of each row that are no padding, (-, K)."""
+    logits = logits.flatten(1, -2)
+    there = logits.new_ones(logits.shape[:2], dtype=torch.bool) if mask is None else mask > 0
+    logits, number = logits[:, : there.shape[1]], there.cumsum(dim=1) - 1
+    steps = (there.sum(dim=1, keepdim=True) / POSITIONS).ceil().clamp(min=1).long()
+    return logits[there & (number % steps == 0)]
+
+
+def _without_labels(samples: Batch | Iterable[Batch] | None) -> list[Batch]:
+    if samples is None:
+        return []
+    given: Iterable[Batch] = [samples] if isinstance(samples, Mapping) else samples
+    batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in given]
+    for batch in batches:
+        for name, value in batch.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"samples: {name} is a {type(value).__name__}; allowed are tensors, B rows each")
+    return [batch for batch in batches if batch and len(next(iter(batch.values())))]
+
+
+def _input_shape(model: Any, batches: Sequence[Batch]) -> tuple[int, ...]:
+    """Of one input: the longest of the samples, or what the config has room for."""
+    config, name = model.config, type(model).__name__
+    if batches:
+        longest = max((batch[_input_name(model, batch)] for batch in batches), key=lambda inputs: inputs[0].numel())
+        return (1, *longest.shape[1:])
+    if "Image" in name:
+        return (1, 3, config.image_size, config.image_size)
+    if "SequenceClassification" in name or "MaskedLM" in name:
+        return (1, config.max_position_embeddings)
+    raise ValueError(f"input_shape: not given; allowed is the shape of one input of {name}, or samples")
+
+
+def _input_name(model: Any, batch: Batch) -> str:
+    known = ("inputs", "input_ids", "pixel_values")
+    name = next((name for name in known if name in batch), None)
+    if name is None:
+        raise ValueError(f"samples: have {', '.join(sorted(batch))}; allowed is what {type(model).__name__} takes")
+    return name
+
+
+def _every_other(batch: Batch, first: int) -> Batch:
+    size = len(next(iter(batch.values())))
+    return {name: value[min(first, size - 1) :: 2] for name, value in batch.items()}
+
+
+def _distinct(candidates: Iterable[Candidate | None]) -> list[Candidate]:
+    """Without those that are none, or merge as an earlier one does."""
+    found: dict[str, Candidate] = {}
+    for each in candidates:
+        if each is not None:
+            found.setdefault(each.merging.key, each)
+    return list(found.values())
+
+
+def _firsts(ranked: Sequence[Candidate], part: int) -> list[str]:
+    """The shapes (0) or the ways (1) of the best few."""
+    return list(dict.fromkeys(each.name.split(", ")[part] for each in ranked))[:COMBINED]
+
+
+def _level(one: Sequence[float], best: Sequence[float]) -> bool:
+    """Whether paired rows do not tell one from the best: within a standard error of the difference."""
+    apart = torch.tensor(one, dtype=torch.float64) - torch.tensor(best, dtype=torch.float64)
+    return len(apart) > 1 and float(apart.mean()) <= float(apart.std() / math.sqrt(len(apart))) or not apart.any()
+
+
+def _number(value: float | None) -> float:
+    assert value is not None
+    return value
