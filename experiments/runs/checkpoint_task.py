@@ -4,28 +4,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple
 
 from experiments.errors import BadInput
 from experiments.tasks.base import Task
-from experiments.tasks.glue import load_glue_task
+from experiments.tasks.glue import GlueDataArguments, load_glue_task
 from experiments.tasks.images import ImageDataArguments, load_image_task
 from experiments.tasks.mlm import MlmDataArguments, load_mlm_task
 from experiments.training.loading import requested_config
 from experiments.training.model_arguments import ModelArguments
 
-TASKS: dict[str, tuple[Callable[..., Task], str]] = {
-    "ForSequenceClassification": (load_glue_task, "classifies text"),
-    "ForMaskedLM": (load_mlm_task, "finds masked tokens"),
-    "ForImageClassification": (load_image_task, "classifies images"),
+
+class TaskKind(NamedTuple):
+    """A kind of task: the arguments that say which data, what loads them, and what a model of it does."""
+
+    arguments: type
+    load: Callable[..., Task]
+    does: str
+
+
+TASK_KINDS: dict[str, TaskKind] = {
+    "ForSequenceClassification": TaskKind(GlueDataArguments, load_glue_task, "classifies text"),
+    "ForMaskedLM": TaskKind(MlmDataArguments, load_mlm_task, "finds masked tokens"),
+    "ForImageClassification": TaskKind(ImageDataArguments, load_image_task, "classifies images"),
 }
-"""By what is in the name of a model class: who loads its data, and what it does."""
+"""By what is in the name of a model class."""
 
 
 @dataclass
-class SweepDataArguments(MlmDataArguments, ImageDataArguments):
-    """Which sentences or images; as for run_glue.py, run_mlm.py and run_image.py."""
+class SweepDataArguments(MlmDataArguments, GlueDataArguments, ImageDataArguments):
+    """Which sentences or images; as for run_glue.py, run_mlm.py and run_image.py.
+
+    The arguments of all kinds of tasks, since only the checkpoint says which it is. Files may be those of any kind.
+    """
 
     _argument_group_name: ClassVar[str] = "sentences or images"
 
@@ -35,6 +47,13 @@ class SweepDataArguments(MlmDataArguments, ImageDataArguments):
             "help": "Hub id or local folder, as `datasets.load_dataset` takes it. With --task_name: where GLUE is."
         },
     )
+    train_file: str | None = field(
+        default=None, metadata={"help": "Own sentences, as run_glue.py or run_mlm.py takes them."}
+    )
+
+    def of(self, kind: TaskKind) -> Any:
+        """Those that this kind of task has."""
+        return kind.arguments(**{each.name: getattr(self, each.name) for each in fields(kind.arguments)})
 
 
 def load_sweep_task(data: SweepDataArguments, model: ModelArguments, seed: int) -> Task:
@@ -47,16 +66,15 @@ def load_sweep_task(data: SweepDataArguments, model: ModelArguments, seed: int) 
         raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
     architectures = requested_config(model).architectures
     name = f"--model_name_or_path {model.model_name_or_path}"
-    task = next((task for part, task in TASKS.items() if part in str(architectures)), None)
-    if task is None:
+    kind = next((kind for part, kind in TASK_KINDS.items() if part in str(architectures)), None)
+    if kind is None:
         raise BadInput(
             f"{name}: architectures = {architectures}; allowed is a finetuned text or image classifier, or a masked "
             "language model"
         )
-    load, does = task
-    if data.task_name is not None and load is not load_glue_task:
+    if data.task_name is not None and kind.arguments is not GlueDataArguments:
         raise BadInput(
             f"--task_name {data.task_name}: allowed for a finetuned text classifier only, and {name}, "
-            f"architectures = {architectures}, {does}"
+            f"architectures = {architectures}, {kind.does}"
         )
-    return load(data, predict=False, seed=seed, **model.dataset_options())
+    return kind.load(data.of(kind), predict=False, seed=seed, **model.dataset_options())

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Value
-from transformers import AutoTokenizer, DataCollatorWithPadding, PerceiverTokenizer
+from transformers import DataCollatorWithPadding
 
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.errors import BadInput, naming
-from experiments.tasks.base import PreparedTask, SampleArguments, Source, Task, evaluated_split, take_split
+from experiments.errors import BadInput
+from experiments.tasks.base import PreparedTask, Source, evaluated_split, take_split
 from experiments.tasks.labels import (
     check_none_missing,
     check_trained,
@@ -26,8 +26,9 @@ from experiments.tasks.labels import (
     with_label_ids,
     with_numbers,
 )
-from experiments.tasks.reading import TABLE_FORMATS, ending, read_dataset, read_file
+from experiments.tasks.reading import TABLE_FORMATS, read_dataset, read_file
 from experiments.tasks.scores import classes, numbers
+from experiments.tasks.text import LABEL, TextDataArguments, TextTask, is_text
 
 GLUE_DATASET = "nyu-mll/glue"
 SENTENCES = {
@@ -41,17 +42,12 @@ SPLITS = {"mnli": {"": "_matched", "_mm": "_mismatched"}}
 # The class that F1 is about, by task; GLUE has it last.
 POSITIVE = {"mrpc": "equivalent", "qqp": "duplicate"}
 REGRESSION = "stsb"
-LABEL = "label"
 
 
 @dataclass
-class GlueDataArguments(SampleArguments):
-    """Which sentences."""
+class GlueDataArguments(TextDataArguments):
+    """Which sentences, each with a class or a number."""
 
-    _argument_group_name: ClassVar[str] = "sentences"
-    file_formats: ClassVar[tuple[str, ...]] = TABLE_FORMATS
-
-    task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(sorted(SENTENCES))}."})
     dataset_name: str | None = field(
         default=None,
         metadata={
@@ -59,7 +55,6 @@ class GlueDataArguments(SampleArguments):
             f"instead of {GLUE_DATASET}."
         },
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_file: str | None = field(
         default=None,
         metadata={
@@ -67,15 +62,7 @@ class GlueDataArguments(SampleArguments):
             "'sentence1', 'sentence2', or else the first two other columns of text, or the only one."
         },
     )
-    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
-    test_file: str | None = field(default=None, metadata={"help": "The same, to predict; it needs no labels."})
-    max_seq_length: int | None = field(
-        default=None, metadata={"help": "Longer inputs are cut, in tokens. By default: as many as the model can read."}
-    )
-    pad_to_max_length: bool = field(
-        default=False, metadata={"help": "Pad to --max_seq_length, and not just to the longest of the batch."}
-    )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Read and tokenize anew what is cached."})
+    task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(sorted(SENTENCES))}."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,32 +70,15 @@ class GlueDataArguments(SampleArguments):
             self.task_name = self.task_name.lower()
             if self.task_name not in SENTENCES:
                 raise BadInput(f"--task_name {self.task_name}: allowed are {', '.join(sorted(SENTENCES))}")
-        if self.max_seq_length is not None and self.max_seq_length < 1:
-            raise BadInput(f"--max_seq_length {self.max_seq_length}: allowed is an integer of 1 or more")
-        for name in ("train_file", "validation_file", "test_file"):
-            path = getattr(self, name)
-            if path is None:
-                continue
-            if ending(path) not in self.file_formats:
-                raise BadInput(f"--{name} {path}: allowed are files that end in .{', .'.join(self.file_formats)}")
-            if not Path(path).is_file():
-                raise BadInput(f"--{name} {path}: there is no such file")
 
 
 @dataclass
-class GlueTask(Task):
-    """Sentences, or pairs of them, and a class or a number for each.
-
-    Attributes:
-        arguments: how they become tokens.
-        sentence_columns: one or two.
-    """
+class GlueTask(TextTask):
+    """Sentences, or pairs of them, and a class or a number for each, in the column `label`."""
 
     arguments: GlueDataArguments
-    sentence_columns: tuple[str, ...]
 
     hub_task: ClassVar[str] = "text-classification"
-    input_name: ClassVar[str] = "input_ids"
 
     def model_class_name(self, config: ToMePerceiverConfig) -> str:
         """Any text model may start a classifier; its decoder is new if it was no classifier."""
@@ -120,69 +90,16 @@ class GlueTask(Task):
                 )
         return "ToMePerceiverForSequenceClassification"
 
-    def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
-        """The tokenizer; with no name, the published language model's, whose tokens are bytes."""
-        if name is None:
-            return PerceiverTokenizer()
-        with naming(f"--tokenizer_name {name}", Exception):
-            return AutoTokenizer.from_pretrained(name, **download)
-
-    def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
-        """An embedding for each token."""
-        config.vocab_size = len(processing_class)
-
     def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
-        """Tokens and labels, padded to the longest of each batch unless the arguments say otherwise.
-
-        The tokenizer learns how many positions the model has, so that what is saved cuts to them.
-        """
-        tokenizer = processing_class
-        if len(tokenizer) > config.vocab_size:
-            raise BadInput(
-                f"--tokenizer_name: has {len(tokenizer)} tokens, the model {config.vocab_size}; allowed is the "
-                "model's own tokenizer"
-            )
-        positions = config.max_position_embeddings
-        length = self.arguments.max_seq_length or positions
-        if length > positions:
-            raise BadInput(f"--max_seq_length {length}: allowed are 1 to {positions}, the positions of the model")
-        if tokenizer.pad_token is None:
-            raise BadInput("--tokenizer_name: has no token to pad with; allowed is a tokenizer with a pad_token")
-        special = tokenizer.num_special_tokens_to_add(pair=len(self.sentence_columns) > 1)
-        if length <= special:
-            raise BadInput(
-                f"--max_seq_length {length}: allowed are {special + 1} to {positions}, since {special} tokens are "
-                "around the text"
-            )
-        tokenizer.model_max_length = positions
-        padding = "max_length" if self.arguments.pad_to_max_length else False
+        """Tokens and labels, padded to the longest of each batch unless the arguments say otherwise."""
         ids = label_ids(config, self.labels) if self.labels else []
-
-        def tokenize(batch: dict[str, list]) -> dict[str, list]:
-            sentences = [batch[column] for column in self.sentence_columns]
-            tokens = tokenizer(
-                *sentences, truncation=True, max_length=length, padding=padding, return_attention_mask=True
-            )
-            columns = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-            if LABEL in batch:
-                columns["labels"] = [ids[label] if ids else float(label) for label in batch[LABEL]]
-            return columns
-
-        def tokens(dataset: Dataset, description: str) -> Dataset:
-            return dataset.map(
-                tokenize,
-                batched=True,
-                remove_columns=dataset.column_names,
-                load_from_cache_file=not self.arguments.overwrite_cache,
-                desc=f"Tokenizing {description}",
-            )
-
+        tokens = self.tokens(config, processing_class, ids)
         return PreparedTask(
-            train=tokens(self.train, "train"),
-            evaluation={suffix: tokens(split, f"eval{suffix}") for suffix, split in self.evaluation.items()},
-            prediction={suffix: tokens(split, f"predict{suffix}") for suffix, split in self.prediction.items()},
-            processing_class=tokenizer,
-            collate=DataCollatorWithPadding(tokenizer),
+            train=tokens.train,
+            evaluation=tokens.evaluation,
+            prediction=tokens.prediction,
+            processing_class=processing_class,
+            collate=DataCollatorWithPadding(processing_class),
             predicted=classes if self.labels else numbers,
             kind=self.arguments.task_name or ("classification" if self.labels else "regression"),
             labels=self.labels,
@@ -285,11 +202,6 @@ def _load_splits(arguments: GlueDataArguments, predict: bool, download: dict[str
     ), source
 
 
-def _is_text(dataset: Dataset, column: str) -> bool:
-    feature = dataset.features[column]
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-
-
 def _sentence_columns(arguments: GlueDataArguments, train: Dataset, argument: str) -> tuple[str, ...]:
     if arguments.task_name is not None:
         return SENTENCES[arguments.task_name]
@@ -297,7 +209,7 @@ def _sentence_columns(arguments: GlueDataArguments, train: Dataset, argument: st
     if {"sentence1", "sentence2"} <= set(others):
         return ("sentence1", "sentence2")
     # A number beside the text, such as an identity, is none of it.
-    columns = [name for name in others if _is_text(train, name)]
+    columns = [name for name in others if is_text(train, name)]
     if not columns:
         raise BadInput(f"{argument}: has no column with sentences, of text, beside {listed(train.features)}")
     return tuple(columns[:2])
@@ -308,7 +220,7 @@ def _check_sentences(split: Dataset, columns: tuple[str, ...], where: str) -> No
     if missing := set(columns) - set(split.column_names):
         raise BadInput(f"{where} has no column {listed(missing)}")
     for column in columns:
-        if not _is_text(split, column):
+        if not is_text(split, column):
             feature = split.features[column]
             kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
             raise BadInput(f"{where}: column '{column}' holds {kind}; allowed is text")

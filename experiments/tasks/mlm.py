@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification
@@ -23,11 +23,11 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenCl
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
 from experiments.tasks.base import Batch, PreparedTask, Source
-from experiments.tasks.glue import LABEL, GlueDataArguments, GlueTask
 from experiments.tasks.labels import listed
 from experiments.tasks.reading import TEXT_FORMATS, read_dataset, read_file
 from experiments.tasks.redrawn_examples import NextEpoch, RedrawnExamples
 from experiments.tasks.scores import NOT_ASKED
+from experiments.tasks.text import LABEL, TextDataArguments, TextTask, is_text
 
 MODEL_CLASS = "ToMePerceiverForMaskedLM"
 SENTENCE = "sentence"
@@ -38,15 +38,21 @@ EVALUATION_SEED = 0
 
 
 @dataclass
-class MlmDataArguments(GlueDataArguments):
+class MlmDataArguments(TextDataArguments):
     """Which sentences, and how many of their tokens are hidden."""
 
-    _argument_group_name: ClassVar[str] = "sentences"
     file_formats: ClassVar[tuple[str, ...]] = TEXT_FORMATS
 
     dataset_config_name: str | None = field(
         default=None,
         metadata={"help": "Configuration of the dataset; for masked language modelling also several: sst2,mrpc,rte."},
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Own data ({', '.join(TEXT_FORMATS)}): each line, or each text of any column but 'label', is a "
+            "sentence."
+        },
     )
     mlm_probability: float = field(
         default=0.15, metadata={"help": "Masked language modelling: share of the tokens to be found again."}
@@ -89,7 +95,7 @@ class MlmDataArguments(GlueDataArguments):
 
 
 @dataclass
-class MlmTask(GlueTask):
+class MlmTask(TextTask):
     """Sentences, in the column `sentence`, to be masked."""
 
     arguments: MlmDataArguments
@@ -122,7 +128,7 @@ class MlmTask(GlueTask):
                 "--tokenizer_name: has no mask token; allowed is a tokenizer with one, such as that of "
                 "examples/train_tokenizer.py"
             )
-        tokens = super().prepared(config, processing_class, seed)
+        tokens = self.tokens(config, processing_class)
         masking, once = (Masking(processing_class, self.arguments) for _ in range(2))
         once.reseed(EVALUATION_SEED)
 
@@ -131,14 +137,15 @@ class MlmTask(GlueTask):
             return masking(example)
 
         train = RedrawnExamples(tokens.train, masked, seed)
-        return replace(
-            tokens,
+        return PreparedTask(
             train=train,
-            callbacks=[NextEpoch(train)],
             evaluation={suffix: masked_once(split, once) for suffix, split in tokens.evaluation.items()},
+            prediction=tokens.prediction,
+            processing_class=processing_class,
             collate=MaskedCollate(processing_class, config.max_position_embeddings),
             predicted=lambda predictions: predictions,
             kind="masked_lm",
+            callbacks=[NextEpoch(train)],
             reduce_logits=likeliest_tokens,
         )
 
@@ -219,11 +226,6 @@ def load_mlm_task(
     """
     if predict:
         raise BadInput("--do_predict: allowed for classification; masked language models take --do_train and --do_eval")
-    if arguments.task_name is not None:
-        raise BadInput(
-            f"--task_name {arguments.task_name}: allowed for classification; masked language models take "
-            "--dataset_name and --dataset_config_name, or files"
-        )
     pools, source = _load_splits(arguments, download)
     train, evaluated = (_distinct(pools[role]) for role in (TRAIN, VALIDATION))
     if not pools[VALIDATION]:
@@ -267,12 +269,7 @@ def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple
 
 def _distinct(splits: list[Dataset]) -> dict[str, str]:
     """The sentences of all columns of text, by what tells them apart: their letters and digits, in any case."""
-    columns = (
-        split[name]
-        for split in splits
-        for name, feature in split.features.items()
-        if name != LABEL and isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-    )
+    columns = (split[name] for split in splits for name in split.column_names if name != LABEL and is_text(split, name))
     sentences = (sentence.strip() for column in columns for sentence in column if sentence is not None)
     return {re.sub(r"\W+", "", sentence).casefold() or sentence: sentence for sentence in sentences if sentence}
 

@@ -272,7 +272,7 @@ MISTAKES: dict[str, dict[str, str]] = {
         """,
         MLM: """
             --do_predict
-            --task_name sst2
+            --task_name sst2 =>> --task_name
             --line_by_line false
         """,
         SWEEP: """

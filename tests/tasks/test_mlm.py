@@ -216,7 +216,6 @@ def test_arguments_that_cannot_be_meant(given, says):
         ({}, ["--train_file", "--dataset_name"]),
         ({"dataset_name": "not/there"}, ["--dataset_name not/there"]),
         ({"dataset_config_name": "one,three"}, ["--dataset_name", "three"]),
-        ({"task_name": "sst2"}, ["--task_name sst2", "--dataset_config_name"]),
         ({"predict": True}, ["--do_predict", "--do_eval"]),
     ],
 )
@@ -266,3 +265,12 @@ def test_a_sweep_takes_the_data_that_the_checkpoint_is_for(folder, tmp_path):
     assert isinstance(task, MlmTask) and len(task.train) == 111 - 38
     with pytest.raises(BadInput, match="--task_name mrpc.*PerceiverForMaskedLM.*finds masked tokens"):
         load_sweep_task(SweepDataArguments(task_name="mrpc"), model, seed=0)
+
+
+def test_a_sweep_of_a_classifier_takes_files_of_its_kind(tmp_path):
+    """The command line takes the files of any task, since it does not know yet which one it is."""
+    stock_model("ForSequenceClassification").save_pretrained(tmp_path / "classifier")
+    (tmp_path / "lines.txt").write_text("a\nb\n")
+    data = SweepDataArguments(train_file=str(tmp_path / "lines.txt"))
+    with pytest.raises(BadInput, match=r"lines.txt: allowed are files that end in .csv"):
+        load_sweep_task(data, ModelArguments(model_name_or_path=str(tmp_path / "classifier")), seed=0)

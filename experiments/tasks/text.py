@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tasks on text share: where sentences are read from, and how they become tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datasets import Dataset, Value
+from transformers import AutoTokenizer, PerceiverTokenizer
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.errors import BadInput, naming
+from experiments.tasks.base import LABELS, SampleArguments, Task
+from experiments.tasks.reading import TABLE_FORMATS, ending
+
+LABEL = "label"
+"""The column with a class or a number for each example."""
+
+
+@dataclass
+class TextDataArguments(SampleArguments):
+    """Which sentences, and how they become tokens."""
+
+    _argument_group_name: ClassVar[str] = "sentences"
+    file_formats: ClassVar[tuple[str, ...]] = TABLE_FORMATS
+    """Endings of the files that are taken."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or local folder, as `datasets.load_dataset` takes it."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "Own data, to train on."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    test_file: str | None = field(default=None, metadata={"help": "The same, to predict; it needs no labels."})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Longer inputs are cut, in tokens. By default: as many as the model can read."}
+    )
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad to --max_seq_length, and not just to the longest of the batch."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Read and tokenize anew what is cached."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_seq_length is not None and self.max_seq_length < 1:
+            raise BadInput(f"--max_seq_length {self.max_seq_length}: allowed is an integer of 1 or more")
+        for name in ("train_file", "validation_file", "test_file"):
+            path = getattr(self, name)
+            if path is None:
+                continue
+            if ending(path) not in self.file_formats:
+                raise BadInput(f"--{name} {path}: allowed are files that end in .{', .'.join(self.file_formats)}")
+            if not Path(path).is_file():
+                raise BadInput(f"--{name} {path}: there is no such file")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A task's splits with `input_ids`, `attention_mask` and, where examples have them, `labels` as columns."""
+
+    train: Dataset
+    evaluation: dict[str, Dataset]
+    prediction: dict[str, Dataset]
+
+
+@dataclass
+class TextTask(Task):
+    """Sentences, or pairs of them.
+
+    Attributes:
+        arguments: how they become tokens.
+        sentence_columns: one or two.
+    """
+
+    arguments: TextDataArguments
+    sentence_columns: tuple[str, ...]
+
+    input_name: ClassVar[str] = "input_ids"
+
+    def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
+        """The tokenizer; with no name, the published language model's, whose tokens are bytes."""
+        if name is None:
+            return PerceiverTokenizer()
+        with naming(f"--tokenizer_name {name}", Exception):
+            return AutoTokenizer.from_pretrained(name, **download)
+
+    def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
+        """An embedding for each token."""
+        config.vocab_size = len(processing_class)
+
+    def tokens(self, config: ToMePerceiverConfig, tokenizer: Any, label_ids: Sequence[int] = ()) -> Tokens:
+        """The sentences as tokens, padded only if the arguments say so.
+
+        The tokenizer learns how many positions the model has, so that what is saved cuts to them.
+
+        Args:
+            config: of the model.
+            tokenizer: makes the tokens.
+            label_ids: the model's index of each class; empty where labels, if there are any, are numbers.
+
+        Raises:
+            BadInput: if the tokenizer or `--max_seq_length` does not fit the model.
+        """
+        _check_tokenizer(tokenizer, config)
+        length = self._length(tokenizer, config)
+        tokenizer.model_max_length = config.max_position_embeddings
+        tokenize = _tokenizing(
+            tokenizer, self.sentence_columns, length, pad=self.arguments.pad_to_max_length, label_ids=label_ids
+        )
+
+        def tokenized(split: Dataset, description: str) -> Dataset:
+            return split.map(
+                tokenize,
+                batched=True,
+                remove_columns=split.column_names,
+                load_from_cache_file=not self.arguments.overwrite_cache,
+                desc=f"Tokenizing {description}",
+            )
+
+        return Tokens(
+            train=tokenized(self.train, "train"),
+            evaluation={suffix: tokenized(split, f"eval{suffix}") for suffix, split in self.evaluation.items()},
+            prediction={suffix: tokenized(split, f"predict{suffix}") for suffix, split in self.prediction.items()},
+        )
+
+    def _length(self, tokenizer: Any, config: ToMePerceiverConfig) -> int:
+        """How many tokens an input may have."""
+        positions = config.max_position_embeddings
+        length = self.arguments.max_seq_length or positions
+        if length > positions:
+            raise BadInput(f"--max_seq_length {length}: allowed are 1 to {positions}, the positions of the model")
+        special = tokenizer.num_special_tokens_to_add(pair=len(self.sentence_columns) > 1)
+        if length <= special:
+            raise BadInput(
+                f"--max_seq_length {length}: allowed are {special + 1} to {positions}, since {special} tokens are "
+                "around the text"
+            )
+        return length
+
+
+def is_text(dataset: Dataset, column: str) -> bool:
+    """Whether a column holds text."""
+    feature = dataset.features[column]
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def _check_tokenizer(tokenizer: Any, config: ToMePerceiverConfig) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise BadInput(
+            f"--tokenizer_name: has {len(tokenizer)} tokens, the model {config.vocab_size}; allowed is the model's "
+            "own tokenizer"
+        )
+    if tokenizer.pad_token is None:
+        raise BadInput("--tokenizer_name: has no token to pad with; allowed is a tokenizer with a pad_token")
+
+
+def _tokenizing(
+    tokenizer: Any, sentence_columns: Sequence[str], length: int, pad: bool, label_ids: Sequence[int]
+) -> Callable[[dict[str, list]], dict[str, list]]:
+    """From a batch of columns to one of tokens and labels; `datasets` knows it by its code and by what it closes over.
+
+    Args:
+        tokenizer, sentence_columns, label_ids: as in `TextTask.tokens`.
+        length: at which inputs are cut.
+        pad: whether all are padded to it.
+    """
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+        tokens = tokenizer(
+            *(batch[column] for column in sentence_columns),
+            truncation=True,
+            max_length=length,
+            padding="max_length" if pad else False,
+            return_attention_mask=True,
+        )
+        columns = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        if LABEL in batch:
+            columns[LABELS] = [label_ids[label] if label_ids else float(label) for label in batch[LABEL]]
+        return columns
+
+    return tokenize
