@@ -254,6 +254,30 @@ def weakest_member(family: Family, ratio: float, cost_ratio: CostRatio) -> Mergi
     return family(strong)
 
 
+def scheduled(config: ToMePerceiverConfig, name: str, flops_ratio: float, cost_ratio: CostRatio) -> Merging:
+    """The weakest member of the schedule called `name` within a share of the FLOPs, merging as the config says.
+
+    Raises:
+        ValueError: in one line, if the schedule does not come down to it.
+    """
+    family = named_family(config, name)
+    found = weakest_member(family, flops_ratio, cost_ratio)
+    if found is None:
+        raise beyond(flops_ratio, cost_ratio(family(1.0)), f"schedule {name}")
+    return found
+
+
+def beyond(flops_ratio: float, least: float, ending: str) -> ValueError:
+    """The error for a share that nothing comes down to.
+
+    Args:
+        flops_ratio: the share.
+        least: what something comes down to.
+        ending: what does.
+    """
+    return ValueError(f"flops_ratio = {flops_ratio}: allowed are {least:.3f}, where {ending} ends, to 1, no merging")
+
+
 def flops_ratios(
     config: ToMePerceiverConfig, input_shape: Sequence[int] | Mapping[str, Sequence[int]], architecture: str
 ) -> CostRatio:

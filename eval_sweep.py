@@ -22,31 +22,18 @@ each retrained one to a branch of its own, so that from_pretrained(..., revision
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 
-from transformers import set_seed
-
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
-from experiments.measurement import describe_environment
 from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
-from experiments.runs.sweep import SweepResults, plan_rows
-from experiments.runs.sweep_arguments import SweepArguments, unmerged
-from experiments.runs.sweep_run import SweepRun, push_sweep
-from experiments.training.identity import (
-    config_fingerprint,
-    content,
-    noted_arguments,
-    training_fields,
-    weights_fingerprint,
-)
-from experiments.training.loading import load_model_and_task
+from experiments.runs.start import load, rehearsed
+from experiments.runs.sweep import Sweep, push_sweep
+from experiments.runs.sweep_arguments import SweepArguments
 from experiments.training.model_arguments import ModelArguments
-from experiments.training.output_folder import CONFIG, START, check_disk_space
-from experiments.training.stage import RetrainArguments, check_sharding, rehearse
+from experiments.training.stage import RetrainArguments, check_sharding
 from experiments.training.trainer_arguments import TrainerArguments
 
 
@@ -54,54 +41,26 @@ def main() -> None:
     model_args, data, sweep_args, retraining, hub, training = parse_arguments(
         __doc__, ModelArguments, SweepDataArguments, SweepArguments, RetrainArguments, HubArguments, TrainerArguments
     )
-    output_dir = Path(training.output_dir)
+    output_dir, revision = Path(training.output_dir), training.hub_revision or "main"
     if hub.push_only:
-        push_sweep(open_to_push(training, model_args.token), output_dir, training.hub_revision or "main")
+        push_sweep(open_to_push(training, model_args.token), output_dir, revision)
         return
     check_sharding("--r")
     retraining.check_elastic(None if retraining.retrain_epochs > 0 else "--retrain_epochs")
     repository = check_push(training, model_args.token)
-
-    set_seed(training.seed)
-    with training.main_process_first(desc="loading the data"):
-        task = load_sweep_task(data, model_args, training.seed)
-    model, prepared = load_model_and_task(model_args, {}, task, training)
-    retrains = retraining.retrain_epochs > 0
-    stages = [training, retraining.training_arguments(training)] if retrains else [training]
-    rehearse(model, prepared, stages, retraining.trainer_class)
-    batch = prepared.batch(sweep_args.timing_batch_size)
-    input_shape, baseline = (1, *batch[task.input_name].shape[1:]), unmerged(model.config)
-    results = SweepResults(
-        arguments=noted_arguments(model_args, data, sweep_args, retraining) | training_fields(training),
-        content={START: weights_fingerprint(model), CONFIG: config_fingerprint(model.config)}
-        | content(task, prepared, train=retrains or sweep_args.searches),
-        environment=describe_environment(),
-        source=task.source,
-        evaluated_on=len(prepared.evaluation[""]),
-        input_shape=input_shape,
-        metric=task.main_metric,
+    loaded = load(partial(load_sweep_task, data, model_args, training.seed), model_args, training)
+    rehearsed(loaded, retraining.stages(training), retraining.trainer_class)
+    sweep = Sweep(
+        model_args=model_args,
+        data=data,
+        sweep_args=sweep_args,
+        retraining=retraining,
+        training=training,
+        loaded=loaded,
     )
-    continued = results.take_over(output_dir)
-    if not continued:
-        start = time.perf_counter()
-        log_dir = output_dir if training.should_save else None
-        samples = partial(prepared.samples, batch_size=sweep_args.timing_batch_size)
-        variants = sweep_args.variants(model.to(training.device), samples, input_shape, log_dir)
-        results.rows = plan_rows(model, variants, baseline, input_shape)
-        results.spend("resolving budgets", start)
-    retrained = 1 if retraining.elastic else len(results.rows)
-    models = 1 + (retrained if retrains else 0)
-    check_disk_space(output_dir, model, training, models)
-
-    run = SweepRun(
-        model_args, sweep_args, retraining, training, task, prepared, results.variants, baseline, results, continued
-    )
-    run.measure(model, batch)
-    if retrains:
-        run.retrain()
-    run.write(model)
-    if repository is not None and training.should_save:
-        push_sweep(repository, output_dir, training.hub_revision or "main")
+    sweep.run()
+    if repository is not None and sweep.writes:
+        push_sweep(repository, output_dir, revision)
 
 
 if __name__ == "__main__":

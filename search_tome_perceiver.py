@@ -38,6 +38,7 @@ try:
         CostRatio,
         Family,
         Merging,
+        beyond,
         family_of,
         flops_ratios,
         named_family,
@@ -58,6 +59,7 @@ except ImportError:
         CostRatio,
         Family,
         Merging,
+        beyond,
         family_of,
         flops_ratios,
         named_family,
@@ -596,8 +598,7 @@ def _not_met(
     if given[0] is None:
         return ValueError(f"latency_ratio = {given[1]}: allowed is a larger share; nothing that was tried is so fast")
     least = min(cost(shape.family(way.base)(1.0)) for shape in shapes for way in ways)
-    named = f"schedule {shapes[0].name}" if len(shapes) == 1 else "merging"
-    return ValueError(f"flops_ratio = {given[0]}: allowed are {least:.3f}, where {named} ends, to 1, no merging")
+    return beyond(given[0], least, f"schedule {shapes[0].name}" if len(shapes) == 1 else "merging")
 
 
 def _check_budget(flops_ratio: float | None, latency_ratio: float | None, samples: object) -> None:

@@ -34,13 +34,14 @@ from scipy.spatial.distance import squareform
 from scipy.stats import spearmanr
 from sklearn.metrics import adjusted_rand_score
 from tqdm import tqdm
-from transformers import set_seed
 
 matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from functools import partial
 
 from budget_tome_perceiver import Merging
 from experiments.command_line import parse_arguments
@@ -50,9 +51,9 @@ from experiments.measurement import Quartiles, describe_environment
 from experiments.merging.similarity import SIMILARITIES
 from experiments.publishing.tables import markdown_table
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
+from experiments.runs.start import load
 from experiments.tasks.base import Batch
 from experiments.training.identity import noted_arguments
-from experiments.training.loading import load_model_and_task
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import write_json
 from experiments.training.trainer_arguments import TrainerArguments
@@ -339,12 +340,11 @@ def main() -> None:
     model_args, data, stability, training = parse_arguments(
         __doc__, ModelArguments, SweepDataArguments, StabilityArguments, TrainerArguments
     )
-    set_seed(training.seed)
     # The task draws so many training samples, and tokenizes no others.
     data.max_train_samples = min(2 * stability.sample_counts[-1], data.max_train_samples or sys.maxsize)
-    task = load_sweep_task(data, model_args, training.seed)
+    loaded = load(partial(load_sweep_task, data, model_args, training.seed), model_args, training)
+    task, prepared, model = loaded.task, loaded.prepared, loaded.model
     stability.check_samples(len(task.train))
-    model, prepared = load_model_and_task(model_args, {}, task, training)
     Merging.none(model.config).apply(model.config)
     num_groups = stability.groups(model.config.num_latents)
     model.to(training.device).eval()

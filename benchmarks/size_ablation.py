@@ -21,21 +21,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import set_seed
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from budget_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, flops_ratios, named_family, weakest_member
+from functools import partial
+
+from budget_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, flops_ratios, scheduled
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input
 from experiments.files import write_text
 from experiments.measurement import describe_environment
+from experiments.merging.arguments import naming_arguments
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
-from experiments.runs.finetune_stages import COUNTED_INPUTS
+from experiments.runs.start import load
 from experiments.training.identity import noted_arguments
-from experiments.training.loading import load_model_and_task
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import write_json
 from experiments.training.stage import changes, evaluate, task_trainer
@@ -108,21 +109,17 @@ def main() -> None:
     model_args, data, ablation, training = parse_arguments(
         __doc__, ModelArguments, SweepDataArguments, AblationArguments, TrainerArguments
     )
-    set_seed(training.seed)
-    task = load_sweep_task(data, model_args, training.seed)
-    model, prepared = load_model_and_task(model_args, {}, task, training)
-    input_shape = (1, *prepared.batch(COUNTED_INPUTS)[task.input_name].shape[1:])
-    cost_ratio = flops_ratios(model.config, input_shape, type(model).__name__)
-    members = {
-        ratio: weakest_member(named_family(model.config, ablation.schedule), ratio, cost_ratio)
-        for ratio in ablation.flops_ratio
-    }
+    loaded = load(partial(load_sweep_task, data, model_args, training.seed), model_args, training)
+    task, prepared, model = loaded.task, loaded.prepared, loaded.model
+    cost_ratio = flops_ratios(model.config, loaded.input_shape, type(model).__name__)
+    with naming_arguments():
+        members = {
+            ratio: scheduled(model.config, ablation.schedule, ratio, cost_ratio) for ratio in ablation.flops_ratio
+        }
     output_dir = Path(training.output_dir)
     trainer = task_trainer(model, prepared, training, output_dir)
     rows: list[dict[str, Any]] = []
     for ratio, member in members.items():
-        if member is None:
-            raise BadInput(f"--flops_ratio {ratio}: allowed is a larger share, which {ablation.schedule} can keep to")
         replace(member, proportional_attention=True).apply(model.config)
         evaluations = {}
         for name, places in PLACES.items():

@@ -20,12 +20,13 @@ from typing import Any, ClassVar
 import torch
 
 from benchmarks.published_models import DTYPES, PUBLISHED_MODELS, PublishedModel
-from budget_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, flops_ratios, named_family, weakest_member
+from budget_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, flops_ratios, scheduled
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
 from experiments.errors import BadInput, naming
 from experiments.files import write_text
 from experiments.measurement import describe_environment, environment_line
+from experiments.merging.arguments import naming_arguments
 from experiments.training.output_folder import write_json
 
 Fields = dict[str, Any]
@@ -148,10 +149,8 @@ class SpeedArguments:
         settings: dict[str, Fields] = {f"r = {r}": {"r": r} for r in self.r}
         cost_ratio = flops_ratios(config, input_shape, self.model.architecture)
         for schedule, ratio in product(self.schedule, self.flops_ratio):
-            member = weakest_member(named_family(config, schedule), ratio, cost_ratio)
-            if member is None:
-                raise BadInput(f"--flops_ratio {ratio}: allowed are those that schedule {schedule} keeps to")
-            fields = asdict(member)
+            with naming_arguments():
+                fields = asdict(scheduled(config, schedule, ratio, cost_ratio))
             settings[f"{schedule} {ratio}"] = fields
             settings[f"{schedule} {ratio}, fixed groups"] = consecutive_groups(self.model.config(**fields))
         return settings

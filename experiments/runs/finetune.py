@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput
@@ -16,15 +17,14 @@ from experiments.merging.arguments import MergeArguments
 from experiments.publishing.hub import push_checkpoint
 from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.runs.finetune_stages import Run
+from experiments.runs.start import load, rehearsed
 from experiments.tasks.base import Task
-from experiments.training.loading import load_model_and_task
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.stage import (
     RetrainArguments,
     check_resume,
     check_sharding,
     predict_and_save,
-    rehearse,
 )
 from experiments.training.trainer_arguments import TrainerArguments
 
@@ -77,7 +77,6 @@ def run_experiment(experiment: Experiment) -> None:
     if experiment.hub.push_only:
         print(push_checkpoint(open_to_push(training, experiment.model.token), output_dir, COMMIT_MESSAGE, revision))
         return
-    merging = experiment.merging.config_fields()
     retrain = retraining.retrain_epochs > 0
     if retrain and not (training.do_train and (experiment.merging.merges or retraining.elastic)):
         raise BadInput(
@@ -99,23 +98,18 @@ def run_experiment(experiment: Experiment) -> None:
     check_resume(training.resume_from_checkpoint)
     repository = check_push(training, experiment.model.token)
 
-    set_seed(training.seed)
-    with training.main_process_first(desc="loading the data"):
-        evaluate = training.do_eval or retrain or training.eval_strategy != "no"
-        options = experiment.model.dataset_options()
-        task = experiment.load_task(experiment.data, training.do_predict, training.seed, evaluate, **options)
-    model, prepared = load_model_and_task(experiment.model, merging, task, training)
-    stages = [training, retraining.training_arguments(training)] if retrain else [training]
-    rehearse(model, prepared, stages, retraining.trainer_class)
+    evaluate = training.do_eval or retrain or training.eval_strategy != "no"
+    options = experiment.model.dataset_options()
+    read = partial(experiment.load_task, experiment.data, training.do_predict, training.seed, evaluate, **options)
+    loaded = load(read, experiment.model, training, experiment.merging.config_fields())
+    rehearsed(loaded, retraining.stages(training), retraining.trainer_class)
     run = Run(
         model_args=experiment.model,
         data=experiment.data,
         merging=experiment.merging,
         retraining=retraining,
         training=training,
-        task=task,
-        prepared=prepared,
-        model=model,
+        loaded=loaded,
     )
     run.resolve_merging()
     run.claim()
@@ -123,7 +117,7 @@ def run_experiment(experiment: Experiment) -> None:
     if training.do_eval:
         run.evaluate(trainer)
     if training.do_predict:
-        predict_and_save(trainer, prepared, task.source.name)
+        predict_and_save(trainer, loaded.prepared, loaded.task.source.name)
     if trainer.is_world_process_zero():
         if leaves_checkpoint:
             run.write_card()

@@ -16,7 +16,7 @@ from experiments.files import save_whole
 from experiments.merging.arguments import MergeArguments
 from experiments.publishing.card import Card, Measured, WhatMerges, measured_in
 from experiments.runs.ending import Ending, cost_and_speed
-from experiments.tasks.base import PreparedTask, Task
+from experiments.runs.start import Loaded
 from experiments.training.identity import (
     CONTENT,
     Noted,
@@ -52,13 +52,10 @@ from experiments.training.stage import (
     train_and_save,
 )
 from experiments.training.trainer import TaskTrainer
-from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 FINETUNED = "finetuned"
-# FLOPs are for an input as long as the longest of so many evaluated ones.
-COUNTED_INPUTS = 32
 # Of a budget of time it is the time for so many inputs.
 TIMED_INPUTS = 32
 # How fast a run ends up is measured with so many.
@@ -73,8 +70,7 @@ class Run:
 
     Attributes:
         model_args, data, merging, retraining, training: what the command line says.
-        task, prepared: the data, as they are and as the model sees them.
-        model: as it was loaded.
+        loaded: the model, and the data for it.
     """
 
     model_args: ModelArguments
@@ -82,16 +78,15 @@ class Run:
     merging: MergeArguments
     retraining: RetrainArguments
     training: TrainingArguments
-    task: Task
-    prepared: PreparedTask
-    model: ToMePerceiverPreTrainedModel
+    loaded: Loaded
 
     def __post_init__(self) -> None:
+        self.task, self.prepared, self.model = self.loaded.task, self.loaded.prepared, self.loaded.model
+        self.input_shape = self.loaded.input_shape
         self.output_dir = Path(self.training.output_dir)
         self.finetuned_dir = self.output_dir / FINETUNED
         self.retrains = self.retraining.retrain_epochs > 0
         self.writes = self.training.should_save
-        self.input_shape = (1, *self.prepared.batch(COUNTED_INPUTS)[self.task.input_name].shape[1:])
         read = content(self.task, self.prepared, train=self.training.do_train or self.merging.searches)
         # Predictions are of other data than training and its figures.
         self.predicted = {name: read.pop(name) for name in ("prediction",) if name in read}

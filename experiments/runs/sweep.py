@@ -1,183 +1,134 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep over r: what each cell is, how it is measured, and the file that holds what was measured."""
+"""A sweep: a checkpoint merged in each of several ways, evaluated, timed and retrained, and the push of all that."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer, TrainingArguments, set_seed
 
-from budget_tome_perceiver import Merging
-from cost_tome_perceiver import forward_cost
-from experiments.errors import BadInput
-from experiments.files import write_whole
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.command_line import shown_command
+from experiments.files import save_whole, write_whole
 from experiments.measurement import describe_environment, peak_memory_mb, time_interleaved
-from experiments.merging.arguments import WAYS
-from experiments.publishing.card import scores
-from experiments.runs.sweep_arguments import SweepArguments, Variant
-from experiments.tasks.base import Batch, PreparedTask, Source
-from experiments.training.identity import CONTENT, Noted
-from experiments.training.output_folder import (
-    SWEEP_FILE,
-    check_no_other_experiment,
-    check_same_experiment,
-    read_json,
-    write_json,
+from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerges, scores
+from experiments.publishing.hub import HubRepository, push_checkpoint
+from experiments.runs.start import Loaded
+from experiments.runs.sweep_arguments import SweepArguments, Variant, unmerged
+from experiments.runs.sweep_report import write_report
+from experiments.runs.sweep_results import Row, SweepResults, plan_rows
+from experiments.training.identity import (
+    config_fingerprint,
+    content,
+    noted_arguments,
+    training_fields,
+    weights_fingerprint,
 )
-from experiments.training.stage import Evaluation, changes, evaluate
+from experiments.training.loading import load_config, load_model
+from experiments.training.model_arguments import ModelArguments
+from experiments.training.output_folder import CONFIG, START, check_disk_space, claim
+from experiments.training.stage import (
+    Evaluation,
+    RetrainArguments,
+    changes,
+    evaluate,
+    task_trainer,
+    train_and_save,
+)
 
 PREDICTIONS = "predictions"
-# Timing may be left out at first, or be repeated with more rounds.
-NOT_COMPARED = ("timing_rounds",)
-
-Row = dict[str, Any]
-
-
-def plan_rows(
-    model: PreTrainedModel, variants: list[Variant], baseline: Variant, input_shape: tuple[int, ...]
-) -> list[Row]:
-    """A row for each variant, with what is known before anything runs.
-
-    Args:
-        model: its config and class say the cost.
-        variants: what the rows merge.
-        baseline: merges nothing.
-        input_shape: of one input, (1, S) or (1, 3, height, width).
-
-    Raises:
-        BadInput: for a variant that the config cannot mean.
-    """
-
-    def row(variant: Variant) -> Row:
-        variant.merging.apply(model.config)
-        cost = forward_cost(model.config, input_shape, type(model).__name__)
-        return {
-            "name": variant.name,
-            "series": variant.series,
-            "fields": asdict(variant.merging),
-            "r": model.config.merge_schedule,
-            "num_blocks": model.config.num_blocks,
-            **{name: getattr(model.config, name) for name in WAYS},
-            "gflops": cost.total_with_matching / 1e9,
-            "self_attention_gflops": (sum(cost.self_attention) + sum(cost.matching)) / 1e9,
-            "latents_left": model.config.latents_per_layer[-1],
-        }
-
-    unmerged = row(baseline)
-    return [
-        planned
-        | {
-            "flops_ratio": planned["gflops"] / unmerged["gflops"],
-            "self_attention_flops_ratio": planned["self_attention_gflops"] / unmerged["self_attention_gflops"],
-        }
-        for planned in map(row, variants)
-    ]
+RETRAINED = "retrained"
+# Folder below it, and branch, of the one checkpoint for all rows.
+ELASTIC = "elastic"
+WHAT = """and what merging its latents ({merging}) does to it on {source}. In a row "r", so many latents go in every \
+self-attention layer; in a row "flops", a schedule keeps to that share of the FLOPs. The checkpoint here merges \
+nothing until `model.r` is set."""
 
 
-@dataclass
-class SweepResults:
-    """What `sweep_results.json` holds; written whole after every cell.
+@dataclass(kw_only=True)
+class Sweep:
+    """A sweep with all that it needs: `run` fills its cells, one after another.
 
     Attributes:
-        arguments: that decide a cell's value.
-        content: fingerprints of the weights and the data, which decide it too.
-        environment: that the sweep was begun in.
-        source: of the data.
-        evaluated_on: number of examples.
-        input_shape: of one input of the timed batch; `gflops` are for it.
-        metric: that tables and pictures show; `merged` and `retrained` hold all of the task's.
-        rows: one for each r.
-        seconds: what went by, by what it was spent on; of every run that filled cells.
-        timing: how the rows were timed, and where if that is another environment; `None` if they were not.
+        model_args, data, sweep_args, retraining, training: what the command line says.
+        loaded: the checkpoint, and the task to evaluate and train it on.
     """
 
-    arguments: dict[str, Any]
-    content: dict[str, str]
-    environment: dict[str, Any]
-    source: Source
-    evaluated_on: int
-    input_shape: tuple[int, ...]
-    metric: str
-    rows: list[Row] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    timing: dict[str, Any] | None = None
+    model_args: ModelArguments
+    data: Any
+    sweep_args: SweepArguments
+    retraining: RetrainArguments
+    training: TrainingArguments
+    loaded: Loaded
 
-    @property
-    def noted(self) -> Noted:
-        """What decides every cell."""
-        return self.arguments | {CONTENT: self.content}
+    def __post_init__(self) -> None:
+        task, model = self.loaded.task, self.loaded.model
+        self.output_dir, self.writes = Path(self.training.output_dir), self.training.should_save
+        self.retrains = self.retraining.retrain_epochs > 0
+        self.baseline = unmerged(model.config)
+        noted = noted_arguments(self.model_args, self.data, self.sweep_args, self.retraining)
+        read = content(task, self.loaded.prepared, train=self.retrains or self.sweep_args.searches)
+        self.results = SweepResults(
+            arguments=noted | training_fields(self.training),
+            content={START: weights_fingerprint(model), CONFIG: config_fingerprint(model.config)} | read,
+            environment=describe_environment(),
+            source=task.source,
+            evaluated_on=len(self.loaded.prepared.evaluation[""]),
+            input_shape=self.loaded.input_shape,
+            metric=task.main_metric,
+        )
 
-    @property
-    def variants(self) -> list[Variant]:
-        """What the rows merge, as it was resolved when the sweep began."""
-        return [Variant(row["name"], row["series"], Merging(**row["fields"])) for row in self.rows]
+    def run(self) -> None:
+        """Resolve what the rows merge, evaluate and time them, retrain, and write the report.
 
-    def save(self, output_dir: Path) -> None:
-        """Write the file, whole or not at all."""
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / SWEEP_FILE, asdict(self))
-
-    def take_over(self, output_dir: Path) -> bool:
-        """Take over the cells that an earlier run of the same sweep left in `output_dir`.
-
-        Returns:
-            Whether there was one.
+        With cells of an earlier run of the same sweep in its folder, it goes on from there.
 
         Raises:
-            BadInput: if what is there is another experiment.
+            BadInput: if another experiment is there, or for what the config cannot mean.
         """
-        check_no_other_experiment(output_dir, SWEEP_FILE)
-        path = output_dir / SWEEP_FILE
-        if not path.exists():
-            return False
-        earlier = read_json(path)
-        # As the file of an older version, which did not say of which weights and data it was.
-        if not isinstance(earlier, dict) or not {"arguments", "content", "environment", "rows", "seconds"} <= set(
-            earlier
-        ):
-            raise BadInput(
-                f"--output_dir {output_dir}: its {SWEEP_FILE} does not say what was measured; allowed is the file as a "
-                "sweep wrote it, or another folder"
-            )
-        noted = earlier["arguments"] | {CONTENT: earlier["content"]}
-        check_same_experiment(output_dir, noted, self.noted, NOT_COMPARED)
-        self.environment, self.rows, self.seconds = earlier["environment"], earlier["rows"], earlier["seconds"]
-        self.timing = earlier.get("timing")
-        return True
+        self.continued = self.results.take_over(self.output_dir)
+        if not self.continued:
+            self._resolve()
+        self.variants = self.results.variants
+        retrained = 1 if self.retraining.elastic else len(self.variants)
+        models = 1 + (retrained if self.retrains else 0)
+        check_disk_space(self.output_dir, self.loaded.model, self.training, models)
+        self._evaluate()
+        self._time()
+        if self.retrains:
+            self._retrain()
+        self._write()
 
-    def spend(self, what: str, since: float) -> None:
-        """Add the seconds since a `time.perf_counter()`."""
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - since
+    def _resolve(self) -> None:
+        start = time.perf_counter()
+        model = self.loaded.model.to(self.training.device)
+        samples = partial(self.loaded.prepared.samples, batch_size=self.sweep_args.timing_batch_size)
+        log_dir = self.output_dir if self.writes else None
+        variants = self.sweep_args.variants(model, samples, self.loaded.input_shape, log_dir)
+        self.results.rows = plan_rows(model, variants, self.baseline, self.loaded.input_shape)
+        self.results.spend("resolving budgets", start)
 
+    def _evaluate(self) -> None:
+        """Evaluate the checkpoint with every variant."""
+        model = self.loaded.model
+        trainer = task_trainer(model, self.loaded.prepared, self.training, self.output_dir)
 
-@dataclass(frozen=True)
-class Cells:
-    """How cells are filled.
+        def merged(variant: Variant) -> Trainer:
+            variant.merging.apply(model.config)
+            return trainer
 
-    Attributes:
-        results: whose rows are filled.
-        variants: of the rows.
-        baseline: merges nothing; what the others are compared with.
-        task: to evaluate on.
-        output_dir: where the results go.
-        writes: whether this process is the one that writes.
-    """
+        self._fill("merged", merged)
 
-    results: SweepResults
-    variants: list[Variant]
-    baseline: Variant
-    task: PreparedTask
-    output_dir: Path
-    writes: bool
-
-    def fill(
+    def _fill(
         self,
         stage: str,
         trainer_for: Callable[[Variant], Trainer],
@@ -199,7 +150,7 @@ class Cells:
             bar.set_description(f"{stage} {variant.name}")
             trainer = trainer_for(variant)
             start = time.perf_counter()
-            evaluation = evaluate(trainer, self.task, stage)
+            evaluation = evaluate(trainer, self.loaded.prepared, stage)
             row[stage] = scores(evaluation.metrics, stage) | self._change(evaluation, stage, variant, row)
             self.results.spend(f"evaluating {stage}", start)
             if self.writes:
@@ -208,13 +159,14 @@ class Cells:
                     done(variant, row, trainer)
                 self.results.save(self.output_dir)
 
-    def measure(self, model: PreTrainedModel, arguments: SweepArguments, batch: Batch) -> None:
+    def _time(self) -> None:
         """Time a forward pass for every row, interleaved, all together since they are compared, and its memory."""
-        rows = self.results.rows
-        timed = self.results.timing is not None and self.results.timing["rounds"] == arguments.timing_rounds
-        if not self.writes or arguments.timing_rounds == 0 or timed:
+        model, rows, rounds = self.loaded.model, self.results.rows, self.sweep_args.timing_rounds
+        timed = self.results.timing is not None and self.results.timing["rounds"] == rounds
+        if not self.writes or rounds == 0 or timed:
             return
         start = time.perf_counter()
+        batch = self.loaded.prepared.batch(self.sweep_args.timing_batch_size)
         inputs = {name: value.to(model.device) for name, value in batch.items()}
         size = len(next(iter(inputs.values())))
         model.eval()
@@ -224,8 +176,8 @@ class Cells:
             with torch.inference_mode():
                 model(**inputs)
 
-        timings = time_interleaved(forward, self.variants, baseline=self.baseline, rounds=arguments.timing_rounds)
-        self.results.timing = {"rounds": arguments.timing_rounds, "batch_size": size}
+        timings = time_interleaved(forward, self.variants, baseline=self.baseline, rounds=rounds)
+        self.results.timing = {"rounds": rounds, "batch_size": size}
         if (here := describe_environment()) != self.results.environment:
             self.results.timing["environment"] = here
         for row, variant, timing in zip(rows, self.variants, timings, strict=True):
@@ -248,10 +200,151 @@ class Cells:
                     _save_array(unmerged, predicted)
             if not compared and unmerged.exists():
                 before[suffix] = np.load(unmerged)
-        return changes(self.task.kind, evaluation, before)
+        return changes(self.loaded.prepared.kind, evaluation, before)
 
     def _is_unmerged(self, row: Row) -> bool:
         return not sum(row["r"]) and row["num_blocks"] == self.baseline.merging.num_blocks
+
+    def _retrain(self) -> None:
+        """Train the checkpoint, evaluate it with every merge, and write its card.
+
+        It is trained with every merge, each from the same start; or, with `--elastic`, once for all of them.
+        """
+        if not self.retraining.elastic:
+            self._fill("retrained", lambda variant: self._trained(variant, variant.branch), self._write_its_card)
+            return
+        trained = cache(lambda: self._trained(self.baseline, ELASTIC))
+
+        def merged(variant: Variant) -> Trainer:
+            trainer = trained()
+            variant.merging.apply(trainer.model.config)
+            return trainer
+
+        self._fill("retrained", merged)
+        if self.writes:
+            config = ToMePerceiverConfig.from_pretrained(self.output_dir / RETRAINED / ELASTIC)
+            self._write_retrained_card(ELASTIC, config, self._measured("retrained"))
+
+    def _trained(self, variant: Variant, branch: str) -> Trainer:
+        """The checkpoint, trained from its start; with some of the results there, from where an earlier run was."""
+        start = time.perf_counter()
+        set_seed(self.training.seed)
+        config = load_config(self.model_args, {}, self.loaded.task)
+        variant.merging.apply(config)
+        model = load_model(self.model_args, config, self.loaded.task)
+        self.results.spend("loading", start)
+        start = time.perf_counter()
+        arguments = self.retraining.training_arguments(self.training)
+        folder = self.output_dir / RETRAINED / branch
+        # What the sweep is, and which of its rows.
+        experiment = self.results.noted | {"row": asdict(variant.merging)}
+        claim(folder, experiment, longer=False, write=self.writes)
+        trainer = task_trainer(
+            model, self.loaded.prepared, arguments, folder, self.retraining.trainer_class, experiment
+        )
+        train_and_save(trainer, "last" if self.continued else None)
+        self.results.spend("retraining", start)
+        return trainer
+
+    def _write_its_card(self, variant: Variant, row: Row, trainer: Trainer) -> None:
+        config = trainer.model.config
+        measured = [Measured(name, config.r, row[stage]) for stage, name in self._stage_names.items()]
+        self._write_retrained_card(variant.branch, config, measured, variant.name)
+
+    def _write_retrained_card(
+        self, branch: str, config: ToMePerceiverConfig, measured: list[Measured], budget: str | None = None
+    ) -> None:
+        distilled = {"elastic": True, "distillation_weight": self.retraining.distillation_weight}
+        elastic = distilled if self.retraining.elastic else {}
+        budget_line = None if budget is None else f"row '{budget}' of the sweep"
+        card = Card(
+            model_id=str(self.output_dir),
+            revision=branch,
+            source=self.loaded.task.source,
+            hub_task=self.loaded.task.hub_task,
+            base_model=self.model_args.model_name_or_path,
+            merging=WhatMerges(config, self.results.input_shape, budget_line),
+            measured=measured,
+            evaluated_on=self.results.evaluated_on,
+            steps={"Retraining": training_fields(self.retraining.training_arguments(self.training)) | elastic},
+            trained_on=len(self.loaded.prepared.train),
+        )
+        card.write(self.output_dir / RETRAINED / branch)
+
+    @property
+    def _stage_names(self) -> dict[str, str]:
+        """What the figures of each stage are called in cards."""
+        retrained = "retrained for every r" if self.retraining.elastic else "retrained"
+        return {"merged": "merged without retraining", "retrained": retrained}
+
+    def _measured(self, *stages: str) -> list[Measured]:
+        """The figures of every row, for cards."""
+        return [
+            Measured(_named(self._stage_names[stage], variant), variant.merging.r, row[stage])
+            for variant, row in zip(self.variants, self.results.rows, strict=True)
+            for stage in stages
+            if stage in row
+        ]
+
+    def _write(self) -> None:
+        """Write the report, and the unmerged checkpoint with a card that is the report, last."""
+        if not self.writes:
+            return
+        model = self.loaded.model
+        self.baseline.merging.apply(model.config)
+        save_whole(self.output_dir, model.save_pretrained)
+        save_whole(self.output_dir, self.loaded.prepared.processing_class.save_pretrained)
+        self.results.save(self.output_dir)
+        report = write_report(self.results, shown_command(), self.output_dir)
+        self.write_card(report)
+        print(report.partition("\n\n")[0])
+        print(f"\nReport, picture and card: {self.output_dir}")
+
+    def write_card(self, report: str) -> None:
+        """Write the card of the unmerged checkpoint, which is the report."""
+        card = Card(
+            model_id=str(self.output_dir),
+            source=self.loaded.task.source,
+            hub_task=self.loaded.task.hub_task,
+            base_model=self.model_args.model_name_or_path,
+            what=WHAT.format(merging=TOKEN_MERGING, source=self.loaded.task.source.name),
+            measured=self._measured(*self._stage_names),
+            report=report,
+            sections={"Retrained checkpoints": self._branches()},
+            environment=self.results.environment,
+        )
+        card.write(self.output_dir)
+
+    def _branches(self) -> str:
+        """Where the retrained checkpoints are, for the card, if there are any."""
+        if self.retraining.retrain_epochs == 0:
+            return ""
+        if self.retraining.elastic:
+            return (
+                "The retrained checkpoint, one for all rows, trained with a merging drawn anew in every step, is on a "
+                f'branch of its own: `revision="{ELASTIC}"`.'
+            )
+        names = ", ".join(variant.branch for variant in self.variants)
+        return f"Each retrained checkpoint is on a branch of its own: `revision` is one of {names}."
+
+
+def _named(stage: str, variant: Variant) -> str:
+    """A stage, and what else tells a row from others with the same r."""
+    return stage if variant.series == "r" else f"{stage}, {variant.name}"
+
+
+def push_sweep(repository: HubRepository, output_dir: Path, revision: str) -> None:
+    """Push what a sweep left: the unmerged checkpoint to `revision`, each retrained one to its branch, a commit each.
+
+    Raises:
+        BadInput: if there is no sweep.
+        PushFailed: what was pushed stays; pushing again does the rest.
+    """
+    print(push_checkpoint(repository, output_dir, "Sweep over r", revision))
+    for folder in sorted((output_dir / RETRAINED).glob("*")):
+        config = json.loads((folder / "config.json").read_text())
+        message = "Retrained for every r" if folder.name == ELASTIC else f"Retrained with r = {config['r']}"
+        print(push_checkpoint(repository, folder, message, revision=folder.name))
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

@@ -12,8 +12,8 @@ from experiments.files import write_text
 from experiments.measurement import environment_line
 from experiments.publishing.card import metric_name
 from experiments.publishing.tables import markdown_table, with_error
-from experiments.runs.sweep import Row, SweepResults
 from experiments.runs.sweep_picture import FlatRow, draw_sweep
+from experiments.runs.sweep_results import Row, SweepResults
 
 STAGES = ("merged", "retrained")
 CSV_COLUMNS = (

@@ -77,6 +77,10 @@ class RetrainArguments:
             arguments.learning_rate = self.retrain_learning_rate
         return arguments
 
+    def stages(self, finetuning: TrainingArguments) -> list[TrainingArguments]:
+        """Those of finetuning, and of retraining if there is any."""
+        return [finetuning, *([self.training_arguments(finetuning)] if self.retrain_epochs > 0 else [])]
+
     def __post_init__(self) -> None:
         for name in ("retrain_epochs", "retrain_learning_rate", "distillation_weight"):
             value = getattr(self, name)

@@ -23,7 +23,7 @@ import experiments.runs.sweep
 from budget_tome_perceiver import Merging
 from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import forward_cost
-from experiments.runs import sweep_run
+from experiments.runs import sweep as sweep_run
 from experiments.training.elastic import LEAST_SHARE, ElasticTrainer, MergingDraw
 from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
 from tests.support.tiny_images import LABELS, MODEL, write_images

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a script starts: its data are read, a model is loaded for them, and what would stop it later is tried first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments, set_seed
+
+from experiments.tasks.base import PreparedTask, Task
+from experiments.training.loading import load_model_and_task
+from experiments.training.model_arguments import ModelArguments
+from experiments.training.stage import rehearse
+from experiments.training.trainer import TaskTrainer
+from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
+
+# FLOPs are for an input as long as the longest of so many evaluated ones.
+COUNTED_INPUTS = 32
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A task and a model for it.
+
+    Attributes:
+        task, prepared: the data, as they are and as the model sees them.
+        model: as it was loaded.
+        input_shape: of one input, (1, S) or (1, 3, height, width), that FLOPs are for.
+    """
+
+    task: Task
+    prepared: PreparedTask
+    model: ToMePerceiverPreTrainedModel
+    input_shape: tuple[int, ...]
+
+
+def load(
+    load_task: Callable[[], Task],
+    model_args: ModelArguments,
+    training: TrainingArguments,
+    merging: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Read the data and load the model.
+
+    Args:
+        load_task: reads the data.
+        model_args: which model.
+        training: its seed decides whatever is drawn; of several processes, the first one reads first.
+        merging: fields of the config that are given.
+
+    Raises:
+        BadInput: for data or a model that are not there or do not fit.
+    """
+    set_seed(training.seed)
+    with training.main_process_first(desc="loading the data"):
+        task = load_task()
+    model, prepared = load_model_and_task(model_args, dict(merging or {}), task, training)
+    return Loaded(task, prepared, model, (1, *prepared.batch(COUNTED_INPUTS)[task.input_name].shape[1:]))
+
+
+def rehearsed(
+    loaded: Loaded, stages: Sequence[TrainingArguments], trainer_class: Callable[..., TaskTrainer] = TaskTrainer
+) -> Loaded:
+    """The same, once what each stage of training needs has been made on trial.
+
+    Raises:
+        BadInput: for whatever would stop a later stage.
+    """
+    rehearse(loaded.model, loaded.prepared, stages, trainer_class)
+    return loaded
