@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,8 @@ import transformers
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
+
+from cost_tome_perceiver import interleaved_seconds
 
 Variant = TypeVar("Variant")
 
@@ -73,22 +76,13 @@ def time_interleaved(
     Returns:
         A timing for each variant, in their order.
     """
-    everything = [baseline, *variants]
-    seconds = np.empty((rounds + 1, len(everything)))
-    for round_index in tqdm(range(rounds + 1), desc=desc):
-        for offset in range(len(everything)):
-            index = (round_index + offset) % len(everything)
-            _wait_for_device()
-            start = time.perf_counter()
-            run(everything[index])
-            _wait_for_device()
-            seconds[round_index, index] = time.perf_counter() - start
-    counted = seconds[1:]
+    with tqdm(total=rounds + 1, desc=desc) as bar:
+        counted = np.array(interleaved_seconds(run, [baseline, *variants], rounds, bar))
     return [
         Timing(
             latency_ms=Quartiles.of(counted[:, index] * 1e3), speedup=Quartiles.of(counted[:, 0] / counted[:, index])
         )
-        for index in range(1, len(everything))
+        for index in range(1, counted.shape[1])
     ]
 
 
@@ -120,7 +114,7 @@ def peak_memory_mb(run: Callable[[], object], model: nn.Module) -> float:
 
 
 def describe_environment() -> dict[str, str | int]:
-    """Date, machine and versions, to stand beside every figure."""
+    """Date, machine, versions and commit, to stand beside every figure."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": _processor_name(),
@@ -130,6 +124,7 @@ def describe_environment() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "commit": _commit(),
     }
 
 
@@ -138,13 +133,17 @@ def environment_line(environment: Mapping[str, str | int]) -> str:
     return ", ".join(f"{name} {value}" for name, value in environment.items())
 
 
+def _commit() -> str:
+    """Of this code, with a + where files have changed since; "unknown" where it is no repository."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--exclude", "*"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    ) if shutil.which("git") else None  # fmt: skip
+    return described.stdout.strip() or "unknown" if described is not None else "unknown"
+
+
 def _processor_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experiments import measurement
+import cost_tome_perceiver
 from experiments.measurement import Quartiles, describe_environment, peak_memory_mb, time_interleaved
 
 
@@ -24,7 +24,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(measurement.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(cost_tome_perceiver.time, "perf_counter", lambda: clock.now)
     return clock
 
 
