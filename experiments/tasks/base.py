@@ -134,7 +134,7 @@ class PreparedTask:
         """
         dataset = next(iter((self.evaluation or self.prediction).values()), self.train)
         batch = dict(self.collate([dataset[index] for index in range(min(size, len(dataset)))]))
-        batch.pop("labels", None)
+        batch.pop(LABELS, None)
         return batch
 
     def samples(self, count: int, batch_size: int) -> list[Batch]:
@@ -226,6 +226,11 @@ def take_split(splits: DatasetDict, name: str, argument: str, count: int | None)
     dataset = splits[name]
     if len(dataset) == 0:
         raise BadInput(f"{argument}: its split '{name}' is empty; allowed is one example or more")
+    return first_examples(dataset, count)
+
+
+def first_examples(dataset: Dataset, count: int | None) -> Dataset:
+    """As many of a dataset's first examples, or all if there are fewer or `count` is `None`."""
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 

@@ -13,7 +13,7 @@ from transformers import DataCollatorWithPadding
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
-from experiments.tasks.base import PreparedTask, Source, evaluated_split, take_split
+from experiments.tasks.base import PreparedTask, Source, evaluated_split, first_examples, take_split
 from experiments.tasks.labels import (
     check_none_missing,
     check_trained,
@@ -124,63 +124,91 @@ def load_glue_task(
             no text and no labels, or labels that are not among those of the training split.
     """
     splits, source = _load_splits(arguments, predict, download)
-    suffixes = SPLITS.get(arguments.task_name or "", {"": ""})
-    evaluated = {suffix: f"validation{end}" for suffix, end in suffixes.items()}
-    if arguments.task_name is None:
-        labelled = lambda split: has_labels(split, LABEL)  # noqa: E731
-        if evaluate or "validation" in splits:
-            evaluated = {"": evaluated_split(splits, source.argument, labelled)}
-            source = replace(source, split=evaluated[""])
-        else:
-            evaluated = {}
-    predicted = {suffix: f"test{end}" for suffix, end in suffixes.items()} if predict else {}
-
-    train = take_split(splits, "train", source.argument, None)
-    sentence_columns = _sentence_columns(arguments, train, source.argument)
-    labels = _labels(arguments, train, source.argument)
+    argument = source.argument
+    evaluated = _evaluated_names(arguments, splits, argument, evaluate)
+    train = take_split(splits, "train", argument, None)
+    columns = _Columns(_sentence_columns(arguments, train, argument), _labels(arguments, train, argument))
+    train = columns.checked(train, f"{argument}: split 'train'")
 
     def taken(name: str, count: int | None, may_lack: bool = False) -> Dataset:
-        split, where = take_split(splits, name, source.argument, count), f"{source.argument}: split '{name}'"
-        _check_sentences(split, sentence_columns, where)
+        split = take_split(splits, name, argument, count)
+        return columns.checked(split, f"{argument}: split '{name}'", train, may_lack)
+
+    evaluation = {suffix: taken(name, arguments.max_eval_samples) for suffix, name in evaluated.items()}
+    prediction = {}
+    if predict:
+        ends = _split_ends(arguments.task_name)
+        prediction = {suffix: taken(f"test{end}", arguments.max_predict_samples, True) for suffix, end in ends.items()}
+    if arguments.max_train_samples is not None:
+        train = first_examples(train.shuffle(seed=seed), arguments.max_train_samples)
+    return GlueTask(
+        source=replace(source, split=evaluated.get("", source.split)),
+        labels=columns.labels,
+        train=train,
+        evaluation=evaluation,
+        prediction=prediction,
+        main_metric=MAIN_METRIC.get(arguments.task_name or "", "accuracy" if columns.labels else "pearson"),
+        arguments=arguments,
+        sentence_columns=columns.sentences,
+    )
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What the examples of every split are to have.
+
+    Attributes:
+        sentences: columns with their text.
+        labels: names of the classes, in the order in which they are scored; empty where labels are numbers.
+    """
+
+    sentences: tuple[str, ...]
+    labels: list[str]
+
+    def checked(self, split: Dataset, where: str, train: Dataset | None = None, may_lack: bool = False) -> Dataset:
+        """The same examples with their classes as places in `labels`, or with numbers.
+
+        Args:
+            split: as it was read.
+            where: what it is, for the message.
+            train: what was trained on, which must have all the classes.
+            may_lack: whether labels may be kept back; then there is no column of them.
+
+        Raises:
+            BadInput: for text or labels that are missing or of another kind, or classes that training has not.
+        """
+        _check_sentences(split, self.sentences, where)
         if may_lack and not has_labels(split, LABEL):
             return split.remove_columns(LABEL) if LABEL in split.features else split
         if LABEL not in split.features:
             raise BadInput(f"{where} has no column '{LABEL}'")
-        if not labels:
+        if not self.labels:
             return with_numbers(split, LABEL, where)
-        split = with_label_ids(split, LABEL, labels, where)
-        check_trained(split, train, LABEL, where)
+        split = with_label_ids(split, LABEL, self.labels, where)
+        if train is not None:
+            check_trained(split, train, LABEL, where)
         return split
-
-    where = f"{source.argument}: split 'train'"
-    _check_sentences(train, sentence_columns, where)
-    train = with_label_ids(train, LABEL, labels, where) if labels else with_numbers(train, LABEL, where)
-    task = GlueTask(
-        source=source,
-        labels=labels,
-        train=train,
-        evaluation={suffix: taken(name, arguments.max_eval_samples) for suffix, name in evaluated.items()},
-        prediction={suffix: taken(name, arguments.max_predict_samples, True) for suffix, name in predicted.items()},
-        main_metric=MAIN_METRIC.get(arguments.task_name or "", "accuracy" if labels else "pearson"),
-        arguments=arguments,
-        sentence_columns=sentence_columns,
-    )
-    if arguments.max_train_samples is not None:
-        task.train = train.shuffle(seed=seed).select(range(min(arguments.max_train_samples, len(train))))
-    return task
 
 
 def _load_splits(arguments: GlueDataArguments, predict: bool, download: dict[str, Any]) -> tuple[DatasetDict, Source]:
-    task, dataset = arguments.task_name, arguments.dataset_name
+    task, dataset, anew = arguments.task_name, arguments.dataset_name, arguments.overwrite_cache
     if task is not None:
         # A folder that stands in for GLUE holds what the Hub does.
         argument = f"--task_name {task}" if dataset is None else f"--dataset_name {dataset}"
-        source = Source(argument, GLUE_DATASET, True, task, f"validation{SPLITS.get(task, {'': ''})['']}")
-        return read_dataset(argument, dataset or GLUE_DATASET, task, arguments.overwrite_cache, **download), source
+        source = Source(argument, GLUE_DATASET, True, task)
+        return read_dataset(argument, dataset or GLUE_DATASET, task, anew, **download), source
     if dataset is not None:
-        source = Source.of_dataset(dataset, arguments.dataset_config_name, "validation")
         config = arguments.dataset_config_name
-        return read_dataset(source.argument, dataset, config, arguments.overwrite_cache, **download), source
+        source = Source.of_dataset(dataset, config, "validation")
+        return read_dataset(source.argument, dataset, config, anew, **download), source
+    files = _own_files(arguments, predict)
+    source = Source(f"--train_file {files['train']}", Path(files["train"]).stem)
+    read = {name: read_file(f"--{name}_file {path}", path, anew, **download) for name, path in files.items()}
+    return DatasetDict(read), source
+
+
+def _own_files(arguments: GlueDataArguments, predict: bool) -> dict[str, str]:
+    """The files to read, by their split."""
     paths = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
     needed = {"train"} | ({"test"} if predict else set())
     if arguments.validation_file is None and arguments.test_file is None:
@@ -190,16 +218,25 @@ def _load_splits(arguments: GlueDataArguments, predict: bool, download: dict[str
             f"--{missing[0]}_file: not given; allowed are --task_name, --dataset_name, or files of one's own to train "
             "on and to evaluate on (a test file for --do_predict)"
         )
-    source = Source(f"--train_file {arguments.train_file}", Path(str(arguments.train_file)).stem)
     if not predict and arguments.validation_file is not None:
         del paths["test"]
-    return DatasetDict(
-        {
-            name: read_file(f"--{name}_file {path}", path, arguments.overwrite_cache, **download)
-            for name, path in paths.items()
-            if path is not None
-        }
-    ), source
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def _split_ends(task: str | None) -> dict[str, str]:
+    """What the names of the splits to evaluate on and to predict for end in, by what their results end in."""
+    return SPLITS.get(task or "", {"": ""})
+
+
+def _evaluated_names(
+    arguments: GlueDataArguments, splits: DatasetDict, argument: str, evaluate: bool
+) -> dict[str, str]:
+    """The splits to evaluate on, by what their results end in; none only if nothing is evaluated."""
+    if arguments.task_name is not None:
+        return {suffix: f"validation{end}" for suffix, end in _split_ends(arguments.task_name).items()}
+    if not evaluate and "validation" not in splits:
+        return {}
+    return {"": evaluated_split(splits, argument, lambda split: has_labels(split, LABEL))}
 
 
 def _sentence_columns(arguments: GlueDataArguments, train: Dataset, argument: str) -> tuple[str, ...]:

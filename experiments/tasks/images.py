@@ -19,7 +19,16 @@ from transformers import AutoImageProcessor, PerceiverImageProcessorPil
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput, naming
 from experiments.tasks.augmentation import Augmentation
-from experiments.tasks.base import Batch, PreparedTask, SampleArguments, Source, Task, evaluated_split, take_split
+from experiments.tasks.base import (
+    Batch,
+    PreparedTask,
+    SampleArguments,
+    Source,
+    Task,
+    evaluated_split,
+    first_examples,
+    take_split,
+)
 from experiments.tasks.image_reading import AS_STORED, IMAGE, LABEL, check_images, image_folder, read_image
 from experiments.tasks.labels import check_trained, has_labels, label_ids, listed, with_label_ids
 from experiments.tasks.reading import read_dataset
@@ -190,63 +199,101 @@ def load_image_task(
             training has not, or an image that cannot be read.
     """
     splits, argument = _load_splits(arguments, download)
-    train = take_split(splits, "train", argument, None)
-    image_column = _column(train, ImageFeature, "image_column_name", arguments.image_column_name)
-    label_column = _column(train, ClassLabel, "label_column_name", arguments.label_column_name)
-    labels = list(train.features[label_column].names)
-    if len(labels) < 2:
-        raise BadInput(f"{argument}: has the class {listed(labels)} alone; allowed are two or more")
+    columns = _Columns.found(arguments, take_split(splits, "train", argument, None), argument)
 
-    def columns(split: Dataset, where: str, may_lack: bool = False) -> Dataset:
-        if image_column not in split.column_names:
-            raise BadInput(f"{where} has no column '{image_column}'")
-        wanted = {image_column: IMAGE}
-        if has_labels(split, label_column) or not may_lack:
-            wanted[label_column] = LABEL
-            if label_column not in split.column_names:
-                raise BadInput(f"{where} has no column '{label_column}'")
-        split = split.select_columns(list(wanted)).rename_columns(
-            {old: new for old, new in wanted.items() if old != new}
-        )
-        split = split.cast_column(IMAGE, AS_STORED)
-        if LABEL in split.column_names:
-            split = with_label_ids(split, LABEL, labels, where)
-        return split
+    def taken(name: str, count: int | None, train: Dataset | None = None, may_lack: bool = False) -> Dataset:
+        split = take_split(splits, name, argument, count)
+        return columns.renamed(split, f"{argument}: split '{name}'", train, may_lack)
 
-    train = columns(train, f"{argument}: split 'train'")
-    if "validation" in splits or ("test" in splits and has_labels(splits["test"], label_column)):
-        name = evaluated_split(splits, argument, lambda split: has_labels(split, label_column))
-        where = f"{argument}: split '{name}'"
-        evaluation = columns(take_split(splits, name, argument, arguments.max_eval_samples), where)
+    train = taken("train", None)
+    if "validation" in splits or ("test" in splits and columns.labelled(splits["test"])):
+        name = evaluated_split(splits, argument, columns.labelled)
+        evaluation, where = taken(name, arguments.max_eval_samples, train), f"{argument}: split '{name}'"
     else:
         name, where = "test", f"{argument}: the images of --train_val_split {arguments.train_val_split}"
-        with naming(f"--train_val_split {arguments.train_val_split}", ValueError):
-            parts = train.train_test_split(arguments.train_val_split, seed=seed)
-        train = parts["train"]
-        evaluation = take_split(parts, "test", argument, arguments.max_eval_samples)
-    check_trained(evaluation, train, LABEL, where)
-    prediction = {}
-    if predict:
-        where = f"{argument}: split 'test'"
-        split = take_split(splits, "test", argument, arguments.max_predict_samples)
-        prediction[""] = columns(split, where, may_lack=True)
-        if LABEL in prediction[""].column_names:
-            check_trained(prediction[""], train, LABEL, where)
-    train = train.shuffle(seed=seed)
-    if arguments.max_train_samples is not None:
-        train = train.select(range(min(arguments.max_train_samples, len(train))))
-    for part, split in {"train": train, name: evaluation, "test": prediction.get("", evaluation)}.items():
-        check_images(split, f"{argument}: split '{part}'")
+        train, evaluation = _divided(arguments, train, argument, where, seed)
+    prediction = {"": taken("test", arguments.max_predict_samples, train, may_lack=True)} if predict else {}
+    train = first_examples(train.shuffle(seed=seed), arguments.max_train_samples)
+    check_images(train, f"{argument}: split 'train'")
+    check_images(evaluation, where)
+    for split in prediction.values():
+        check_images(split, f"{argument}: split 'test'")
     dataset = arguments.dataset_name or str(arguments.train_dir)
     return ImageTask(
         source=Source.of_dataset(dataset, arguments.dataset_config_name, name),
-        labels=labels,
+        labels=columns.labels,
         train=train,
         evaluation={"": evaluation},
         prediction=prediction,
         main_metric="accuracy",
         augmentation=Augmentation(arguments.crop_scale, arguments.horizontal_flip),
     )
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What the examples of every split are to have.
+
+    Attributes:
+        image, label: columns with their images and classes.
+        labels: names of the classes.
+    """
+
+    image: str
+    label: str
+    labels: list[str]
+
+    @classmethod
+    def found(cls, arguments: ImageDataArguments, train: Dataset, argument: str) -> _Columns:
+        """Those of the training split."""
+        image = _column(train, ImageFeature, "image_column_name", arguments.image_column_name)
+        label = _column(train, ClassLabel, "label_column_name", arguments.label_column_name)
+        labels = list(train.features[label].names)
+        if len(labels) < 2:
+            raise BadInput(f"{argument}: has the class {listed(labels)} alone; allowed are two or more")
+        return cls(image, label, labels)
+
+    def labelled(self, split: Dataset) -> bool:
+        """Whether a split has any labels."""
+        return has_labels(split, self.label)
+
+    def renamed(self, split: Dataset, where: str, train: Dataset | None, may_lack: bool) -> Dataset:
+        """The images as they are stored, in the column `image`, and their classes, in `label`, and nothing else.
+
+        Args:
+            split: as it was read.
+            where: what it is, for the message.
+            train: what was trained on, which must have all the classes.
+            may_lack: whether labels may be kept back; then there is no column of them.
+
+        Raises:
+            BadInput: for columns or labels that are missing, or classes that training has not.
+        """
+        wanted = {self.image: IMAGE}
+        if self.labelled(split) or not may_lack:
+            wanted[self.label] = LABEL
+        for column in wanted:
+            if column not in split.column_names:
+                raise BadInput(f"{where} has no column '{column}'")
+        split = split.select_columns(list(wanted))
+        split = split.rename_columns({old: new for old, new in wanted.items() if old != new})
+        split = split.cast_column(IMAGE, AS_STORED)
+        if LABEL in split.column_names:
+            split = with_label_ids(split, LABEL, self.labels, where)
+            if train is not None:
+                check_trained(split, train, LABEL, where)
+        return split
+
+
+def _divided(
+    arguments: ImageDataArguments, train: Dataset, argument: str, where: str, seed: int
+) -> tuple[Dataset, Dataset]:
+    """The images to train on, and those of them that are evaluated on instead, since there are no others."""
+    with naming(f"--train_val_split {arguments.train_val_split}", ValueError):
+        parts = train.train_test_split(arguments.train_val_split, seed=seed)
+    evaluation = take_split(parts, "test", argument, arguments.max_eval_samples)
+    check_trained(evaluation, parts["train"], LABEL, where)
+    return parts["train"], evaluation
 
 
 def _load_splits(arguments: ImageDataArguments, download: dict[str, Any]) -> tuple[DatasetDict, str]:

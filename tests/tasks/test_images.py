@@ -109,6 +109,19 @@ def test_a_cut_image_is_refused_before_any_work(tmp_path):
         load(train_dir=str(train), train_val_split=0.5)
 
 
+def test_a_cut_image_is_refused_wherever_it_is(tmp_path):
+    """Also among those that were taken from training to evaluate on, where others are predicted."""
+    train, flat = write_image_folders(tmp_path / "train", 4), tmp_path / "test"
+    flat.mkdir()
+    shutil.copy(train / "dark" / "0.png", flat)
+    for path in sorted(train.glob("*/*.png")):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:60])
+        with pytest.raises(BadInput, match=f"{path.parent.name}/{path.name}"):
+            load(predict=True, train_dir=str(train), test_dir=str(flat), train_val_split=0.5)
+        path.write_bytes(whole)
+
+
 def test_an_image_processor_that_does_not_fit_is_named(tmp_path):
     task = load(dataset_name=str(write_images(tmp_path, {"train": 6, "test": 3})))
     config = ToMePerceiverConfig(**MODEL | {"architectures": ["PerceiverForImageClassificationLearned"]})
