@@ -24,7 +24,7 @@ class TaskKind(NamedTuple):
     does: str
 
 
-TASK_KINDS: dict[str, TaskKind] = {
+TASKS: dict[str, TaskKind] = {
     "ForSequenceClassification": TaskKind(GlueDataArguments, load_glue_task, "classifies text"),
     "ForMaskedLM": TaskKind(MlmDataArguments, load_mlm_task, "finds masked tokens"),
     "ForImageClassification": TaskKind(ImageDataArguments, load_image_task, "classifies images"),
@@ -66,7 +66,7 @@ def load_sweep_task(data: SweepDataArguments, model: ModelArguments, seed: int) 
         raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
     architectures = requested_config(model).architectures
     name = f"--model_name_or_path {model.model_name_or_path}"
-    kind = next((kind for part, kind in TASK_KINDS.items() if part in str(architectures)), None)
+    kind = next((kind for part, kind in TASKS.items() if part in str(architectures)), None)
     if kind is None:
         raise BadInput(
             f"{name}: architectures = {architectures}; allowed is a finetuned text or image classifier, or a masked "

@@ -12,11 +12,11 @@ from transformers import EvalPrediction, PerceiverTokenizer
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
 from experiments.tasks.glue import SENTENCES, GlueDataArguments, GlueTask, load_glue_task
-from tests.support.tiny_texts import LABELS, MODEL, POSITIONS, write_glue, write_table
+from tests.support.tiny_texts import LABELS, MODEL, write_glue, write_table
 
 
-def config_for(task: GlueTask, **changes: object) -> ToMePerceiverConfig:
-    config = ToMePerceiverConfig(**MODEL | changes)
+def config_for(task: GlueTask) -> ToMePerceiverConfig:
+    config = ToMePerceiverConfig(**MODEL)
     return config if not task.labels else with_labels(config, task.labels)
 
 
@@ -26,8 +26,8 @@ def with_labels(config: ToMePerceiverConfig, names: list[str]) -> ToMePerceiverC
     return config
 
 
-def prepared(task: GlueTask, **changes: object):
-    return task.prepared(config_for(task, **changes), PerceiverTokenizer(), seed=0)
+def prepared(task: GlueTask):
+    return task.prepared(config_for(task), PerceiverTokenizer(), seed=0)
 
 
 @pytest.mark.parametrize("name", sorted(SENTENCES))
@@ -55,23 +55,6 @@ def test_a_pair_is_read_with_a_separator(tmp_path):
     expected = tokenizer(example["sentence1"], example["sentence2"])["input_ids"]
     assert prepared(task).train[0]["input_ids"] == expected
     assert expected.count(tokenizer.sep_token_id) == 2
-
-
-@pytest.mark.parametrize(("pad", "length"), [(False, None), (True, 20), (True, None)])
-def test_batches_are_padded_to_their_longest_unless_asked(tmp_path, pad, length):
-    folder = str(write_glue(tmp_path, "sst2"))
-    arguments = GlueDataArguments(task_name="sst2", dataset_name=folder, pad_to_max_length=pad, max_seq_length=length)
-    sight = prepared(load_glue_task(arguments, predict=False, seed=0))
-    lengths = [len(sight.train[index]["input_ids"]) for index in range(4)]
-    batch = sight.collate([sight.train[index] for index in range(4)])
-    assert batch["input_ids"].shape[1] == (length or POSITIONS if pad else max(lengths))
-    assert max(lengths) > min(lengths) or pad
-
-
-def test_long_sentences_are_cut(tmp_path):
-    arguments = GlueDataArguments(task_name="sst2", dataset_name=str(write_glue(tmp_path, "sst2")), max_seq_length=4)
-    sight = prepared(load_glue_task(arguments, predict=False, seed=0))
-    assert {len(example["input_ids"]) for example in sight.train} == {4}
 
 
 @pytest.mark.parametrize("ending", [".csv", ".json", ".parquet"])
@@ -126,10 +109,7 @@ def test_counts_cut_what_is_read(tmp_path):
     ("given", "says"),
     [
         ({"task_name": "glue"}, ["--task_name glue", "mrpc"]),
-        ({"task_name": "sst2", "max_seq_length": 0}, ["--max_seq_length 0", "1 or more"]),
         ({"task_name": "sst2", "max_eval_samples": 0}, ["--max_eval_samples 0", "1 or more"]),
-        ({"train_file": "not_there.csv"}, ["--train_file not_there.csv", "no such file"]),
-        ({"train_file": "data.xlsx"}, ["--train_file data.xlsx", ".csv", ".parquet"]),
     ],
 )
 def test_arguments_that_cannot_be_meant(given, says):
@@ -176,21 +156,6 @@ def test_data_that_are_not_there(tmp_path, monkeypatch, given, predict, says):
         write_table(Path(f"own{ending}"), {"text": ["a"], "label": ["x"]})
     with pytest.raises(BadInput) as error:
         load_glue_task(GlueDataArguments(**given), predict, seed=0)
-    assert all(part in str(error.value) for part in says), error.value
-
-
-@pytest.mark.parametrize(
-    ("changes", "given", "says"),
-    [
-        ({"vocab_size": 100}, {}, ["262", "100", "--tokenizer_name"]),
-        ({}, {"max_seq_length": POSITIONS + 1}, [f"--max_seq_length {POSITIONS + 1}", str(POSITIONS)]),
-    ],
-)
-def test_a_tokenizer_or_a_length_that_the_model_has_no_room_for(tmp_path, changes, given, says):
-    arguments = GlueDataArguments(task_name="sst2", dataset_name=str(write_glue(tmp_path, "sst2")), **given)
-    task = load_glue_task(arguments, predict=False, seed=0)
-    with pytest.raises(BadInput) as error:
-        prepared(task, **changes)
     assert all(part in str(error.value) for part in says), error.value
 
 
@@ -271,26 +236,6 @@ def test_what_is_missing_or_of_another_kind_is_refused(tmp_path, train, validati
     with pytest.raises(BadInput, match=says) as error:
         own(tmp_path, train, validation=validation)
     assert "\n" not in str(error.value)
-
-
-def test_an_empty_sentence_is_one(tmp_path):
-    table = GOOD | {"text": ["", "b", "c"]}
-    assert prepared(own(tmp_path, table, validation=table)).train[0]["attention_mask"] == [1, 1]
-
-
-def test_a_tokenizer_without_padding_and_a_length_without_text_are_named(tmp_path):
-    task = own(tmp_path, GOOD, validation=GOOD)
-    tokenizer = PerceiverTokenizer()
-    tokenizer.pad_token = None
-    with pytest.raises(BadInput, match="pad"):
-        task.prepared(config_for(task), tokenizer, seed=0)
-    task.arguments.max_seq_length = 2
-    with pytest.raises(BadInput, match="--max_seq_length 2: allowed are 3 to"):
-        prepared(task)
-
-
-def test_the_tokenizer_learns_the_positions_of_the_model(tmp_path):
-    assert prepared(own(tmp_path, GOOD, validation=GOOD)).processing_class.model_max_length == POSITIONS
 
 
 @pytest.mark.parametrize("overwrite_cache", [False, True])
