@@ -85,7 +85,11 @@ COMBINED, IMPROVED, FINALISTS = 4, 2, 5
 STEP = 1.25
 # Rows that are run at a time, and positions of each that are looked at where each has outputs of its own.
 ROWS, POSITIONS = 32, 16
-TIMED_ROUNDS = 7
+TIMED_ROUNDS = 15
+# Noise of so few rounds is no reason to refuse what is about as fast as unmerged.
+AS_FAST = 0.97
+# What is level with the best moves outputs at most so many times as far.
+NEAR = 1.15
 # Rounds of bringing the time of a candidate down to a budget.
 TIGHTENED = 6
 
@@ -326,8 +330,7 @@ class Search:
             for each, speedup in zip(finalists, speedups, strict=True)
         ]
         judged.sort(key=lambda each: _number(each.divergence))
-        # Noise of a few rounds is no reason to refuse what is as fast.
-        allowed = [each for each in judged if _number(each.speedup) >= 0.97] or judged
+        allowed = [each for each in judged if _number(each.speedup) >= AS_FAST] or judged
         best = allowed[0]
         level = [each for each in allowed if _level(rows[each.name], rows[best.name])]
         chosen = max(level, key=lambda each: _number(each.speedup))
@@ -675,9 +678,11 @@ def _firsts(ranked: Sequence[Candidate], part: int) -> list[str]:
 
 
 def _level(one: Sequence[float], best: Sequence[float]) -> bool:
-    """Whether paired rows do not tell one from the best: within a standard error of the difference."""
-    apart = torch.tensor(one, dtype=torch.float64) - torch.tensor(best, dtype=torch.float64)
-    return len(apart) > 1 and float(apart.mean()) <= float(apart.std() / math.sqrt(len(apart))) or not apart.any()
+    """Whether paired rows do not tell one from the best: within a standard error of the difference, and near it."""
+    mine, least = (torch.tensor(rows, dtype=torch.float64) for rows in (one, best))
+    apart = mine - least
+    error = apart.std() / math.sqrt(len(apart)) if len(apart) > 1 else torch.zeros(())
+    return bool(apart.mean() <= error) and bool(mine.mean() <= NEAR * least.mean())
 
 
 def _number(value: float | None) -> float:

@@ -118,10 +118,12 @@ def run_experiment(experiment: Experiment) -> None:
         run.evaluate(trainer)
     if training.do_predict:
         predict_and_save(trainer, loaded.prepared, loaded.task.source.name)
+    if leaves_checkpoint and trainer.is_world_process_zero():
+        run.write_card()
+    trainer.accelerator.wait_for_everyone()
+    # In every process: each has a part of a sharded model.
+    ending = run.end()
     if trainer.is_world_process_zero():
-        if leaves_checkpoint:
-            run.write_card()
-        ending = run.end()
         if ending is not None:
             print(f"\n{ending}")
         if repository is not None:

@@ -254,7 +254,6 @@ MISTAKES: dict[str, dict[str, str]] = {
             --flops_ratio 0.9 --r 1
             --latency_ratio 0.9 --flops_ratio 0.9 => --flops_ratio
             --schedule geometric
-            --schedule search --flops_ratio 0.9 => --model_name_or_path
             --load_best_model_at_end --save_strategy no --eval_strategy epoch
             --load_best_model_at_end
             --bf16 --fp16
@@ -282,7 +281,7 @@ MISTAKES: dict[str, dict[str, str]] = {
             --schedule geometric
             --flops_ratio 0.9 0.9
             --task_name mrpc --r 1
-            --schedule search skip_blocks
+            --schedule floor skip_blocks
             --config_name x.json --r 1
             --r 1,1
         """,

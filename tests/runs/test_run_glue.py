@@ -277,7 +277,7 @@ def test_an_image_checkpoint_is_named(inputs, tmp_path, capsys):
 
 
 def test_a_push_without_a_token_is_refused_before_training(inputs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(experiment, "load_model_and_task", None)
+    monkeypatch.setattr(experiment, "load", None)
     monkeypatch.setitem(os.environ, "HF_HOME", str(tmp_path))
     monkeypatch.setattr("experiments.publishing.hub.get_token", lambda: None)
     given = (*inputs, "--task_name", "sst2", *TRAINING, "--push_to_hub", "--output_dir", tmp_path / "out")
