@@ -36,10 +36,11 @@ from experiments.merging.arguments import naming_arguments
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.runs.start import load
+from experiments.training.evaluation import changes, evaluate
 from experiments.training.identity import noted_arguments
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import write_json
-from experiments.training.stage import changes, evaluate, task_trainer
+from experiments.training.stage import task_trainer
 from experiments.training.trainer_arguments import TrainerArguments
 from layers_tome_perceiver import ToMePerceiverLayer
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel

@@ -25,6 +25,7 @@ from experiments.publishing.card import scores
 from experiments.runs.calibration_arguments import CalibrationArguments
 from experiments.runs.calibration_report import CalibrationResults
 from experiments.runs.start import COUNTED_INPUTS, Loaded
+from experiments.training.evaluation import changes, evaluate
 from experiments.training.identity import (
     CONTENT,
     config_fingerprint,
@@ -35,7 +36,7 @@ from experiments.training.identity import (
 )
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import CONFIG, START, claim
-from experiments.training.stage import changes, evaluate, task_trainer
+from experiments.training.stage import task_trainer
 from groups_tome_perceiver import fixed_groups
 
 

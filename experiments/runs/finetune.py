@@ -19,13 +19,9 @@ from experiments.publishing.hub_arguments import HubArguments, check_push, open_
 from experiments.runs.finetune_stages import Run
 from experiments.runs.start import load, rehearsed
 from experiments.tasks.base import Task
+from experiments.training.evaluation import predict_and_save
 from experiments.training.model_arguments import ModelArguments
-from experiments.training.stage import (
-    RetrainArguments,
-    check_resume,
-    check_sharding,
-    predict_and_save,
-)
+from experiments.training.stage import RetrainArguments, check_resume, check_sharding
 from experiments.training.trainer_arguments import TrainerArguments
 
 COMMIT_MESSAGE = "Checkpoint with merged latents"
@@ -47,6 +43,11 @@ class Experiment:
     hub: HubArguments
     training: TrainingArguments
     load_task: Callable[..., Task]
+
+    @property
+    def leaves_checkpoint(self) -> bool:
+        """Whether one comes out: trained, or merged to a budget."""
+        return self.training.do_train or self.merging.has_budget
 
     @classmethod
     def from_command_line(cls, description: str, data_arguments: type, load_task: Callable[..., Task]) -> Experiment:
@@ -77,28 +78,10 @@ def run_experiment(experiment: Experiment) -> None:
     if experiment.hub.push_only:
         print(push_checkpoint(open_to_push(training, experiment.model.token), output_dir, COMMIT_MESSAGE, revision))
         return
-    retrain = retraining.retrain_epochs > 0
-    if retrain and not (training.do_train and (experiment.merging.merges or retraining.elastic)):
-        raise BadInput(
-            f"--retrain_epochs {retraining.retrain_epochs}: allowed only with --do_train, and with --r above 0, "
-            "--flops_ratio or --elastic"
-        )
-    retraining.check_elastic(None if training.do_train else "--do_train")
-    if not (training.do_train or training.do_eval or training.do_predict):
-        raise BadInput("--do_train, --do_eval, --do_predict: none is given; allowed is one of them or more")
-    leaves_checkpoint = training.do_train or experiment.merging.has_budget
-    if experiment.merging.has_budget and not training.do_train and not training.do_eval:
-        raise BadInput("--flops_ratio, --latency_ratio: allowed with --do_train or --do_eval, which save a checkpoint")
-    if training.push_to_hub and not leaves_checkpoint and not (output_dir / "config.json").exists():
-        raise BadInput(
-            f"--push_to_hub: --output_dir {output_dir} holds no checkpoint, and without --do_train none comes"
-        )
-    untrained = "--retrain_epochs" if retrain else None if training.do_train else "--do_eval"
-    check_sharding(untrained)
-    check_resume(training.resume_from_checkpoint)
+    _check(experiment)
     repository = check_push(training, experiment.model.token)
 
-    evaluate = training.do_eval or retrain or training.eval_strategy != "no"
+    evaluate = training.do_eval or retraining.retrain_epochs > 0 or training.eval_strategy != "no"
     options = experiment.model.dataset_options()
     read = partial(experiment.load_task, experiment.data, training.do_predict, training.seed, evaluate, **options)
     loaded = load(read, experiment.model, training, experiment.merging.config_fields())
@@ -118,7 +101,7 @@ def run_experiment(experiment: Experiment) -> None:
         run.evaluate(trainer)
     if training.do_predict:
         predict_and_save(trainer, loaded.prepared, loaded.task.source.name)
-    if leaves_checkpoint and trainer.is_world_process_zero():
+    if experiment.leaves_checkpoint and trainer.is_world_process_zero():
         run.write_card()
     trainer.accelerator.wait_for_everyone()
     # In every process: each has a part of a sharded model.
@@ -128,3 +111,30 @@ def run_experiment(experiment: Experiment) -> None:
             print(f"\n{ending}")
         if repository is not None:
             print(push_checkpoint(repository, output_dir, COMMIT_MESSAGE, revision))
+
+
+def _check(experiment: Experiment) -> None:
+    """Check what the arguments of several groups say together.
+
+    Raises:
+        BadInput: for what they cannot mean.
+    """
+    training, retraining, output_dir = experiment.training, experiment.retraining, Path(experiment.training.output_dir)
+    retrain = retraining.retrain_epochs > 0
+    if retrain and not (training.do_train and (experiment.merging.merges or retraining.elastic)):
+        raise BadInput(
+            f"--retrain_epochs {retraining.retrain_epochs}: allowed only with --do_train, and with --r above 0, "
+            "--flops_ratio or --elastic"
+        )
+    retraining.check_elastic(None if training.do_train else "--do_train")
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise BadInput("--do_train, --do_eval, --do_predict: none is given; allowed is one of them or more")
+    if experiment.merging.has_budget and not training.do_train and not training.do_eval:
+        raise BadInput("--flops_ratio, --latency_ratio: allowed with --do_train or --do_eval, which save a checkpoint")
+    if training.push_to_hub and not experiment.leaves_checkpoint and not (output_dir / "config.json").exists():
+        raise BadInput(
+            f"--push_to_hub: --output_dir {output_dir} holds no checkpoint, and without --do_train none comes"
+        )
+    untrained = "--retrain_epochs" if retrain else None if training.do_train else "--do_eval"
+    check_sharding(untrained)
+    check_resume(training.resume_from_checkpoint)

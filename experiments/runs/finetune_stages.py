@@ -17,6 +17,7 @@ from experiments.merging.arguments import MergeArguments
 from experiments.publishing.card import Card, Measured, WhatMerges, measured_in
 from experiments.runs.ending import Ending, cost_and_speed
 from experiments.runs.start import Loaded
+from experiments.training.evaluation import Evaluation, evaluate_and_save
 from experiments.training.identity import (
     CONTENT,
     Noted,
@@ -41,11 +42,9 @@ from experiments.training.output_folder import (
     read_note,
 )
 from experiments.training.stage import (
-    Evaluation,
     RetrainArguments,
     check_begins,
     check_resume,
-    evaluate_and_save,
     resumes,
     stage_resume,
     task_trainer,

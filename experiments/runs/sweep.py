@@ -26,6 +26,7 @@ from experiments.runs.start import Loaded
 from experiments.runs.sweep_arguments import SweepArguments, Variant, unmerged
 from experiments.runs.sweep_report import write_report
 from experiments.runs.sweep_results import Row, SweepResults, plan_rows
+from experiments.training.evaluation import Evaluation, changes, evaluate
 from experiments.training.identity import (
     config_fingerprint,
     content,
@@ -36,14 +37,7 @@ from experiments.training.identity import (
 from experiments.training.loading import load_config, load_model
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import CONFIG, START, check_disk_space, claim
-from experiments.training.stage import (
-    Evaluation,
-    RetrainArguments,
-    changes,
-    evaluate,
-    task_trainer,
-    train_and_save,
-)
+from experiments.training.stage import RetrainArguments, task_trainer, train_and_save
 
 PREDICTIONS = "predictions"
 RETRAINED = "retrained"
