@@ -9,9 +9,10 @@
 Which latents say the same is read off --calibration_samples training samples, without their labels: the latents that
 reach --merge_layer (counted from 0) are clustered by their mean similarity into --num_groups, or into as many as
 --flops_ratio leaves room for. Several merges: --num_groups 32,8 --merge_layer 0,4. --merge_layer start merges the
-learned latents themselves, into a smaller model that merges nothing. What comes out can be trained on, by run_glue.py
-and run_image.py with --model_name_or_path OUTPUT_DIR --do_train; fixed groups stay. The data are those of run_glue.py
-for a text checkpoint and of run_image.py for an image checkpoint.
+learned latents themselves, into a smaller model that merges nothing. What comes out can be trained on, by run_glue.py,
+run_image.py or run_mlm.py with --model_name_or_path OUTPUT_DIR --do_train; fixed groups stay. The data are those of
+run_glue.py for a text checkpoint, of run_mlm.py for a masked language model and of run_image.py for an image
+checkpoint.
 
 OUTPUT_DIR gets the checkpoint with its groups in config.json, calibration_results.json and a model card; with --do_eval
 both have the figures of the checkpoint unmerged and with its groups. To the Hub: --push_to_hub, or later --push_only.

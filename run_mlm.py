@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a Perceiver to find masked tokens again, merge its latents, evaluate, and retrain it with merging on.
 
-A stock checkpoint, with 8 latents merged in every layer while it is trained on:
+A stock checkpoint, without training: what merges is chosen on unlabelled training samples so that a forward pass keeps
+to 0.6 of its FLOPs; it is evaluated unmerged and merged, and saved merged:
 
   python run_mlm.py --model_name_or_path deepmind/language-perceiver --dataset_name Salesforce/wikitext \\
-      --dataset_config_name wikitext-2-raw-v1 --r 8 --do_train --do_eval --output_dir outputs/wikitext-r8
+      --dataset_config_name wikitext-2-raw-v1 --flops_ratio 0.6 --do_eval --output_dir outputs/wikitext-06
 
 A small model from scratch, on the sentences of several configurations of a dataset:
 
