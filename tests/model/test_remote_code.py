@@ -168,6 +168,9 @@ def check_load(report: dict[str, Any], folder: Path, checkpoints: Checkpoints, h
     assert entry["auto_model_class"] == f"ToMePerceiver{head}"
     torch.testing.assert_close(entry["auto_model_logits"], entry["logits"])
     assert entry["auto_map"] == auto_map(head) and entry["auto_model_files"] == MODULES
+    # `merge_to` needs nothing but the checkpoint's own files.
+    assert ("merged_to" in entry) == (head not in ("Model", "ForMultimodalAutoencoding"))
+    assert "merged_to" not in entry or 0 < entry["merged_to"]["share"] <= 0.999
     assert entry["config_r"] == entry["r"] == entry["schedule"] == r
     torch.testing.assert_close(entry["logits"], checkpoints.logits(head, r), rtol=1e-4, atol=1e-5)
 

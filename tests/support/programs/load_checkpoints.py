@@ -41,6 +41,10 @@ for head, folder in task["folders"].items():
     by_auto_model.save_pretrained(f"resaved/{head}")
     entry["auto_map"] = json.loads(Path(f"resaved/{head}/config.json").read_text())["auto_map"]
     entry["auto_model_files"] = sorted(path.stem for path in Path(f"resaved/{head}").glob("*.py"))
+    if isinstance(model(**inputs).get("logits"), torch.Tensor):
+        # On another model, since what it merges is kept.
+        choice = by_auto_model.merge_to(flops_ratio=0.999, samples=inputs, merge_methods=["bipartite"])
+        entry["merged_to"] = dict(share=choice.chosen.flops_ratio, divergence=choice.chosen.divergence)
     if "set_r" in task:
         model.r = task["set_r"]
         entry["logits_set"] = flat(model(**inputs))
