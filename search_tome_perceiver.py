@@ -77,15 +77,24 @@ SEARCH = "search"
 SEARCHED_METHODS = ("bipartite", "energy", "k_center", "ward")
 GROUPS = "groups"
 # What a search may spend: minutes on two cores at the published shapes, seconds on a small model.
-SEARCH_FLOPS = 4e13
+SEARCH_FLOPS = 3e13
 # Of the first candidates, how many shapes and how many ways to match are combined; of all those, how many are improved,
 # and how many the other half of the samples judges.
 COMBINED, IMPROVED, FINALISTS = 4, 2, 5
-# How many more of its latents a layer keeps when merging is postponed.
-STEP = 1.25
+# How many more of its latents a layer keeps when merging is postponed; in how many layers that is tried at a time, and
+# how often.
+STEP, MOVES, POSTPONED = 1.25, 12, 12
+# From how many layers on a floor is tried.
+STARTS = 12
+# So many rows are looked at if they are given, whatever it takes.
+LEAST_ROWS = 32
 # Rows that are run at a time, and positions of each that are looked at where each has outputs of its own.
 ROWS, POSITIONS = 32, 16
 TIMED_ROUNDS = 15
+# Of what a search may spend: a second or so.
+TIMED_PASSES = 0.003
+# A way to match is not looked at further if its pass is slower than this, times as fast as unmerged.
+NOT_SLOW = 0.75
 # Noise of so few rounds is no reason to refuse what is about as fast as unmerged.
 AS_FAST = 0.97
 # What is level with the best moves outputs at most so many times as far.
@@ -264,6 +273,7 @@ class Search:
         self.model, self.cost, self.shapes, self.ways, self.passes = model, cost, shapes, ways, passes
         self.with_groups = with_groups
         self.timed_batch = {name: value.to(model.device) for name, value in batches[0].items()}
+        batches = _first_rows(batches, max(LEAST_ROWS, int(0.2 * passes)))
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
         # Every other row chooses, the others judge; of a single row both.
         self.halves = [[_every_other(batch, first if rows > 1 else 0) for batch in batches] for first in (0, 1)]
@@ -293,10 +303,16 @@ class Search:
         """The best few within the budget; none if none is within it."""
         ratio = latency_ratio if flops_ratio is None else flops_ratio
         assert ratio is not None
+        # A budget of time is one for the batch that is given.
+        self.timed_rows = (
+            max(1, int(TIMED_PASSES * self.passes))
+            if latency_ratio is None
+            else len(next(iter(self.timed_batch.values())))
+        )
         first_way, simple = self.ways[0], self._simplest_shape()
         kept = {way.name: ratio for way in self.ways}
         spread = self._ranked([self._member(shape, first_way, kept) for shape in self.shapes], 0.3, least=4)
-        matched = self._ranked([self._member(simple, way, kept) for way in self.ways], 0.2, least=4)
+        matched = self._ranked(self._not_slow([self._member(simple, way, kept) for way in self.ways]), 0.2, least=4)
         shapes = [shape for shape in self.shapes if shape.name in _firsts(spread, 0)][:COMBINED]
         shapes += [] if simple in shapes else [simple]
         ways = [way for way in self.ways if way.name in _firsts(matched, 1)][:COMBINED]
@@ -364,19 +380,30 @@ class Search:
     def _ranked(self, candidates: Sequence[Candidate | None], share: float, least: int) -> list[Candidate]:
         """By divergence on as many rows as a share of the passes affords, the least first."""
         there = _distinct([each for each in candidates if each is not None])
-        count = min(self.rows, max(least, int(share * self.passes / max(len(there), 1))))
+        count = self._affordable(share, len(there), least)
         return sorted(there, key=lambda each: self._mean(each.merging, count))
+
+    def _affordable(self, share: float, candidates: int, least: int) -> int:
+        """How many rows a share of the passes affords for each of so many candidates."""
+        return min(self.rows, max(least, int(share * self.passes / max(candidates, 1))))
+
+    def _not_slow(self, candidates: Sequence[Candidate | None]) -> list[Candidate]:
+        """Without those whose matching takes longer than it saves; all, if each does."""
+        there = _distinct(candidates)
+        if len(there) < 2:
+            return there
+        speedups = self._speedups(there, rounds=2)
+        return [each for each, speedup in zip(there, speedups, strict=True) if speedup >= NOT_SLOW] or there
 
     def _improved(self, best: Candidate) -> Candidate:
         """Postpone merging where that helps most, until it helps nowhere."""
         if best.merging.merge_groups is not None:
             return best
-        count = min(self.rows, max(16, int(0.25 * self.passes / (4 * len(self.model.config.merge_schedule)))))
         ratio = best.flops_ratio
-        while True:
-            members = [
-                weakest_member(family, ratio, self.cost) for family in postponed(self.model.config, best.merging)
-            ]
+        for _ in range(POSTPONED):
+            families = _some(list(postponed(self.model.config, best.merging)), MOVES)
+            count = self._affordable(0.1, IMPROVED * max(len(families), 1), least=4)
+            members = [weakest_member(family, ratio, self.cost) for family in families]
             found = min(
                 (member for member in members if member is not None),
                 key=lambda member: self._mean(member, count),
@@ -386,6 +413,7 @@ class Search:
                 return best
             name = best.name if best.name.startswith("improved ") else f"improved {best.name}"
             best = Candidate(name, found, self.cost(found))
+        return best
 
     def _mean(self, merging: Merging, count: int) -> float:
         each = self._each(merging, 0, count)
@@ -469,18 +497,20 @@ class Search:
             candidate = replace(candidate, merging=tighter, flops_ratio=self.cost(tighter))
         return None
 
-    def _speedups(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Times as fast as unmerged for the first batch of samples, in alternating rounds."""
+    def _speedups(self, candidates: Sequence[Candidate], rounds: int = TIMED_ROUNDS) -> list[float]:
+        """Times as fast as unmerged for the first batch of samples, or its first rows if these take a second."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Several processes would not measure the same, and have to choose the same.
             return [1.0] * len(candidates)
 
+        (batch,) = _first_rows([self.timed_batch], self.timed_rows)
+
         def run(merging: Merging) -> None:
             with merging.applied(self.model.config):
-                self.model(**self.timed_batch)
+                self.model(**batch)
 
         variants = [Merging.none(self.model.config), *(each.merging for each in candidates)]
-        seconds = interleaved_seconds(run, variants, TIMED_ROUNDS)
+        seconds = interleaved_seconds(run, variants, rounds)
         return [median(taken[0] / taken[index] for taken in seconds) for index in range(1, len(variants))]
 
     def _fingerprint(self) -> str:
@@ -539,7 +569,7 @@ def _shapes(config: ToMePerceiverConfig, names: Sequence[str] | None, searching:
     for num_blocks in range(config.num_blocks, 0, -1):
         layers = num_blocks * config.num_self_attends_per_block
         # With fewer blocks, from the first layer on is enough to say whether blocks are needed at all.
-        for start in range(1, layers) if num_blocks == config.num_blocks else [0]:
+        for start in _some(range(1, layers), STARTS) if num_blocks == config.num_blocks else [0]:
             blocks = "" if num_blocks == config.num_blocks else f" in {num_blocks} of {config.num_blocks} blocks"
             later = f" from layer {start}" if start else ""
             shapes.append(_Shape(f"floor{later}{blocks}", partial(_floor_from, config, start, layers, num_blocks)))
@@ -656,6 +686,21 @@ def _input_name(model: Any, batch: Batch) -> str:
     if name is None:
         raise ValueError(f"samples: have {', '.join(sorted(batch))}; allowed is what {type(model).__name__} takes")
     return name
+
+
+def _first_rows(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """The first rows, in batches as they come."""
+    kept: list[Batch] = []
+    for batch in batches:
+        if count > 0:
+            kept.append({name: value[:count] for name, value in batch.items()})
+            count -= len(next(iter(batch.values())))
+    return kept
+
+
+def _some(choices: Sequence[Any], most: int) -> list[Any]:
+    """At most so many, spread evenly over all of them."""
+    return [choices[place * len(choices) // most] for place in range(most)] if len(choices) > most else list(choices)
 
 
 def _every_other(batch: Batch, first: int) -> Batch:

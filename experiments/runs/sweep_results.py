@@ -47,18 +47,18 @@ def plan_rows(
     """
 
     def row(variant: Variant) -> Row:
-        variant.merging.apply(model.config)
-        cost = forward_cost(model.config, input_shape, type(model).__name__)
+        config = variant.merging.asked_of(model.config)
+        cost = forward_cost(config, input_shape, type(model).__name__)
         return {
             "name": variant.name,
             "series": variant.series,
             "fields": asdict(variant.merging),
-            "r": model.config.merge_schedule,
-            "num_blocks": model.config.num_blocks,
-            **{name: getattr(model.config, name) for name in WAYS},
+            "r": config.merge_schedule,
+            "num_blocks": config.num_blocks,
+            **{name: getattr(config, name) for name in WAYS},
             "gflops": cost.total_with_matching / 1e9,
             "self_attention_gflops": (sum(cost.self_attention) + sum(cost.matching)) / 1e9,
-            "latents_left": model.config.latents_per_layer[-1],
+            "latents_left": config.latents_per_layer[-1],
         }
 
     unmerged = row(baseline)

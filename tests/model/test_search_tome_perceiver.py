@@ -167,8 +167,9 @@ def test_a_stopped_search_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(type(model), "forward", lambda self, **inputs: calls.append(1) or forward(self, **inputs))
     again = model.merge_to(flops_ratio=0.9, samples=batches(), log_file=log, merge_methods=["bipartite"])
     assert again.chosen == found.chosen
-    # Of the unmerged model alone, one for each half of a batch, and of the finalists and unmerged on the clock.
-    assert len(calls) == 4 + 1 + len(found.candidates)
+    # Of the unmerged model alone, one for each half of a batch; on the clock, unmerged and three metrics, then unmerged
+    # and the finalists.
+    assert len(calls) == 4 + (1 + 3) + (1 + len(found.candidates))
     model.merge_to(flops_ratio=0.9, samples=batches(seed=1), log_file=log, merge_methods=["bipartite"])
     assert json.loads(log.read_text())["searched"] != known["searched"]
 
