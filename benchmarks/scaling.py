@@ -113,7 +113,7 @@ class ScalingArguments(SpeedArguments):
         return super().described() | {"dtype": self.dtype[0], "positions": self.model.config().max_position_embeddings}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """What a variant took at one length, for the whole batch.
 

@@ -157,7 +157,7 @@ class Agreement:
     adjusted_rand: dict[int, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerStability:
     """One similarity in one layer.
 

@@ -126,7 +126,7 @@ class Variant:
     compiled: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """What a variant took.
 

@@ -24,7 +24,7 @@ FEWER = """Its learned latents are means of groups of that model's, found in {sa
 without their labels. It merges nothing as it runs. How many latents each one stands for is lost, so train it on."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CalibrationResults:
     """What `calibration_results.json` holds.
 

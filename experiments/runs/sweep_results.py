@@ -72,7 +72,7 @@ def plan_rows(
     ]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SweepResults:
     """What `sweep_results.json` holds; written whole after every cell.
 

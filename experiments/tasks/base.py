@@ -74,7 +74,7 @@ class Source:
         return cls(f"--dataset_name {dataset}", dataset if on_hub else Path(dataset).name, on_hub, config, split)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PreparedTask:
     """A task as a model sees it.
 
