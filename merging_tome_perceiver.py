@@ -236,6 +236,33 @@ def match_k_center(metric: Tensor, r: int, sizes: Tensor | None = None, depth: f
     return Match(kept=kept, merged=merged, into=_take_pairs(similarity, merged, kept).argmax(dim=-1))
 
 
+@register_merge_method("leader", flops=all_pairs_flops)
+@torch.no_grad()
+def match_leader(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
+    """A latent goes if one before it says the same: the R that are most similar to any lower position merge, each into
+    its most similar of those that stay.
+
+    One pass over all pairs, without a split into two halves: of any number of exact duplicates the first one stays. The
+    first position always does.
+
+    Args:
+        metric: (B, N, C) compared by cosine similarity, in float32 or wider; a zero vector is orthogonal to everything.
+            Ties go to the lower position, of those that merge and of those merged into.
+        r: R, latents to merge away, from 1 to N - 1.
+        sizes, depth: without effect.
+
+    Source: after the leader algorithm of Hartigan (1975), "Clustering Algorithms", chapter 3, with a number of clusters
+    in place of a threshold.
+    """
+    similarity = _cosine_similarity(metric)
+    places = torch.arange(metric.shape[1], device=metric.device)
+    # The first one has none before it, and so the least similarity of all.
+    nearest_before = similarity.masked_fill(places[:, None] <= places, -math.inf).amax(dim=-1)
+    order = torch.sort(nearest_before, dim=1, descending=True, stable=True).indices
+    merged, kept = order[:, :r], order[:, r:].sort(dim=1).values
+    return Match(kept=kept, merged=merged, into=_take_pairs(similarity, merged, kept).argmax(dim=-1))
+
+
 @register_merge_method("ward", flops=all_pairs_flops)
 @torch.no_grad()
 def match_ward(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:

@@ -40,6 +40,33 @@ def plain_ward(metric, r, sizes):
     return {i: group for group, inside in members.items() for i in inside if i != group}
 
 
+def plain_leader(metric, r):
+    """One row's edges from the definition: those most similar to any before them go, each to the most similar left."""
+    similarity = cosines(metric)
+    rest = range(1, len(similarity))
+    merged = sorted(rest, key=lambda i: -max(similarity[i, j] for j in range(i)))[:r]
+    kept = [i for i in range(len(similarity)) if i not in merged]
+    return {i: max(kept, key=lambda j: similarity[i, j]) for i in merged}
+
+
+# leader
+
+
+@given(matches(["leader"], channels=2))
+def test_leader_against_a_plain_reference(drawn):
+    for row, metric in enumerate(drawn.metric):
+        assert edges(drawn.match, row) == plain_leader(metric, drawn.r)
+
+
+@given(seed=st.integers(0, 2**31), num_latents=st.integers(2, 24), channels=st.integers(1, 4), data=st.data())
+def test_ties_of_leader_go_to_the_lower_position(seed, num_latents, channels, data):
+    r = data.draw(st.integers(1, num_latents // 2))
+    metric = signed_basis_vectors(num_latents, channels, seed)
+    match = merging.match_leader(metric, r)
+    for row in range(2):
+        assert edges(match, row) == plain_leader(metric[row], r)
+
+
 # k-center
 
 

@@ -100,10 +100,10 @@ def test_all_equal_metric(method, metric):
     for r in range(1, 5):
         match = match_by(method, metric, r)
         for row in range(2):
-            # k-center chooses those that stay, and Ward's groups stay where their first member is.
+            # k-center chooses those that stay; of leaders and of Ward's groups the first one stays.
             last, first = {9 - r + i: 0 for i in range(r)}, {1 + i: 0 for i in range(r)}
             pairs = {2 * i: 1 for i in range(r)}
-            assert edges(match, row) == {"k_center": last, "ward": first}.get(method, pairs)
+            assert edges(match, row) == {"k_center": last, "leader": first, "ward": first}.get(method, pairs)
     merged, sizes = merging.merge_latents(torch.ones(2, 9, 4), None, match)
     assert torch.equal(merged, torch.ones(2, 5, 4))
     assert sorted(sizes[0].tolist()) == [1, 1, 1, 1, 5]
@@ -125,6 +125,7 @@ def test_exact_duplicates_merge_first(num_latents, seed, data):
         ("energy", orthogonal, (order[1 : 2 * r], order[:1].expand(2 * r - 1))),
         # R copies anywhere, of whatever is not a copy.
         ("k_center", latents, (order[:r], order[r:][order[:r] % (num_latents - r)])),
+        ("leader", latents, (order[:r], order[r:][order[:r] % (num_latents - r)])),
         ("ward", latents, (order[:r], order[r:][order[:r] % (num_latents - r)])),
     ):
         duplicated = start.clone()
@@ -330,7 +331,7 @@ def test_groups_against_a_plain_reference(groups):
 
 
 def test_registry_has_the_methods_and_the_two_controls():
-    assert METHODS == ["bipartite", "energy", "k_center", "prune", "random", "size_penalty", "ward"]
+    assert METHODS == ["bipartite", "energy", "k_center", "leader", "prune", "random", "size_penalty", "ward"]
     for method in METHODS:
         merging.check_merge_method(method)
 

@@ -112,6 +112,7 @@ TWO_MERGES = {
     "energy of latents": dict(r=[3, 2], merge_method="energy", merge_metric="hidden"),
     "size_penalty of values": dict(r=[3, 2], merge_method="size_penalty", merge_metric="value"),
     "k_center": dict(r=[3, 2], merge_method="k_center"),
+    "leader": dict(r=[3, 2], merge_method="leader"),
     "random": dict(r=[3, 2], merge_method="random"),
     "prune": dict(r=[3, 2], merge_method="prune"),
     "groups": dict(merge_groups=[GROUPS[1], GROUPS[3]]),

@@ -16,6 +16,7 @@ MERGES = {
     "energy": dict(r=R_LIST, merge_method="energy"),
     "size_penalty": dict(r=R_LIST, merge_method="size_penalty"),
     "k_center": dict(r=R_LIST, merge_method="k_center"),
+    "leader": dict(r=R_LIST, merge_method="leader"),
     "random": dict(r=R_LIST, merge_method="random"),
     "groups": dict(merge_groups=GROUPS),
 }
@@ -36,6 +37,7 @@ DUPLICATES = {
     "size_penalty": (dict(r=[3, 0, 0, 0, 0, 0], merge_method="size_penalty"), [0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8]),
     # Any copies, wherever they stand, as long as no more latents differ than stay.
     "k_center": (dict(r=[5, 2, 0, 1, 0, 0], merge_method="k_center"), [0, 1, 0, 2, 0, 3, 1, 0, 0, 2, 0, 2]),
+    "leader": (dict(r=[5, 2, 0, 1, 0, 0], merge_method="leader"), [0, 1, 0, 2, 0, 3, 1, 0, 0, 2, 0, 2]),
     "groups in two steps": (
         dict(merge_groups=[[0, 1, 2, 0, 3, 1, 1, 0, 1, 3, 4, 2], None, None, [0, 1, 2, 3, 2], None, None]),
         [0, 1, 2, 0, 3, 1, 1, 0, 1, 3, 2, 2],
