@@ -18,7 +18,17 @@ from experiments.tasks.scores import classes
 
 
 def prepared(names: list[str], ids: list[int], kind: str) -> PreparedTask:
-    return PreparedTask([], {}, {}, None, dict, classes, kind, labels=names, label_ids=ids)
+    return PreparedTask(
+        train=[],
+        evaluation={},
+        prediction={},
+        processing_class=None,
+        collate=dict,
+        predicted=classes,
+        kind=kind,
+        labels=names,
+        label_ids=ids,
+    )
 
 
 @given(order=st.permutations(range(2)), seed=st.integers(0, 99), kind=st.sampled_from(["mrpc", "qqp", "cola", "rte"]))
