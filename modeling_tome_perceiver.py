@@ -97,8 +97,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         )
         if hasattr(self, "num_labels"):
             config.check_labels()
-        # What shares of the cost are of, whatever runs later.
-        self.built_num_blocks = config.num_blocks
+        self._built_num_blocks = config.num_blocks
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Upstream's; `auto_map` names this class for `AutoModel` and for the head's own Auto class, however the model
@@ -149,6 +148,11 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
             self.config.r = before
             raise
 
+    @property
+    def unmerged(self) -> Merging:
+        """What shares of the cost are of: nothing merges, and as many blocks run as the model was built with."""
+        return Merging.of(self.config).by(0, num_blocks=self._built_num_blocks)
+
     def merge_to(
         self,
         flops_ratio: float | None = None,
@@ -177,7 +181,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
                 with; what merges stays.
             FloatingPointError: for outputs that are not finite.
         """
-        with Merging.of(self.config).by(0, num_blocks=self.built_num_blocks).applied(self.config):
+        with self.unmerged.applied(self.config):
             choice = choose_merging(self, flops_ratio, latency_ratio, samples, **options)
         choice.chosen.merging.apply(self.config)
         return choice

@@ -23,12 +23,14 @@ def draw_schedule(config: PreTrainedConfig, cost: ForwardCost, unmerged: Forward
         cost, unmerged: its forward pass, and that without merging.
         path: of the PNG.
     """
-    layers = range(1, len(config.latents_per_layer) + 1)
     figure, (latents, flops) = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
-    latents.step([0, *layers], [config.num_latents, *config.latents_per_layer], where="post", color="tab:blue")
+    left = [config.num_latents, *config.latents_per_layer]
+    latents.step(range(len(left)), left, where="post", color="tab:blue")
     latents.set(xlabel="self-attention layer", ylabel="latents left", ylim=(0, None))
-    flops.bar(layers, [each / 1e9 for each in unmerged.self_attention], color="lightgray", label="unmerged")
-    flops.bar(layers, [each / 1e9 for each in cost.self_attention], color="tab:blue", label="merged")
+    # Unmerged there may be more layers, where weight-shared blocks run more often.
+    for each, color, label in ((unmerged, "lightgray", "unmerged"), (cost, "tab:blue", "merged")):
+        gflops = [layer / 1e9 for layer in each.self_attention]
+        flops.bar(range(1, len(gflops) + 1), gflops, color=color, label=label)
     flops.set(xlabel="self-attention layer", ylabel="GFLOPs")
     flops.legend(fontsize=8)
     for axes in (latents, flops):

@@ -12,6 +12,7 @@ from budget_tome_perceiver import Merging, undisturbed
 from cost_tome_perceiver import forward_cost
 from experiments.measurement import Quartiles, time_interleaved
 from experiments.publishing.card import Measured, metric_name
+from experiments.publishing.tables import with_error
 from experiments.tasks.base import Batch
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
@@ -44,11 +45,11 @@ class Ending:
         """Unmerged, merged, retrained; cost; what merges; where it is."""
         lines = []
         for row in self.measured:
-            value, error = row.metrics[self.metric], row.metrics[f"{self.metric}_stderr"]
-            line = f"{row.name}: {metric_name(self.metric)} {100 * value:.2f} ± {100 * error:.2f}"
-            if f"{self.metric}_change" in row.metrics:
-                change, error = (row.metrics[f"{self.metric}_change{end}"] for end in ("", "_stderr"))
-                line += f", change, paired by example, {100 * change:+.2f} ± {100 * error:.2f}"
+            shown = {name: 100 * value for name, value in row.metrics.items() if name.startswith(self.metric)}
+            value = with_error(shown[self.metric], shown[f"{self.metric}_stderr"])
+            line = f"{row.name}: {metric_name(self.metric)} {value}"
+            if (change := f"{self.metric}_change") in shown:
+                line += f", change, paired by example, {with_error(shown[change], shown[f'{change}_stderr'], '+.2f')}"
             lines.append(line)
         slower = "" if self.speedup.median >= 1 else "; slower than unmerged on this machine"
         lines.append(
@@ -64,12 +65,11 @@ def cost_and_speed(
     """What the model's merging leaves of its FLOPs, and how much faster it is than unmerged.
 
     Args:
-        model: that merges; it runs all blocks that it was built with when it is compared with.
+        model: that merges.
         batch: that is timed, in alternating rounds.
         input_shape: that FLOPs are for.
     """
-    merged = Merging.of(model.config)
-    unmerged = merged.by(0, num_blocks=model.built_num_blocks)
+    merged, unmerged = Merging.of(model.config), model.unmerged
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     flops = [
         forward_cost(merging.asked_of(model.config), input_shape, type(model).__name__).total_with_matching

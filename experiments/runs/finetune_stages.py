@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from budget_tome_perceiver import Merging, undisturbed
+from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.files import save_whole
 from experiments.merging.arguments import MergeArguments
 from experiments.publishing.card import Card, Measured, WhatMerges, measured_in
@@ -218,8 +219,7 @@ class Run:
     def evaluate(self, trainer: TaskTrainer) -> None:
         """Evaluate what came out; with a budget and no training, unmerged too, and save it."""
         if self.saves_merged:
-            config = self.model.config
-            with Merging.of(config).by(0, num_blocks=self.model.built_num_blocks).applied(config):
+            with self.model.unmerged.applied(self.model.config):
                 self.unmerged = evaluate_and_save(trainer, self.prepared, "unmerged")
         evaluate_and_save(trainer, self.prepared, "eval", self.unmerged)
         if self.saves_merged and self.writes:
@@ -246,12 +246,15 @@ class Run:
             ]
         return [row for split, name, folder, r in stages for row in measured_in(folder, split, name, r)]
 
+    @property
+    def _unmerged_config(self) -> ToMePerceiverConfig:
+        """What the cost is compared with."""
+        return self.model.unmerged.asked_of(self.model.config)
+
     def end(self) -> Ending | None:
         """What merging came to, if anything merges and was evaluated."""
         config = self.model.config
-        merged = Merging.of(config)
-        unmerged = merged.by(0, num_blocks=self.model.built_num_blocks).asked_of(config)
-        if not self.measured or not merged.merges(unmerged):
+        if not self.measured or not Merging.of(config).merges(self._unmerged_config):
             return None
         batch = self.prepared.batch(SPEED_INPUTS)
         share, speedup = cost_and_speed(self.model, batch, self.input_shape)
@@ -284,7 +287,9 @@ class Run:
             source=self.task.source,
             hub_task=self.task.hub_task,
             base_model=self.model_args.model_name_or_path,
-            merging=WhatMerges(self.model.config, self.input_shape, self.merging.budget_line),
+            merging=WhatMerges(
+                self.model.config, self.input_shape, self.merging.budget_line, start=self._unmerged_config
+            ),
             measured=self.measured,
             evaluated_on=len(self.prepared.evaluation.get("", ())),
             steps=trainings,

@@ -257,7 +257,9 @@ class Sweep:
             source=self.loaded.task.source,
             hub_task=self.loaded.task.hub_task,
             base_model=self.model_args.model_name_or_path,
-            merging=WhatMerges(config, self.results.input_shape, budget_line),
+            merging=WhatMerges(
+                config, self.results.input_shape, budget_line, start=self.baseline.merging.asked_of(config)
+            ),
             measured=measured,
             evaluated_on=self.results.evaluated_on,
             steps={"Retraining": training_fields(self.retraining.training_arguments(self.training)) | elastic},

@@ -197,6 +197,19 @@ def test_a_budget_without_training_saves_the_merged_checkpoint(inputs, finetuned
     assert "holds another experiment" in line and "flops_ratio" in line
 
 
+def test_the_card_compares_with_all_blocks_where_fewer_run(inputs, finetuned, tmp_path, capsys):
+    """The share is that of the run's last lines, and not of the smaller model."""
+    call_script(
+        "run_glue.py", "--model_name_or_path", finetuned / "finetuned", *inputs[2:], "--task_name", "sst2", "--do_eval",
+        "--use_cpu", "--flops_ratio", 0.9, "--schedule", "skip_blocks", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_blocks"] == 1 and not any(config["r"])
+    share = re.search(r"cost: ([0-9.]+) of the FLOPs", capsys.readouterr().out)
+    card = (tmp_path / "out" / "README.md").read_text().replace("\n", " ")
+    assert float(share[1]) < 0.9 and f"{float(share[1]):.1%} of what it takes unmerged" in card
+
+
 def test_a_merged_checkpoint_is_not_saved_over_the_unmerged_one(inputs, finetuned, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(finetuned / "finetuned", copy)
