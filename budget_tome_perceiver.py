@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -144,6 +145,8 @@ CostRatio = Callable[[Merging], float]
 """From a merging to its cost, as a share of the unmerged model's."""
 
 BISECTIONS = 30
+# How many more of its latents a layer keeps when merging is postponed.
+STEP = 1.25
 STAGES = 3
 
 
@@ -233,6 +236,53 @@ def named_family(config: ToMePerceiverConfig, name: str, base: Merging | None = 
         return base.by([0] * (num_blocks * config.num_self_attends_per_block), num_blocks=num_blocks)
 
     return fewer_blocks
+
+
+def floor_from(config: ToMePerceiverConfig, start: int, layers: int, num_blocks: int, base: Merging) -> Family:
+    """`floor`, from a layer on.
+
+    Args:
+        config: of the model.
+        start: the first layer that merges, counted from 0.
+        layers, num_blocks: that run.
+        base: how they merge.
+    """
+    latents = config.num_latents
+    return family_of(
+        config,
+        base,
+        lambda strength: [latents] * start + [latents ** (1 - strength)] * (layers - start),
+        num_blocks,
+    )
+
+
+def postponed(config: ToMePerceiverConfig, merging: Merging) -> Iterator[Family]:
+    """For each layer the schedules in which more latents stay there, and fewer, down to a floor, in those after it.
+
+    Args:
+        config: of the model.
+        merging: to start from.
+    """
+    left = merging.asked_of(config).latents_per_layer
+    for layer, here in enumerate(left):
+        reaching = left[layer - 1] if layer else config.num_latents
+        kept = min(reaching, math.ceil(here * STEP))
+        if kept > here:
+            yield family_of(config, merging, _capped_after(left, layer, kept), merging.num_blocks)
+
+
+def fewer(config: ToMePerceiverConfig, merging: Merging) -> Family:
+    """The schedules that leave a share of the latents that this one leaves, the same in every layer."""
+    left = merging.asked_of(config).latents_per_layer
+    return family_of(config, merging, lambda strength: [each * (1 - strength) for each in left], merging.num_blocks)
+
+
+def _capped_after(left: Sequence[int], layer: int, kept: int) -> Callable[[float], list[float]]:
+    def left_after(strength: float) -> list[float]:
+        cap = kept ** (1 - strength)
+        return [*left[:layer], kept, *(min(each, cap) for each in left[layer + 1 :])]
+
+    return left_after
 
 
 def weakest_member(family: Family, ratio: float, cost_ratio: CostRatio) -> Merging | None:

@@ -39,9 +39,11 @@ try:
         Family,
         Merging,
         beyond,
-        family_of,
+        fewer,
+        floor_from,
         flops_ratios,
         named_family,
+        postponed,
         undisturbed,
         weakest_member,
     )
@@ -60,9 +62,11 @@ except ImportError:
         Family,
         Merging,
         beyond,
-        family_of,
+        fewer,
+        floor_from,
         flops_ratios,
         named_family,
+        postponed,
         undisturbed,
         weakest_member,
     )
@@ -81,9 +85,8 @@ SEARCH_FLOPS = 3e13
 # Of the first candidates, how many shapes and how many ways to match are combined; of all those, how many are improved,
 # and how many the other half of the samples judges.
 COMBINED, IMPROVED, FINALISTS = 4, 2, 5
-# How many more of its latents a layer keeps when merging is postponed; in how many layers that is tried at a time, and
-# how often.
-STEP, MOVES, POSTPONED = 1.25, 12, 12
+# In how many layers at a time it is tried to postpone merging, and how often.
+MOVES, POSTPONED = 12, 12
 # From how many layers on a floor is tried.
 STARTS = 12
 # So many rows are looked at if they are given, whatever it takes.
@@ -201,7 +204,10 @@ def choose_merging(
     shapes = _shapes(model.config, schedules, bool(batches))
     if latency_ratio is None and len(shapes) == len(ways) == 1:
         # Nothing to choose from.
-        chosen = _only(model.config, shapes, ways, flops_ratio, cost)
+        assert flops_ratio is not None
+        chosen = _member(shapes[0], ways[0], flops_ratio, cost)
+        if chosen is None:
+            raise _not_met(shapes, ways, given, cost)
         return Choice(chosen, [chosen], seconds=time.perf_counter() - start)
     with undisturbed(model):
         unmerged = Merging.none(model.config).asked_of(model.config)
@@ -209,7 +215,7 @@ def choose_merging(
         search = Search(model, batches, cost, shapes, ways, passes, log_file, merge_methods is None)
         finalists = search.run(*given)
         if not finalists:
-            raise _not_met(model.config, shapes, ways, given, cost)
+            raise _not_met(shapes, ways, given, cost)
         return replace(search.judged(finalists), seconds=time.perf_counter() - start)
 
 
@@ -303,35 +309,27 @@ class Search:
         """The best few within the budget; none if none is within it."""
         ratio = latency_ratio if flops_ratio is None else flops_ratio
         assert ratio is not None
-        # A budget of time is one for the batch that is given.
-        self.timed_rows = (
-            max(1, int(TIMED_PASSES * self.passes))
-            if latency_ratio is None
-            else len(next(iter(self.timed_batch.values())))
-        )
+        if latency_ratio is None:  # a budget of time is one for the batch that is given
+            (self.timed_batch,) = _first_rows([self.timed_batch], max(1, int(TIMED_PASSES * self.passes)))
         first_way, simple = self.ways[0], self._simplest_shape()
-        kept = {way.name: ratio for way in self.ways}
-        spread = self._ranked([self._member(shape, first_way, kept) for shape in self.shapes], 0.3, least=4)
-        matched = self._ranked(self._not_slow([self._member(simple, way, kept) for way in self.ways]), 0.2, least=4)
+        spread = self._ranked([_member(shape, first_way, ratio, self.cost) for shape in self.shapes], 0.3, least=4)
+        matched = self._ranked(
+            self._not_slow([_member(simple, way, ratio, self.cost) for way in self.ways]), 0.2, least=4
+        )
         shapes = [shape for shape in self.shapes if shape.name in _firsts(spread, 0)][:COMBINED]
         shapes += [] if simple in shapes else [simple]
         ways = [way for way in self.ways if way.name in _firsts(matched, 1)][:COMBINED]
         ways += [] if first_way in ways else [first_way]
-        if latency_ratio is not None:
-            kept = {way.name: self._flops_for(simple, way, latency_ratio) for way in ways}
-            ways = [way for way in ways if kept[way.name] > 0]
-        combined = [self._member(shape, way, kept) for shape, way in product(shapes, ways)]
+        # Of time, each way to match has a share of the FLOPs of its own.
+        shares = {way.name: self._flops_for(simple, way, latency_ratio) if latency_ratio else ratio for way in ways}
+        combined = [_member(shape, way, shares[way.name], self.cost) for shape, way in product(shapes, ways)]
         if self.with_groups:
-            groupings = [
-                self._grouped(shape, ratio if latency_ratio is None else kept[first_way.name]) for shape in shapes
-            ]
-            combined += [each for grouping in groupings for each in grouping]
+            combined += [each for shape in shapes for each in self._grouped(shape, shares[first_way.name])]
         ranked = self._ranked(combined, 0.25, least=8)
         improved = [self._improved(each) for each in ranked[:IMPROVED]]
         finalists = _distinct([*improved, *ranked])[:FINALISTS]
         # What needs no search is there to be compared with.
-        plain = self._member(simple, first_way, kept)
-        finalists = _distinct([*finalists, *([] if plain is None else [plain])])
+        finalists = _distinct([*finalists, _member(simple, first_way, shares[first_way.name], self.cost)])
         if latency_ratio is not None:
             finalists = _distinct([self._tightened(each, latency_ratio) for each in finalists])
         return finalists
@@ -356,10 +354,6 @@ class Search:
     def _simplest_shape(self) -> _Shape:
         return next((shape for shape in self.shapes if shape.name == DEFAULT_SCHEDULE), self.shapes[0])
 
-    def _member(self, shape: _Shape, way: _Way, kept: Mapping[str, float]) -> Candidate | None:
-        merging = weakest_member(shape.family(way.base), kept[way.name], self.cost)
-        return None if merging is None else Candidate(f"{shape.name}, {way.name}", merging, self.cost(merging))
-
     def _grouped(self, shape: _Shape, ratio: float) -> list[Candidate]:
         """Fixed groups in place of matching, which they save."""
         config = self.model.config
@@ -379,7 +373,7 @@ class Search:
 
     def _ranked(self, candidates: Sequence[Candidate | None], share: float, least: int) -> list[Candidate]:
         """By divergence on as many rows as a share of the passes affords, the least first."""
-        there = _distinct([each for each in candidates if each is not None])
+        there = _distinct(candidates)
         count = self._affordable(share, len(there), least)
         return sorted(there, key=lambda each: self._mean(each.merging, count))
 
@@ -473,7 +467,7 @@ class Search:
         """The share of the FLOPs at which this takes so much of the time; 0 if it never does."""
         ratio = latency_ratio
         for _ in range(TIGHTENED):
-            member = self._member(shape, way, {way.name: ratio})
+            member = _member(shape, way, ratio, self.cost)
             if member is None:
                 return 0.0
             taken = 1 / self._speedups([member])[0]
@@ -503,11 +497,9 @@ class Search:
             # Several processes would not measure the same, and have to choose the same.
             return [1.0] * len(candidates)
 
-        (batch,) = _first_rows([self.timed_batch], self.timed_rows)
-
         def run(merging: Merging) -> None:
             with merging.applied(self.model.config):
-                self.model(**batch)
+                self.model(**self.timed_batch)
 
         variants = [Merging.none(self.model.config), *(each.merging for each in candidates)]
         seconds = interleaved_seconds(run, variants, rounds)
@@ -529,42 +521,13 @@ class Search:
             partial_file.replace(self.log_file)
 
 
-def postponed(config: ToMePerceiverConfig, merging: Merging) -> Iterator[Family]:
-    """For each layer the schedules in which more latents stay there, and fewer, down to a floor, in those after it.
-
-    Args:
-        config: of the model.
-        merging: to start from.
-    """
-    left = merging.asked_of(config).latents_per_layer
-    for layer, here in enumerate(left):
-        reaching = left[layer - 1] if layer else config.num_latents
-        kept = min(reaching, math.ceil(here * STEP))
-        if kept > here:
-            yield family_of(config, merging, _capped_after(left, layer, kept), merging.num_blocks)
-
-
-def fewer(config: ToMePerceiverConfig, merging: Merging) -> Family:
-    """The schedules that leave a share of the latents that this one leaves, the same in every layer."""
-    left = merging.asked_of(config).latents_per_layer
-    return family_of(config, merging, lambda strength: [each * (1 - strength) for each in left], merging.num_blocks)
-
-
-def _capped_after(left: Sequence[int], layer: int, kept: int) -> Callable[[float], list[float]]:
-    def left_after(strength: float) -> list[float]:
-        cap = kept ** (1 - strength)
-        return [*left[:layer], kept, *(min(each, cap) for each in left[layer + 1 :])]
-
-    return left_after
-
-
 def _shapes(config: ToMePerceiverConfig, names: Sequence[str] | None, searching: bool) -> list[_Shape]:
     """The named ones; or all, and merging to a floor from each layer on, with all blocks and with fewer."""
     if names is None and not searching:
         names = [DEFAULT_SCHEDULE]
     if names is not None:
-        return [_Shape(name, partial(_named, config, name)) for name in names]
-    shapes = [_Shape(name, partial(_named, config, name)) for name in SCHEDULES]
+        return [_Shape(name, partial(named_family, config, name)) for name in names]
+    shapes = [_Shape(name, partial(named_family, config, name)) for name in SCHEDULES]
     shapes.sort(key=lambda shape: shape.name != DEFAULT_SCHEDULE)
     for num_blocks in range(config.num_blocks, 0, -1):
         layers = num_blocks * config.num_self_attends_per_block
@@ -572,22 +535,8 @@ def _shapes(config: ToMePerceiverConfig, names: Sequence[str] | None, searching:
         for start in _some(range(1, layers), STARTS) if num_blocks == config.num_blocks else [0]:
             blocks = "" if num_blocks == config.num_blocks else f" in {num_blocks} of {config.num_blocks} blocks"
             later = f" from layer {start}" if start else ""
-            shapes.append(_Shape(f"floor{later}{blocks}", partial(_floor_from, config, start, layers, num_blocks)))
+            shapes.append(_Shape(f"floor{later}{blocks}", partial(floor_from, config, start, layers, num_blocks)))
     return shapes
-
-
-def _named(config: ToMePerceiverConfig, name: str, base: Merging) -> Family:
-    return named_family(config, name, base)
-
-
-def _floor_from(config: ToMePerceiverConfig, start: int, layers: int, num_blocks: int, base: Merging) -> Family:
-    latents = config.num_latents
-    return family_of(
-        config,
-        base,
-        lambda strength: [latents] * start + [latents ** (1 - strength)] * (layers - start),
-        num_blocks,
-    )
 
 
 def _ways(
@@ -606,23 +555,13 @@ def _ways(
     ]
 
 
-def _only(
-    config: ToMePerceiverConfig,
-    shapes: Sequence[_Shape],
-    ways: Sequence[_Way],
-    ratio: float | None,
-    cost: CostRatio,
-) -> Candidate:
-    (shape,), (way,) = shapes, ways
-    assert ratio is not None
+def _member(shape: _Shape, way: _Way, ratio: float, cost: CostRatio) -> Candidate | None:
+    """The weakest of a shape that keeps to a share of the FLOPs; `None` if none does."""
     merging = weakest_member(shape.family(way.base), ratio, cost)
-    if merging is None:
-        raise _not_met(config, shapes, ways, (ratio, None), cost)
-    return Candidate(f"{shape.name}, {way.name}", merging, cost(merging))
+    return None if merging is None else Candidate(f"{shape.name}, {way.name}", merging, cost(merging))
 
 
 def _not_met(
-    config: ToMePerceiverConfig,
     shapes: Sequence[_Shape],
     ways: Sequence[_Way],
     given: tuple[float | None, float | None],

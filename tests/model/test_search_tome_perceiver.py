@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import search_tome_perceiver as search
-from budget_tome_perceiver import Merging, flops_ratios, named_family, undisturbed, weakest_member
+from budget_tome_perceiver import Merging, flops_ratios, named_family, postponed, undisturbed, weakest_member
 from cost_tome_perceiver import forward_cost
-from search_tome_perceiver import output_divergence, postponed
+from search_tome_perceiver import output_divergence
 from tests.support.tiny_models import repeat_latents, run, tiny_config, tiny_inputs, tiny_model
 
 HEAD = "ForSequenceClassification"
