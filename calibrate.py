@@ -31,9 +31,9 @@ from experiments.publishing.hub_arguments import HubArguments, check_push, open_
 from experiments.runs.calibrate import Calibration
 from experiments.runs.calibration_arguments import CalibrationArguments
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
-from experiments.runs.start import load, rehearsed
+from experiments.runs.start import load
 from experiments.training.model_arguments import ModelArguments
-from experiments.training.stage import check_sharding
+from experiments.training.stage import check_sharding, rehearse
 from experiments.training.trainer_arguments import TrainerArguments
 
 COMMIT_MESSAGE = "Checkpoint with fixed groups of latents"
@@ -54,7 +54,7 @@ def main() -> None:
     data.max_train_samples = min(groups.calibration_samples, data.max_train_samples or sys.maxsize)
     loaded = load(partial(load_sweep_task, data, model_args, training.seed), model_args, training)
     calibration = Calibration(model_args=model_args, data=data, groups=groups, training=training, loaded=loaded)
-    rehearsed(loaded, [training])
+    rehearse(loaded.model, loaded.prepared, [training])
     calibration.run()
     if repository is not None and training.should_save:
         print(push_checkpoint(repository, output_dir, COMMIT_MESSAGE, revision))

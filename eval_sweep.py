@@ -30,11 +30,11 @@ from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
 from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
-from experiments.runs.start import load, rehearsed
+from experiments.runs.start import load
 from experiments.runs.sweep import Sweep, push_sweep
 from experiments.runs.sweep_arguments import SweepArguments
 from experiments.training.model_arguments import ModelArguments
-from experiments.training.stage import RetrainArguments, check_sharding
+from experiments.training.stage import RetrainArguments, check_sharding, rehearse
 from experiments.training.trainer_arguments import TrainerArguments
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     retraining.check_elastic(None if retraining.retrain_epochs > 0 else "--retrain_epochs")
     repository = check_push(training, model_args.token)
     loaded = load(partial(load_sweep_task, data, model_args, training.seed), model_args, training)
-    rehearsed(loaded, retraining.stages(training), retraining.trainer_class)
+    rehearse(loaded.model, loaded.prepared, retraining.stages(training), retraining.trainer_class)
     sweep = Sweep(
         model_args=model_args,
         data=data,

@@ -19,6 +19,7 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import ForwardCost, forward_cost
 from experiments.files import write_text
 from experiments.measurement import describe_environment, environment_line
+from experiments.merging.arguments import spelled_r
 from experiments.publishing.schedule_picture import draw_schedule
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.tasks.base import Source
@@ -78,16 +79,12 @@ def metric_name(metric: str) -> str:
     return METRIC_NAMES.get(metric, metric.replace("_", " ").capitalize())
 
 
-def shown_r(r: R) -> str:
-    """`r` as on a command line."""
-    return ",".join(map(str, r)) if isinstance(r, list) else str(r)
-
-
 def results_table(measured: Sequence[Measured]) -> str:
     """A line for each row, a column for each metric, as value and standard error."""
     metrics = list(measured[0].scores)
     rows = [
-        (row.name, shown_r(row.r), *(with_error(*row.scores[metric], ".4f") for metric in metrics)) for row in measured
+        (row.name, spelled_r(row.r), *(with_error(*row.scores[metric], ".4f") for metric in metrics))
+        for row in measured
     ]
     return markdown_table(["", "r", *map(metric_name, metrics)], rows)
 
@@ -139,8 +136,8 @@ class WhatMerges:
         """What it saves, in words and as a picture, every setting, and the budget that these follow from."""
         config, (cost, unmerged) = self.config, (cost.total_with_matching for cost in self.costs)
         settings = {
-            "r": shown_r(config.r) if config.merge_groups is None else "fixed groups, `merge_groups`",
-            "latents left after each layer": shown_r(config.latents_per_layer),
+            "r": spelled_r(config.r) if config.merge_groups is None else "fixed groups, `merge_groups`",
+            "latents left after each layer": spelled_r(config.latents_per_layer),
             "merge_method": config.merge_method,
             "merge_metric": config.merge_metric,
             "proportional_attention": config.proportional_attention,
@@ -224,7 +221,7 @@ class Card:
                 dataset_config=self.source.config,
                 dataset_split=self.source.split,
                 metric_type=metric,
-                metric_name=f"{metric_name(metric)} (r={shown_r(row.r)}, {row.name})",
+                metric_name=f"{metric_name(metric)} (r={spelled_r(row.r)}, {row.name})",
                 metric_value=value,
                 metric_args={"r": row.r, "model": row.name, "standard_error": error},
             )

@@ -17,11 +17,11 @@ from experiments.merging.arguments import MergeArguments
 from experiments.publishing.hub import push_checkpoint
 from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.runs.finetune_stages import Run
-from experiments.runs.start import load, rehearsed
+from experiments.runs.start import load
 from experiments.tasks.base import Task
 from experiments.training.evaluation import predict_and_save
 from experiments.training.model_arguments import ModelArguments
-from experiments.training.stage import RetrainArguments, check_resume, check_sharding
+from experiments.training.stage import RetrainArguments, check_resume, check_sharding, rehearse
 from experiments.training.trainer_arguments import TrainerArguments
 
 COMMIT_MESSAGE = "Checkpoint with merged latents"
@@ -85,7 +85,7 @@ def run_experiment(experiment: Experiment) -> None:
     options = experiment.model.dataset_options()
     read = partial(experiment.load_task, experiment.data, training.do_predict, training.seed, evaluate, **options)
     loaded = load(read, experiment.model, training, experiment.merging.config_fields())
-    rehearsed(loaded, retraining.stages(training), retraining.trainer_class)
+    rehearse(loaded.model, loaded.prepared, retraining.stages(training), retraining.trainer_class)
     run = Run(
         model_args=experiment.model,
         data=experiment.data,

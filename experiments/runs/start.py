@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a script starts: its data are read, a model is loaded for them, and what would stop it later is tried first."""
+"""How a script starts: its data are read, and a model is loaded for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,6 @@ from transformers import TrainingArguments, set_seed
 from experiments.tasks.base import PreparedTask, Task
 from experiments.training.loading import load_model_and_task
 from experiments.training.model_arguments import ModelArguments
-from experiments.training.stage import rehearse
-from experiments.training.trainer import TaskTrainer
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 # FLOPs are for an input as long as the longest of so many evaluated ones.
@@ -58,15 +56,3 @@ def load(
         task = load_task()
     model, prepared = load_model_and_task(model_args, dict(merging or {}), task, training)
     return Loaded(task, prepared, model, (1, *prepared.batch(COUNTED_INPUTS)[task.input_name].shape[1:]))
-
-
-def rehearsed(
-    loaded: Loaded, stages: Sequence[TrainingArguments], trainer_class: Callable[..., TaskTrainer] = TaskTrainer
-) -> Loaded:
-    """The same, once what each stage of training needs has been made on trial.
-
-    Raises:
-        BadInput: for whatever would stop a later stage.
-    """
-    rehearse(loaded.model, loaded.prepared, stages, trainer_class)
-    return loaded
