@@ -4,12 +4,14 @@
 A GLUE task with a finetuned checkpoint, without training: what merges is chosen on unlabelled training samples so that
 a forward pass keeps to 0.6 of its FLOPs; it is evaluated unmerged and merged, and saved merged:
 
-  python run_glue.py --model_name_or_path outputs/mrpc --task_name mrpc --flops_ratio 0.6 --do_eval --output_dir out/06
+  python run_glue.py --model_name_or_path outputs/mrpc --task_name mrpc --flops_ratio 0.6 \\
+      --do_eval --output_dir outputs/mrpc-06
 
 Finetune a stock checkpoint unmerged (saved in OUTPUT_DIR/finetuned), merge and evaluate, retrain merged for 5 epochs:
 
-  python run_glue.py --model_name_or_path deepmind/language-perceiver --task_name mrpc --flops_ratio 0.6 \\
-      --do_train --do_eval --num_train_epochs 20 --retrain_epochs 5 --output_dir outputs/mrpc
+  python run_glue.py --model_name_or_path deepmind/language-perceiver --task_name mrpc \\
+      --flops_ratio 0.6 --do_train --do_eval --num_train_epochs 20 --retrain_epochs 5 \\
+      --output_dir outputs/mrpc
 
 As in the paper, with 8 latents merged in every layer: --r 8 in place of --flops_ratio 0.6.
 
@@ -22,11 +24,15 @@ arguments may stand in one file: python run_glue.py FILE.yaml (or .json). Killed
 from __future__ import annotations
 
 from experiments.errors import exit_on_bad_input
-from experiments.runs.finetune import Experiment, run_experiment
-from experiments.tasks.glue import GlueDataArguments, load_glue_task
+from experiments.help_page import show_kept_page
 
 
 def main() -> None:
+    show_kept_page(__file__)
+    # Here, and not above: they take seconds, in which Ctrl-C is to end in one line too.
+    from experiments.runs.finetune import Experiment, run_experiment
+    from experiments.tasks.glue import GlueDataArguments, load_glue_task
+
     run_experiment(Experiment.from_command_line(__doc__, GlueDataArguments, load_glue_task))
 
 

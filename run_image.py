@@ -4,14 +4,14 @@
 A finetuned checkpoint, without training: what merges is chosen on unlabelled training samples so that a forward pass
 keeps to 0.6 of its FLOPs; it is evaluated unmerged and merged, and saved merged:
 
-  python run_image.py --model_name_or_path outputs/fashion --dataset_name zalando-datasets/fashion_mnist \\
-      --flops_ratio 0.6 --do_eval --output_dir outputs/fashion-06
+  python run_image.py --model_name_or_path outputs/fashion \\
+      --dataset_name zalando-datasets/fashion_mnist --flops_ratio 0.6 --do_eval --output_dir outputs/fashion-06
 
 Finetune a stock checkpoint unmerged (saved in OUTPUT_DIR/finetuned), merge and evaluate, retrain merged for an epoch:
 
   python run_image.py --model_name_or_path deepmind/vision-perceiver-conv --ignore_mismatched_sizes \\
-      --dataset_name zalando-datasets/fashion_mnist --flops_ratio 0.6 --do_train --do_eval --num_train_epochs 2 \\
-      --retrain_epochs 1 --output_dir outputs/fashion
+      --dataset_name zalando-datasets/fashion_mnist --flops_ratio 0.6 --do_train --do_eval \\
+      --num_train_epochs 2 --retrain_epochs 1 --output_dir outputs/fashion
 
 As in the paper, with 8 latents merged in every layer: --r 8 in place of --flops_ratio 0.6.
 
@@ -24,11 +24,15 @@ arguments may stand in one file: python run_image.py FILE.yaml (or .json). Kille
 from __future__ import annotations
 
 from experiments.errors import exit_on_bad_input
-from experiments.runs.finetune import Experiment, run_experiment
-from experiments.tasks.images import ImageDataArguments, load_image_task
+from experiments.help_page import show_kept_page
 
 
 def main() -> None:
+    show_kept_page(__file__)
+    # Here, and not above: they take seconds, in which Ctrl-C is to end in one line too.
+    from experiments.runs.finetune import Experiment, run_experiment
+    from experiments.tasks.images import ImageDataArguments, load_image_task
+
     run_experiment(Experiment.from_command_line(__doc__, ImageDataArguments, load_image_task))
 
 

@@ -21,11 +21,15 @@ sentences is always the same, so that models can be compared token by token. Own
 from __future__ import annotations
 
 from experiments.errors import exit_on_bad_input
-from experiments.runs.finetune import Experiment, run_experiment
-from experiments.tasks.mlm import MlmDataArguments, load_mlm_task
+from experiments.help_page import show_kept_page
 
 
 def main() -> None:
+    show_kept_page(__file__)
+    # Here, and not above: they take seconds, in which Ctrl-C is to end in one line too.
+    from experiments.runs.finetune import Experiment, run_experiment
+    from experiments.tasks.mlm import MlmDataArguments, load_mlm_task
+
     run_experiment(Experiment.from_command_line(__doc__, MlmDataArguments, load_mlm_task))
 
 

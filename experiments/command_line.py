@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 import sys
-from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentTypeError
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,11 @@ from transformers.hf_argparser import string_to_bool
 
 from experiments.argument_file import ENDINGS, suggestion, words_of_file
 from experiments.errors import BadInput, naming
+from experiments.help_page import HelpFormatter
 
+WHAT_TO_RUN = "what to run"
+MORE = """--help_all lists all other arguments too. Each argument may also be a line of FILE.yaml or FILE.json; what \
+follows the file on the command line comes before it."""
 SECRETS = ("--token", "--hub_token", "--hub-token")
 
 
@@ -28,14 +32,59 @@ class Parser(HfArgumentParser):
     - what it refuses is a `BadInput`: one line, without the usage
     - numbers are finite, and -1e-3 is one; texts are not empty, as one is from a variable of the shell that is not set
     - a name that is not known comes with the one that may have been meant
+    - of a dataclass that has `in_help`, texts by heading and name, `--help` lists these alone; `--help_all` lists all
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, dataclass_types: tuple[type, ...], **kwargs: Any) -> None:
+        super().__init__(dataclass_types, **kwargs)
+        self.add_argument("--help_all", action=_HelpAll, nargs=0, default=SUPPRESS, dest=SUPPRESS)
         for kind, convert in ((int, _integer), (float, _number), (str, _text), (string_to_bool, _boolean)):
             self.register("type", kind, convert)
         # argparse takes -1 for a value, and -1e-3 for an argument.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|^-(inf|nan)$", re.IGNORECASE)
+
+    def format_help(self, everything: bool = False) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        formatter.add_text(self.description)
+        for heading, actions in self._sections(everything).items():
+            formatter.start_section(heading)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(None if everything else MORE)
+        return formatter.format_help()
+
+    def _sections(self, everything: bool) -> dict[str, list[Action]]:
+        """The arguments that are listed, by the heading that they stand under."""
+        chosen = {kind._argument_group_name: kind.in_help for kind in self.dataclass_types if hasattr(kind, "in_help")}
+        texts = {
+            name: text for in_help in chosen.values() for texts in in_help.values() for name, text in texts.items()
+        }
+        headings = {
+            name: heading for in_help in chosen.values() for heading, names in in_help.items() for name in names
+        }
+        titles = [group.title or "" for group in self._action_groups]
+        sections: dict[str, list[Action]] = {WHAT_TO_RUN: []}
+        for title in titles:
+            # A heading that is a group's title stands in that group's place.
+            for heading in chosen.get(title, [title]):
+                if heading not in titles or heading == title:
+                    sections[heading] = []
+        sections |= {title: [] for title in chosen}
+        for group in self._action_groups:
+            for action in group._group_actions:
+                if action.dest in ("help", SUPPRESS) or action.nargs == 0:  # --no_NAME is --NAME false
+                    continue
+                action.help = texts.get(action.dest, action.help)
+                sections[headings.get(action.dest, group.title or "")].append(action)
+        order = [*headings]
+        for actions in sections.values():
+            actions.sort(key=lambda action: order.index(action.dest) if action.dest in headings else -1)
+        return {
+            heading: actions
+            for heading, actions in sections.items()
+            if actions and (everything or heading not in chosen)
+        }
 
     def error(self, message: str) -> NoReturn:
         argument = re.match(r"argument (--\w+)[^:]*: (.*)", message, re.DOTALL)
@@ -88,7 +137,7 @@ def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]
         # A list of them all would be pages long and come before the description.
         usage="%(prog)s [FILE.yaml | FILE.json] [arguments]",
         description=description,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     words = sys.argv[1:]
@@ -125,6 +174,14 @@ def _parsed(parser: Parser, words: list[str]) -> tuple[Any, ...]:
     parser.refuse_unknown(parser.parse_known_args(words)[1])
     with naming("arguments", OSError, ValueError):
         return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+
+
+class _HelpAll(Action):
+    """Shows all there is."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+        print(parser.format_help(everything=True), end="")
+        sys.exit(0)
 
 
 def _integer(text: str) -> int:

@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import NoReturn
 
-import torch.distributed
-from tqdm import tqdm
-
 INTERRUPTED = 130
 # What the disk says to whoever writes.
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -109,15 +106,18 @@ def one_line(error: BaseException) -> str:
 def _exit(line: str, code: int) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         # A progress bar that was stopped leaves the cursor behind it; the line is one of its own.
-        tqdm.write(f"error: {line}", file=sys.stderr)
+        bars = sys.modules.get("tqdm")
+        write = print if bars is None else bars.tqdm.write
+        write(f"error: {line}", file=sys.stderr)
     _leave_processes()
     sys.exit(code)
 
 
 def _leave_processes() -> None:
     """Close the connections to other processes: one in four that exit with them open is aborted by their threads."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _report_fault(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -21,7 +21,7 @@ BRANCH = r"(?!.*\.\.)\w[\w./-]*(?<![./])"
 class HubArguments:
     """Pushing. What is pushed is on disk first, and goes in one commit for each checkpoint when all is done."""
 
-    _argument_group_name: ClassVar[str] = "pushing, beside --push_to_hub and --hub_model_id"
+    _argument_group_name: ClassVar[str] = "pushing to the Hub"
 
     push_only: bool = field(
         default=False,

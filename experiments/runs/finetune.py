@@ -61,8 +61,8 @@ class Experiment:
         Raises:
             BadInput: for values that cannot be meant.
         """
-        groups = (ModelArguments, MergeArguments, data_arguments, RetrainArguments, HubArguments, TrainerArguments)
-        model, merging, data, retraining, hub, training = parse_arguments(description, *groups)
+        groups = (ModelArguments, data_arguments, MergeArguments, TrainerArguments, RetrainArguments, HubArguments)
+        model, data, merging, training, retraining, hub = parse_arguments(description, *groups)
         return cls(model, merging, data, retraining, hub, training, load_task)
 
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -75,13 +76,49 @@ class TrainerArguments(TrainingArguments):
     """`TrainingArguments`.
 
     Modifications:
-    - `--help` lists them last, under a heading of their own
+    - `--help` lists those that are needed most, `--help_all` the rest
     - every mistake that the arguments alone show is a `BadInput`: values out of range, what is not for a Perceiver,
       what is not installed, a folder that cannot be written to
     - a warning if bfloat16 would be emulated
     """
 
-    _argument_group_name = "training and evaluation, as transformers' Trainer takes them"
+    _argument_group_name = "all others that transformers' Trainer takes"
+    in_help: ClassVar[dict[str, dict[str, str]]] = {
+        "what to run": {
+            "do_train": "Train.",
+            "do_eval": "Evaluate. With a budget and without --do_train: unmerged and merged, and save it merged.",
+            "do_predict": "Write a prediction for each test input.",
+            "output_dir": "Folder for the checkpoint, its card and all figures.",
+            "resume_from_checkpoint": "After a stop: 'last' goes on where training was, 'false' begins anew; or the "
+            "folder of a checkpoint.",
+        },
+        "training and evaluation": {
+            "num_train_epochs": "Epochs of training.",
+            "learning_rate": "Highest learning rate.",
+            "per_device_train_batch_size": "Inputs of a training step, on each device.",
+            "gradient_accumulation_steps": "Batches that make up one training step.",
+            "weight_decay": "Weight decay, of weights but not of biases and norms.",
+            "warmup_steps": "Steps in which the learning rate rises from 0; below 1: a share of all steps.",
+            "lr_scheduler_type": "How the learning rate falls: linear, cosine, constant, ...",
+            "seed": "Decides whatever is drawn.",
+            "bf16": "Train in bfloat16 mixed precision.",
+            "use_cpu": "Leave a GPU alone.",
+            "per_device_eval_batch_size": "Inputs evaluated at once, on each device.",
+            "eval_strategy": "When to evaluate while training.",
+            "save_strategy": "When to save checkpoints while training.",
+            "save_total_limit": "How many of these to keep; all if it is not given.",
+            "load_best_model_at_end": "End with the best evaluated checkpoint, not with the last one.",
+            "metric_for_best_model": "What is best: loss if it is not given, or a metric such as accuracy.",
+            "logging_steps": "Report the loss every so many steps; below 1: a share of all steps.",
+            "report_to": "Trackers to report to, such as wandb or tensorboard.",
+        },
+        "pushing to the Hub": {
+            "push_to_hub": "Push what is in --output_dir, in one commit, when all is done.",
+            "hub_model_id": "Repository, OWNER/NAME; named like --output_dir if it is not given.",
+            "hub_private_repo": "Whether a repository that has to be created is private: true or false.",
+            "hub_token": "Token to push with; that of `hf auth login` if it is not given.",
+        },
+    }
 
     def __post_init__(self) -> None:
         self._check_given()
