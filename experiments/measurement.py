@@ -101,6 +101,8 @@ def peak_memory_mb(run: Callable[[], object], model: nn.Module) -> float:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() / 1e6
+    # The profiler announces itself in lines of its own, unless told not to before it first runs.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with tempfile.TemporaryDirectory() as folder:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run()

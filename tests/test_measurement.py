@@ -58,6 +58,11 @@ def test_environment_names_the_versions():
     assert len(environment["date"]) == 10
 
 
+def test_the_profiler_behind_it_says_nothing(capfd):
+    peak_memory_mb(lambda: torch.ones(3) + 1, torch.nn.Linear(1, 1))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_peak_memory_is_what_is_held_at_once_and_the_models_own():
     """4 MB of weights, and of three tensors of 4 MB never more than two at once besides the input."""
     model = torch.nn.Linear(1000, 1000, bias=False)

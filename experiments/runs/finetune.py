@@ -21,6 +21,7 @@ from experiments.runs.start import load
 from experiments.tasks.base import Task
 from experiments.training.evaluation import predict_and_save
 from experiments.training.model_arguments import ModelArguments
+from experiments.training.progress import announce
 from experiments.training.stage import RetrainArguments, check_resume, check_sharding, rehearse
 from experiments.training.trainer_arguments import TrainerArguments
 
@@ -100,6 +101,7 @@ def run_experiment(experiment: Experiment) -> None:
     if training.do_eval:
         run.evaluate(trainer)
     if training.do_predict:
+        announce("predicting")
         predict_and_save(trainer, loaded.prepared, loaded.task.source.name)
     if experiment.leaves_checkpoint and trainer.is_world_process_zero():
         run.write_card()

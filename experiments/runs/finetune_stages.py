@@ -42,6 +42,7 @@ from experiments.training.output_folder import (
     note_content,
     read_note,
 )
+from experiments.training.progress import announce, say
 from experiments.training.stage import (
     RetrainArguments,
     check_begins,
@@ -182,9 +183,13 @@ class Run:
 
     def _merge(self, merging: MergeArguments, log_dir: Path | None) -> str:
         """Merge to the budget, and say by what."""
+        if log_dir is not None:
+            announce(f"choosing what merges: {merging.budget_line}")
         samples = partial(self.prepared.samples, batch_size=TIMED_INPUTS)
         choice = merging.resolve(self.model, samples, self.input_shape, log_dir)
         assert choice is not None
+        if log_dir is not None:
+            say(f"chosen: {choice.chosen.name}")
         return choice.chosen.name
 
     def train(self) -> TaskTrainer:
@@ -195,13 +200,17 @@ class Run:
                 self.model, self.prepared, training, self.output_dir, self.retraining.trainer_class, self.whole
             )
             if training.do_train:
+                elastic = ", for every r" if self.retraining.elastic else ""
+                announce(f"training{elastic or self._merged}")
                 train_and_save(trainer, resume)
             return trainer
         with Merging.of(self.model.config).by(0).applied(self.model.config):
             finetuning = task_trainer(
                 self.model, self.prepared, training, self.finetuned_dir, experiment=self.finetuning
             )
+            announce("finetuning, unmerged")
             train_and_save(finetuning, stage_resume(resume, self.finetuned_dir, self.output_dir))
+            announce("evaluating what was finetuned, unmerged")
             self.unmerged = evaluate_and_save(finetuning, self.prepared, "eval")
         if self.merging.has_budget:
             self._resolve()
@@ -212,20 +221,29 @@ class Run:
             self.model, self.prepared, arguments, self.output_dir, self.retraining.trainer_class, self.whole
         )
         if self.merging.merges or any(self.model.config.merge_schedule):
+            announce("evaluating the same, merged without retraining")
             evaluate_and_save(trainer, self.prepared, "merged", self.unmerged)
+        announce("retraining, for every r" if self.retraining.elastic else f"retraining{self._merged}")
         train_and_save(trainer, stage_resume(resume, self.output_dir, self.output_dir))
         return trainer
 
     def evaluate(self, trainer: TaskTrainer) -> None:
         """Evaluate what came out; with a budget and no training, unmerged too, and save it."""
         if self.saves_merged:
+            announce("evaluating, unmerged")
             with self.model.unmerged.applied(self.model.config):
                 self.unmerged = evaluate_and_save(trainer, self.prepared, "unmerged")
+        announce(f"evaluating{' what was retrained' if self.retrains else ''}{self._merged}")
         evaluate_and_save(trainer, self.prepared, "eval", self.unmerged)
         if self.saves_merged and self.writes:
             save_whole(self.output_dir, self.model.save_pretrained)
             save_whole(self.output_dir, self.prepared.processing_class.save_pretrained)
             note_content(self.output_dir, WEIGHTS, weights_fingerprint(self.model))
+
+    @property
+    def _merged(self) -> str:
+        """Whether anything merges, to be said after what is done."""
+        return ", merged" if Merging.of(self.model.config).merges(self._unmerged_config) else ", unmerged"
 
     @cached_property
     def measured(self) -> list[Measured]:

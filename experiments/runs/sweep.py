@@ -37,6 +37,7 @@ from experiments.training.identity import (
 from experiments.training.loading import load_config, load_model
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import CONFIG, START, check_disk_space, claim
+from experiments.training.progress import announce, results_line, say
 from experiments.training.stage import RetrainArguments, task_trainer, train_and_save
 
 PREDICTIONS = "predictions"
@@ -147,6 +148,7 @@ class Sweep:
             evaluation = evaluate(trainer, self.loaded.prepared, stage)
             row[stage] = scores(evaluation.metrics, stage) | self._change(evaluation, stage, variant, row)
             self.results.spend(f"evaluating {stage}", start)
+            say(f"{stage} {variant.name}: {results_line(stage, evaluation.metrics)}")
             if self.writes:
                 # A cell that is saved is not filled again, so what is done for it comes before.
                 if done is not None:
@@ -236,6 +238,7 @@ class Sweep:
         trainer = task_trainer(
             model, self.loaded.prepared, arguments, folder, self.retraining.trainer_class, experiment
         )
+        announce(f"retraining, {'for every row' if branch == ELASTIC else variant.name}")
         train_and_save(trainer, "last" if self.continued else None)
         self.results.spend("retraining", start)
         return trainer

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments.errors import Stopped
 from experiments.training.checkpoint import last_checkpoint, read_stamp, stamp
 from experiments.training.identity import Noted
+from experiments.training.progress import PrintedProgress, Progress, results_line, say
 
 
 class Diverged(Stopped):
@@ -30,6 +31,8 @@ class TaskTrainer(Trainer):
     - stamps each checkpoint with the experiment that it is of, see `experiments.training.checkpoint`
     - `train_loss` is the mean over all steps, also after a resume; upstream's is over those since
     - logs no gradient norm that is not finite, which would make `trainer_state.json` unreadable to other parsers
+    - says what a stage came to in one line, see `experiments.training.progress`; counts no FLOPs, which upstream gives
+      as 0 for a model that has inputs of another name
 
     Args:
         experiment: what decides the outcome of this training.
@@ -39,13 +42,18 @@ class TaskTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.experiment = experiment or {}
         self._loss_sum = 0.0
+        for upstreams, ours in ((ProgressCallback, Progress), (PrinterCallback, PrintedProgress)):
+            if self.pop_callback(upstreams) is not None:
+                self.add_callback(ours)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         stamped = {"loss_sum": 0.0} if resume_from_checkpoint is None else read_stamp(Path(resume_from_checkpoint))
         loss_sum = stamped.get("loss_sum")
         # NaN for a checkpoint that does not say: what is not known is left out of the figures.
         self._loss_sum = math.nan if loss_sum is None else loss_sum
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result.metrics.pop("total_flos", None)
+        return result
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -62,6 +70,10 @@ class TaskTrainer(Trainer):
             if not math.isfinite(logs.get(name, 0.0)):
                 del logs[name]
         super().log(logs, *args, **kwargs)
+
+    def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
+        if self.is_world_process_zero():
+            say(results_line(split, metrics))
 
     def check_weights(self) -> None:
         """Check that the weights are worth saving.

@@ -35,7 +35,8 @@ POLL = 0.005
 CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # What scripts import only when they get there.
 WARMED = (
-    "run_glue", "run_image", "run_mlm", "eval_sweep", "calibrate", "experiments.tasks.metric", "matplotlib.pyplot",
+    "experiments.runs.finetune", "experiments.runs.sweep", "experiments.runs.checkpoint_task", "calibrate",
+    "experiments.tasks.metric", "matplotlib.pyplot",
     "sklearn.metrics", "scipy.cluster.hierarchy", "pandas", "PIL.Image", "torch.profiler",
     "datasets.packaged_modules.parquet.parquet", "datasets.packaged_modules.csv.csv",
     "datasets.packaged_modules.imagefolder.imagefolder", "transformers.trainer", "accelerate",

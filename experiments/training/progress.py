@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says while it runs: its stages by name, one line for what each came to, and bars in between."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback
+from transformers.utils.logging import set_tqdm_hook
+
+# What says nothing of the model, or stands in a line elsewhere.
+NOT_SHOWN = re.compile(
+    r"_stderr|_change|runtime|_per_second|samples|preparation_time|flos|epoch|grad_norm|resumed_from"
+)
+# A bar of less is not worth a line.
+WORTH_A_BAR = 2.0
+
+
+def announce(stage: str) -> None:
+    """Say that a stage begins. Of several processes, the first one does."""
+    say(f"\n-- {stage}")
+
+
+def say(line: str) -> None:
+    """Write a line of its own, also while a bar is shown. Of several processes, the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
+def hide_short_bars() -> None:
+    """Hide transformers' bars of what is done at once: reading and writing a file of weights, of a Perceiver one."""
+    set_tqdm_hook(lambda make, args, kwargs: make(*args, **{"delay": WORTH_A_BAR} | kwargs))
+
+
+def results_line(split: str, metrics: Mapping[str, Any]) -> str:
+    """What a training or an evaluation came to: its figures with their errors, then how much was read in what time.
+
+    Args:
+        split: that the names of the figures begin with.
+        metrics: as Trainer gives them.
+    """
+    plain = {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
+    parts = [figures(plain)] if figures(plain) else []
+    for name, count in plain.items():
+        if not name.startswith("samples") or "per_second" in name:
+            continue
+        suffix = name.removeprefix("samples")
+        seconds = plain.get(f"runtime{suffix}")
+        read = f"{count:,} examples{suffix.replace('_', ' ')}"
+        if split == "train" and "epoch" in plain:
+            read += f", {plain['epoch']:g} epochs" if plain["epoch"] != 1 else ", 1 epoch"
+        if seconds is not None:
+            read += f", {seconds:.1f} s" if seconds < 60 else f", {timedelta(seconds=round(seconds))}"
+        parts.append(read)
+    return "; ".join(parts)
+
+
+def figures(plain: Mapping[str, Any]) -> str:
+    """Scores with their standard errors and, compared example by example, how they have changed, then losses."""
+    shown = []
+    for name, value in plain.items():
+        if NOT_SHOWN.search(name) or not isinstance(value, (int, float)):
+            continue
+        metric, suffix = re.fullmatch(r"(.+?)(_mm)?", name).groups("")  # type: ignore[union-attr]
+        errors = [plain.get(f"{metric}{change}{suffix}_stderr") for change in ("", "_change")]
+        changed = plain.get(f"{metric}_change{suffix}")
+        text = f"{name.replace('_', ' ')} {value:.4g}"
+        if errors[0] is not None:
+            text = f"{name.replace('_', ' ')} {value:.4f} ± {errors[0]:.4f}"
+        if changed is not None:
+            text += f" (change {changed:+.4f} ± {errors[1] or 0.0:.4f})"
+        shown.append(text)
+    return ", ".join(sorted(shown, key=lambda text: "loss" in text or "learning" in text))
+
+
+def step_line(logs: Mapping[str, Any]) -> str | None:
+    """What Trainer logs on the way, in a line; `None` for what is said when a stage ends."""
+    if "train_runtime" in logs:
+        return None
+    plain = {name.removeprefix("eval_"): value for name, value in logs.items()}
+    where = f"epoch {logs['epoch']:.4g}" if "epoch" in logs else ""
+    evaluated = ", evaluated" if any(name.startswith("eval_") for name in logs) else ""
+    return f"{where}{evaluated}: {figures(plain)}" if figures(plain) else None
+
+
+class Progress(ProgressCallback):
+    """transformers' `ProgressCallback`.
+
+    Modifications:
+    - bars have names, and go when they are done
+    - what is logged is a line to read, not a dictionary
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
+            self.training_bar.unit, self.training_bar.leave = "step", False
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+        if self.prediction_bar is not None and self.prediction_bar.leave:
+            self.prediction_bar.set_description("evaluating")
+            self.prediction_bar.unit, self.prediction_bar.leave = "batch", False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and (line := step_line(logs or {})) is not None:
+            say(line)
+
+
+class PrintedProgress(PrinterCallback):
+    """The same without bars."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and (line := step_line(logs or {})) is not None:
+            say(line)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says while it runs: a line for a stage, and no line that says nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.training.progress import announce, results_line, say, step_line
+from tests.support.script_run import run_script
+from tests.support.tiny_images import write_images, write_model_config
+
+TIMES = {"runtime": 2.25, "samples_per_second": 3.0, "model_preparation_time": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("split", "metrics", "line"),
+    [
+        (
+            "eval",
+            {"eval_loss": 0.25, "eval_f1": 0.5, "eval_f1_stderr": 0.125, "eval_samples": 1024},
+            "f1 0.5000 ± 0.1250, loss 0.25; 1,024 examples, 2.2 s",
+        ),
+        (
+            "merged",
+            {
+                "merged_combined_score": 0.5, "merged_combined_score_stderr": 0.1,
+                "merged_combined_score_change": -0.25, "merged_combined_score_change_stderr": 0.05, "merged_samples": 8,
+            },
+            "combined score 0.5000 ± 0.1000 (change -0.2500 ± 0.0500); 8 examples, 2.2 s",
+        ),
+        (
+            "train",
+            {"train_loss": 0.12345, "epoch": 3.0, "train_samples": 512, "train_resumed_from": "checkpoint-2"},
+            "loss 0.1235; 512 examples, 3 epochs, 2.2 s",
+        ),
+        ("predict", {"predict_samples": 8}, "8 examples, 2.2 s"),
+    ],
+)  # fmt: skip
+def test_a_stage_ends_in_its_figures_and_how_much_was_read(split, metrics, line):
+    times = {f"{split}_{name}": value for name, value in TIMES.items()}
+    assert results_line(split, metrics | times) == line
+
+
+def test_the_second_split_of_mnli_stands_beside_the_first():
+    metrics = {}
+    for suffix, value in (("", 0.5), ("_mm", 0.25)):
+        metrics |= {f"eval_accuracy{suffix}": value, f"eval_accuracy{suffix}_stderr": 0.1, f"eval_loss{suffix}": 1.0}
+        metrics |= {
+            f"eval_samples{suffix}": 8,
+            f"eval_runtime{suffix}": 3725.0,
+            f"eval_samples_per_second{suffix}": 1.0,
+        }
+        metrics |= {f"eval_accuracy_change{suffix}": 0.1, f"eval_accuracy_change{suffix}_stderr": 0.2}
+    metrics["eval_accuracy_mm_stderr"] = 0.1
+    assert results_line("eval", metrics) == (
+        "accuracy 0.5000 ± 0.1000 (change +0.1000 ± 0.2000), accuracy mm 0.2500 ± 0.1000 (change +0.1000 ± 0.2000), "
+        "loss 1, loss mm 1; 8 examples, 1:02:05; 8 examples mm, 1:02:05"
+    )
+
+
+@pytest.mark.parametrize(
+    ("logs", "line"),
+    [
+        ({"loss": 2.5, "grad_norm": 3.0, "learning_rate": 0.1, "epoch": 1}, "epoch 1: loss 2.5, learning rate 0.1"),
+        ({"eval_loss": 2.5, "eval_f1": 0.5, "eval_runtime": 1.0, "epoch": 1.0}, "epoch 1, evaluated: f1 0.5, loss 2.5"),
+        ({"train_runtime": 1.0, "train_loss": 2.0, "epoch": 1.0}, None),
+        ({"epoch": 1.0}, None),
+    ],
+)  # fmt: skip
+def test_what_is_logged_on_the_way_is_a_line(logs, line):
+    assert step_line(logs) == line
+
+
+def test_of_several_processes_the_first_one_speaks(capsys, monkeypatch):
+    announce("training")
+    monkeypatch.setenv("RANK", "1")
+    say("a line")
+    assert capsys.readouterr().out == "\n-- training\n"
+
+
+@pytest.mark.parametrize("bars", [(), ("--disable_tqdm", "true")])
+def test_every_line_of_a_run_says_something(tmp_path, bars):
+    """Stages by name, each once; no dictionary, no profiler, no figure that is always 0."""
+    data = write_images(tmp_path / "data", {"train": 16, "validation": 8})
+    run = run_script(
+        "run_image.py", "--config_name", write_model_config(tmp_path), "--dataset_name", data, "--r", 1,
+        "--do_train", "--do_eval", "--max_steps", 2, "--retrain_epochs", 1, "--logging_steps", 1, "--output_dir", tmp_path / "out", "--use_cpu",
+        *bars,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    stages = [line for line in run.stdout.splitlines() if line.startswith("-- ")]
+    assert stages == [
+        "-- finetuning, unmerged", "-- evaluating what was finetuned, unmerged",
+        "-- evaluating the same, merged without retraining", "-- retraining, merged",
+        "-- evaluating what was retrained, merged",
+    ]  # fmt: skip
+    assert not any(
+        noise in run.stdout + run.stderr for noise in ("USDT", "flos", "***", "{", "shards", "Loading weights")
+    )
+    assert not bars or "training:" not in run.stderr
