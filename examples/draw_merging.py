@@ -25,22 +25,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from datasets.features import Image, Value
 from PIL import Image as PilImage
-from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PerceiverTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import modeling_tome_perceiver as modeling
 from configuration_tome_perceiver import ToMePerceiverConfig
-from examples.merging_picture import Example, ImageExample, TextExample, draw_merging, pixel_grid, read_input
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
+from experiments.files import write_whole
 from experiments.merging.arguments import MergeArguments, apply_fields
 from experiments.tasks.reading import read_dataset
+from space.merging_picture import Example, draw_merging, image_example, shortened, text_example
 
 TEXT_CLASSES = ("ToMePerceiverForSequenceClassification", "ToMePerceiverForMaskedLM")
 IMAGE_CLASSES = (
@@ -50,8 +50,6 @@ IMAGE_CLASSES = (
 )
 # Where examples come from if --split is not given, as far as the dataset has it.
 SPLITS = ("validation", "test", "train")
-# Characters of a text that have no picture of their own.
-SPACES = {" ": "␣", "\n": "↵", "\t": "→", "\r": "↵"}
 
 
 @dataclass
@@ -94,12 +92,9 @@ def main() -> None:
     config = model.config
     with naming(f"--output_file {output_file}", OSError):
         output_file.parent.mkdir(parents=True, exist_ok=True)
-        draw_merging(
-            picture_title(arguments.model_name_or_path, config),
-            [config.num_latents, *config.latents_per_layer],
-            examples,
-            output_file,
-        )
+        title = picture_title(arguments.model_name_or_path, config)
+        figure = draw_merging(title, [config.num_latents, *config.latents_per_layer], examples)
+        write_whole(output_file, lambda partial: figure.savefig(partial, dpi=110, format="png"))
     print(output_file)
 
 
@@ -164,11 +159,8 @@ def image_examples(model: modeling.ToMePerceiverPreTrainedModel, arguments: Draw
     else:
         named = [(Path(path).name, read_image(path)) for path in arguments.images]
     for image_name, image in named:
-        pixel_values = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
         with naming(f"{image_name} as the image processor of {name} makes it", ValueError):
-            grid = pixel_grid(model, pixel_values)
-        pixels = visible_pixels(pixel_values[0].numpy(), processor)
-        yield ImageExample(image_name, pixels, grid, read_input(model, pixel_values))
+            yield image_example(model, processor, image_name, image)
 
 
 def read_image(path: str) -> PilImage.Image:
@@ -182,21 +174,13 @@ def read_image(path: str) -> PilImage.Image:
         return image.copy()
 
 
-def visible_pixels(pixel_values: np.ndarray, processor: BaseImageProcessor) -> np.ndarray:
-    """(height, width, 3) from 0 to 1: what the model is given, (3, height, width), before it was normalised."""
-    pixels = pixel_values.transpose(1, 2, 0)
-    if getattr(processor, "do_normalize", False):
-        pixels = pixels * np.array(processor.image_std) + np.array(processor.image_mean)
-    return pixels.clip(0, 1)
-
-
 def text_examples(model: modeling.ToMePerceiverPreTrainedModel, arguments: DrawArguments) -> Iterator[Example]:
     """The texts that the arguments mean, each read by the model.
 
     Raises:
         BadInput: for a tokenizer or texts that are not there.
     """
-    name, longest = arguments.model_name_or_path, model.config.max_position_embeddings
+    name = arguments.model_name_or_path
     if arguments.max_length < 3:
         raise BadInput(f"--max_length {arguments.max_length}: allowed is an integer of 3 or more")
     # With the config at hand: what looks for it itself asks whether to run the code that our checkpoints carry.
@@ -210,35 +194,7 @@ def text_examples(model: modeling.ToMePerceiverPreTrainedModel, arguments: DrawA
     for text in texts:
         if not text:
             raise BadInput("a text is empty; allowed are texts of one character or more")
-        # One text at a time, so that there is no padding.
-        encoded = tokenizer(text, truncation=True, max_length=min(arguments.max_length, longest), return_tensors="pt")
-        reading = read_input(model, encoded["input_ids"], encoded["attention_mask"])
-        yield TextExample(shortened(text), token_labels(tokenizer, encoded["input_ids"][0].tolist()), reading)
-
-
-def token_labels(tokenizer: Any, ids: list[int]) -> list[str]:
-    """What stands below the column of each token: for bytes their characters, one of several bytes at its first."""
-    tokens = tokenizer.convert_ids_to_tokens(ids)
-    if isinstance(tokenizer, PerceiverTokenizer):
-        tokens = byte_characters(tokens)
-    return ["".join(SPACES.get(character, character) for character in token) for token in tokens]
-
-
-def byte_characters(tokens: list[str]) -> list[str]:
-    """Tokens that are bytes, `chr(byte)`, as the characters that they spell in UTF-8; longer ones stay."""
-    labels, index = [], 0
-    while index < len(tokens):
-        first = ord(tokens[index]) if len(tokens[index]) == 1 else 0
-        # How many bytes a character has is in its first one.
-        length = 1 + (first >= 0xC2) + (first >= 0xE0) + (first >= 0xF0)
-        spelled = tokens[index : index + length]
-        if length > 1 and len(spelled) == length and all(len(token) == 1 for token in spelled):
-            character = bytes(map(ord, spelled)).decode("utf-8", errors="replace")
-            labels += [character[0], *[""] * (length - 1)]
-        else:
-            labels += spelled
-        index += length
-    return labels
+        yield text_example(model, tokenizer, text, arguments.max_length)
 
 
 def load_examples(arguments: DrawArguments, kind: type) -> tuple[Dataset, str]:
@@ -279,12 +235,6 @@ def picture_title(name: str, config: ToMePerceiverConfig) -> str:
         merging += f" ({config.merge_method})"
     model = Path(name).resolve().name if Path(name).is_dir() else name
     return f"{model}, {merging}: {config.latents_per_layer[-1]} of {config.num_latents} latents left"
-
-
-def shortened(text: str, length: int = 70) -> str:
-    """The beginning of a text, on one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
 if __name__ == "__main__":

@@ -91,32 +91,6 @@ def test_texts_of_a_dataset_are_drawn(inputs, tmp_path):
     assert_drawn(tmp_path / "picture.png")
 
 
-def test_the_image_shown_is_the_one_that_the_model_sees(script):
-    image = PilImage.linear_gradient("L").convert("RGB").resize((12, 12))
-    processor = PerceiverImageProcessorPil(do_center_crop=False, do_resize=False)
-    shown = script.visible_pixels(processor(image, return_tensors="np")["pixel_values"][0], processor)
-    assert abs(shown * 255 - image).max() < 1e-3
-
-
-@pytest.mark.parametrize(
-    ("text", "labels"),
-    [
-        ("a b\n", ["[CLS]", "a", "␣", "b", "↵", "[SEP]"]),
-        ("né€", ["[CLS]", "n", "é", "", "€", "", "", "[SEP]"]),
-        ("😀!", ["[CLS]", "😀", "", "", "", "!", "[SEP]"]),
-    ],
-)
-def test_every_byte_has_a_label(script, text, labels):
-    tokenizer = PerceiverTokenizer()
-    assert script.token_labels(tokenizer, tokenizer(text)["input_ids"]) == labels
-
-
-def test_a_character_cut_in_two_keeps_a_label_for_each_byte(script):
-    tokenizer = PerceiverTokenizer()
-    ids = tokenizer("n€", truncation=True, max_length=5)["input_ids"]
-    assert len(script.token_labels(tokenizer, ids)) == 5
-
-
 IMAGE_MODEL, TEXT_MODEL = "ForImageClassificationConvProcessing", "ForSequenceClassification"
 
 

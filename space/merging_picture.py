@@ -2,7 +2,8 @@
 """What the latents that are left read of an input, and a picture of it.
 
 Latents read the input once, in the encoder's cross-attention, and merge afterwards. So what a latent that is left
-reads is the mean of what the latents that it stands for read.
+reads is the mean of what the latents that it stands for read. The model is one of ours, of whichever copy of its code:
+this module imports nothing of the repository, so that the Space stands on its own.
 
 Letters: B batch, H heads, S positions of the input (pixels, bytes or tokens), N latents, M latents left.
 """
@@ -11,24 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import matplotlib
 import numpy as np
 import torch
-from torch import Tensor
-
-from experiments.files import write_whole
-from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
-
-matplotlib.use("Agg")  # there may be no screen
-from matplotlib import pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from PIL import Image as PilImage
+from torch import Tensor
+from transformers import BaseImageProcessor, PerceiverTokenizer, PreTrainedModel
 
 IMAGE_PANELS, TEXT_ROWS = 12, 24
 """Latents drawn of one input at most: a panel each for an image, a row each for a text."""
-LATENT_COLORS = np.array([plt.get_cmap("tab20")(index)[:3] for index in (*range(0, 20, 2), 1, 5)])
+LATENT_COLORS = np.array([matplotlib.colormaps["tab20"](index)[:3] for index in (*range(0, 20, 2), 1, 5)])
 LATENT_COLORS[7] = (1.0, 1.0, 0.2)  # in place of a grey one
 OTHER_COLOR = np.full(3, 0.55)
 # From nothing to opaque, so that the image shows where a latent reads little.
@@ -37,6 +34,8 @@ READING_COLORS = LinearSegmentedColormap.from_list(
 )
 # Colours run to this share of the cells drawn: a few strong ones would leave all the others pale.
 SHOWN_QUANTILE = 0.995
+# Characters of a text that have no picture of their own.
+SPACES = {" ": "␣", "\n": "↵", "\t": "→", "\r": "↵"}
 
 
 def latent_maps(cross_attention: Tensor, latent_sources: Tensor) -> Tensor:
@@ -94,7 +93,7 @@ class Reading:
 
 
 @torch.no_grad()
-def read_input(model: ToMePerceiverPreTrainedModel, inputs: Tensor, attention_mask: Tensor | None = None) -> Reading:
+def read_input(model: PreTrainedModel, inputs: Tensor, attention_mask: Tensor | None = None) -> Reading:
     """Run a model on one input.
 
     Args:
@@ -145,7 +144,7 @@ class PixelGrid:
 
 
 @torch.no_grad()
-def pixel_grid(model: ToMePerceiverPreTrainedModel, pixel_values: Tensor) -> PixelGrid:
+def pixel_grid(model: PreTrainedModel, pixel_values: Tensor) -> PixelGrid:
     """The grid of positions of a model for images.
 
     Args:
@@ -302,27 +301,85 @@ class TextExample:
         _attention_bar(figure, picture, panel, "attention")
 
 
-def draw_merging(title: str, latents_per_layer: Sequence[int], examples: Sequence[Example], path: Path) -> None:
-    """Draw the latents left after each layer, and below it what those at the end read of each example.
+def image_example(
+    model: PreTrainedModel, processor: BaseImageProcessor, name: str, image: PilImage.Image
+) -> ImageExample:
+    """An image as a model for image classification reads it.
+
+    Raises:
+        ValueError: for an image of a size that the model cannot read.
+    """
+    pixel_values = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    grid = pixel_grid(model, pixel_values)
+    return ImageExample(name, visible_pixels(pixel_values[0].numpy(), processor), grid, read_input(model, pixel_values))
+
+
+def text_example(model: PreTrainedModel, tokenizer: Any, text: str, max_length: int) -> TextExample:
+    """A text as a model for text reads it, cut to `max_length` tokens and to what the model has positions for."""
+    longest = min(max_length, model.config.max_position_embeddings)
+    # One text at a time, so that there is no padding.
+    encoded = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
+    reading = read_input(model, encoded["input_ids"], encoded["attention_mask"])
+    return TextExample(shortened(text), token_labels(tokenizer, encoded["input_ids"][0].tolist()), reading)
+
+
+def visible_pixels(pixel_values: np.ndarray, processor: BaseImageProcessor) -> np.ndarray:
+    """(height, width, 3) from 0 to 1: what the model is given, (3, height, width), before it was normalised."""
+    pixels = pixel_values.transpose(1, 2, 0)
+    if getattr(processor, "do_normalize", False):
+        pixels = pixels * np.array(processor.image_std) + np.array(processor.image_mean)
+    return pixels.clip(0, 1)
+
+
+def token_labels(tokenizer: Any, ids: list[int]) -> list[str]:
+    """What stands below the column of each token: for bytes their characters, one of several bytes at its first."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    if isinstance(tokenizer, PerceiverTokenizer):
+        tokens = byte_characters(tokens)
+    return ["".join(SPACES.get(character, character) for character in token) for token in tokens]
+
+
+def byte_characters(tokens: list[str]) -> list[str]:
+    """Tokens that are bytes, `chr(byte)`, as the characters that they spell in UTF-8; longer ones stay."""
+    labels, index = [], 0
+    while index < len(tokens):
+        first = ord(tokens[index]) if len(tokens[index]) == 1 else 0
+        # How many bytes a character has is in its first one.
+        length = 1 + (first >= 0xC2) + (first >= 0xE0) + (first >= 0xF0)
+        spelled = tokens[index : index + length]
+        if length > 1 and len(spelled) == length and all(len(token) == 1 for token in spelled):
+            character = bytes(map(ord, spelled)).decode("utf-8", errors="replace")
+            labels += [character[0], *[""] * (length - 1)]
+        else:
+            labels += spelled
+        index += length
+    return labels
+
+
+def shortened(text: str, length: int = 70) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 3]}..."
+
+
+def draw_merging(title: str, latents_per_layer: Sequence[int], examples: Sequence[Example]) -> Figure:
+    """The latents left after each layer, and below it what those at the end read of each example.
 
     Args:
         title: of the picture.
         latents_per_layer: N, then how many are left after each layer.
         examples: one or more.
-        path: of the PNG file, which is written whole or not at all.
     """
     head_height = 1.9
     width = max(example.size[0] for example in examples)
     heights = [head_height, *(example.size[1] for example in examples)]
-    figure = plt.figure(figsize=(width, sum(heights)), layout="constrained")
-    try:
-        parts = figure.subfigures(len(heights), 1, height_ratios=heights)
-        _draw_latents_left(parts[0], title, latents_per_layer)
-        for part, example in zip(parts[1:], examples, strict=True):
-            example.draw(part)
-        write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
-    finally:
-        plt.close(figure)
+    # Not by pyplot, which keeps figures for a screen and is for one thread only.
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights)
+    _draw_latents_left(parts[0], title, latents_per_layer)
+    for part, example in zip(parts[1:], examples, strict=True):
+        example.draw(part)
+    return figure
 
 
 def _draw_latents_left(figure: Any, title: str, latents_per_layer: Sequence[int]) -> None:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image as PilImage
+from transformers import PerceiverImageProcessorPil, PerceiverTokenizer
 
-from examples.merging_picture import (
+from space.merging_picture import (
     ImageExample,
     PixelGrid,
     Reading,
@@ -16,6 +17,8 @@ from examples.merging_picture import (
     latent_maps,
     pixel_grid,
     read_input,
+    token_labels,
+    visible_pixels,
 )
 from tests.support.tiny_models import IMAGE_HEADS, NUM_LATENTS, TEXT_HEADS, run, take_row, tiny_inputs, tiny_model
 
@@ -135,7 +138,32 @@ def test_any_number_of_latents_can_be_drawn(tmp_path, left):
         ImageExample("a wide image", torch.rand(2, 3, 3).numpy(), PixelGrid(2, 3, 1, 0), reading),
         TextExample("$a$ text", ["[CLS]", "$", "a", "$", "\\", "[SEP]"], reading),
     ]
-    draw_merging("a title", [left, left], examples, tmp_path / "picture.png")
+    draw_merging("a title", [left, left], examples).savefig(tmp_path / "picture.png")
     with PilImage.open(tmp_path / "picture.png") as picture:
         assert len(set(picture.convert("L").tobytes())) > 100
-    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_the_image_shown_is_the_one_that_the_model_sees():
+    image = PilImage.linear_gradient("L").convert("RGB").resize((12, 12))
+    processor = PerceiverImageProcessorPil(do_center_crop=False, do_resize=False)
+    shown = visible_pixels(processor(image, return_tensors="np")["pixel_values"][0], processor)
+    assert abs(shown * 255 - image).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("a b\n", ["[CLS]", "a", "␣", "b", "↵", "[SEP]"]),
+        ("né€", ["[CLS]", "n", "é", "", "€", "", "", "[SEP]"]),
+        ("😀!", ["[CLS]", "😀", "", "", "", "!", "[SEP]"]),
+    ],
+)
+def test_every_byte_has_a_label(text, labels):
+    tokenizer = PerceiverTokenizer()
+    assert token_labels(tokenizer, tokenizer(text)["input_ids"]) == labels
+
+
+def test_a_character_cut_in_two_keeps_a_label_for_each_byte():
+    tokenizer = PerceiverTokenizer()
+    ids = tokenizer("n€", truncation=True, max_length=5)["input_ids"]
+    assert len(token_labels(tokenizer, ids)) == 5
