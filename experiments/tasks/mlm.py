@@ -7,15 +7,18 @@ the vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification
@@ -27,10 +30,13 @@ from experiments.tasks.labels import listed
 from experiments.tasks.reading import TEXT_FORMATS, read_dataset, read_file
 from experiments.tasks.redrawn_examples import NextEpoch, RedrawnExamples
 from experiments.tasks.scores import NOT_ASKED
-from experiments.tasks.text import LABEL, TextDataArguments, TextTask, is_text
+from experiments.tasks.text import LABEL, Columns, TextDataArguments, TextTask, Tokens, is_text
 
 MODEL_CLASS = "ToMePerceiverForMaskedLM"
 SENTENCE = "sentence"
+# The column that is read alone, if there is one of this name, as by the official run_mlm.py.
+TEXT = "text"
+READ_AT_ONCE = 1000
 TRAIN, VALIDATION = "train", "validation"
 # Of the order of evaluated sentences and of what is hidden in them: the same for all models that are compared, whatever
 # they were trained with.
@@ -50,8 +56,8 @@ class MlmDataArguments(TextDataArguments):
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": f"Own data ({', '.join(TEXT_FORMATS)}): each line, or each text of any column but 'label', is a "
-            "sentence."
+            "help": f"Own data ({', '.join(TEXT_FORMATS)}), also beside --dataset_name: each line, or each text of "
+            "the column 'text' or, without one, of any but 'label', is a sentence."
         },
     )
     mlm_probability: float = field(
@@ -68,20 +74,22 @@ class MlmDataArguments(TextDataArguments):
         default=0.1, metadata={"help": "Masked language modelling: share of these that another token stands for."}
     )
     line_by_line: bool = field(
-        default=True, metadata={"help": "Masked language modelling: each line or sentence is an input of its own."}
+        default=True,
+        metadata={
+            "help": "Masked language modelling: each line or sentence is an input of its own. False: they are joined "
+            "in their order, the sentences of a row one after another, and cut to inputs of --max_seq_length."
+        },
     )
     validation_split_percentage: int = field(
         default=5,
         metadata={
             "help": "Masked language modelling: percentage of the sentences to evaluate on, if there is no validation "
-            "split."
+            "split; of joined lines it is the first ones."
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.line_by_line:
-            raise BadInput("--line_by_line False: allowed is True; lines are not joined to longer inputs here")
         if not 0 < self.validation_split_percentage < 100:
             raise BadInput(
                 f"--validation_split_percentage {self.validation_split_percentage}: allowed are the integers 1 to 99"
@@ -129,6 +137,8 @@ class MlmTask(TextTask):
                 "examples/train_tokenizer.py"
             )
         tokens = self.tokens(config, processing_class)
+        if not self.arguments.line_by_line:
+            tokens = self._drawn(tokens, seed)
         masking, once = (Masking(processing_class, self.arguments) for _ in range(2))
         once.reseed(EVALUATION_SEED)
 
@@ -148,6 +158,50 @@ class MlmTask(TextTask):
             callbacks=[NextEpoch(train)],
             reduce_logits=likeliest_tokens,
         )
+
+    def tokenizing(self, tokenizer: Any, length: int, label_ids: Sequence[int]) -> Callable[[Columns], Columns]:
+        """Each sentence an input, or all of them joined to inputs that are as long as they may be."""
+        if self.arguments.line_by_line:
+            return super().tokenizing(tokenizer, length, label_ids)
+        return _joining(tokenizer, length)
+
+    def _drawn(self, tokens: Tokens, seed: int) -> Tokens:
+        """As many inputs of joined lines as are asked for, once it is known what they are.
+
+        Raises:
+            BadInput: if there are none.
+        """
+        count = {TRAIN: self.arguments.max_train_samples, VALIDATION: self.arguments.max_eval_samples}
+        splits = {TRAIN: tokens.train, VALIDATION: tokens.evaluation[""]}
+        for role, split in splits.items():
+            if not len(split):
+                raise BadInput(
+                    f"{self.source.argument}: has fewer tokens for '{role}' than an input of joined lines; allowed are "
+                    "more text, a smaller --max_seq_length, or --line_by_line"
+                )
+        train = first_shuffled(splits[TRAIN], count[TRAIN], seed)
+        return replace(
+            tokens,
+            train=train,
+            evaluation={"": first_shuffled(splits[VALIDATION], count[VALIDATION], EVALUATION_SEED)},
+        )
+
+
+def _joining(tokenizer: Any, length: int) -> Callable[[Columns], Columns]:
+    """From a batch of lists of sentences to inputs of `length` tokens, with special tokens around each sentence.
+
+    What is left of a batch at its end is dropped, as by the official run_mlm.py.
+    """
+    tokenizer(["a"])  # as in `experiments.tasks.text`
+
+    def join(batch: Columns) -> Columns:
+        sentences = [sentence for line in batch["sentence"] for sentence in line]
+        # Which are not too long: they are cut below.
+        ids = list(chain.from_iterable(tokenizer(sentences, verbose=False)["input_ids"]))
+        rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+        return {"input_ids": rows, "attention_mask": [[1] * length for _ in rows]}
+
+    return join
 
 
 class Masking:
@@ -227,16 +281,35 @@ def load_mlm_task(
     if predict:
         raise BadInput("--do_predict: allowed for classification; masked language models take --do_train and --do_eval")
     pools, source = _load_splits(arguments, download)
-    train, evaluated = (_distinct(pools[role]) for role in (TRAIN, VALIDATION))
+    lines, places = {}, {}
+    for role, pool in pools.items():
+        lines[role] = _lines(pool, arguments)
+        places[role] = _distinct(lines[role])
+    train, evaluated = places[TRAIN], places[VALIDATION]
     if not pools[VALIDATION]:
-        count = len(train) * arguments.validation_split_percentage // 100
-        evaluated = dict(random.Random(EVALUATION_SEED).sample(list(train.items()), count))
-    trained = {key: sentence for key, sentence in train.items() if key not in evaluated}
+        lines[VALIDATION] = lines[TRAIN]
+        held_out = len(train) * arguments.validation_split_percentage // 100
+        chosen = random.Random(EVALUATION_SEED).sample(list(train), held_out) if arguments.line_by_line else train
+        evaluated = {key: train[key] for key in islice(chosen, held_out)}
+    seen = {sentence for line in evaluated for sentence in line}
+    trained = {line: place for line, place in train.items() if seen.isdisjoint(line)}
+    selected = {}
+    for role, chosen_places, count, drawn in (
+        (TRAIN, trained, arguments.max_train_samples, seed),
+        (VALIDATION, evaluated, arguments.max_eval_samples, EVALUATION_SEED),
+    ):
+        if not chosen_places:
+            raise BadInput(
+                f"{source.argument}: has no sentences for '{role}'; allowed is text, and not only duplicates of it"
+            )
+        selected[role] = lines[role].select(list(chosen_places.values()))
+        if arguments.line_by_line:
+            selected[role] = first_shuffled(selected[role], count, drawn)
     return MlmTask(
         source=source,
         labels=[],
-        train=_shuffled(trained, TRAIN, arguments.max_train_samples, seed, source.argument),
-        evaluation={"": _shuffled(evaluated, VALIDATION, arguments.max_eval_samples, EVALUATION_SEED, source.argument)},
+        train=selected[TRAIN],
+        evaluation={"": selected[VALIDATION]},
         prediction={},
         main_metric="accuracy",
         arguments=arguments,
@@ -248,8 +321,10 @@ def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple
     """The splits to train on and those to evaluate on, which may be none."""
     configs, anew = arguments.dataset_config_name, arguments.overwrite_cache
     pools: dict[str, list[Dataset]] = {TRAIN: [], VALIDATION: []}
+    sources = []
     if arguments.dataset_name is not None:
         source = Source.of_dataset(arguments.dataset_name, configs, VALIDATION)
+        sources.append(source)
         for config in [None] if configs is None else configs.split(","):
             splits = read_dataset(source.argument, arguments.dataset_name, config, anew, **download)
             if TRAIN not in splits:
@@ -257,26 +332,66 @@ def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple
             for role, pool in pools.items():
                 # MNLI has two to validate on.
                 pool += [split for name, split in splits.items() if name.partition("_")[0] == role]
-        return pools, source
-    if arguments.train_file is None:
-        raise BadInput("--train_file: not given; allowed are --dataset_name, or a file of one's own")
-    source = Source(f"--train_file {arguments.train_file}", Path(arguments.train_file).stem)
+    if arguments.train_file is not None:
+        sources.append(Source(f"--train_file {arguments.train_file}", Path(arguments.train_file).stem))
+    if not sources:
+        raise BadInput("--train_file: not given; allowed are --dataset_name, a file of one's own, or both")
     for role, path in ((TRAIN, arguments.train_file), (VALIDATION, arguments.validation_file)):
         if path is not None:
             pools[role].append(read_file(f"--{role}_file {path}", path, anew, **download))
-    return pools, source
+    return pools, sources[0]
 
 
-def _distinct(splits: list[Dataset]) -> dict[str, str]:
-    """The sentences of all columns of text, by what tells them apart: their letters and digits, in any case."""
-    columns = (split[name] for split in splits for name in split.column_names if name != LABEL and is_text(split, name))
-    sentences = (sentence.strip() for column in columns for sentence in column if sentence is not None)
-    return {re.sub(r"\W+", "", sentence).casefold() or sentence: sentence for sentence in sentences if sentence}
+def _lines(splits: list[Dataset], arguments: MlmDataArguments) -> Dataset:
+    """All text as `datasets` keeps it on disk, in the column `sentence`: a sentence in each row, those of one column
+    after those of another; for lines to be joined, the list of the sentences of each row of the splits."""
+    joined, found = not arguments.line_by_line, []
+    for split in splits:
+        columns = [name for name in split.column_names if name != LABEL and is_text(split, name)]
+        if TEXT in columns:
+            columns = [TEXT]
+        for read in [columns] if joined else [[name] for name in columns]:
+            found.append(
+                split.map(
+                    _reading(read, joined),
+                    batched=True,
+                    remove_columns=split.column_names,
+                    features=Features({SENTENCE: List(Value("string")) if joined else Value("string")}),
+                    load_from_cache_file=not arguments.overwrite_cache,
+                    desc="Reading sentences",
+                )
+            )
+    return concatenate_datasets(found) if found else Dataset.from_dict({SENTENCE: []})
 
 
-def _shuffled(sentences: dict[str, str], role: str, count: int | None, seed: int, argument: str) -> Dataset:
-    """The first few in an order in which all configurations are mixed."""
-    if not sentences:
-        raise BadInput(f"{argument}: has no sentences for '{role}'; allowed is text, and not only duplicates of it")
-    texts = random.Random(seed).sample(list(sentences.values()), len(sentences))
-    return Dataset.from_dict({SENTENCE: texts[:count]})
+def _reading(columns: list[str], joined: bool) -> Callable[[dict[str, list]], dict[str, list]]:
+    """From a batch of rows to one of those that have any text in these columns, see `_lines`."""
+
+    def read(batch: dict[str, list]) -> dict[str, list]:
+        rows = (
+            [sentence.strip() for sentence in row if sentence is not None and sentence.strip()]
+            for row in zip(*(batch[name] for name in columns), strict=True)
+        )
+        return {"sentence": [row if joined else row[0] for row in rows if row]}
+
+    return read
+
+
+def _distinct(lines: Dataset) -> dict[tuple[bytes, ...], int]:
+    """Where a line stands, by what tells its sentences apart: a digest of their letters and digits, in any case.
+
+    Of several alike, the place of the last, in the order of the first.
+    """
+    batches = lines.iter(READ_AT_ONCE) if len(lines) else ()
+    read = ([line] if isinstance(line, str) else line for batch in batches for line in batch[SENTENCE])
+    return {tuple(map(_letters, sentences)): place for place, sentences in enumerate(read)}
+
+
+def _letters(sentence: str) -> bytes:
+    letters = re.sub(r"\W+", "", sentence).casefold() or sentence
+    return hashlib.blake2b(letters.encode(errors="surrogatepass"), digest_size=8).digest()
+
+
+def first_shuffled(examples: Dataset, count: int | None, seed: int) -> Dataset:
+    """The first few in an order in which all of them are mixed; all of them if `count` is `None`."""
+    return examples.select(random.Random(seed).sample(range(len(examples)), len(examples))[:count])

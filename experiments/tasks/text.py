@@ -18,6 +18,7 @@ from experiments.tasks.reading import TABLE_FORMATS, ending
 
 LABEL = "label"
 """The column with a class or a number for each example."""
+Columns = dict[str, list]
 
 
 @dataclass
@@ -107,9 +108,7 @@ class TextTask(Task):
         _check_tokenizer(tokenizer, config)
         length = self._length(tokenizer, config)
         tokenizer.model_max_length = config.max_position_embeddings
-        tokenize = _tokenizing(
-            tokenizer, self.sentence_columns, length, pad=self.arguments.pad_to_max_length, label_ids=label_ids
-        )
+        tokenize = self.tokenizing(tokenizer, length, label_ids)
 
         def tokenized(split: Dataset, description: str) -> Dataset:
             return split.map(
@@ -125,6 +124,11 @@ class TextTask(Task):
             evaluation={suffix: tokenized(split, f"eval{suffix}") for suffix, split in self.evaluation.items()},
             prediction={suffix: tokenized(split, f"predict{suffix}") for suffix, split in self.prediction.items()},
         )
+
+    def tokenizing(self, tokenizer: Any, length: int, label_ids: Sequence[int]) -> Callable[[Columns], Columns]:
+        """What makes inputs of at most `length` tokens, for `datasets` to map with: see `tokens`."""
+        pad = self.arguments.pad_to_max_length
+        return _tokenizing(tokenizer, self.sentence_columns, length, pad=pad, label_ids=label_ids)
 
     def _length(self, tokenizer: Any, config: ToMePerceiverConfig) -> int:
         """How many tokens an input may have."""
@@ -159,7 +163,7 @@ def _check_tokenizer(tokenizer: Any, config: ToMePerceiverConfig) -> None:
 
 def _tokenizing(
     tokenizer: Any, sentence_columns: Sequence[str], length: int, pad: bool, label_ids: Sequence[int]
-) -> Callable[[dict[str, list]], dict[str, list]]:
+) -> Callable[[Columns], Columns]:
     """From a batch of columns to one of tokens and labels; `datasets` knows it by its code and by what it closes over.
 
     Args:
@@ -167,15 +171,13 @@ def _tokenizing(
         length: at which inputs are cut.
         pad: whether all are padded to it.
     """
+    how = {"truncation": True, "max_length": length, "padding": "max_length" if pad else False}
+    # A fast tokenizer carries how it was called last, by which `datasets` would not know it again when something has
+    # been tokenized in between.
+    tokenizer(*(["a"] for _ in sentence_columns), **how)
 
-    def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        tokens = tokenizer(
-            *(batch[column] for column in sentence_columns),
-            truncation=True,
-            max_length=length,
-            padding="max_length" if pad else False,
-            return_attention_mask=True,
-        )
+    def tokenize(batch: Columns) -> Columns:
+        tokens = tokenizer(*(batch[column] for column in sentence_columns), return_attention_mask=True, **how)
         columns = {name: tokens[name] for name in ("input_ids", "attention_mask")}
         if LABEL in batch:
             columns[LABELS] = [label_ids[label] if label_ids else float(label) for label in batch[LABEL]]

@@ -158,7 +158,6 @@ MISTAKES: dict[str, dict[str, str]] = {
         MLM: """
             --mlm_probability often
             --validation_split_percentage 5.5
-            --no_line_by_line =>> line_by_line False
         """,
         SWEEP: """
             --r one
@@ -272,7 +271,6 @@ MISTAKES: dict[str, dict[str, str]] = {
         MLM: """
             --do_predict
             --task_name sst2 =>> --task_name
-            --line_by_line false
         """,
         SWEEP: """
             --elastic

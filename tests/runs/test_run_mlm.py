@@ -90,6 +90,21 @@ def test_the_card_says_what_was_measured_and_shows_code_that_runs(trained):
     assert pipe(f"bbbbb{pipe.tokenizer.mask_token}bbbbb")[0]["token_str"] == "b"
 
 
+def test_joined_lines(data, tmp_path):
+    """As many tokens in each input, so as many in each step; a sweep evaluates the same."""
+    config = write_model_config(tmp_path, architectures=["PerceiverForMaskedLM"])
+    packed = (*data, "--line_by_line", "False", "--max_seq_length", 20)
+    call_script(
+        "run_mlm.py", "--config_name", config, *packed, *TRAINING, "--max_steps", 2, "--output_dir", tmp_path / "out"
+    )
+    call_script(
+        "eval_sweep.py", "--model_name_or_path", tmp_path / "out", *packed, "--r", 0, "--timing_rounds", 1, "--use_cpu",
+        "--output_dir", tmp_path / "sweep",
+    )  # fmt: skip
+    row = json.loads((tmp_path / "sweep" / "sweep_results.json").read_text())["rows"][0]
+    assert row["merged"]["accuracy"] == pytest.approx(results(tmp_path / "out")["eval_accuracy"])
+
+
 def test_a_sweep_compares_sentence_by_sentence(trained, data, tmp_path):
     """Merging nothing changes nothing; each row is of the same masked tokens."""
     call_script(
@@ -143,7 +158,6 @@ def test_a_stock_checkpoint_is_evaluated_merged(data, tmp_path):
     ("arguments", "says"),
     [
         (("--mlm_probability", 0), ("--mlm_probability 0", "above 0")),
-        (("--no_line_by_line",), ("--line_by_line False",)),
         (("--dataset_config_name", "one,three"), ("--dataset_name", "three")),
         (("--task_name", "sst2"), ("--task_name: there is no such argument",)),
         (("--do_predict",), ("--do_predict",)),

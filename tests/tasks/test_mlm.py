@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PerceiverTokenizer
+from transformers import EvalPrediction, PerceiverTokenizer, PreTrainedTokenizerFast
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
@@ -192,6 +195,80 @@ def test_a_model_from_scratch_decodes_no_more_positions_than_are_read(folder):
         assert (config.max_position_embeddings, config.vocab_size) == (positions, len(TOKENIZER))
 
 
+def test_a_column_of_the_name_text_is_read_alone(tmp_path):
+    path = str(write_table(tmp_path / "own.csv", {"source": ["news", "novel"], "text": ["aa", "bb"]}))
+    task = load_mlm_task(MlmDataArguments(train_file=path, validation_split_percentage=50), predict=False, seed=0)
+    assert sorted([*task.train["sentence"], *task.evaluation[""]["sentence"]]) == ["aa", "bb"]
+
+
+def test_a_dataset_and_files_beside_it_are_one_pool(folder, tmp_path):
+    own = {role: str(write_table(tmp_path / f"{role}.csv", {"t": [f"own {role}"]})) for role in ("train", "validation")}
+    task = loaded(folder, **{f"{role}_file": path for role, path in own.items()})
+    assert "own train" in task.train["sentence"] and "own validation" in task.evaluation[""]["sentence"]
+    assert len(task.train) == 111 - 38 + 1 and task.source.dataset == Path(folder).name
+
+
+def joined(tmp_path, length: int = 10, **given: object) -> MlmTask:
+    columns = {
+        "train": {"first": ["ab", "cde", None, "ab", "f"], "second": ["xy", " ", "z", "xy", "held"]},
+        "validation": {"first": ["held", "out"], "second": ["ghijk", "lmno"]},
+    }
+    paths = {f"{role}_file": str(write_table(tmp_path / f"{role}.parquet", columns[role])) for role in columns}
+    arguments = MlmDataArguments(**paths, line_by_line=False, max_seq_length=length, **given)
+    return load_mlm_task(arguments, predict=False, seed=0)
+
+
+def test_lines_are_joined_with_special_tokens_around_each_and_cut(tmp_path):
+    """The sentences of a row follow one another, rows stay in their order, and what is alike comes once; a row of which
+    a sentence is evaluated is not trained on. What does not fill an input is dropped."""
+    tokens = joined(tmp_path, length=7).tokens(CONFIG, TOKENIZER)
+    sentences = ["ab", "xy", "cde", "z"]
+    ids = [token for sentence in sentences for token in TOKENIZER(sentence)["input_ids"]]
+    assert tokens.train["input_ids"] == [ids[:7], ids[7:14]] and len(ids) == 16
+    assert set(tokens.train.column_names) == {"input_ids", "attention_mask"}
+    assert [sum(mask) for mask in tokens.train["attention_mask"]] == [7, 7]
+
+
+def test_samples_are_inputs_of_joined_lines(tmp_path):
+    sight = prepared(joined(tmp_path, length=7, max_train_samples=1, max_eval_samples=2, mlm_probability=1.0))
+    assert (len(sight.train), len(sight.evaluation[""])) == (1, 2)
+    example = sight.train[0]
+    special = [TOKENIZER.cls_token_id, TOKENIZER.sep_token_id]
+    assert not set(example["labels"].tolist()) & set(special)  # in the middle of an input too
+
+
+def test_joined_lines_that_fill_no_input(tmp_path):
+    with pytest.raises(BadInput, match="train.parquet.*'train'.*--max_seq_length"):
+        prepared(joined(tmp_path, length=20))
+
+
+@pytest.mark.parametrize("line_by_line", [True, False])
+def test_tokens_are_cached_on_disk_by_all_that_changes_them(folder, line_by_line):
+    """Also where one split is read from the cache and the next one is not: a fast tokenizer changes as it is used."""
+
+    def files(tokenizer, **given: object) -> list[str]:
+        task = loaded(folder, line_by_line=line_by_line, **{"max_seq_length": 9} | given)
+        tokens = task.tokens(CONFIG, tokenizer)
+        return [each["filename"] for split in (tokens.evaluation[""], tokens.train) for each in split.cache_files]
+
+    fast, other = (fast_tokenizer(letters) for letters in ("abc", "cba"))
+    first = files(fast)
+    written = [Path(file).stat().st_mtime_ns for file in first]
+    fast(["a"], truncation=True, max_length=3, padding="max_length")
+    assert files(fast) == first == files(fast_tokenizer("abc"))
+    assert [Path(file).stat().st_mtime_ns for file in first] == written
+    for changed in (files(other), files(fast, max_seq_length=8), files(TOKENIZER)):
+        assert set(changed).isdisjoint(first)
+
+
+def fast_tokenizer(letters: str) -> PreTrainedTokenizerFast:
+    tokens = ["[PAD]", "[UNK]", "[MASK]", *letters]
+    tokenizer = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]"
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -199,7 +276,6 @@ def test_a_model_from_scratch_decodes_no_more_positions_than_are_read(folder):
         ({"mlm_probability": 1.1}, ["--mlm_probability 1.1", "up to 1"]),
         ({"mask_replace_prob": -0.1}, ["--mask_replace_prob -0.1", "0 or more"]),
         ({"mask_replace_prob": 0.8, "random_replace_prob": 0.3}, ["--mask_replace_prob 0.8", "at most 1"]),
-        ({"line_by_line": False}, ["--line_by_line False", "True"]),
         ({"validation_split_percentage": 100}, ["--validation_split_percentage 100", "1 to 99"]),
         ({"max_seq_length": 0}, ["--max_seq_length 0"]),
     ],
