@@ -158,8 +158,9 @@ def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]
 
 
 def shown_command() -> str:
-    """The command line that is running, to be written down: without the tokens in it."""
-    words = ["python", *sys.argv]
+    """The command line that is running, to be written down: without the tokens in it, and without where on this
+    machine things are: a path that is not below the current folder is shown by its last name."""
+    words = ["python", *(_placeless(word) for word in sys.argv)]
     for index, word in enumerate(words):
         option, equals, _ = word.partition("=")
         if option in SECRETS:
@@ -168,6 +169,14 @@ def shown_command() -> str:
             elif index + 1 < len(words):
                 words[index + 1] = "..."
     return shlex.join(words)
+
+
+def _placeless(word: str) -> str:
+    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    return option + equals + (str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name)
 
 
 def _parsed(parser: Parser, words: list[str]) -> tuple[Any, ...]:

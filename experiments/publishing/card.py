@@ -13,12 +13,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+from yaml import YAMLError
 
 from budget_tome_perceiver import Merging
 from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import ForwardCost, forward_cost
 from experiments.files import write_text
-from experiments.measurement import describe_environment, environment_line
+from experiments.measurement import Quartiles, describe_environment, environment_line
 from experiments.merging.arguments import spelled_r
 from experiments.publishing.schedule_picture import draw_schedule
 from experiments.publishing.tables import markdown_table, with_error
@@ -39,7 +41,13 @@ PIPELINE_INPUTS = {
     "image-classification": '"picture.png"',
     "fill-mask": 'f"a {pipe.tokenizer.mask_token}."',
 }
-SET_R = "model.r = 0  # merge nothing; any other r works too, without reloading"
+# What makes a model's inputs of such a thing: its Auto class, what it is called, and what it is given.
+PROCESSORS = {
+    "text-classification": ("AutoTokenizer", "tokenizer", '"a sentence"'),
+    "image-classification": ("AutoImageProcessor", "image_processor", 'Image.open("picture.png").convert("RGB")'),
+    "fill-mask": ("AutoTokenizer", "tokenizer", 'f"a {tokenizer.mask_token}."'),
+}
+SET_R = "model.r = 0  # or merge nothing; any other r works too, without reloading"
 # What `Card.usage` writes.
 LOADED_FROM = re.compile(r'(pipeline\("[a-z-]+", |\.from_pretrained\()"[^"]*"')
 # What a card says of a training in any case; whatever else decides it is said where it is not the default.
@@ -47,6 +55,11 @@ TRAINING_SHOWN = (
     "seed", "num_train_epochs", "max_steps", "learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type",
     "optim", "bf16", "fp16", "per_device_train_batch_size", "gradient_accumulation_steps", "processes",
 )  # fmt: skip
+# How arguments that are not given come out of `TrainingArguments`, where that is not their default.
+FILLED_IN = {"accelerator_config": str(AcceleratorConfig())}
+# More classes than these are counted, not named.
+CLASSES_NAMED = 20
+CODE_LICENCE = "The code in `*_tome_perceiver.py` is under Apache-2.0."
 METRIC_NAMES = {"f1": "F1", "mse": "MSE", "pearson": "Pearson", "spearmanr": "Spearman"}
 
 
@@ -80,26 +93,47 @@ def metric_name(metric: str) -> str:
 
 
 def results_table(measured: Sequence[Measured]) -> str:
-    """A line for each row, a column for each metric, as value and standard error."""
-    metrics = list(measured[0].scores)
-    rows = [
-        (row.name, spelled_r(row.r), *(with_error(*row.scores[metric], ".4f") for metric in metrics))
-        for row in measured
-    ]
-    return markdown_table(["", "r", *map(metric_name, metrics)], rows)
+    """A line for each row, for each metric a column as value and standard error, and one for what has changed."""
+    header, columns = ["", "r"], [[row.name, spelled_r(row.r)] for row in measured]
+    for metric in measured[0].scores:
+        changed = any(f"{metric}_change" in row.metrics for row in measured)
+        header += [metric_name(metric), *(["change, paired by example"] if changed else [])]
+        for row, cells in zip(measured, columns, strict=True):
+            cells.append(with_error(*row.scores[metric], ".4f"))
+            if changed:
+                change, error = (row.metrics.get(f"{metric}_change{end}") for end in ("", "_stderr"))
+                cells.append("" if change is None or error is None else with_error(change, error, "+.4f"))
+    return markdown_table(header, columns)
 
 
-def training_lines(fields: Mapping[str, Any], trained_on: int) -> str:
-    """What decided a training, as a list: its main arguments, and all others that are not the defaults."""
+def training_lines(
+    fields: Mapping[str, Any], trained_on: int, before: tuple[str, Mapping[str, Any]] | None = None
+) -> str:
+    """What decided a training, as a list: its main arguments, and all others that are not the defaults.
+
+    Args:
+        fields: the arguments.
+        trained_on: number of examples.
+        before: name of the training before it, and its arguments; then only what is different is listed.
+    """
     defaults = TrainingArguments.__dataclass_fields__
 
     def shown(name: str, value: Any) -> bool:
+        if before is not None:
+            return value != before[1].get(name)
         if name in TRAINING_SHOWN or name not in defaults:
             return value is not None
-        return value not in (None, [], {}, False, defaults[name].default)
+        return value not in (None, [], {}, False, defaults[name].default, FILLED_IN.get(name))
 
-    lines = [f"- `{name}`: {value}" for name, value in fields.items() if shown(name, value)]
+    lines = [f"- `{name}`: {_without_place(value)}" for name, value in fields.items() if shown(name, value)]
+    if before is not None:
+        return "\n".join([f"As {before[0].lower()}{', but:' if lines else '.'}\n", *lines])
     return "\n".join([f"- training samples: {trained_on:,}", *lines])
+
+
+def _without_place(value: Any) -> Any:
+    """A file by its name: where it is on this machine is nobody's business."""
+    return Path(value).name if isinstance(value, str) and "/" in value and Path(value).exists() else value
 
 
 @dataclass(frozen=True)
@@ -111,17 +145,27 @@ class WhatMerges:
         input_shape: of one input, (1, S) or (1, 3, height, width), to state its cost.
         budget: that decided what merges, in words, if one did.
         start: config of the model that is compared with; by default the same without merging.
+        speedup: times as fast as that, measured here with so many inputs at once.
+        batch_size: that many.
     """
 
     config: ToMePerceiverConfig
     input_shape: Sequence[int]
     budget: str | None = None
     start: ToMePerceiverConfig | None = None
+    speedup: Quartiles | None = None
+    batch_size: int = 0
 
     @property
     def unmerged(self) -> ToMePerceiverConfig:
         """What the cost is compared with."""
         return self.start or Merging.none(self.config).asked_of(self.config)
+
+    @property
+    def merges(self) -> bool:
+        """Whether anything does."""
+        fewer = self.config.num_latents < self.unmerged.num_latents
+        return fewer or Merging.of(self.config).merges(self.unmerged)
 
     @cached_property
     def costs(self) -> tuple[ForwardCost, ForwardCost]:
@@ -135,7 +179,11 @@ class WhatMerges:
     def section(self) -> str:
         """What it saves, in words and as a picture, every setting, and the budget that these follow from."""
         config, (cost, unmerged) = self.config, (cost.total_with_matching for cost in self.costs)
+        if not self.merges:
+            return "Nothing, until `model.merge_to` is called or `model.r` is set."
         settings = {
+            "shape": f"{self.unmerged.num_latents} latents of {config.d_latents} channels, {config.num_blocks} x "
+            f"{config.num_self_attends_per_block} self-attention layers",
             "r": spelled_r(config.r) if config.merge_groups is None else "fixed groups, `merge_groups`",
             "latents left after each layer": spelled_r(config.latents_per_layer),
             "merge_method": config.merge_method,
@@ -143,17 +191,29 @@ class WhatMerges:
             "proportional_attention": config.proportional_attention,
             "min_latents": config.min_latents,
             "r_inflection": config.r_inflection or None,
-            "num_blocks": config.num_blocks,
             "budget": self.budget,
         }
         lines = "\n".join(f"- {name}: {value}" for name, value in settings.items() if value is not None)
         return f"""It goes from {self.unmerged.num_latents} latents to {config.latents_per_layer[-1]} and takes \
 {cost / 1e9:.4g} GFLOPs for an input of shape {tuple(self.input_shape[1:])}, {cost / unmerged:.1%} of what it takes \
-unmerged.
+unmerged ({unmerged / 1e9:.4g}).{self.speed}
 
 ![Latents that are left after each layer, and the FLOPs of each layer]({SCHEDULE_FILE})
 
 {lines}"""
+
+    @property
+    def speed(self) -> str:
+        """How fast it is, in a sentence that goes on from another one, if that was measured."""
+        if self.speedup is None:
+            return ""
+        machine = describe_environment()
+        where = machine["processor"] if machine["gpu"] == "none" else machine["gpu"]
+        threads = f", {machine['threads']} threads" if machine["gpu"] == "none" else ""
+        return (
+            f" On {where}{threads}, it was {self.speedup.median:.2f} times as fast as unmerged "
+            f"(quartiles {self.speedup.lower:.2f} to {self.speedup.upper:.2f}, {self.batch_size} inputs at once)."
+        )
 
     def draw(self, path: Path) -> None:
         """The latents that are left and the FLOPs, layer by layer."""
@@ -176,8 +236,10 @@ class Card:
         evaluated_on: number of examples behind them.
         report: what stands under "Results"; by default a table of `measured`.
         steps: what decided each training, or what else made it, as `experiments.training.identity.training_fields`,
-            under its heading.
+            under its heading; none if nothing was trained.
         trained_on: number of examples that each step read.
+        labels: names of the classes, if there are any.
+        data_fields: how the data were read, where that is not by default.
         sections: others, under their headings.
         environment: what it was made in; by default this one.
     """
@@ -195,12 +257,14 @@ class Card:
     report: str | None = None
     steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     trained_on: int = 0
+    labels: Sequence[str] = ()
+    data_fields: Mapping[str, Any] = field(default_factory=dict)
     sections: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=describe_environment)
 
     def write(self, output_dir: Path) -> None:
         """Write the card and its picture, last of all files in the folder: Trainer may have written a card too."""
-        if self.merging is not None:
+        if self.merging is not None and self.merging.merges:
             self.merging.draw(output_dir / SCHEDULE_FILE)
         write_text(output_dir / CARD_FILE, str(ModelCard(f"---\n{self.data.to_yaml()}\n---\n\n{self.text}")))
 
@@ -209,6 +273,27 @@ class Card:
         """Name of the model."""
         name = Path(self.model_id).resolve().name
         return name if self.revision is None else f"{name}, {self.revision}"
+
+    @property
+    def address(self) -> str:
+        """What it is loaded by: of a folder its name, until `address_card` says which repository that became."""
+        return Path(self.model_id).resolve().name if Path(self.model_id).exists() else self.model_id
+
+    @property
+    def base_on_hub(self) -> bool:
+        """Whether it was made from a checkpoint that others have; a folder of this machine is nothing to the Hub."""
+        return self.base_model is not None and not Path(self.base_model).exists()
+
+    @property
+    def licence(self) -> str | None:
+        """Of the weights, as the card of the checkpoint says it that they were made from, if that is here."""
+        path = Path(self.base_model or "") / CARD_FILE
+        if self.base_model is None or not path.is_file():
+            return None
+        try:
+            return ModelCard.load(path).data.get("license")
+        except (ValueError, OSError, YAMLError):
+            return None
 
     @property
     def data(self) -> ModelCardData:
@@ -228,14 +313,14 @@ class Card:
             for row in self.measured
             for metric, (value, error) in row.scores.items()
         ]
-        # A folder of this machine is nothing to the Hub.
-        on_hub = self.base_model is not None and not Path(self.base_model).exists()
         return ModelCardData(
+            license=self.licence,
             library_name="transformers",
             pipeline_tag=self.hub_task,
             tags=["perceiver", "token-merging"],
             datasets=[self.source.dataset] if self.source.on_hub else None,
-            base_model=self.base_model if on_hub else None,
+            base_model=self.base_model if self.base_on_hub else None,
+            metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
             model_name=self.title,
             eval_results=results or None,
         )
@@ -243,44 +328,65 @@ class Card:
     @property
     def text(self) -> str:
         """What people read: what it is, and the sections that there is something to say in."""
+        trainings, before = {}, None
+        for heading, fields in self.steps.items():
+            trainings[heading] = training_lines(fields, self.trained_on, before)
+            before = heading, fields
         sections = {
-            "Merging": "" if self.merging is None else self.merging.section(),
             "Use it": self.usage,
+            "What merges": "" if self.merging is None else self.merging.section(),
             "Results": self.results,
-            **{heading: training_lines(fields, self.trained_on) for heading, fields in self.steps.items()},
+            "Data": self.about_data,
+            **trainings,
             **self.sections,
+            "Limits": self.limits,
+            "Licence": self.about_licence,
+            "Made with": f"{environment_line(self.environment)}.",
         }
         shown = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text)
         return f"""# {self.title}
 
-A [Perceiver IO](https://arxiv.org/abs/2107.14795) {self.what or self._trained}
+A [Perceiver IO](https://arxiv.org/abs/2107.14795) {self.what or self._made}
 
 {shown}
-
-{environment_line(self.environment)}.
 """
 
     @property
-    def _trained(self) -> str:
-        start = "from scratch" if self.base_model is None else f"from {Path(self.base_model).name}"
-        return f"that merges its latents as it runs ({TOKEN_MERGING}), trained on {self.source.name} ({start})."
+    def _made(self) -> str:
+        name = None if self.base_model is None else Path(self.base_model).name
+        linked = f"[{self.base_model}](https://huggingface.co/{self.base_model})" if self.base_on_hub else f"`{name}`"
+        start = "from scratch" if name is None else f"from {linked}"
+        how = f"trained on {self.source.name}, {start}" if self.steps else f"made {start}, without training"
+        unmerged = self.merging is not None and not self.merging.merges
+        merges = "whose latents can be merged" if unmerged else "that merges its latents"
+        return f"{merges} as it runs ({TOKEN_MERGING}), {how}."
 
     @property
     def usage(self) -> str:
-        """How to load the checkpoint, from its folder until `address_card` says which repository that became."""
+        """How to load the checkpoint, whole and in parts, and how to merge it otherwise."""
         auto_class = AUTO_CLASSES[self.hub_task]
-        pinned = "" if self.revision is None else f', revision="{self.revision}"'
+        processor_class, processor, given = PROCESSORS[self.hub_task]
+        revision = "" if self.revision is None else f', revision="{self.revision}"'
+        where = f'"{self.address}"{revision}, trust_remote_code=True'
+        images = "from PIL import Image\n" if "Image.open" in given else ""
         return f"""```python
-from transformers import {auto_class}, pipeline
+{images}from transformers import {auto_class}, {processor_class}, pipeline
 
-pipe = pipeline("{self.hub_task}", "{self.model_id}"{pinned}, trust_remote_code=True)
+pipe = pipeline("{self.hub_task}", {where})
 pipe({PIPELINE_INPUTS[self.hub_task]})
 
-model = {auto_class}.from_pretrained("{self.model_id}"{pinned}, trust_remote_code=True)
+model = {auto_class}.from_pretrained({where})
+{processor} = {processor_class}.from_pretrained({where})
+inputs = {processor}({given}, return_tensors="pt")
+logits = model(**inputs).logits
+
+model.merge_to(flops_ratio=0.9)  # another budget; with samples=[inputs, ...] it is searched for what changes least
 {self.other_merging}
 ```
 
-Every file that it needs, its code too, is in the repository. Pin `revision` to a commit for results that stay."""
+Every file that it needs, its code too, is in the repository; it takes transformers and torch. \
+`trust_remote_code=True` runs that code: pin `revision` to a commit that you have read, which also keeps results as \
+they are."""
 
     @property
     def results(self) -> str:
@@ -288,6 +394,56 @@ Every file that it needs, its code too, is in the repository. Pin `revision` to 
         if self.report is not None or not self.measured:
             return self.report or ""
         return f"{results_table(self.measured)}\n\nOn {self.evaluated_on:,} examples, with standard errors."
+
+    @property
+    def about_data(self) -> str:
+        """Which data, how much of them, and how they were read."""
+        source = self.source
+        name = (
+            f"[{source.dataset}](https://huggingface.co/datasets/{source.dataset})"
+            if source.on_hub
+            else (f"{source.dataset}, read from files")
+        )
+        lines = [name + (f", configuration {source.config}" if source.config else "")]
+        lines += [f"{self.trained_on:,} training examples"] if self.steps and self.trained_on else []
+        lines += (
+            [f"{self.evaluated_on:,} evaluated examples, of its split '{source.split}'"] if self.evaluated_on else []
+        )
+        if self.labels:
+            named = ", ".join(self.labels) if len(self.labels) <= CLASSES_NAMED else f"{len(self.labels):,} classes"
+            lines.append(f"tells apart: {named}")
+        lines += [f"`{name}`: {_without_place(value)}" for name, value in self.data_fields.items()]
+        return "\n".join(f"- {line}" for line in lines)
+
+    @property
+    def limits(self) -> str:
+        """What the figures do not say, as far as that can be known without looking at the model's use."""
+        lines = [
+            f"Nothing is known of other data than {self.source.name}, nor of how mistakes are spread over groups of "
+            "people or topics: look before anything depends on it."
+        ]
+        if self.measured:
+            lines.append(
+                "Standard errors are over examples; another seed gives other figures, which was not tried here."
+            )
+        if self.merging is not None and self.merging.merges:
+            lines += [
+                "Single outputs move with merging even where the mean stays.",
+                "FLOPs are those of matrix products. What is gained in time depends on the machine, the batch and the "
+                "length of the input; small models gain less than their FLOPs say, or nothing.",
+            ]
+        return "\n".join(f"- {line}" for line in lines)
+
+    @property
+    def about_licence(self) -> str:
+        """What is known of it."""
+        if self.licence is not None:
+            return f"The weights are under {self.licence}, as those that they were made from. {CODE_LICENCE}"
+        base = f"The weights are made from {self.base_model}, whose terms hold. " if self.base_on_hub else ""
+        return (
+            f"{base}No licence of the weights is named here yet: who publishes them adds `license:` at the head of "
+            f"this card. {CODE_LICENCE}"
+        )
 
 
 def address_card(folder: Path, repo_id: str) -> None:

@@ -103,11 +103,11 @@ def run_experiment(experiment: Experiment) -> None:
     if training.do_predict:
         announce("predicting")
         predict_and_save(trainer, loaded.prepared, loaded.task.source.name)
-    if experiment.leaves_checkpoint and trainer.is_world_process_zero():
-        run.write_card()
-    trainer.accelerator.wait_for_everyone()
     # In every process: each has a part of a sharded model.
     ending = run.end()
+    if experiment.leaves_checkpoint and trainer.is_world_process_zero():
+        run.write_card(ending)
+    trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         if ending is not None:
             print(f"\n{ending}")

@@ -24,6 +24,7 @@ from experiments.training.identity import (
     Noted,
     config_fingerprint,
     content,
+    data_fields,
     evaluation_fields,
     noted_arguments,
     training_fields,
@@ -288,9 +289,39 @@ class Run:
             saved=str(self.output_dir),
         )
 
-    def write_card(self) -> None:
-        """Write the card of the checkpoint that training left, and note its config, which is what is evaluated."""
+    def write_card(self, ending: Ending | None) -> None:
+        """Write the card of the checkpoint that the run left, and note its config, which is what is evaluated."""
         note_content(self.output_dir, CONFIG, config_fingerprint(self.model.config))
+        budget = self.merging.budget_line
+        if budget is not None and self.merging.searches and self.chosen is not None:
+            budget += f", on {self.merging.calibration_samples} training samples without labels"
+        card = Card(
+            model_id=str(self.output_dir),
+            source=self.task.source,
+            hub_task=self.task.hub_task,
+            base_model=self.model_args.model_name_or_path,
+            merging=WhatMerges(
+                self.model.config,
+                self.input_shape,
+                budget if self.chosen is None else f"{budget}; chosen: {self.chosen}",
+                start=self._unmerged_config,
+                speedup=None if ending is None else ending.speedup,
+                batch_size=0 if ending is None else ending.batch_size,
+            ),
+            measured=self.measured,
+            evaluated_on=len(self.prepared.evaluation.get("", ())),
+            steps=self._steps,
+            trained_on=len(self.prepared.train),
+            labels=self.prepared.labels,
+            data_fields=data_fields(self.data),
+        )
+        card.write(self.output_dir)
+
+    @property
+    def _steps(self) -> dict[str, Noted]:
+        """What decided each training, by its name."""
+        if not self.training.do_train:
+            return {}
         trainings = {"Finetuning" if self.retrains else "Training": training_fields(self.training)}
         if self.retrains:
             trainings["Retraining"] = training_fields(self.retraining.training_arguments(self.training))
@@ -300,17 +331,4 @@ class Run:
             "distillation_weight": self.retraining.distillation_weight if self.retraining.elastic else None,
             **{f"{name} at first, then on from there": value for name, value in extended.items()},
         }
-        card = Card(
-            model_id=str(self.output_dir),
-            source=self.task.source,
-            hub_task=self.task.hub_task,
-            base_model=self.model_args.model_name_or_path,
-            merging=WhatMerges(
-                self.model.config, self.input_shape, self.merging.budget_line, start=self._unmerged_config
-            ),
-            measured=self.measured,
-            evaluated_on=len(self.prepared.evaluation.get("", ())),
-            steps=trainings,
-            trained_on=len(self.prepared.train),
-        )
-        card.write(self.output_dir)
+        return trainings

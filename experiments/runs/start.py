@@ -12,7 +12,7 @@ from transformers import TrainingArguments, set_seed
 from experiments.tasks.base import PreparedTask, Task
 from experiments.training.loading import load_model_and_task
 from experiments.training.model_arguments import ModelArguments
-from experiments.training.progress import hide_short_bars
+from experiments.training.progress import quieten_transformers
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 # FLOPs are for an input as long as the longest of so many evaluated ones.
@@ -52,7 +52,7 @@ def load(
     Raises:
         BadInput: for data or a model that are not there or do not fit.
     """
-    hide_short_bars()
+    quieten_transformers()
     set_seed(training.seed)
     with training.main_process_first(desc="loading the data"):
         task = load_task()

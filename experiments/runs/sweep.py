@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
 from experiments.files import save_whole, write_whole
-from experiments.measurement import describe_environment, peak_memory_mb, time_interleaved
+from experiments.measurement import Quartiles, describe_environment, peak_memory_mb, time_interleaved
 from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerges, scores
 from experiments.publishing.hub import HubRepository, push_checkpoint
 from experiments.runs.start import Loaded
@@ -30,6 +30,7 @@ from experiments.training.evaluation import Evaluation, changes, evaluate
 from experiments.training.identity import (
     config_fingerprint,
     content,
+    data_fields,
     noted_arguments,
     training_fields,
     weights_fingerprint,
@@ -246,10 +247,17 @@ class Sweep:
     def _write_its_card(self, variant: Variant, row: Row, trainer: Trainer) -> None:
         config = trainer.model.config
         measured = [Measured(name, config.r, row[stage]) for stage, name in self._stage_names.items()]
-        self._write_retrained_card(variant.branch, config, measured, variant.name)
+        timing = self.results.timing
+        timed = None if timing is None or "speedup" not in row else (Quartiles(**row["speedup"]), timing["batch_size"])
+        self._write_retrained_card(variant.branch, config, measured, variant.name, timed)
 
     def _write_retrained_card(
-        self, branch: str, config: ToMePerceiverConfig, measured: list[Measured], budget: str | None = None
+        self,
+        branch: str,
+        config: ToMePerceiverConfig,
+        measured: list[Measured],
+        budget: str | None = None,
+        timed: tuple[Quartiles, int] | None = None,
     ) -> None:
         distilled = {"elastic": True, "distillation_weight": self.retraining.distillation_weight}
         elastic = distilled if self.retraining.elastic else {}
@@ -261,12 +269,18 @@ class Sweep:
             hub_task=self.loaded.task.hub_task,
             base_model=self.model_args.model_name_or_path,
             merging=WhatMerges(
-                config, self.results.input_shape, budget_line, start=self.baseline.merging.asked_of(config)
+                config,
+                self.results.input_shape,
+                budget_line,
+                self.baseline.merging.asked_of(config),
+                *(timed or ()),
             ),
             measured=measured,
             evaluated_on=self.results.evaluated_on,
             steps={"Retraining": training_fields(self.retraining.training_arguments(self.training)) | elastic},
             trained_on=len(self.loaded.prepared.train),
+            labels=self.loaded.prepared.labels,
+            data_fields=data_fields(self.data),
         )
         card.write(self.output_dir / RETRAINED / branch)
 
@@ -308,6 +322,9 @@ class Sweep:
             base_model=self.model_args.model_name_or_path,
             what=WHAT.format(merging=TOKEN_MERGING, source=self.loaded.task.source.name),
             measured=self._measured(*self._stage_names),
+            evaluated_on=self.results.evaluated_on,
+            labels=self.loaded.prepared.labels,
+            data_fields=data_fields(self.data),
             report=report,
             sections={"Retrained checkpoints": self._branches()},
             environment=self.results.environment,

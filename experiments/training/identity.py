@@ -74,6 +74,16 @@ def noted_arguments(*groups: Any) -> Noted:
     return {name: value for group in groups for name, value in asdict(group).items() if name not in NOT_NOTED}
 
 
+def data_fields(data: Any) -> Noted:
+    """Of arguments that say which data, those that say how they are read, where that is not the default."""
+    defaults = {each.name: each.default for each in type(data).__dataclass_fields__.values()}
+    return {
+        name: value
+        for name, value in noted_arguments(data).items()
+        if name not in (*PLACES, "task_name", "dataset_config_name") and value != defaults[name]
+    }
+
+
 def training_fields(arguments: TrainingArguments) -> Noted:
     """What of the training arguments decides weights or figures, as it stands in JSON, and the number of processes."""
     by_evaluation = (

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from transformers.utils.logging import set_tqdm_hook
 NOT_SHOWN = re.compile(
     r"_stderr|_change|runtime|_per_second|samples|preparation_time|flos|epoch|grad_norm|resumed_from"
 )
+OF_NO_KIND = "of type `tome_perceiver` to instantiate a model of type ``"
 # A bar of less is not worth a line.
 WORTH_A_BAR = 2.0
 
@@ -34,9 +36,15 @@ def say(line: str) -> None:
         sys.stdout.flush()
 
 
-def hide_short_bars() -> None:
-    """Hide transformers' bars of what is done at once: reading and writing a file of weights, of a Perceiver one."""
+def quieten_transformers() -> None:
+    """Hide bars of what is done at once, reading and writing a file of weights of a Perceiver, and the warning that a
+    tokenizer, which reads the model's config as one of no kind, gives for every checkpoint of ours."""
     set_tqdm_hook(lambda make, args, kwargs: make(*args, **{"delay": WORTH_A_BAR} | kwargs))
+    logging.getLogger("transformers.configuration_utils").addFilter(_says_something)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return OF_NO_KIND not in record.getMessage()
 
 
 def results_line(split: str, metrics: Mapping[str, Any]) -> str:

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
-import pytest
+import logging
 
-from experiments.training.progress import announce, results_line, say, step_line
+import pytest
+from transformers import PerceiverConfig, PreTrainedConfig
+
+from experiments.training.progress import announce, quieten_transformers, results_line, say, step_line
 from tests.support.script_run import run_script
 from tests.support.tiny_images import write_images, write_model_config
+from tests.support.tiny_models import tiny_config
 
 TIMES = {"runtime": 2.25, "samples_per_second": 3.0, "model_preparation_time": 0.1}
 
@@ -78,14 +82,33 @@ def test_of_several_processes_the_first_one_speaks(capsys, monkeypatch):
     assert capsys.readouterr().out == "\n-- training\n"
 
 
+def test_a_tokenizer_of_a_checkpoint_of_ours_loads_without_a_warning(tmp_path):
+    """`AutoTokenizer` gives it where it reads the config; all others are shown."""
+    tiny_config().save_pretrained(tmp_path)
+    quieten_transformers()
+    upstream, records = logging.getLogger("transformers.configuration_utils"), []
+    handler = logging.Handler()
+    handler.emit = records.append
+    level = upstream.level
+    upstream.addHandler(handler)
+    upstream.setLevel(logging.WARNING)
+    try:
+        for config_class in (PreTrainedConfig, PerceiverConfig):
+            config_class.from_pretrained(tmp_path)
+    finally:
+        upstream.removeHandler(handler)
+        upstream.setLevel(level)
+    assert len(records) == 1 and "of type `perceiver`" in records[0].getMessage()
+
+
 @pytest.mark.parametrize("bars", [(), ("--disable_tqdm", "true")])
 def test_every_line_of_a_run_says_something(tmp_path, bars):
     """Stages by name, each once; no dictionary, no profiler, no figure that is always 0."""
     data = write_images(tmp_path / "data", {"train": 16, "validation": 8})
     run = run_script(
         "run_image.py", "--config_name", write_model_config(tmp_path), "--dataset_name", data, "--r", 1,
-        "--do_train", "--do_eval", "--max_steps", 2, "--retrain_epochs", 1, "--logging_steps", 1, "--output_dir", tmp_path / "out", "--use_cpu",
-        *bars,
+        "--do_train", "--do_eval", "--max_steps", 2, "--retrain_epochs", 1, "--logging_steps", 1,
+        "--output_dir", tmp_path / "out", "--use_cpu", *bars,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     stages = [line for line in run.stdout.splitlines() if line.startswith("-- ")]
