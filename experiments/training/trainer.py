@@ -14,8 +14,10 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments.errors import Stopped
+from experiments.tasks.base import Batch
 from experiments.training.checkpoint import last_checkpoint, read_stamp, stamp
 from experiments.training.identity import Noted
+from experiments.training.masked_positions import decoding_only_masked
 from experiments.training.progress import PrintedProgress, Progress, results_line, say
 
 
@@ -27,6 +29,7 @@ class TaskTrainer(Trainer):
     """transformers' `Trainer`.
 
     Modifications:
+    - of a masked language model only the masked positions are decoded, see `experiments.training.masked_positions`
     - stops at the first loss that is not finite, and saves no weights that are not
     - stamps each checkpoint with the experiment that it is of, see `experiments.training.checkpoint`
     - `train_loss` is the mean over all steps, also after a resume; upstream's is over those since
@@ -55,8 +58,12 @@ class TaskTrainer(Trainer):
         result.metrics.pop("total_flos", None)
         return result
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        if self.args.n_gpu > 1:  # by DataParallel, which takes labels apart as it does inputs
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        else:
+            with decoding_only_masked(self.model, inputs) as some:
+                loss = super().training_step(model, some, *args, **kwargs)
         value = loss.item()
         if not math.isfinite(value):
             raise self._diverged(f"the loss is {value}")
