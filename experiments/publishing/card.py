@@ -204,14 +204,14 @@ unmerged ({unmerged / 1e9:.4g}).{self.speed}
 
     @property
     def speed(self) -> str:
-        """How fast it is, in a sentence that goes on from another one, if that was measured."""
+        """How fast it is, in a paragraph that follows another one, if that was measured."""
         if self.speedup is None:
             return ""
         machine = describe_environment()
         where = machine["processor"] if machine["gpu"] == "none" else machine["gpu"]
         threads = f", {machine['threads']} threads" if machine["gpu"] == "none" else ""
         return (
-            f" On {where}{threads}, it was {self.speedup.median:.2f} times as fast as unmerged "
+            f"\n\nOn {where}{threads}, it was {self.speedup.median:.2f} times as fast as unmerged "
             f"(quartiles {self.speedup.lower:.2f} to {self.speedup.upper:.2f}, {self.batch_size} inputs at once)."
         )
 
