@@ -1,25 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a subword tokenizer on the sentences of one GLUE task or several, for a small model from scratch.
+"""Train a subword tokenizer on the sentences of a dataset, for a small model from scratch.
 
   python examples/train_tokenizer.py --task_name sst2 --vocab_size 8000 --output_dir outputs/sst2_tokenizer
   python run_glue.py --task_name sst2 --tokenizer_name outputs/sst2_tokenizer \\
       --config_name examples/small_text_perceiver.json --do_train --do_eval --output_dir outputs/sst2
+
+Or, for run_mlm.py --teacher_name_or_path, keep of the teacher's tokens those that are the most frequent there:
+
+  python examples/train_tokenizer.py --teacher_name_or_path sentence-transformers/all-MiniLM-L6-v2 \\
+      --dataset_name Salesforce/wikitext --task_name wikitext-103-raw-v1 --vocab_size 16384 \\
+      --output_dir outputs/smaller_tokenizer
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.errors import exit_on_bad_input
+from experiments.errors import BadInput, exit_on_bad_input, naming
+from experiments.tasks.mlm import TEXT
 from experiments.tasks.reading import read_dataset
 
 SPECIAL_TOKENS = {
@@ -29,6 +40,7 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+COUNTED_AT_ONCE = 1000
 
 
 def train_tokenizer(sentences: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -38,35 +50,91 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int) -> PreTrainedToke
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = list(SPECIAL_TOKENS.values())
     tokenizer.train_from_iterator(sentences, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special))
+    return _finished(tokenizer, SPECIAL_TOKENS)
+
+
+def smaller_tokenizer(teacher: Any, sentences: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer like the teacher's with fewer tokens: its special ones, and the most frequent in the sentences.
+
+    They are in the order of the teacher's, with ids of their own. What was a token and is none any more falls into
+    those that are left, or is unknown.
+
+    Args:
+        teacher: a WordPiece tokenizer, such as BERT's.
+        sentences: to count tokens in.
+        vocab_size: tokens at most; fewer if no more are found.
+
+    Raises:
+        BadInput: for a tokenizer of another kind, of which a part of the tokens is no tokenizer, or too few tokens.
+    """
+    state = json.loads(teacher.backend_tokenizer.to_str()) if teacher.is_fast else {"model": {"type": "slow"}}
+    if state["model"]["type"] != "WordPiece":
+        raise BadInput(f"--teacher_name_or_path: has a {state['model']['type']} tokenizer; allowed is WordPiece")
+    special = set(teacher.all_special_ids)
+    if vocab_size <= len(special):
+        raise BadInput(
+            f"--vocab_size {vocab_size}: allowed are {len(special) + 1} or more, of which {len(special)} "
+            "are the teacher's special tokens"
+        )
+    counts: Counter[int] = Counter()
+    while some := list(islice(sentences, COUNTED_AT_ONCE)):
+        for ids in teacher(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            counts.update(ids)
+    found = sorted((index for index in counts if index not in special), key=lambda index: (-counts[index], index))
+    kept = [*sorted(special), *sorted(found[: vocab_size - len(special)])]
+    vocab = {token: index for index, token in enumerate(teacher.convert_ids_to_tokens(kept))}
+    state["model"]["vocab"] = vocab
+    state["added_tokens"] = [
+        each | {"id": vocab[each["content"]]} for each in state["added_tokens"] if each["content"] in vocab
+    ]
+    state |= {"truncation": None, "padding": None, "post_processor": None}
+    return _finished(Tokenizer.from_str(json.dumps(state)), teacher.special_tokens_map)
+
+
+def _finished(tokenizer: Tokenizer, special_tokens: dict[str, str]) -> PreTrainedTokenizerFast:
+    """With special tokens around each sentence: [CLS] A [SEP], a pair [CLS] A [SEP] B [SEP]."""
+    first, last = special_tokens["cls_token"], special_tokens["sep_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B [SEP]",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+        single=f"{first} $A {last}",
+        pair=f"{first} $A {last} $B {last}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (first, last)],
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--task_name", required=True, help="GLUE task, or another configuration; several: sst2,mrpc")
+    parser.add_argument("--task_name", help="GLUE task, or another configuration; several: sst2,mrpc")
+    parser.add_argument(
+        "--teacher_name_or_path", help="Hub id or folder of a tokenizer: keep its most frequent tokens, train none"
+    )
     parser.add_argument("--dataset_name", default="nyu-mll/glue", help="Hub id or folder (default: %(default)s)")
     parser.add_argument("--vocab_size", type=int, default=8000, help="tokens at most (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the tokenizer")
     arguments = parser.parse_args()
+    teacher = None
+    if arguments.teacher_name_or_path is not None:
+        with naming(f"--teacher_name_or_path {arguments.teacher_name_or_path}", Exception):
+            teacher = AutoTokenizer.from_pretrained(arguments.teacher_name_or_path)
+    names = [None] if arguments.task_name is None else arguments.task_name.split(",")
     splits = [
         read_dataset(f"--dataset_name {arguments.dataset_name}", arguments.dataset_name, name, anew=False)["train"]
-        for name in arguments.task_name.split(",")
+        for name in names
     ]
     sentences = (
         sentence
         for train in splits
-        for column, feature in train.features.items()
-        if getattr(feature, "dtype", None) == "string"
+        for column in ([TEXT] if TEXT in train.features else train.features)
+        if getattr(train.features[column], "dtype", None) == "string"
         for sentence in train[column]
+        if sentence is not None
     )
-    tokenizer = train_tokenizer(sentences, arguments.vocab_size)
+    if teacher is None:
+        tokenizer = train_tokenizer(sentences, arguments.vocab_size)
+    else:
+        tokenizer = smaller_tokenizer(teacher, sentences, arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output_dir)
     print(f"{len(tokenizer)} tokens in {arguments.output_dir}")
 

@@ -11,7 +11,13 @@ import pytest
 import torch
 import yaml
 from datasets import load_dataset
-from transformers import AutoTokenizer, PerceiverImageProcessorPil, PerceiverTokenizer, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    PerceiverImageProcessorPil,
+    PerceiverTokenizer,
+    TrainingArguments,
+)
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import parse_arguments
@@ -62,6 +68,29 @@ def test_a_tokenizer_is_trained(tmp_path):
     assert "[UNK]" not in tokens and len(tokenizer) <= 60
     assert tokenizer("!")["input_ids"][1] == tokenizer.unk_token_id
     assert tokenizer("aaa[MASK]")["input_ids"][-2] == tokenizer.mask_token_id
+
+
+def test_a_tokenizer_of_the_most_frequent_tokens_of_a_teachers(tmp_path):
+    """They are its strings with ids of their own, and what is no token any more is unknown."""
+    write_glue(tmp_path / "glue", "rte")
+    letters = [f"{letter * 3}{'x' * count}" for letter in "abc" for count in range(12)]
+    vocab = ["[MASK]", "[PAD]", "[CLS]", "[UNK]", "[SEP]", "zzz", *letters]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab))
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "teacher")
+    given = (
+        "examples/train_tokenizer.py", "--dataset_name", tmp_path / "glue", "--task_name", "rte",
+        "--teacher_name_or_path", tmp_path / "teacher", "--output_dir", tmp_path / "tokenizer",
+    )  # fmt: skip
+    result = run_script(*given, "--vocab_size", 15)
+    assert result.returncode == 0, result.stderr
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    kept = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    assert len(kept) == 15 and set(kept) < set(vocab) and set(vocab[:5]) < set(kept) and "zzz" not in kept
+    assert kept == sorted(kept, key=vocab.index)
+    pair = tokenizer.convert_ids_to_tokens(tokenizer(kept[5].upper(), "zzz")["input_ids"])
+    assert pair == ["[CLS]", kept[5], "[SEP]", "[UNK]", "[SEP]"] and tokenizer.mask_token == "[MASK]"
+    result = run_script(*given, "--vocab_size", 5)
+    assert result.returncode == 2 and "--vocab_size 5: allowed are 6 or more" in result.stderr
 
 
 @pytest.mark.parametrize("path", ARGUMENT_FILES, ids=lambda path: path.name)
