@@ -11,6 +11,14 @@ DEMO := outputs/demo
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+# Gradio, for space/, beside .venv and on top of its packages: it wants an older pillow than the one pinned.
+.venv/space/installed: .venv/installed requirements-space.txt
+	$(PYTHON) -m venv --without-pip .venv/space
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+	    $$(.venv/space/bin/python -c "import site; print(site.getsitepackages()[0])")/repository.pth
+	.venv/space/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-space.txt
+	touch $@
+
 # The main job on real images that scikit-learn brings along: train, merge, measure, retrain, report.
 demo: export HF_HUB_OFFLINE = 1
 demo: .venv/installed
@@ -19,8 +27,9 @@ demo: .venv/installed
 	$(BIN)/python run_image.py examples/demo_finetune.yaml
 	$(BIN)/python eval_sweep.py examples/demo_sweep.yaml
 
-test: lint types
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+test: lint types .venv/space/installed
+	.venv/space/bin/python -m pytest tests/space/test_app.py
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/space/test_app.py
 
 # What does not compile, start other programs or train whole runs (tests/conftest.py): under a minute on two cores.
 test-fast: .venv/installed

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show what merging does to one input of a Perceiver checkpoint, in the browser.
+
+Choose an image or type a sentence, move a slider, and see what merged, the prediction beside the unmerged one, and the
+measured time of both. In the repository:
+
+  python space/app.py --model_name_or_path outputs/demo/finetuned
+
+On the Hub, where a Space is given no arguments, the checkpoint is the variable MODEL_NAME_OR_PATH of the Space, or the
+folder `checkpoint` beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gradio as gr
+import numpy as np
+from comparison import BUDGET_STEP, IMAGE, MASKED, TEXT, Checkpoint, Comparison, NotFitting, Side
+from PIL import Image as PilImage
+
+BESIDE = Path(__file__).resolve().parent / "checkpoint"
+BY_BUDGET, BY_R, AS_SAVED = "Share of the computation", "Latents per layer", "As it was saved"
+# Digits that no model of the demo was trained on: the last 500 of scikit-learn's are its test split.
+DIGITS = range(-12, 0)
+SENTENCES = {
+    TEXT: [
+        "A warm, funny and beautifully acted film.",
+        "Two hours that I will never get back.",
+        "The plot is thin, but the music saves it.",
+    ],
+    MASKED: ["The {} of the house was open.", "She went to the {} and bought some bread.", "He was born in the {} ."],
+}
+STYLE = """
+.gradio-container {max-width: 1280px !important; margin: auto}
+#image img, .gallery img {image-rendering: pixelated}
+#image img {width: 100%; height: 100%; object-fit: contain}
+.sides {display: grid; grid-template-columns: 1fr 1fr; gap: 12px}
+.side {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px 16px}
+.side.merged {border-color: #d9480f}
+.side h3 {margin: 0 0 2px; font-size: 0.95rem; opacity: 0.75; font-weight: 600}
+.side.merged h3 {color: #d9480f; opacity: 1}
+.side .label {font-size: 1.5rem; font-weight: 700; line-height: 1.3}
+.side .guess {display: grid; grid-template-columns: minmax(3em, auto) 1fr 3.5em; gap: 8px; align-items: center}
+.side .bar {height: 8px; border-radius: 4px; background: #4c6ef5}
+.side.merged .bar {background: #d9480f}
+.side .figures {display: flex; justify-content: space-between; margin-top: 8px; text-align: left}
+.side .figures b {display: block; font-size: 1.05rem}
+.side .figures span {font-size: 0.8rem; opacity: 0.75}
+.verdict {font-size: 1.1rem; margin: 0 0 10px}
+.verdict small {display: block; font-size: 0.85rem; opacity: 0.75}
+.gradio-container .gallery {display: grid; grid-template-columns: repeat(6, 1fr); gap: 6px}
+.gradio-container .gallery-item, .gradio-container .gallery-item div {width: 100%; height: auto; aspect-ratio: 1}
+.gradio-container .gallery-item img {width: 100% !important; height: 100% !important; object-fit: contain}
+footer {display: none !important}
+"""
+
+
+def main() -> None:
+    arguments = parsed_arguments()
+    try:
+        page = build_page(Checkpoint(arguments.model_name_or_path), arguments.examples, arguments.model_name_or_path)
+    except NotFitting as error:
+        stop(str(error))
+    page.launch(
+        server_name=arguments.host, server_port=arguments.port, css=STYLE, theme=gr.themes.Default(), quiet=True,
+        prevent_thread_lock=True,
+    )  # fmt: skip
+    print(f"open {page.local_url}", flush=True)
+    page.block_thread()
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        stop(message)
+
+
+def stop(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parsed_arguments() -> argparse.Namespace:
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model_name_or_path",
+        default=os.environ.get("MODEL_NAME_OR_PATH") or (str(BESIDE) if BESIDE.is_dir() else None),
+        help="Hub id or local folder of a checkpoint for images, sentences, or gaps in sentences; its code is run",
+    )
+    parser.add_argument("--examples", nargs="+", help="image files or sentences to choose from, in place of ours")
+    parser.add_argument("--host", default=None, help="address to listen at; by default this machine only")
+    parser.add_argument("--port", type=int, default=None, help="by default the first free one from 7860 on")
+    arguments = parser.parse_args()
+    if arguments.model_name_or_path is None:
+        parser.error(
+            f"--model_name_or_path: is missing; allowed is a Hub id or a folder, also in MODEL_NAME_OR_PATH or {BESIDE}"
+        )
+    return arguments
+
+
+def build_page(checkpoint: Checkpoint, examples: list[str] | None, name: str) -> gr.Blocks:
+    """The page of a checkpoint.
+
+    Args:
+        checkpoint: what runs.
+        examples: image files or sentences; `None` for ours.
+        name: of the checkpoint, for the title.
+
+    Raises:
+        NotFitting: for examples that are not there, or that the model cannot read.
+    """
+    examples = examples or default_examples(checkpoint)
+    first = read_example(checkpoint, examples[0])
+    config = checkpoint.model.config
+    layers, latents = len(config.merge_schedule), config.num_latents
+    least = checkpoint.smallest_budget(first)
+    # Where reading the input is nearly all that a pass costs, merging cannot come down to any of the budgets.
+    ways = [*([BY_BUDGET] if least < 1 else []), BY_R, *([AS_SAVED] if checkpoint.saved is not None else [])]
+    most_r = max(1, latents // layers * 2)
+
+    def merging(way: str, share: float, r: float, given: Any) -> Any:
+        if way == AS_SAVED and checkpoint.saved is not None:
+            return checkpoint.saved
+        return checkpoint.by(int(r)) if way == BY_R else checkpoint.within(share, given)
+
+    def show(given: Any, way: str, share: float, r: float) -> Iterator[tuple[Any, Any]]:
+        """The comparison first, the picture when it is drawn."""
+        if given is None:
+            yield note("Choose or upload an image."), None
+            return
+        try:
+            chosen = merging(way, share, r, given)
+            result = comparison_html(checkpoint.compare(given, chosen))
+            yield result, gr.skip()
+            yield result, checkpoint.picture(given, chosen)
+        except NotFitting as error:
+            yield note(str(error)), None
+
+    with gr.Blocks(title="Merge a Perceiver", fill_width=False) as page:
+        gr.Markdown(
+            f"## Merge a Perceiver\n**{Path(name).name}** reads its input into {latents} *latents*, vectors that it "
+            f"works on for {layers} layers. Latents that come to say the same can be merged, so that a pass costs "
+            "less. Move the slider and see what that does to one input."
+        )
+        with gr.Row():
+            with gr.Column(scale=4, min_width=300):
+                if checkpoint.kind == IMAGE:
+                    # As PNG: what the browser sends by default is changed by compression.
+                    given: Any = gr.Image(
+                        first, label="Image", type="pil", format="png", height=190, elem_id="image", sources=["upload"]
+                    )
+                else:
+                    gap = f"; write {checkpoint.processor.mask_token} for the word to guess"
+                    label = f"Sentence{gap if checkpoint.kind == MASKED else ''} (Enter runs it)"
+                    given = gr.Textbox(first, label=label, lines=2, max_lines=2, submit_btn=True, elem_id="text")
+                gr.Examples([[example] for example in examples], [given], label="Examples", examples_per_page=12)
+                way = gr.Radio(ways, value=ways[0], label="How much is merged", elem_id="way")
+                share = gr.Slider(
+                    min(least, 1 - BUDGET_STEP), 1.0, value=max(least, 0.6), step=BUDGET_STEP, elem_id="share",
+                    visible=ways[0] == BY_BUDGET,
+                    label="Share of the computation to keep", info="1 is the whole model, in which nothing merges.",
+                )  # fmt: skip
+                r = gr.Slider(
+                    0, most_r, value=min(4, most_r), step=1, elem_id="r", visible=ways[0] == BY_R,
+                    label="Latents merged in each layer (r)", info="At most half of those left. 0 merges nothing.",
+                )  # fmt: skip
+            with gr.Column(scale=8, min_width=480):
+                result = gr.HTML(note("Running ..."), elem_id="result")
+                gr.Markdown(
+                    "**What merged.** The bars are the latents left after each layer. Below them, each latent left: "
+                    "how many it stands for, and where in the input these look."
+                )
+                picture = gr.Image(
+                    show_label=False, interactive=False, elem_id="picture", buttons=["fullscreen"], format="png"
+                )
+        inputs, outputs = [given, way, share, r], [result, picture]
+        way.change(
+            lambda chosen: (gr.update(visible=chosen == BY_BUDGET), gr.update(visible=chosen == BY_R)),
+            [way], [share, r], show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+        triggers = [page.load, given.change if checkpoint.kind == IMAGE else given.submit]
+        if checkpoint.kind != IMAGE:
+            triggers.append(given.blur)
+        triggers += [way.change, share.change, r.change]
+        # While one runs, only the last of the changes since then is waited for.
+        gr.on(triggers, show, inputs, outputs, trigger_mode="always_last", show_progress="hidden", api_name="compare")
+    return page
+
+
+def default_examples(checkpoint: Checkpoint) -> list[str]:
+    """Paths of images, or sentences: scikit-learn's digits for a model of digits, its photographs for other images."""
+    if checkpoint.kind == MASKED:
+        return [sentence.format(checkpoint.processor.mask_token) for sentence in SENTENCES[MASKED]]
+    if checkpoint.kind == TEXT:
+        return SENTENCES[TEXT]
+    from sklearn.datasets import load_digits, load_sample_images
+
+    if sorted(checkpoint.labels) == [str(digit) for digit in range(10)]:
+        digits = load_digits().images
+        # Grey values are 0 to 16.
+        images = [PilImage.fromarray(np.uint8(digits[index] * 255 / 16)) for index in DIGITS]
+    else:
+        images = [PilImage.fromarray(image) for image in load_sample_images().images]
+    folder = Path(tempfile.mkdtemp(prefix="examples-"))
+    paths = [folder / f"example_{index + 1}.png" for index in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        image.save(path)
+    return [str(path) for path in paths]
+
+
+def read_example(checkpoint: Checkpoint, example: str) -> Any:
+    """An image, read whole, or the sentence itself.
+
+    Raises:
+        NotFitting: for an image that is not there or a sentence that the model cannot read.
+    """
+    try:
+        if checkpoint.kind == IMAGE:
+            with PilImage.open(example) as image:
+                image.load()
+                given = image.copy()
+        else:
+            given = example
+        checkpoint.encoded(given)
+    except (NotFitting, OSError, ValueError) as error:
+        raise NotFitting(f"--examples {example}: {error}") from error
+    return given
+
+
+def note(text: str) -> str:
+    return f'<p class="verdict">{escape(text)}</p>'
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """The two sides, below a sentence of what merging did."""
+    unmerged, merged = comparison.unmerged, comparison.merged
+    same = [name for name, _ in unmerged.predictions[:1]] == [name for name, _ in merged.predictions[:1]]
+    answer = "Same prediction" if same else "<b>Another prediction</b>"
+    speed = (
+        f"{comparison.speedup:.2f} times as fast"
+        if comparison.speedup >= 1
+        else f"slower ({comparison.speedup:.2f} times as fast)"
+    )
+    if merged.latents_left == unmerged.latents_left and merged.flops_ratio >= 1:
+        sentence = "Nothing merges: both are the same model, so times differ by noise alone."
+    else:
+        sentence = f"{answer} with {merged.flops_ratio:.0%} of the computation, {speed}."
+    if comparison.speedup < 1 and merged.flops_ratio < 1:
+        sentence += (
+            "<small>Finding what merges takes time, too. In a small model, or where little merges, it can be more than "
+            "is saved.</small>"
+        )
+    return (
+        f'<p class="verdict">{sentence}</p><div class="sides">'
+        + _side_html("Unmerged", "unmerged", unmerged, comparison)
+        + _side_html("Merged", "merged", merged, comparison)
+        + "</div>"
+    )
+
+
+def _side_html(title: str, name: str, side: Side, comparison: Comparison) -> str:
+    guesses = "".join(
+        f'<span>{escape(label)}</span><span><div class="bar" style="width: {100 * probability:.1f}%"></div></span>'
+        f"<span>{probability:.1%}</span>"
+        for label, probability in side.predictions
+        if probability is not None
+    )
+    label = escape(side.predictions[0][0])
+    return (
+        f'<div class="side {name}"><h3>{title}</h3><div class="label">{label}</div><div class="guess">{guesses}</div>'
+        f'<div class="figures"><div><b>{side.milliseconds:.1f} ms</b><span>median of {comparison.rounds} passes</span>'
+        f"</div><div><b>{side.flops_ratio:.0%}</b><span>of the computation</span></div>"
+        f"<div><b>{side.latents_left} of {comparison.latents}</b><span>latents at the end</span></div></div></div>"
+    )
+
+
+if __name__ == "__main__":
+    main()

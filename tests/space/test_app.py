@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""space/app.py on tiny checkpoints: what is compared, the page as a client sees it, and what it says of bad input.
+
+Gradio is in an environment of its own, so `make test` runs this file with `.venv/space/bin/python`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as PilImage
+from transformers import PerceiverImageProcessorPil, PerceiverTokenizer
+
+from tests.support.script_run import ROOT, run_script
+from tests.support.tiny_models import stock_model, tiny_model
+
+pytest.importorskip("gradio", reason="in .venv/space only")
+gradio_client = pytest.importorskip("gradio_client")
+
+IMAGE_MODEL, TEXT_MODEL, MASKED_MODEL = (
+    "ForImageClassificationConvProcessing",
+    "ForSequenceClassification",
+    "ForMaskedLM",
+)
+SENTENCES = {TEXT_MODEL: "A né€d.", MASKED_MODEL: "A [MASK]."}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def space_on_path():
+    """The folder's modules by their names, as the page itself imports them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "space"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Checkpoints named as their heads, one of them stock and one that merges as it was saved, and an image file."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tiny_model(IMAGE_MODEL, torch.float32, num_labels=10).save_pretrained(folder / IMAGE_MODEL)
+    PerceiverImageProcessorPil(do_center_crop=False, size={"height": 16, "width": 12}).save_pretrained(
+        folder / IMAGE_MODEL
+    )
+    tiny_model(TEXT_MODEL, torch.float32, r=1).save_pretrained(folder / TEXT_MODEL)
+    stock_model(MASKED_MODEL, torch.float32).save_pretrained(folder / MASKED_MODEL)
+    for head in (TEXT_MODEL, MASKED_MODEL):
+        PerceiverTokenizer().save_pretrained(folder / head)
+    stock_model("ForOpticalFlow", torch.float32).save_pretrained(folder / "ForOpticalFlow")
+    PilImage.linear_gradient("L").save(folder / "grey.png")
+    return folder
+
+
+def given_for(folder: Path, head: str) -> PilImage.Image | str:
+    return PilImage.open(folder / "grey.png") if head == IMAGE_MODEL else SENTENCES[head]
+
+
+@pytest.mark.parametrize("head", [IMAGE_MODEL, TEXT_MODEL, MASKED_MODEL])
+def test_unmerged_and_merged_are_compared(folder, head):
+    from comparison import Checkpoint
+
+    checkpoint, given = Checkpoint(str(folder / head)), given_for(folder, head)
+    before = checkpoint.model.config.to_dict()
+    nothing = checkpoint.compare(given, checkpoint.by(0))
+    assert nothing.unmerged.predictions == nothing.merged.predictions
+    assert nothing.merged.flops_ratio == 1
+    comparison = checkpoint.compare(given, checkpoint.by(2))
+    assert (comparison.unmerged.latents_left, comparison.merged.latents_left) == (12, 1)
+    assert comparison.merged.flops_ratio < 1 and comparison.rounds >= 3
+    assert comparison.unmerged.milliseconds > 0 and comparison.speedup > 0
+    # Predictions are the model's own.
+    with torch.no_grad():
+        logits = checkpoint.model(**checkpoint.encoded(given), r=2).logits
+    if head != MASKED_MODEL:
+        best = checkpoint.model.config.id2label[int(logits[0].argmax())]
+        assert comparison.merged.predictions[0][0] == best
+    assert checkpoint.picture(given, checkpoint.by(2)).size[0] > 300
+    assert checkpoint.model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("head", [IMAGE_MODEL, TEXT_MODEL])
+def test_a_budget_is_kept_to_for_this_input(folder, head):
+    from comparison import Checkpoint, NotFitting
+
+    checkpoint, given = Checkpoint(str(folder / head)), given_for(folder, head)
+    least = checkpoint.smallest_budget(given)
+    assert 0 < least < 1
+    for share in (least, 1.0):
+        assert checkpoint.compare(given, checkpoint.within(share, given)).merged.flops_ratio <= share
+    with pytest.raises(NotFitting, match="down to 1%"):
+        checkpoint.within(0.01, given)
+
+
+def test_where_no_budget_can_be_kept_to_only_r_is_offered(folder, tmp_path):
+    from app import BY_R, build_page
+    from comparison import Checkpoint
+
+    # Reading 64 pixels is nearly all that this model does.
+    tiny_model("ForImageClassificationLearned", torch.float32, num_labels=10).save_pretrained(tmp_path)
+    PerceiverImageProcessorPil(do_center_crop=False, size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    assert checkpoint.smallest_budget(given_for(folder, IMAGE_MODEL)) == 1
+    page = build_page(checkpoint, None, "a model")
+    assert [block.choices for block in page.blocks.values() if hasattr(block, "choices")] == [[(BY_R, BY_R)]]
+
+
+def test_what_a_checkpoint_was_saved_with_is_known(folder):
+    from comparison import Checkpoint
+
+    assert Checkpoint(str(folder / TEXT_MODEL)).saved.r == 1
+    assert Checkpoint(str(folder / IMAGE_MODEL)).saved is None
+
+
+def test_a_gap_is_asked_for_and_filled(folder):
+    from comparison import Checkpoint, NotFitting
+
+    checkpoint = Checkpoint(str(folder / MASKED_MODEL))
+    with pytest.raises(NotFitting, match=r"Write \[MASK\]"):
+        checkpoint.encoded("No gap.")
+    encoded = checkpoint.encoded("a[MASK]b[MASK]")
+    with torch.no_grad():
+        best = checkpoint.model(**encoded, r=0).logits[0].argmax(dim=-1)
+    gaps = encoded["input_ids"][0] == checkpoint.processor.mask_token_id
+    found = checkpoint.compare("a[MASK]b[MASK]", checkpoint.by(0)).unmerged.predictions
+    assert [name for name, _ in found] == [
+        checkpoint.processor.decode([token]) for token in best[: len(gaps)][gaps].tolist()
+    ]
+
+
+def test_what_is_typed_is_not_taken_for_markup():
+    from app import comparison_html, note
+    from comparison import Comparison, Side
+
+    sides = [Side([("<b>", 0.75), ("b", 0.25)], 2.0, share, 3) for share in (1.0, 0.5)]
+    page = comparison_html(Comparison(*sides, speedup=1.5, rounds=5, latents=12))
+    assert "&lt;b&gt;" in page and ">&lt;b&gt;<" in page
+    assert "Same prediction with 50% of the computation, 1.50 times as fast." in page
+    assert "&lt;i&gt;" in note("<i>")
+
+
+@pytest.fixture(params=[IMAGE_MODEL, TEXT_MODEL])
+def server(request, folder, tmp_path):
+    """The head, and the address of the page, running from a folder without the repository around it."""
+    copied = tmp_path / "space"
+    copied.mkdir()
+    for name in ("app.py", "comparison.py", "merging_picture.py"):
+        (copied / name).write_text((ROOT / "space" / name).read_text())
+    (copied / "checkpoint").symlink_to(folder / request.param)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    process = subprocess.Popen(
+        [sys.executable, "app.py"],
+        cwd=copied,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if address := re.match(r"open (http\S+)", line):
+                yield request.param, address[1]
+                break
+        else:
+            pytest.fail("".join(lines))
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+
+
+def test_a_client_moves_the_slider(server, folder):
+    head, address = server
+    client = gradio_client.Client(address, verbose=False)
+    given = gradio_client.handle_file(folder / "grey.png") if head == IMAGE_MODEL else SENTENCES[head]
+    shown, picture = client.predict(given, "Share of the computation", 1.0, 1, api_name="/compare")
+    assert "Nothing merges" in shown
+    shown, picture = client.predict(given, "Latents per layer", 1.0, 1, api_name="/compare")
+    assert "6 of 12" in shown and "12 of 12" in shown and " ms" in shown
+    with PilImage.open(picture) as image:
+        assert len(set(image.convert("L").tobytes())) > 100
+    if head == TEXT_MODEL:
+        shown, _ = client.predict(" ", "Latents per layer", 1.0, 1, api_name="/compare")
+        assert "Type a sentence" in shown
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "says"),
+    [
+        ("nowhere", (), "--model_name_or_path "),
+        ("ForOpticalFlow", (), "is of PerceiverForOpticalFlow; allowed are"),
+        (IMAGE_MODEL, ("--examples", "missing.png"), "--examples missing.png: "),
+        (IMAGE_MODEL, ("--port", "many"), "--port"),
+        (IMAGE_MODEL, ("--prot", "1"), "--prot"),
+    ],
+)
+def test_bad_arguments_are_one_line(folder, model, arguments, says):
+    result = run_script("space/app.py", "--model_name_or_path", folder / model, *arguments)
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and says in errors[0], result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_checkpoint_has_to_be_named():
+    result = run_script("space/app.py")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --model_name_or_path: is missing")
