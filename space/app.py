@@ -29,7 +29,7 @@ from PIL import Image as PilImage
 BESIDE = Path(__file__).resolve().parent / "checkpoint"
 BY_BUDGET, BY_R, AS_SAVED = "Share of the computation", "Latents per layer", "As it was saved"
 # Digits that no model of the demo was trained on: the last 500 of scikit-learn's are its test split.
-DIGITS = range(-12, 0)
+DIGITS = range(-8, 0)
 SENTENCES = {
     TEXT: [
         "A warm, funny and beautifully acted film.",
@@ -56,9 +56,6 @@ STYLE = """
 .side .figures span {font-size: 0.8rem; opacity: 0.75}
 .verdict {font-size: 1.1rem; margin: 0 0 10px}
 .verdict small {display: block; font-size: 0.85rem; opacity: 0.75}
-.gradio-container .gallery {display: grid; grid-template-columns: repeat(6, 1fr); gap: 6px}
-.gradio-container .gallery-item, .gradio-container .gallery-item div {width: 100%; height: auto; aspect-ratio: 1}
-.gradio-container .gallery-item img {width: 100% !important; height: 100% !important; object-fit: contain}
 footer {display: none !important}
 """
 
