@@ -28,9 +28,9 @@ def main() -> None:
     show_kept_page(__file__)
     # Here, and not above: they take seconds, in which Ctrl-C is to end in one line too.
     from experiments.runs.finetune import Experiment, run_experiment
-    from experiments.tasks.mlm import MlmDataArguments, load_mlm_task
+    from experiments.tasks.mlm import TaughtMlmArguments, load_taught_mlm_task
 
-    run_experiment(Experiment.from_command_line(__doc__, MlmDataArguments, load_mlm_task))
+    run_experiment(Experiment.from_command_line(__doc__, TaughtMlmArguments, load_taught_mlm_task))
 
 
 if __name__ == "__main__":

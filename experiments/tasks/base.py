@@ -22,6 +22,7 @@ from transformers import EvalPrediction, TrainerCallback
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
 from experiments.tasks.scores import standard_errors
+from experiments.tasks.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class PreparedTask:
         callbacks: that training needs.
         reduce_logits: from a batch's logits and labels to what `predicted` takes, while the evaluation still runs; for
             logits that would not fit in memory all at once. `None`: they are kept as they are.
+        teacher: whose states are learnt in training, if any are.
     """
 
     train: Any
@@ -106,6 +108,7 @@ class PreparedTask:
     label_ids: list[int] = field(default_factory=list)
     callbacks: list[TrainerCallback] = field(default_factory=list)
     reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
+    teacher: Teacher | None = None
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """From logits and labels to figures by name, each with its standard error under NAME_stderr."""

@@ -30,6 +30,7 @@ from experiments.tasks.labels import listed
 from experiments.tasks.reading import TEXT_FORMATS, read_dataset, read_file
 from experiments.tasks.redrawn_examples import NextEpoch, RedrawnExamples
 from experiments.tasks.scores import NOT_ASKED
+from experiments.tasks.teacher import LoadedTeacher, load_teacher
 from experiments.tasks.text import LABEL, Columns, TextDataArguments, TextTask, Tokens, is_text
 
 MODEL_CLASS = "ToMePerceiverForMaskedLM"
@@ -103,10 +104,28 @@ class MlmDataArguments(TextDataArguments):
 
 
 @dataclass
+class TaughtMlmArguments(MlmDataArguments):
+    """The same, and who teaches."""
+
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "An encoder, folder or Hub id, whose last hidden states are learnt beside the masked tokens, with "
+            "its tokenizer, which must have every token of the model's."
+        },
+    )
+
+
+@dataclass
 class MlmTask(TextTask):
-    """Sentences, in the column `sentence`, to be masked."""
+    """Sentences, in the column `sentence`, to be masked.
+
+    Attributes:
+        teacher: whose states are learnt in training, if any are.
+    """
 
     arguments: MlmDataArguments
+    teacher: LoadedTeacher | None = None
 
     hub_task: ClassVar[str] = "fill-mask"
     classifies: ClassVar[bool] = False
@@ -136,6 +155,8 @@ class MlmTask(TextTask):
                 "--tokenizer_name: has no mask token; allowed is a tokenizer with one, such as that of "
                 "examples/train_tokenizer.py"
             )
+        length = self._length(processing_class, config)
+        teacher = None if self.teacher is None else self.teacher.of(processing_class, length)
         tokens = self.tokens(config, processing_class)
         if not self.arguments.line_by_line:
             tokens = self._drawn(tokens, seed)
@@ -157,6 +178,7 @@ class MlmTask(TextTask):
             kind="masked_lm",
             callbacks=[NextEpoch(train)],
             reduce_logits=likeliest_tokens,
+            teacher=teacher,
         )
 
     def tokenizing(self, tokenizer: Any, length: int, label_ids: Sequence[int]) -> Callable[[Columns], Columns]:
@@ -315,6 +337,19 @@ def load_mlm_task(
         arguments=arguments,
         sentence_columns=(SENTENCE,),
     )
+
+
+def load_taught_mlm_task(
+    arguments: TaughtMlmArguments, predict: bool, seed: int, evaluate: bool = True, **download: Any
+) -> MlmTask:
+    """The same with its teacher, if there is one, which is loaded first.
+
+    Raises:
+        BadInput: also for a teacher that is not there or is no encoder.
+    """
+    name = arguments.teacher_name_or_path
+    teacher = None if name is None else load_teacher(name, **download)
+    return replace(load_mlm_task(arguments, predict, seed, evaluate, **download), teacher=teacher)
 
 
 def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple[dict[str, list[Dataset]], Source]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -71,8 +72,8 @@ def token_counts(examples: Dataset, tokens: int) -> Tensor:
     """(V,), how often each of so many tokens stands in the `input_ids` of examples."""
     counts = torch.zeros(tokens, dtype=torch.int64)
     for batch in examples.with_format("arrow").iter(READ_AT_ONCE):
-        ids = torch.from_numpy(pc.list_flatten(batch.column("input_ids")).to_numpy())
-        counts += torch.bincount(ids.long(), minlength=tokens)
+        ids = pc.list_flatten(batch.column("input_ids")).to_numpy()
+        counts += torch.from_numpy(np.bincount(ids, minlength=tokens))
     return counts
 
 

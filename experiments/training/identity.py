@@ -19,13 +19,12 @@ from datasets import Dataset
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.tasks.base import PreparedTask, Task
 from experiments.tasks.redrawn_examples import RedrawnExamples
-from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 # Secrets and the speed of reading: nothing of them is written down.
 NOT_NOTED = ("token", "cache_dir", "overwrite_cache")
@@ -33,7 +32,7 @@ NOT_NOTED = ("token", "cache_dir", "overwrite_cache")
 PLACES = (
     "model_name_or_path", "model_revision", "config_name", "tokenizer_name", "image_processor_name",
     "trust_remote_code", "code_revision", "dataset_name", "train_file", "validation_file", "test_file", "train_dir",
-    "validation_dir", "test_dir",
+    "validation_dir", "test_dir", "teacher_name_or_path",
 )  # fmt: skip
 # Of `TrainingArguments`, what does not change the weights or a figure. Whatever is not named here does.
 MAY_DIFFER = frozenset({
@@ -58,6 +57,7 @@ EVALUATION = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "label
 # Of a config, what merges, and nothing else.
 MERGING = (
     "r", "r_inflection", "min_latents", "proportional_attention", "merge_method", "merge_metric", "merge_groups",
+    "latent_groups",
 )  # fmt: skip
 # Of a config, what says where it was and who wrote it.
 NO_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "auto_map", "model_type", "dtype")
@@ -67,6 +67,8 @@ FIRST_INPUTS = 8
 Noted = dict[str, Any]
 """Arguments by name, and under `CONTENT` what was read, each by its fingerprint."""
 CONTENT = "content"
+# Of the contents, those that may be there or not: what is trained on, and who teaches.
+TRAIN, TEACHER = "train", "teacher"
 
 
 def noted_arguments(*groups: Any) -> Noted:
@@ -117,14 +119,16 @@ def content(task: Task, prepared: PreparedTask, *, train: bool) -> dict[str, str
     read = {"evaluation": fingerprint(prepared.evaluation, "evaluated examples")}
     if train:
         examples = prepared.train.examples if isinstance(prepared.train, RedrawnExamples) else prepared.train
-        read["train"] = fingerprint({"": examples}, "training examples")
+        read[TRAIN] = fingerprint({"": examples}, "training examples")
+        if prepared.teacher is not None:
+            read[TEACHER] = _digest([weights_fingerprint(prepared.teacher.model), prepared.teacher.ids])
     if prepared.prediction:
         read["prediction"] = fingerprint(prepared.prediction, "examples to predict")
     # A tokenizer or image processor counts by what it makes: its files also say how it was called last.
     return read | {"inputs": _digest(prepared.batch(FIRST_INPUTS))}
 
 
-def weights_fingerprint(weights: ToMePerceiverPreTrainedModel | Path) -> str:
+def weights_fingerprint(weights: PreTrainedModel | Path) -> str:
     """Of a model's parameters and buffers, or of those in a safetensors file: names, shapes and values."""
     digest = hashlib.sha256()
     if isinstance(weights, Path):

@@ -18,6 +18,7 @@ from experiments.errors import BadInput, naming
 from experiments.merging.arguments import apply_fields
 from experiments.tasks.base import PreparedTask, Task
 from experiments.tasks.labels import checkpoint_labels, listed, matched, warn_of_order
+from experiments.training.findable import start_findable, token_counts
 from experiments.training.model_arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def load_model_and_task(
     with training.main_process_first(desc="preparing the data"):
         prepared = task.prepared(config, processing_class, training.seed)
     model = load_model(arguments, config, task)
+    if arguments.model_name_or_path is None and prepared.teacher is not None:
+        start_findable(model, prepared.teacher, token_counts(prepared.train.examples, config.vocab_size))
     if task.input_name == "input_ids":
         # Trainer does so when it trains; what is loaded and not trained is to have the same config.
         for name in SPECIAL_TOKENS:

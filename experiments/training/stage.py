@@ -28,6 +28,7 @@ from experiments.training.checkpoint import check_checkpoint, checkpoints, last_
 from experiments.training.elastic import ElasticTrainer
 from experiments.training.identity import CONTENT, Noted, weights_fingerprint
 from experiments.training.output_folder import TRAINED_FILE, WEIGHTS, note_content, read_note, save_metrics
+from experiments.training.taught import TaughtTrainer
 from experiments.training.trainer import TaskTrainer
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,14 @@ def task_trainer(
         output_dir: in place of that of the arguments.
         trainer_class: as `RetrainArguments.trainer_class`.
         experiment: what decides the outcome; needed to train.
+
+    Raises:
+        BadInput: for a task with a teacher and another trainer than the plain one.
     """
+    if task.teacher is not None:
+        if trainer_class is not TaskTrainer:
+            raise BadInput("--teacher_name_or_path: allowed without --elastic, which teaches by itself")
+        trainer_class = partial(TaughtTrainer, teacher=task.teacher)
     arguments = copy.deepcopy(arguments)
     arguments.output_dir = str(output_dir)
     # What is pushed is pushed at the end, from what is on disk.
