@@ -37,8 +37,8 @@ class Merging:
     """All that decides what merges, and how many of its weight-shared blocks a model runs: fields of its config.
 
     Attributes:
-        r, r_inflection, min_latents, proportional_attention, merge_method, merge_metric, merge_groups, num_blocks: as
-            `ToMePerceiverConfig` has them.
+        r, r_inflection, min_latents, proportional_attention, merge_method, merge_metric, merge_groups, latent_groups,
+            num_blocks: as `ToMePerceiverConfig` has them.
     """
 
     r: int | list[int]
@@ -48,6 +48,7 @@ class Merging:
     merge_method: str
     merge_metric: str
     merge_groups: list[list[int] | None] | None
+    latent_groups: list[int] | None
     num_blocks: int
 
     @classmethod
@@ -67,7 +68,7 @@ class Merging:
             r: latents merged in each layer.
             changed: other fields.
         """
-        return replace(self, **{"r": r, "r_inflection": 0.0, "merge_groups": None} | changed)
+        return replace(self, **{"r": r, "r_inflection": 0.0, "merge_groups": None, "latent_groups": None} | changed)
 
     def apply(self, config: ToMePerceiverConfig) -> None:
         """Set it on a config, whatever that merged before.
@@ -112,7 +113,12 @@ class Merging:
 
     def merges(self, config: ToMePerceiverConfig) -> bool:
         """Whether it changes anything of a model that runs all blocks of `config`."""
-        return self.num_blocks != config.num_blocks or any(self.asked_of(config).merge_schedule)
+        asked = self.asked_of(config)
+        return self.num_blocks != config.num_blocks or asked.latents_per_layer[-1] < config.num_latents
+
+    def at_start(self, config: ToMePerceiverConfig) -> int:
+        """How many latents read the inputs, in a model of this config."""
+        return self.asked_of(config).latents_at_start
 
     @property
     def key(self) -> str:
@@ -207,12 +213,15 @@ def family_of(
 
     Args:
         config: of the model; its own merging does not count.
-        base: how they merge; its `min_latents` are always left.
+        base: how they merge; its `min_latents` are always left, and its `latent_groups` merge before the layers.
         left_after: from a strength to the latents that are left after each layer of so many blocks.
         num_blocks: blocks that run.
     """
+    at_start = base.at_start(config)
     return lambda strength: base.by(
-        whole_schedule(config.num_latents, left_after(strength), base.min_latents), num_blocks=num_blocks
+        whole_schedule(at_start, left_after(strength), base.min_latents),
+        num_blocks=num_blocks,
+        latent_groups=base.latent_groups,
     )
 
 
@@ -227,9 +236,8 @@ def named_family(config: ToMePerceiverConfig, name: str, base: Merging | None = 
     base, layers = base or Merging.none(config), config.num_self_attention_layers
     if name != SKIP_BLOCKS:
         schedule = SCHEDULES[name]
-        return family_of(
-            config, base, lambda strength: schedule(config.num_latents, layers, strength), config.num_blocks
-        )
+        at_start = base.at_start(config)
+        return family_of(config, base, lambda strength: schedule(at_start, layers, strength), config.num_blocks)
 
     def fewer_blocks(strength: float) -> Merging:
         num_blocks = max(1, round(config.num_blocks * (1 - strength)))
@@ -247,7 +255,7 @@ def floor_from(config: ToMePerceiverConfig, start: int, layers: int, num_blocks:
         layers, num_blocks: that run.
         base: how they merge.
     """
-    latents = config.num_latents
+    latents = base.at_start(config)
     return family_of(
         config,
         base,
@@ -265,7 +273,7 @@ def postponed(config: ToMePerceiverConfig, merging: Merging) -> Iterator[Family]
     """
     left = merging.asked_of(config).latents_per_layer
     for layer, here in enumerate(left):
-        reaching = left[layer - 1] if layer else config.num_latents
+        reaching = left[layer - 1] if layer else merging.at_start(config)
         kept = min(reaching, math.ceil(here * STEP))
         if kept > here:
             yield family_of(config, merging, _capped_after(left, layer, kept), merging.num_blocks)

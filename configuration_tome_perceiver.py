@@ -29,6 +29,7 @@ MERGING_FIELDS = (
     "merge_method",
     "merge_metric",
     "merge_groups",
+    "latent_groups",
 )
 
 # Upstream's fields that the shape of a Perceiver is made of.
@@ -50,7 +51,7 @@ SHAPE_FIELDS = (
 class ToMePerceiverConfig(PerceiverConfig):
     r"""Upstream's `PerceiverConfig` with the merging settings of Bolya et al. (2023), "Token Merging".
 
-    Modifications: seven fields, their validation and that of the shape, and what they mean for each layer. Every field
+    Modifications: eight fields, their validation and that of the shape, and what they mean for each layer. Every field
     of [`~transformers.PerceiverConfig`] keeps its name and its default.
 
     Args:
@@ -74,6 +75,10 @@ class ToMePerceiverConfig(PerceiverConfig):
         merge_groups (`list[list[int] | None]`, *optional*):
             Fixed groups instead of matching, one entry for each layer: `None` where nothing merges, otherwise the
             group (0, 1, ..., M - 1) that each latent left there joins. Not together with `r`.
+        latent_groups (`list[int]`, *optional*):
+            The group (0, 1, ..., M - 1) that each of the N learned latents joins before they read the inputs, so that
+            M latents reach the first layer. The parameters stay N. Together with `r` or `merge_groups`, which merge
+            what is left.
 
     Raises:
         ValueError: for a value out of its range, in one line naming the field, the value and what is allowed.
@@ -88,6 +93,7 @@ class ToMePerceiverConfig(PerceiverConfig):
     merge_method: str = "bipartite"
     merge_metric: str = "key"
     merge_groups: list[list[int] | None] | None = None
+    latent_groups: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_misspelt(kwargs)
@@ -155,6 +161,16 @@ class ToMePerceiverConfig(PerceiverConfig):
         return self.num_blocks * self.num_self_attends_per_block
 
     @property
+    def latents_at_start(self) -> int:
+        """How many latents read the inputs: N, or as many as `latent_groups` makes of them."""
+        if self.latent_groups is None:
+            return self.num_latents
+        # What would leave out latents in silence, if it was set after all was checked.
+        if len(self.latent_groups) != self.num_latents:
+            self._check_groups("latent_groups", self.latent_groups, self.num_latents)
+        return max(self.latent_groups) + 1
+
+    @property
     def merge_schedule(self) -> list[int]:
         """Latents removed in each of the L layers, after the caps.
 
@@ -164,8 +180,8 @@ class ToMePerceiverConfig(PerceiverConfig):
         if self.merge_groups is None:
             self._check_r(self.r)
             self._check_r_inflection()
-            return self._capped(self._requested_r())
-        removed, left = [], self.num_latents
+            return self._capped(self._requested_r(), self.latents_at_start)
+        removed, left = [], self.latents_at_start
         if self.r != 0 or len(self.merge_groups) != self.num_self_attention_layers:
             self._check_merge_groups()
         for groups in self.merge_groups:
@@ -177,16 +193,17 @@ class ToMePerceiverConfig(PerceiverConfig):
         return removed
 
     def schedule_of(self, r: int | list[int]) -> list[int]:
-        """`merge_schedule` with `r` in the place of this config's `r`, `r_inflection` and `merge_groups`.
+        """`merge_schedule` with `r` in the place of all that this config says of r and of groups.
 
         Raises:
             ValueError: in one line naming the value and what is allowed.
         """
         self._check_r(r)
-        return self._capped(list(r) if isinstance(r, (list, tuple)) else [r] * self.num_self_attention_layers)
+        requested = list(r) if isinstance(r, (list, tuple)) else [r] * self.num_self_attention_layers
+        return self._capped(requested, self.num_latents)
 
-    def _capped(self, requested: list[int]) -> list[int]:
-        removed, left = [], self.num_latents
+    def _capped(self, requested: list[int], left: int) -> list[int]:
+        removed = []
         for r in requested:
             removed.append(max(0, min(r, left // 2, left - self.min_latents)))
             left -= removed[-1]
@@ -195,7 +212,7 @@ class ToMePerceiverConfig(PerceiverConfig):
     @property
     def latents_per_layer(self) -> list[int]:
         """Latents left after each of the L layers; the last entry is M, what the decoder reads."""
-        left, remaining = [], self.num_latents
+        left, remaining = [], self.latents_at_start
         for removed in self.merge_schedule:
             remaining -= removed
             left.append(remaining)
@@ -225,6 +242,8 @@ class ToMePerceiverConfig(PerceiverConfig):
         self.check_settings()
         self._check_r(self.r)
         self._check_r_inflection()
+        if self.latent_groups is not None:
+            self._check_groups("latent_groups", self.latent_groups, self.num_latents)
         if self.merge_groups is not None:
             self._check_merge_groups()
 
@@ -322,7 +341,7 @@ class ToMePerceiverConfig(PerceiverConfig):
             )
 
     def _check_merge_groups(self) -> None:
-        layers, left = self.num_self_attention_layers, self.num_latents
+        layers, left = self.num_self_attention_layers, self.latents_at_start
         if self.r != 0:
             raise ValueError(
                 f"merge_groups: fixed groups take the place of r, so r must be 0, not {self.r!r}; "
@@ -334,24 +353,23 @@ class ToMePerceiverConfig(PerceiverConfig):
                 f"not {_summary(self.merge_groups)}"
             )
         for layer, groups in enumerate(self.merge_groups):
-            if groups is None:
-                continue
-            if not isinstance(groups, (list, tuple)) or len(groups) != left or not all(map(_is_integer, groups)):
-                raise ValueError(
-                    f"merge_groups[{layer}]: allowed is null or a list of {left} integers, one for each latent that "
-                    f"reaches this layer, not {_summary(groups)}"
-                )
-            numbers = sorted(set(groups))
-            count = len(numbers)
-            if numbers != list(range(count)):
-                raise ValueError(
-                    f"merge_groups[{layer}]: groups must be numbered 0, 1, ... with none left out, not {numbers}"
-                )
-            if count < self.min_latents:
-                raise ValueError(
-                    f"merge_groups[{layer}]: leaves {count} latents, fewer than min_latents = {self.min_latents}"
-                )
-            left = count
+            if groups is not None:
+                left = self._check_groups(f"merge_groups[{layer}]", groups, left)
+
+    def _check_groups(self, name: str, groups: Any, reaching: int) -> int:
+        """Check that each of the latents that reach a place has a group, and say how many groups there are."""
+        if not isinstance(groups, (list, tuple)) or len(groups) != reaching or not all(map(_is_integer, groups)):
+            raise ValueError(
+                f"{name}: allowed is null or a list of {reaching} integers, one for each latent that gets there, not "
+                f"{_summary(groups)}"
+            )
+        numbers = sorted(set(groups))
+        count = len(numbers)
+        if numbers != list(range(count)):
+            raise ValueError(f"{name}: groups must be numbered 0, 1, ... with none left out, not {numbers}")
+        if count < self.min_latents:
+            raise ValueError(f"{name}: leaves {count} latents, fewer than min_latents = {self.min_latents}")
+        return count
 
 
 def _check_as_written(config_dict: dict[str, Any]) -> None:

@@ -112,11 +112,11 @@ def forward_cost(
             raise ValueError(f"input_shape: shapes by modality are for {MULTIMODAL} only, not for {name}")
         batch, ends = _ENDS[name](config, input_shape)
 
-    reaching = [config.num_latents, *config.latents_per_layer]
+    reaching = [config.latents_at_start, *config.latents_per_layer]
     layers = list(pairwise(reaching))
     cross_attention = cross_attention_layer_flops(
         config,
-        queries=config.num_latents,
+        queries=reaching[0],
         keys=ends.inputs,
         query_channels=config.d_latents,
         key_channels=ends.input_channels,

@@ -75,7 +75,7 @@ def fixed_groups(
     """Group latents by their mean similarity over samples, layer by layer, each with the layers before it merged.
 
     Args:
-        model: a head or a base model; afterwards it is as it was.
+        model: a head or a base model; afterwards it is as it was. Its `latent_groups`, if any, merge before.
         batches: what the model takes, without labels; gone through anew for each layer that merges.
         left_after: M for each of the L layers; the same as before it where nothing is to merge.
         similarity: of the latents that reach a layer.
@@ -88,19 +88,20 @@ def fixed_groups(
         FloatingPointError: for similarities that are not finite.
     """
     config = model.config
-    reaching = [config.num_latents, *left_after]
+    reaching = [config.latents_at_start, *left_after]
     if len(left_after) != config.num_self_attention_layers or any(
         not 1 <= after <= before for before, after in pairwise(reaching)
     ):
         raise ValueError(
             f"left_after = {list(left_after)}: allowed are {config.num_self_attention_layers} numbers, one a layer, "
-            f"that never rise, from {config.num_latents} to 1"
+            f"that never rise, from {config.latents_at_start} to 1"
         )
     groups: list[list[int] | None] = [None] * len(left_after)
+    before_layers = Merging.of(config)
     with undisturbed(model):
         for layer, (before, after) in enumerate(pairwise(reaching)):
             if after < before:
-                Merging.of(config).by(0, merge_groups=groups).apply(config)
+                before_layers.by(0, merge_groups=groups, latent_groups=before_layers.latent_groups).apply(config)
                 groups[layer] = average_linkage(mean_similarity(model, batches, layer, similarity), after)
     return groups
 

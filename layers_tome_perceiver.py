@@ -235,8 +235,10 @@ def call_layer(layer: ToMePerceiverLayer, *arguments: Any) -> LayerOutput:
 class ToMePerceiverEncoder(upstream.PerceiverEncoder):
     """Upstream's encoder.
 
-    Modifications: threads the sizes through the layers and gives each its merge. Layer modules are shared between
-    blocks, so what a layer merges is an argument of its call, never a state of it.
+    Modifications:
+    - threads the sizes through the layers and gives each its merge. Layer modules are shared between blocks, so what a
+      layer merges is an argument of its call, never a state of it
+    - learned latents in fixed groups merge before they read the inputs
     """
 
     def forward(
@@ -263,11 +265,16 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
         self._check_shape(hidden_states.shape[1])
         all_hidden_states, all_attentions = [], []
         batch, num_latents = hidden_states.shape[:2]
-        layer = call_layer(self.cross_attention, hidden_states, None, None, inputs, bias, output_attentions)
-        hidden_states, sizes = layer.hidden_states, None
-        cross_attention_weights = layer.attention_weights
         # Where each of the first latents stands now.
         positions = torch.arange(num_latents, device=hidden_states.device).expand(batch, -1)
+        sizes = None
+        if r is None and self.config.latent_groups is not None:
+            match = match_groups(self.config.latent_groups, hidden_states.device)
+            merged, size = merge_latents(_repeated_row(hidden_states), None, match)
+            hidden_states, sizes = merged.expand(batch, -1, -1), size.expand(batch, -1)
+            positions = follow_latents(positions, match)
+        layer = call_layer(self.cross_attention, hidden_states, None, None, inputs, bias, output_attentions)
+        hidden_states, cross_attention_weights = layer.hidden_states, layer.attention_weights
         for index, match_latents in enumerate(layer_matchers(self.config, hidden_states.device, r)):
             # Only if asked for: held any longer, a layer's latents could not be reused for the next one's.
             if output_hidden_states:

@@ -228,8 +228,8 @@ class _CalledWithR:
 def _with_r(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The `forward` of an upstream head.
 
-    Modifications: `r` (`int` or `list[int]`) merges so in this call, in the place of the config's `r`, `r_inflection`
-    and `merge_groups`, and leaves the config alone; a keyword that is not known is a TypeError.
+    Modifications: `r` (`int` or `list[int]`) merges so in this call, in the place of the config's `r`, `r_inflection`,
+    `merge_groups` and `latent_groups`, and leaves the config alone; a keyword that is not known is a TypeError.
     """
     parameters = dict(inspect.signature(forward).parameters)
     others = parameters.pop("kwargs")
@@ -256,8 +256,8 @@ def _check_keywords(model: nn.Module, keywords: dict[str, Any], known: frozenset
 class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
     """Upstream's `PerceiverModel`: preprocessor, encoder, decoder, postprocessor, each but the encoder optional.
 
-    Modifications: merges by `config.r` or `config.merge_groups`; the decoder's attention weighs latents by their
-    sizes; the output has `latent_sizes` and `latent_sources`.
+    Modifications: merges by `config.r`, `config.merge_groups` and `config.latent_groups`; the decoder
+    weighs latents by their sizes; the output has `latent_sizes` and `latent_sources`.
     """
 
     def forward(
@@ -281,7 +281,8 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
             subsampled_output_points: for multimodal autoencoding, as upstream.
             output_attentions, output_hidden_states, interpolate_pos_encoding, return_dict: as upstream.
             output_latent_sources: return `latent_sources` too.
-            r: merges so in this call, in the place of the config's `r`, `r_inflection` and `merge_groups`.
+            r: merges so in this call, in the place of the config's `r`, `r_inflection`, `merge_groups` and
+                `latent_groups`.
 
         Raises:
             ValueError: for inputs longer or larger than the model's positions, a mask of another shape, or an r out of

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a budget to what merges: among schedules, methods, metrics and fixed groups, what changes the output least.
 
+Fixed groups may take the place of matching in the layers. Learned latents may also merge in fixed groups before they
+read the inputs, with matching after it: the first layer then no longer runs on all of them.
+
 Nothing but a few unlabelled samples is needed. Candidates keep to the budget, each with its matching. A half of the
 samples narrows them down, on ever more of its rows (Jamieson & Talwalkar, 2016, "Non-stochastic best arm
 identification"), and improves the best by postponing merges; the other half judges what is left. Of those that it
@@ -49,7 +52,14 @@ try:
     )
     from .configuration_tome_perceiver import MERGE_METRICS, ToMePerceiverConfig  # type: ignore[import-not-found]
     from .cost_tome_perceiver import forward_cost, interleaved_seconds  # type: ignore[import-not-found]
-    from .groups_tome_perceiver import Batch, fixed_groups, latent_similarities  # type: ignore[import-not-found]
+    from .groups_tome_perceiver import (  # type: ignore[import-not-found]
+        Batch,
+        Similarity,
+        average_linkage,
+        fixed_groups,
+        latent_similarities,
+        mean_similarity,
+    )
     from .layers_tome_perceiver import METRICS  # type: ignore[import-not-found]
 except ImportError:
     if __package__:
@@ -72,7 +82,14 @@ except ImportError:
     )
     from configuration_tome_perceiver import MERGE_METRICS, ToMePerceiverConfig
     from cost_tome_perceiver import forward_cost, interleaved_seconds
-    from groups_tome_perceiver import Batch, fixed_groups, latent_similarities
+    from groups_tome_perceiver import (
+        Batch,
+        Similarity,
+        average_linkage,
+        fixed_groups,
+        latent_similarities,
+        mean_similarity,
+    )
     from layers_tome_perceiver import METRICS
 
 SEARCH = "search"
@@ -89,6 +106,8 @@ COMBINED, IMPROVED, FINALISTS = 4, 2, 5
 MOVES, POSTPONED = 12, 12
 # From how many layers on a floor is tried.
 STARTS = 12
+# Shares of the learned latents that are tried as fixed groups before they read the inputs.
+AT_START = (0.875, 0.75, 0.625, 0.5)
 # So many rows are looked at if they are given, whatever it takes.
 LEAST_ROWS = 32
 # Rows that are run at a time, and positions of each that are looked at where each has outputs of its own.
@@ -177,7 +196,8 @@ def choose_merging(
             samples, or what the config has positions or pixels for.
         schedules: allowed shapes over the layers, names of `SCHEDULES` or `SKIP_BLOCKS`; by default the search finds
             its own.
-        merge_methods, merge_metrics: allowed ways to match; by default all that are worth it, and fixed groups.
+        merge_methods, merge_metrics: allowed ways to match; by default all that are worth it, and fixed groups
+            (`"groups"`), which an export can run that has no sort.
         log_file: JSON file of every divergence that was measured, from which a search that was stopped goes on.
 
     Raises:
@@ -200,9 +220,14 @@ def choose_merging(
     shape = tuple(input_shape) if input_shape is not None else _input_shape(model, batches)
     cost = flops_ratios(model.config, shape, type(model).__name__)
     given = (flops_ratio, latency_ratio)
-    ways = _ways(model.config, merge_methods, merge_metrics, bool(batches))
+    with_groups = merge_methods is None or GROUPS in merge_methods
+    matching = [name for name in merge_methods or () if name != GROUPS]
+    only_groups = with_groups and merge_methods is not None and not matching
+    if only_groups and not batches:
+        raise ValueError(f"merge_methods: {GROUPS!r}; allowed with samples only, whose latents are compared")
+    ways = _ways(model.config, matching, merge_metrics, bool(batches) and not only_groups)
     shapes = _shapes(model.config, schedules, bool(batches))
-    if latency_ratio is None and len(shapes) == len(ways) == 1:
+    if latency_ratio is None and len(shapes) == len(ways) == 1 and not only_groups:
         # Nothing to choose from.
         assert flops_ratio is not None
         chosen = _member(shapes[0], ways[0], flops_ratio, cost)
@@ -212,7 +237,9 @@ def choose_merging(
     with undisturbed(model):
         unmerged = Merging.none(model.config).asked_of(model.config)
         passes = SEARCH_FLOPS / forward_cost(unmerged, shape, type(model).__name__).total_with_matching
-        search = Search(model, batches, cost, shapes, ways, passes, log_file, merge_methods is None)
+        search = Search(model, batches, cost, shapes, ways, passes, log_file, with_groups, not only_groups)
+        if schedules is None:
+            search.shapes += search.grouped_at_start()
         finalists = search.run(*given)
         if not finalists:
             raise _not_met(shapes, ways, given, cost)
@@ -262,7 +289,8 @@ class Search:
         shapes, ways: whose combinations are tried.
         passes: how many rows may be run, in unmerged passes.
         log_file: as for `choose_merging`.
-        with_groups: whether fixed groups are tried too.
+        with_groups: whether fixed groups in the layers are tried.
+        with_matching: whether matching is.
     """
 
     def __init__(
@@ -275,9 +303,10 @@ class Search:
         passes: float,
         log_file: str | os.PathLike | None,
         with_groups: bool,
+        with_matching: bool,
     ) -> None:
-        self.model, self.cost, self.shapes, self.ways, self.passes = model, cost, shapes, ways, passes
-        self.with_groups = with_groups
+        self.model, self.cost, self.shapes, self.ways, self.passes = model, cost, list(shapes), ways, passes
+        self.with_groups, self.with_matching = with_groups, with_matching
         self.timed_batch = {name: value.to(model.device) for name, value in batches[0].items()}
         batches = _first_rows(batches, max(LEAST_ROWS, int(0.2 * passes)))
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
@@ -322,14 +351,17 @@ class Search:
         ways += [] if first_way in ways else [first_way]
         # Of time, each way to match has a share of the FLOPs of its own.
         shares = {way.name: self._flops_for(simple, way, latency_ratio) if latency_ratio else ratio for way in ways}
-        combined = [_member(shape, way, shares[way.name], self.cost) for shape, way in product(shapes, ways)]
+        combined = []
+        if self.with_matching:
+            combined += [_member(shape, way, shares[way.name], self.cost) for shape, way in product(shapes, ways)]
         if self.with_groups:
             combined += [each for shape in shapes for each in self._grouped(shape, shares[first_way.name])]
         ranked = self._ranked(combined, 0.25, least=8)
         improved = [self._improved(each) for each in ranked[:IMPROVED]]
         finalists = _distinct([*improved, *ranked])[:FINALISTS]
-        # What needs no search is there to be compared with.
-        finalists = _distinct([*finalists, _member(simple, first_way, shares[first_way.name], self.cost)])
+        if self.with_matching:
+            # What needs no search is there to be compared with.
+            finalists = _distinct([*finalists, _member(simple, first_way, shares[first_way.name], self.cost)])
         if latency_ratio is not None:
             finalists = _distinct([self._tightened(each, latency_ratio) for each in finalists])
         return finalists
@@ -363,13 +395,32 @@ class Search:
         if free is None or free.num_blocks != config.num_blocks:
             return []
         left = free.asked_of(config).latents_per_layer
-        batches = list(self._chunks(self.halves[0], min(self.rows, max(8, int(self.passes / 40)))))
         found = []
         for metric in ("key", "hidden"):
-            groups = fixed_groups(self.model, batches, left, partial(latent_similarities, compared=METRICS[metric]))
-            merging = self.ways[0].base.by(0, merge_groups=groups)
+            with free.applied(config):
+                groups = fixed_groups(self.model, self._compared(), left, _similarity(metric))
+            merging = self.ways[0].base.by(0, merge_groups=groups, latent_groups=free.latent_groups)
             found.append(Candidate(f"{shape.name}, {GROUPS} by {metric}", merging, self.cost(merging)))
         return found
+
+    def grouped_at_start(self) -> list[_Shape]:
+        """Merging to a floor after learned latents merged in fixed groups, with all blocks and with fewer."""
+        config = self.model.config
+        with Merging.none(config).applied(config):
+            similarity = mean_similarity(self.model, self._compared(), 0, _similarity("hidden"))
+        shapes = []
+        for share in AT_START:
+            count = max(config.min_latents, math.ceil(share * config.num_latents))
+            groups = average_linkage(similarity, count)
+            for num_blocks in range(config.num_blocks, 0, -1) if share == AT_START[0] else [config.num_blocks]:
+                layers = num_blocks * config.num_self_attends_per_block
+                family = partial(_after_groups, groups, partial(floor_from, config, 0, layers, num_blocks))
+                shapes.append(_Shape(f"floor of {count} groups{_in_blocks(config, num_blocks)}", family))
+        return shapes
+
+    def _compared(self) -> list[Batch]:
+        """Samples whose latents are compared for fixed groups."""
+        return list(self._chunks(self.halves[0], min(self.rows, max(8, int(self.passes / 40)))))
 
     def _ranked(self, candidates: Sequence[Candidate | None], share: float, least: int) -> list[Candidate]:
         """By divergence on as many rows as a share of the passes affords, the least first."""
@@ -423,9 +474,10 @@ class Search:
                 output_divergence(output.double(), earlier.double(), self.regression)
                 for output, earlier in zip(outputs, before, strict=True)
             ]
-            # Outputs that are not finite are as far as can be, and JSON has no infinity.
+            # Outputs that are not finite are as far as can be, and JSON has no infinity. A divergence of nothing may be
+            # rounded to less.
             worst = torch.finfo(torch.float32).max
-            self.divergences[key] = torch.cat(apart).nan_to_num(worst, worst).clamp(max=worst).tolist()
+            self.divergences[key] = torch.cat(apart).nan_to_num(worst, worst).clamp(0, worst).tolist()
             self._save()
         self.tried.add(merging.key)
         self.bar.update()
@@ -533,10 +585,22 @@ def _shapes(config: ToMePerceiverConfig, names: Sequence[str] | None, searching:
         layers = num_blocks * config.num_self_attends_per_block
         # With fewer blocks, from the first layer on is enough to say whether blocks are needed at all.
         for start in _some(range(1, layers), STARTS) if num_blocks == config.num_blocks else [0]:
-            blocks = "" if num_blocks == config.num_blocks else f" in {num_blocks} of {config.num_blocks} blocks"
-            later = f" from layer {start}" if start else ""
-            shapes.append(_Shape(f"floor{later}{blocks}", partial(floor_from, config, start, layers, num_blocks)))
+            name = f"floor{f' from layer {start}' if start else ''}{_in_blocks(config, num_blocks)}"
+            shapes.append(_Shape(name, partial(floor_from, config, start, layers, num_blocks)))
     return shapes
+
+
+def _in_blocks(config: ToMePerceiverConfig, num_blocks: int) -> str:
+    return "" if num_blocks == config.num_blocks else f" in {num_blocks} of {config.num_blocks} blocks"
+
+
+def _after_groups(groups: list[int], family: Callable[[Merging], Family], base: Merging) -> Family:
+    """A family whose learned latents merge in fixed groups first."""
+    return family(replace(base, latent_groups=groups))
+
+
+def _similarity(metric: str) -> Similarity:
+    return partial(latent_similarities, compared=METRICS[metric])
 
 
 def _ways(

@@ -233,6 +233,8 @@ def picture_title(name: str, config: ToMePerceiverConfig) -> str:
         merging = f"r = {shortened(str(list(config.r)))}"
     if config.merge_groups is None and config.merge_method != "bipartite":
         merging += f" ({config.merge_method})"
+    if config.latent_groups is not None:
+        merging = f"{config.latents_at_start} groups, then {merging}"
     model = Path(name).resolve().name if Path(name).is_dir() else name
     return f"{model}, {merging}: {config.latents_per_layer[-1]} of {config.num_latents} latents left"
 

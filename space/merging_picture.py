@@ -110,7 +110,11 @@ def read_input(model: PreTrainedModel, inputs: Tensor, attention_mask: Tensor | 
         return_dict=True,
     )
     # The encoder's weights come first, the decoder's last.
-    maps = latent_maps(output.cross_attentions[0].float(), output.latent_sources)[0]
+    weights, groups = output.cross_attentions[0].float(), getattr(model.config, "latent_groups", None)
+    if groups is not None:
+        # Learned latents of a group read as one.
+        weights = weights[:, :, groups]
+    maps = latent_maps(weights, output.latent_sources)[0]
     if attention_mask is not None:
         maps = maps[:, attention_mask[0].bool()]
     config, prediction = model.config, None

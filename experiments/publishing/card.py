@@ -185,6 +185,9 @@ class WhatMerges:
             "shape": f"{self.unmerged.num_latents} latents of {config.d_latents} channels, {config.num_blocks} x "
             f"{config.num_self_attends_per_block} self-attention layers",
             "r": spelled_r(config.r) if config.merge_groups is None else "fixed groups, `merge_groups`",
+            "learned latents in fixed groups, `latent_groups`": None
+            if config.latent_groups is None
+            else f"{config.latents_at_start} groups of {config.num_latents}",
             "latents left after each layer": spelled_r(config.latents_per_layer),
             "merge_method": config.merge_method,
             "merge_metric": config.merge_metric,

@@ -24,7 +24,7 @@ def draw_schedule(config: PreTrainedConfig, cost: ForwardCost, unmerged: Forward
         path: of the PNG.
     """
     figure, (latents, flops) = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
-    left = [config.num_latents, *config.latents_per_layer]
+    left = [config.latents_at_start, *config.latents_per_layer]
     latents.step(range(len(left)), left, where="post", color="tab:blue")
     latents.set(xlabel="self-attention layer", ylabel="latents left", ylim=(0, None))
     # Unmerged there may be more layers, where weight-shared blocks run more often.

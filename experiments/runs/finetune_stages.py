@@ -278,6 +278,8 @@ class Run:
         batch = self.prepared.batch(SPEED_INPUTS)
         share, speedup = cost_and_speed(self.model, batch, self.input_shape)
         how = f"{sum(config.merge_schedule)} of {config.num_latents} latents in layers, r = {config.merge_schedule}"
+        if config.latent_groups is not None:
+            how = f"learned latents in {config.latents_at_start} fixed groups, then {how}"
         fixed = "fixed groups" if config.merge_groups else f"{config.merge_method} {config.merge_metric}"
         return Ending(
             measured=[row for row in self.measured if not row.name.endswith("_mm")],

@@ -25,6 +25,7 @@ SETTINGS = {
     "r": dict(r=1),
     "an inflection": dict(r=1, r_inflection=0.5),
     "groups": dict(merge_groups=GROUPS),
+    "groups at the start": dict(latent_groups=[0, 1, 2, 3] * 3, r=1),
 }
 
 

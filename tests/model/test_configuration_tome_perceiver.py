@@ -21,6 +21,7 @@ MERGING_FIELDS = [
     "merge_method",
     "merge_metric",
     "merge_groups",
+    "latent_groups",
 ]
 
 
@@ -95,6 +96,26 @@ def test_groups_give_the_schedule():
     assert merging.latents_per_layer == [12, 7, 7, 7, 3, 3]
 
 
+def test_groups_at_the_start_leave_fewer_for_the_layers():
+    """With r, with groups in layers, and alone; a call's own r merges all latents anew."""
+    at_start = [0, 1, 2, 3, 4, 1, 5, 6, 7, 8, 0, 1]
+    merging = config(latent_groups=at_start, r=2)
+    assert (merging.latents_at_start, merging.merge_schedule) == (9, [2, 2, 2, 1, 1, 0])
+    assert merging.latents_per_layer == [7, 5, 3, 2, 1, 1]
+    assert merging.schedule_of(2) == [2, 2, 2, 2, 2, 1]
+    groups = [None, [0, 1, 0, 1, 2, 2, 0, 2, 3], *[None] * 4]
+    assert config(latent_groups=at_start, merge_groups=groups).latents_per_layer == [9, 4, 4, 4, 4, 4]
+    assert config(latent_groups=at_start).latents_per_layer == [9] * 6
+    assert config().latents_at_start == 12
+
+
+def test_groups_at_the_start_set_afterwards_that_do_not_fit_give_no_schedule():
+    merging = config()
+    merging.latent_groups = [0, 1, 1]
+    with pytest.raises(ValueError, match=r"^latent_groups: allowed is null or a list of 12 integers[^\n]*$"):
+        _ = merging.merge_schedule
+
+
 BAD = [
     (dict(r=-1), "r", "-1"),
     (dict(r="abc"), "r", "'abc'"),
@@ -143,6 +164,12 @@ BAD = [
     (dict(merge_groups=[None, [1, 2] + [1] * 10, *[None] * 4]), "merge_groups[1]", "[1, 2]"),
     (dict(merge_groups=[None, [0, -1] + [0] * 10, *[None] * 4]), "merge_groups[1]", "[-1, 0]"),
     (dict(merge_groups=[[0, 1, 2] * 4, *[None] * 5], min_latents=4), "merge_groups[0]", "3"),
+    (dict(latent_groups=[0] * 11), "latent_groups", "length 11"),
+    (dict(latent_groups=3), "latent_groups", "3"),
+    (dict(latent_groups=[0, True] * 6), "latent_groups", "list"),
+    (dict(latent_groups=[0, 2] * 6), "latent_groups", "[0, 2]"),
+    (dict(latent_groups=[0, 1, 2] * 4, min_latents=4), "latent_groups", "3"),
+    (dict(latent_groups=[0, 1, 2] * 4, merge_groups=[[0] * 12, *[None] * 5]), "merge_groups[0]", "length 12"),
 ]
 
 
@@ -199,8 +226,9 @@ def test_a_stock_folder_is_a_config_that_merges_as_told(tmp_path):
         dict(r=[0, 5, 0, 0, 1, 0], merge_metric="hidden"),
         dict(r=(3, 2, 1, 0, 0, 0)),
         dict(merge_groups=[None, [0, 1, 2] * 4, None, [0, 0, 1], None, None]),
+        dict(latent_groups=[0, 1, 2, 3] * 3, r=[1, 0, 0, 0, 0, 0]),
     ],
-    ids=["integer", "list", "tuple", "groups"],
+    ids=["integer", "list", "tuple", "groups", "groups at the start"],
 )
 def test_json_keeps_every_setting(merging, tmp_path):
     first = config(**merging)

@@ -83,6 +83,7 @@ SETTINGS = {
     "list": {"r": [3, 0, 4]},
     "min_latents": {"r": 4, "min_latents": 6},
     "groups": {"merge_groups": [None, [0, 0, 1, 2, 2, 2, 3, 3, 4, 4, 4], None]},
+    "groups at the start": {"latent_groups": [0, 0, 1, 2, 2, 2, 3, 3, 4, 4, 4], "r": 1},
     "shared blocks": {"r": 1, "num_blocks": 2, "num_self_attends_per_block": 2},
     "qk_channels": {"r": 2, "qk_channels": 8, "v_channels": 24},
     "qk_channels alone": {"r": 2, "qk_channels": 24},

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.tiny_merges import (
+    AT_START,
     DUPLICATES,
     GROUPS,
     MERGES,
@@ -116,6 +117,7 @@ TWO_MERGES = {
     "random": dict(r=[3, 2], merge_method="random"),
     "prune": dict(r=[3, 2], merge_method="prune"),
     "groups": dict(merge_groups=[GROUPS[1], GROUPS[3]]),
+    "groups at the start": dict(latent_groups=AT_START, r=[3, 2]),
 }
 
 

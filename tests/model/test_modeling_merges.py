@@ -148,7 +148,7 @@ def merged_and_whole(head, merge, duplicates, **changes):
     model = repeat_latents(tiny_model(head, **changes, **merge), duplicates)
     inputs = tiny_inputs(head)
     merged = run(model, inputs)
-    model.config.merge_groups = None
+    model.config.merge_groups, model.config.latent_groups = None, None
     model.r = 0
     whole = run(model, inputs)
     assert whole.base.last_hidden_state.shape[1] == NUM_LATENTS
@@ -212,7 +212,7 @@ def test_rows_of_a_batch_merge_each_in_its_own_way():
     """Matching looks at the row, fixed groups and random ones do not."""
     for name, merge in MERGES.items():
         sources = run(tiny_model("Model", **merge), tiny_inputs("Model", batch=3)).base.latent_sources
-        assert torch.equal(sources[0], sources[1]) == (name in ("random", "groups"))
+        assert torch.equal(sources[0], sources[1]) == (name in ("random", "groups", "groups everywhere"))
 
 
 # What a head's outputs look like with merging

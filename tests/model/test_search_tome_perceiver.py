@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import search_tome_perceiver as search
 from budget_tome_perceiver import Merging, flops_ratios, named_family, postponed, undisturbed, weakest_member
 from cost_tome_perceiver import forward_cost
 from search_tome_perceiver import output_divergence
+from tests.support.tiny_merges import AT_START
 from tests.support.tiny_models import repeat_latents, run, tiny_config, tiny_inputs, tiny_model
 
 HEAD = "ForSequenceClassification"
@@ -126,6 +128,22 @@ def test_methods_metrics_and_schedules_can_be_narrowed_down():
     choice = model.merge_to(flops_ratio=0.9, samples=batches(), merge_methods=["ward"])
     assert {each.merging.merge_method for each in choice.candidates} == {"ward"}
     assert all(each.merging.merge_groups is None for each in choice.candidates)
+    choice = model.merge_to(flops_ratio=0.9, samples=batches(), merge_methods=["groups"])
+    assert all(each.merging.merge_groups is not None for each in choice.candidates)
+
+
+def test_learned_latents_that_say_the_same_merge_before_the_first_layer():
+    """Of nine latents that stand twelve times, where the first layer alone on twelve is over the budget."""
+    model = repeat_latents(tiny_model(HEAD), AT_START)
+    inputs = tiny_inputs(HEAD, batch=8)
+    before = run(model, inputs).logits
+    cost = flops(model)
+    nine = replace(Merging.none(model.config), latent_groups=AT_START)
+    assert cost(nine) < cost(Merging.none(model.config).by([3, 0, 0, 0, 0, 0]))
+    choice = model.merge_to(flops_ratio=cost(nine), samples=inputs)
+    assert model.config.latents_at_start == 9 and not any(model.config.merge_schedule)
+    assert model.config.latent_groups == AT_START and choice.chosen.name.startswith("floor of 9 groups")
+    assert (run(model, inputs).logits - before).abs().max() < 1e-5
 
 
 def test_shares_are_of_all_blocks_however_few_run_now():
@@ -167,9 +185,9 @@ def test_a_stopped_search_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(type(model), "forward", lambda self, **inputs: calls.append(1) or forward(self, **inputs))
     again = model.merge_to(flops_ratio=0.9, samples=batches(), log_file=log, merge_methods=["bipartite"])
     assert again.chosen == found.chosen
-    # Of the unmerged model alone, one for each half of a batch; on the clock, unmerged and three metrics, then unmerged
-    # and the finalists.
-    assert len(calls) == 4 + (1 + 3) + (1 + len(found.candidates))
+    # Of the unmerged model alone, one for each half of a batch, and one for each batch whose latents are compared; on
+    # the clock, unmerged and three metrics, then unmerged and the finalists.
+    assert len(calls) == 4 + 2 + (1 + 3) + (1 + len(found.candidates))
     model.merge_to(flops_ratio=0.9, samples=batches(seed=1), log_file=log, merge_methods=["bipartite"])
     assert json.loads(log.read_text())["searched"] != known["searched"]
 
@@ -189,6 +207,7 @@ def test_a_stopped_search_goes_on(tmp_path, monkeypatch):
         ({"flops_ratio": 0.9, "samples": []}, "samples: there are none"),
         ({"flops_ratio": 0.9, "samples": [{"input_ids": [[1]]}]}, "samples: input_ids is a list; allowed are tensors"),
         ({"flops_ratio": 0.9, "samples": {"text": torch.ones(1, 2)}}, "samples: have text"),
+        ({"flops_ratio": 0.9, "merge_methods": ["groups"]}, "merge_methods: 'groups'; allowed with samples only"),
         ({"flops_ratio": 0.9, "schedules": ["steep"]}, "schedules: 'steep'; allowed are constant"),
         ({"flops_ratio": 0.9, "samples": batches(), "merge_methods": ["magic"]}, "merge_method = 'magic': allowed are"),
         ({"flops_ratio": 0.9, "samples": batches(), "merge_metrics": ["color"]}, "merge_metrics: 'color'; allowed are"),

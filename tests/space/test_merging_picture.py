@@ -20,7 +20,17 @@ from space.merging_picture import (
     token_labels,
     visible_pixels,
 )
-from tests.support.tiny_models import IMAGE_HEADS, NUM_LATENTS, TEXT_HEADS, run, take_row, tiny_inputs, tiny_model
+from tests.support.tiny_merges import AT_START
+from tests.support.tiny_models import (
+    IMAGE_HEADS,
+    NUM_LATENTS,
+    TEXT_HEADS,
+    repeat_latents,
+    run,
+    take_row,
+    tiny_inputs,
+    tiny_model,
+)
 
 HEADS = [*TEXT_HEADS, *IMAGE_HEADS]
 
@@ -53,6 +63,16 @@ def test_unmerged_latents_read_the_cross_attention(head):
     reading = read_input(model, inputs, mask)
     torch.testing.assert_close(torch.tensor(reading.maps), direct_cross_attention(model, inputs).float())
     assert reading.sizes.tolist() == [1] * NUM_LATENTS
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_learned_latents_of_a_group_read_as_one(head):
+    """Equal ones, which read alike, so that a group reads what each of them does."""
+    model, (inputs, mask) = repeat_latents(tiny_model(head, latent_groups=AT_START), AT_START), one_input(head)
+    reading = read_input(model, inputs, mask)
+    first = [AT_START.index(group) for group in range(9)]
+    torch.testing.assert_close(torch.tensor(reading.maps), direct_cross_attention(model, inputs).float()[first])
+    assert reading.sizes.tolist() == [AT_START.count(group) for group in range(9)]
 
 
 @pytest.mark.parametrize("head", HEADS)

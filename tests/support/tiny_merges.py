@@ -9,6 +9,7 @@ from tests.support.tiny_models import HEADS, flat_logits, relative_difference
 # Five latents left, with layers that merge nothing among those that do.
 R_LIST = [3, 0, 2, 1, 0, 1]
 GROUPS = [None, [0, 1, 2, 0, 3, 4, 4, 0, 5, 6, 2, 0], None, [0, 1, 1, 2, 3, 0, 3], None, None]
+AT_START = [0, 1, 2, 3, 4, 1, 5, 6, 7, 8, 0, 1]
 MERGES = {
     "bipartite": dict(r=R_LIST),
     "value": dict(r=R_LIST, merge_metric="value"),
@@ -19,6 +20,8 @@ MERGES = {
     "leader": dict(r=R_LIST, merge_method="leader"),
     "random": dict(r=R_LIST, merge_method="random"),
     "groups": dict(merge_groups=GROUPS),
+    "groups at the start": dict(latent_groups=AT_START, r=[1, 0, 2, 1, 0, 0]),
+    "groups everywhere": dict(latent_groups=AT_START, merge_groups=[None, [0, 1, 2, 0, 3, 4, 4, 0, 3], *[None] * 4]),
 }
 MERGES_AND_PRUNE = {**MERGES, "prune": dict(r=R_LIST, merge_method="prune")}
 ATTENTION = ["eager", "sdpa"]
@@ -41,6 +44,14 @@ DUPLICATES = {
     "groups in two steps": (
         dict(merge_groups=[[0, 1, 2, 0, 3, 1, 1, 0, 1, 3, 4, 2], None, None, [0, 1, 2, 3, 2], None, None]),
         [0, 1, 2, 0, 3, 1, 1, 0, 1, 3, 2, 2],
+    ),
+    "groups at the start": (
+        dict(latent_groups=[0, 1, 2, 0, 3, 1, 1, 0, 1, 3, 4, 2]),
+        [0, 1, 2, 0, 3, 1, 1, 0, 1, 3, 4, 2],
+    ),
+    "groups at the start, then matched": (
+        dict(latent_groups=[0, 1, 2, 0, 3, 1, 4, 0, 5, 6, 7, 8], r=[0, 2, 0, 0, 2, 0], merge_method="leader"),
+        [0, 1, 0, 0, 2, 1, 3, 0, 4, 0, 0, 3],
     ),
 }
 
