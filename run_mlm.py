@@ -13,9 +13,18 @@ A small model from scratch, on the sentences of several configurations of a data
       --dataset_name nyu-mll/glue --dataset_config_name sst2,mrpc,rte,stsb --max_seq_length 48 \\
       --do_train --do_eval --output_dir outputs/mlm
 
-Each line or column of text is an input of its own. Training masks anew each time; what is masked in the evaluated
-sentences is always the same, so that models can be compared token by token. Own sentences: --train_file and
---validation_file. Everything else is as for run_glue.py.
+A larger one that learns what a pretrained encoder says of each token, beside the masked tokens; its tokenizer is the
+teacher's, or a smaller one that examples/train_tokenizer.py makes of it. Lines are joined to inputs of 128 tokens:
+
+  python run_mlm.py --config_name examples/taught_mlm_perceiver.json \\
+      --teacher_name_or_path sentence-transformers/all-MiniLM-L6-v2 --tokenizer_name outputs/smaller_tokenizer \\
+      --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 --line_by_line False \\
+      --max_seq_length 128 --learning_rate 6e-4 --warmup_steps 200 --per_device_train_batch_size 32 --bf16 \\
+      --do_train --do_eval --output_dir outputs/taught
+
+Each line or column of text is an input of its own, unless they are joined. Training masks anew each time; what is
+masked in the evaluated sentences is always the same, so that models can be compared token by token. Own sentences:
+--train_file and --validation_file. Everything else is as for run_glue.py.
 """
 
 from __future__ import annotations
