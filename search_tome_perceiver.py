@@ -102,12 +102,14 @@ SEARCH_FLOPS = 3e13
 # Of the first candidates, how many shapes and how many ways to match are combined; of all those, how many are improved,
 # and how many the other half of the samples judges.
 COMBINED, IMPROVED, FINALISTS = 4, 2, 5
+# Rows that say which shape and which way alone is worth it, and which combination is; more judge at the end.
+ROWS_ALONE, ROWS_COMBINED = 64, 256
 # In how many layers at a time it is tried to postpone merging, and how often.
 MOVES, POSTPONED = 12, 12
 # From how many layers on a floor is tried.
 STARTS = 12
 # Shares of the learned latents that are tried as fixed groups before they read the inputs.
-AT_START = (0.875, 0.75, 0.625, 0.5)
+AT_START = (0.875, 0.75, 0.625, 0.5, 0.375)
 # So many rows are looked at if they are given, whatever it takes.
 LEAST_ROWS = 32
 # Rows that are run at a time, and positions of each that are looked at where each has outputs of its own.
@@ -115,8 +117,9 @@ ROWS, POSITIONS = 32, 16
 TIMED_ROUNDS = 15
 # Of what a search may spend: a second or so.
 TIMED_PASSES = 0.003
-# A way to match is not looked at further if its pass is slower than this, times as fast as unmerged.
-NOT_SLOW = 0.75
+# A way to match is not looked at further if its pass is slower than this, of the fastest; a candidate is not chosen.
+# FLOPs are asked for, and time is meant: `ward` takes one step after another, and few FLOPs.
+NOT_SLOW, FAST_ENOUGH = 0.75, 0.85
 # Noise of so few rounds is no reason to refuse what is about as fast as unmerged.
 AS_FAST = 0.97
 # What is level with the best moves outputs at most so many times as far.
@@ -341,13 +344,13 @@ class Search:
         if latency_ratio is None:  # a budget of time is one for the batch that is given
             (self.timed_batch,) = _first_rows([self.timed_batch], max(1, int(TIMED_PASSES * self.passes)))
         first_way, simple = self.ways[0], self._simplest_shape()
-        spread = self._ranked([_member(shape, first_way, ratio, self.cost) for shape in self.shapes], 0.3, least=4)
-        matched = self._ranked(
-            self._not_slow([_member(simple, way, ratio, self.cost) for way in self.ways]), 0.2, least=4
-        )
-        shapes = [shape for shape in self.shapes if shape.name in _firsts(spread, 0)][:COMBINED]
+        shapes = self._spread(first_way, ratio)
+        ways = self._matched(shapes, ratio)
+        if ways[0] != first_way:
+            # What is best for one way to match need not be for another.
+            shapes = self._spread(ways[0], ratio)
+        shapes, ways = shapes[:COMBINED], ways[:COMBINED]
         shapes += [] if simple in shapes else [simple]
-        ways = [way for way in self.ways if way.name in _firsts(matched, 1)][:COMBINED]
         ways += [] if first_way in ways else [first_way]
         # Of time, each way to match has a share of the FLOPs of its own.
         shares = {way.name: self._flops_for(simple, way, latency_ratio) if latency_ratio else ratio for way in ways}
@@ -356,9 +359,11 @@ class Search:
             combined += [_member(shape, way, shares[way.name], self.cost) for shape, way in product(shapes, ways)]
         if self.with_groups:
             combined += [each for shape in shapes for each in self._grouped(shape, shares[first_way.name])]
-        ranked = self._ranked(combined, 0.25, least=8)
+        ranked = self._ranked(combined, 0.25, least=8, most=ROWS_COMBINED)
         improved = [self._improved(each) for each in ranked[:IMPROVED]]
         finalists = _distinct([*improved, *ranked])[:FINALISTS]
+        # Where matching takes longer than it saves.
+        finalists = _distinct([*finalists, next((each for each in ranked if not _matches(each.merging)), None)])
         if self.with_matching:
             # What needs no search is there to be compared with.
             finalists = _distinct([*finalists, _member(simple, first_way, shares[first_way.name], self.cost)])
@@ -367,8 +372,8 @@ class Search:
         return finalists
 
     def judged(self, finalists: list[Candidate]) -> Choice:
-        """Of those that the other half of the samples cannot tell from the best, the fastest; none slower than
-        unmerged if there is another."""
+        """Of those that the other half of the samples cannot tell from the best, the fastest; none that is slower than
+        unmerged, or than the FLOPs of the others let expect, if there is another."""
         rows = {each.name: self._each(each.merging, 1, None) for each in finalists}
         speedups = self._speedups(finalists)
         judged = [
@@ -376,12 +381,30 @@ class Search:
             for each, speedup in zip(finalists, speedups, strict=True)
         ]
         judged.sort(key=lambda each: _number(each.divergence))
-        allowed = [each for each in judged if _number(each.speedup) >= AS_FAST] or judged
+        fastest = max(_number(each.speedup) for each in judged)
+        fast = [each for each in judged if _number(each.speedup) >= FAST_ENOUGH * fastest]
+        allowed = [each for each in fast if _number(each.speedup) >= AS_FAST] or fast
         best = allowed[0]
         level = [each for each in allowed if _level(rows[each.name], rows[best.name])]
         chosen = max(level, key=lambda each: _number(each.speedup))
         self.bar.close()
         return Choice(chosen, judged, samples=2 * self.rows if self.rows > 1 else 1, tried=len(self.tried))
+
+    def _spread(self, way: _Way, ratio: float) -> list[_Shape]:
+        """The shapes that keep to the budget with a way to match, the best first; the others after them."""
+        members = [_member(shape, way, ratio, self.cost) for shape in self.shapes]
+        names = _parts(self._ranked(members, 0.15, least=4, most=ROWS_ALONE), 0)
+        return sorted(self.shapes, key=lambda shape: names.index(shape.name) if shape.name in names else len(names))
+
+    def _matched(self, shapes: Sequence[_Shape], ratio: float) -> list[_Way]:
+        """The ways to match that keep to the budget, the best first, each in the first of the shapes in which it does;
+        the first of all ways if none does."""
+        members = []
+        for way in self.ways:
+            there = (_member(shape, way, ratio, self.cost) for shape in shapes)
+            members.append(next((member for member in there if member is not None), None))
+        ranked = self._ranked(self._not_slow(members), 0.2, least=4, most=ROWS_ALONE)
+        return [way for name in _parts(ranked, 1) for way in self.ways if way.name == name] or [self.ways[0]]
 
     def _simplest_shape(self) -> _Shape:
         return next((shape for shape in self.shapes if shape.name == DEFAULT_SCHEDULE), self.shapes[0])
@@ -422,10 +445,10 @@ class Search:
         """Samples whose latents are compared for fixed groups."""
         return list(self._chunks(self.halves[0], min(self.rows, max(8, int(self.passes / 40)))))
 
-    def _ranked(self, candidates: Sequence[Candidate | None], share: float, least: int) -> list[Candidate]:
+    def _ranked(self, candidates: Sequence[Candidate | None], share: float, least: int, most: int) -> list[Candidate]:
         """By divergence on as many rows as a share of the passes affords, the least first."""
         there = _distinct(candidates)
-        count = self._affordable(share, len(there), least)
+        count = min(most, self._affordable(share, len(there), least))
         return sorted(there, key=lambda each: self._mean(each.merging, count))
 
     def _affordable(self, share: float, candidates: int, least: int) -> int:
@@ -433,12 +456,12 @@ class Search:
         return min(self.rows, max(least, int(share * self.passes / max(candidates, 1))))
 
     def _not_slow(self, candidates: Sequence[Candidate | None]) -> list[Candidate]:
-        """Without those whose matching takes longer than it saves; all, if each does."""
+        """Without those whose matching takes much longer than that of others."""
         there = _distinct(candidates)
         if len(there) < 2:
             return there
         speedups = self._speedups(there, rounds=2)
-        return [each for each, speedup in zip(there, speedups, strict=True) if speedup >= NOT_SLOW] or there
+        return [each for each, speedup in zip(there, speedups, strict=True) if speedup >= NOT_SLOW * max(speedups)]
 
     def _improved(self, best: Candidate) -> Candidate:
         """Postpone merging where that helps most, until it helps nowhere."""
@@ -447,7 +470,7 @@ class Search:
         ratio = best.flops_ratio
         for _ in range(POSTPONED):
             families = _some(list(postponed(self.model.config, best.merging)), MOVES)
-            count = self._affordable(0.1, IMPROVED * max(len(families), 1), least=4)
+            count = min(ROWS_COMBINED, self._affordable(0.1, IMPROVED * max(len(families), 1), least=4))
             members = [weakest_member(family, ratio, self.cost) for family in families]
             found = min(
                 (member for member in members if member is not None),
@@ -720,9 +743,14 @@ def _distinct(candidates: Iterable[Candidate | None]) -> list[Candidate]:
     return list(found.values())
 
 
-def _firsts(ranked: Sequence[Candidate], part: int) -> list[str]:
-    """The shapes (0) or the ways (1) of the best few."""
-    return list(dict.fromkeys(each.name.split(", ")[part] for each in ranked))[:COMBINED]
+def _matches(merging: Merging) -> bool:
+    """Whether anything is matched as the model runs."""
+    return merging.merge_groups is None and any(merging.r if isinstance(merging.r, list) else [merging.r])
+
+
+def _parts(ranked: Sequence[Candidate], part: int) -> list[str]:
+    """The shapes (0) or the ways (1) of candidates, in their order."""
+    return list(dict.fromkeys(each.name.split(", ")[part] for each in ranked))
 
 
 def _level(one: Sequence[float], best: Sequence[float]) -> bool:

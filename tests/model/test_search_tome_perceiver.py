@@ -119,6 +119,23 @@ def test_what_is_slower_than_unmerged_is_not_chosen(monkeypatch):
     assert chosen.speedup >= 1 and (chosen.merging.merge_groups is not None or not any(chosen.merging.r))
 
 
+def test_what_is_much_slower_than_others_at_the_same_flops_is_not_chosen(monkeypatch):
+    """On a machine on which `ward` takes as long as it saves: not if there is another, however little it changes."""
+
+    def seconds(run, variants, rounds, bar=None):
+        return [[1.0 if not any(v.r) or v.merge_method == "ward" else 0.5 for v in map(as_list, variants)]] * rounds
+
+    def as_list(merging):
+        return replace(merging, r=merging.r if isinstance(merging.r, list) else [merging.r])
+
+    monkeypatch.setattr(search, "interleaved_seconds", seconds)
+    given = {"flops_ratio": 0.85, "samples": batches(), "merge_metrics": ["hidden"]}
+    model = tiny_model(HEAD)
+    assert model.merge_to(**given, merge_methods=["ward"]).chosen.merging.merge_method == "ward"
+    choice = model.merge_to(**given, merge_methods=["ward", "random"])
+    assert choice.chosen.merging.merge_method == "random" and choice.chosen.speedup == 2
+
+
 def test_methods_metrics_and_schedules_can_be_narrowed_down():
     model = tiny_model(HEAD)
     given = {"schedules": ["geometric"], "merge_methods": ["k_center"], "merge_metrics": ["value"]}
