@@ -15,7 +15,9 @@ after training with merging on from the same starting point ("retrained"; the ch
 OUTPUT_DIR/retrained; with --elastic it is one checkpoint for all of them). Time and memory are measured on the first
 evaluated inputs, in alternating rounds. OUTPUT_DIR/sweep_results.json is written after every cell, and the same command
 continues where it was stopped; at the end there are also sweep_results.csv, sweep.png, sweep_report.md, the unmerged
-checkpoint and its model card.
+checkpoint and its model card. It ends with the best row in a sentence, and saves that checkpoint in OUTPUT_DIR/merged
+if it is not a retrained one: the fastest row, or untimed the cheapest, whose metric is not lower by more than two
+standard errors of the change.
 
 --push_to_hub, or later --push_only, pushes them: the unmerged checkpoint with the whole table to the main branch, and
 each retrained one to a branch of its own, so that from_pretrained(..., revision="r8") gets it.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerge
 from experiments.publishing.hub import HubRepository, push_checkpoint
 from experiments.runs.start import Loaded
 from experiments.runs.sweep_arguments import SweepArguments, Variant, unmerged
-from experiments.runs.sweep_report import write_report
+from experiments.runs.sweep_report import PICTURE, Best, write_report
 from experiments.runs.sweep_results import Row, SweepResults, plan_rows
 from experiments.training.evaluation import Evaluation, changes, evaluate
 from experiments.training.identity import (
@@ -41,6 +41,7 @@ from experiments.training.output_folder import CONFIG, START, check_disk_space, 
 from experiments.training.progress import announce, results_line, say
 from experiments.training.stage import RetrainArguments, task_trainer, train_and_save
 
+MERGED = "merged"
 PREDICTIONS = "predictions"
 RETRAINED = "retrained"
 # Folder below it, and branch, of the one checkpoint for all rows.
@@ -96,7 +97,8 @@ class Sweep:
             self._resolve()
         self.variants = self.results.variants
         retrained = 1 if self.retraining.elastic else len(self.variants)
-        models = 1 + (retrained if self.retrains else 0)
+        # The unmerged one, that of the best row, and the retrained ones.
+        models = 2 + (retrained if self.retrains else 0)
         check_disk_space(self.output_dir, self.loaded.model, self.training, models)
         self._evaluate()
         self._time()
@@ -245,11 +247,13 @@ class Sweep:
         return trainer
 
     def _write_its_card(self, variant: Variant, row: Row, trainer: Trainer) -> None:
-        config = trainer.model.config
-        measured = [Measured(name, config.r, row[stage]) for stage, name in self._stage_names.items()]
+        measured = [Measured(name, trainer.model.config.r, row[stage]) for stage, name in self._stage_names.items()]
+        self._write_retrained_card(variant.branch, trainer.model.config, measured, variant.name, self._timed(row))
+
+    def _timed(self, row: Row) -> tuple[Quartiles, int] | None:
+        """How fast a row is, and with so many inputs at once, if it was timed."""
         timing = self.results.timing
-        timed = None if timing is None or "speedup" not in row else (Quartiles(**row["speedup"]), timing["batch_size"])
-        self._write_retrained_card(variant.branch, config, measured, variant.name, timed)
+        return None if timing is None or "speedup" not in row else (Quartiles(**row["speedup"]), timing["batch_size"])
 
     def _write_retrained_card(
         self,
@@ -261,28 +265,36 @@ class Sweep:
     ) -> None:
         distilled = {"elastic": True, "distillation_weight": self.retraining.distillation_weight}
         elastic = distilled if self.retraining.elastic else {}
-        budget_line = None if budget is None else f"row '{budget}' of the sweep"
-        card = Card(
+        card = replace(
+            self._row_card(config, measured, budget, timed),
             model_id=str(self.output_dir),
             revision=branch,
+            steps={"Retraining": training_fields(self.retraining.training_arguments(self.training)) | elastic},
+            trained_on=len(self.loaded.prepared.train),
+        )
+        card.write(self.output_dir / RETRAINED / branch)
+
+    def _row_card(
+        self,
+        config: ToMePerceiverConfig,
+        measured: list[Measured],
+        budget: str | None,
+        timed: tuple[Quartiles, int] | None,
+    ) -> Card:
+        """The card of a checkpoint that merges as a row does, as if nothing had been trained for it."""
+        budget_line = None if budget is None else f"row '{budget}' of the sweep"
+        unmerged = self.baseline.merging.asked_of(config)
+        return Card(
+            model_id=str(self.output_dir / MERGED),
             source=self.loaded.task.source,
             hub_task=self.loaded.task.hub_task,
             base_model=self.model_args.model_name_or_path,
-            merging=WhatMerges(
-                config,
-                self.results.input_shape,
-                budget_line,
-                self.baseline.merging.asked_of(config),
-                *(timed or ()),
-            ),
+            merging=WhatMerges(config, self.results.input_shape, budget_line, unmerged, *(timed or ())),
             measured=measured,
             evaluated_on=self.results.evaluated_on,
-            steps={"Retraining": training_fields(self.retraining.training_arguments(self.training)) | elastic},
-            trained_on=len(self.loaded.prepared.train),
             labels=self.loaded.prepared.labels,
             data_fields=data_fields(self.data),
         )
-        card.write(self.output_dir / RETRAINED / branch)
 
     @property
     def _stage_names(self) -> dict[str, str]:
@@ -300,7 +312,7 @@ class Sweep:
         ]
 
     def _write(self) -> None:
-        """Write the report, and the unmerged checkpoint with a card that is the report, last."""
+        """Write the report, the best row's checkpoint, and the unmerged one with a card that is the report, last."""
         if not self.writes:
             return
         model = self.loaded.model
@@ -308,10 +320,29 @@ class Sweep:
         save_whole(self.output_dir, model.save_pretrained)
         save_whole(self.output_dir, self.loaded.prepared.processing_class.save_pretrained)
         self.results.save(self.output_dir)
-        report = write_report(self.results, shown_command(), self.output_dir)
+        report, best = write_report(self.results, shown_command(), self.output_dir)
+        saved = None if best is None else self._save_best(best)
         self.write_card(report)
         print(report.partition("\n\n")[0])
-        print(f"\nReport, picture and card: {self.output_dir}")
+        print(f"\nReport and unmerged checkpoint: {self.output_dir}")
+        if best is not None:
+            print(f"Result: {best.sentence}")
+            print(f"Its checkpoint: {saved}")
+        print(f"Picture: {self.output_dir / PICTURE}")
+
+    def _save_best(self, best: Best) -> Path:
+        """Save the checkpoint merged as the best row is, with its card, if it is not kept as a retrained one."""
+        row, variant = self.results.rows[best.index], self.variants[best.index]
+        if best.stage == "retrained":
+            return self.output_dir / RETRAINED / (ELASTIC if self.retraining.elastic else variant.branch)
+        model, folder = self.loaded.model, self.output_dir / MERGED
+        with variant.merging.applied(model.config):
+            save_whole(folder, model.save_pretrained)
+            save_whole(folder, self.loaded.prepared.processing_class.save_pretrained)
+            unmerged = Measured("unmerged", 0, self.results.rows[0]["merged"])
+            merged = Measured(self._stage_names["merged"], model.config.r, row["merged"])
+            self._row_card(model.config, [unmerged, merged], variant.name, self._timed(row)).write(folder)
+        return folder
 
     def write_card(self, report: str) -> None:
         """Write the card of the unmerged checkpoint, which is the report."""

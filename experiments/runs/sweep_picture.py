@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of a sweep: its metric against r and FLOPs, and the speed-up."""
+"""A picture of a sweep: what it keeps of its metric, over the FLOPs that are left and over the measured speed.
+
+In every picture of this project unmerged is grey, merged blue, trained again with merging on green.
+"""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,113 +19,131 @@ from experiments.publishing.card import metric_name
 matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 FlatRow = dict[str, Any]
 """A row of a sweep with one number for each thing that was measured; `None` for what was not."""
 
-LINE_STYLES = ("-", "--", ":", "-.")
+UNMERGED = "gray"
+# For each stage its colour map, how dark it is with one series, and what it is called.
+STAGES = {
+    "merged": (matplotlib.colormaps["Blues"], 0.75, "merged"),
+    "retrained": (matplotlib.colormaps["Greens"], 0.75, "merged and trained again"),
+}
+MARKERS = "osD^vP*X<>hp8d"
+SERIES = {"r": "r as given", "search": "searched for"}
 
 
-def draw_sweep(rows: list[FlatRow], metric: str, title: str, path: Path) -> None:
-    """Draw a sweep: over r alone, or of several schedules or methods at shares of the FLOPs.
+def draw_sweep(rows: Sequence[FlatRow], metric: str, title: str, path: Path) -> None:
+    """Draw the metric over the share of the FLOPs and, if it was timed, over the speed.
 
     Args:
-        rows: as in the CSV file, each with its `series`.
+        rows: as in the CSV file, each with its `series`; the first one is the unmerged model.
         metric: its name.
         title: of the picture.
         path: of the PNG.
     """
-    series: dict[str, list[FlatRow]] = {}
-    for row in rows:
-        series.setdefault(row["series"], []).append(row)
-    figure = _draw_r(rows, metric) if list(series) == ["r"] else _draw_series(series, metric)
-    figure.suptitle(title)
+    unmerged, *others = rows
+    timed = any(row["speedup"] is not None for row in others)
+    figure, panels = plt.subplots(
+        1, 1 + timed, figsize=(6.5 + 5.5 * timed, 5.4), sharey=True, squeeze=False, constrained_layout=True
+    )
+    by_flops, *by_speed = panels[0]
+    for axes in panels[0]:
+        for stage, mark, what in (("merged", "o", "unmerged"), ("retrained", "s", "unmerged, trained again")):
+            if unmerged[stage] is not None:
+                value = 100 * unmerged[stage]
+                axes.plot(1, value, mark, color=UNMERGED, markersize=8, label=f"{what}: {value:.1f}", zorder=3)
+                if stage == "merged":
+                    axes.axhline(value, color=UNMERGED, linewidth=1, linestyle="--")
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.15)  # room for names beside the points
+    series = list(dict.fromkeys(row["series"] for row in others))
+    for index, name in enumerate(series):
+        members = [row for row in others if row["series"] == name]
+        for stage in STAGES:
+            measured = [row for row in members if row[stage] is not None]
+            measured.sort(key=lambda row: row["flops_ratio"], reverse=True)
+            if measured:
+                style = _style(stage, index, series)
+                _draw_points(by_flops, measured, stage, [row["flops_ratio"] for row in measured], style)
+                for axes in by_speed:
+                    _draw_speeds(axes, measured, stage, style)
+    if len(series) == 1:
+        _name_points(by_flops, others, "flops_ratio")
+        for axes in by_speed:
+            _name_points(axes, others, "speedup")
+    by_flops.set(xlabel="share of the unmerged model's FLOPs", ylabel=f"{metric_name(metric)} x 100")
+    by_flops.invert_xaxis()
+    for axes in by_speed:
+        axes.set(xlabel="times as fast as unmerged, measured")
+        if min(row["speedup"] for row in others if row["speedup"] is not None) < 1:
+            left = axes.get_xlim()[0]
+            axes.axvspan(left, 1, color=UNMERGED, alpha=0.12, label="slower than unmerged")
+            axes.set_xlim(left=left)
+    paired = any(row[f"{stage}_change_stderr"] is not None for row in others for stage in STAGES)
+    error = "standard error of the change from unmerged, paired example by example" if paired else "standard error"
+    # What is in both panels stands there once.
+    named = {label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels())}  # noqa: B905
+    figure.legend(
+        named.values(),
+        named,
+        loc="outside lower center",
+        ncols=2 + timed,
+        fontsize=9,
+        title=f"Bars up and down: {error}{'; to the sides: quartiles of the timed rounds' if timed else ''}",
+        title_fontsize=9,
+    )
+    figure.suptitle("\n".join(textwrap.fill(line, 130 if timed else 70) for line in title.splitlines()), fontsize=11)
     write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
     plt.close(figure)
 
 
-def _draw_r(rows: list[FlatRow], metric: str) -> Figure:
-    """The metric against r and against FLOPs, and the speed-up beside what the FLOPs imply."""
-    names = [row["name"].removeprefix("r=") for row in rows]
-    figure, (by_r, by_flops, speed) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
-    for stage, label, color, offset in (
-        ("merged", "merged, no retraining", "tab:red", 0.0),
-        # Side by side, so that the standard errors of both can be seen.
-        ("retrained", "retrained with merging on", "tab:blue", 0.12),
-    ):
-        style: dict[str, Any] = dict(fmt="o-", capsize=3, color=color, label=label)
-        places = [place for place, row in enumerate(rows) if row[stage] is not None]
-        if places:
-            measured = [rows[place] for place in places]
-            by_r.errorbar([place + offset for place in places], *_values(measured, stage), **style)
-            by_flops.errorbar([row["flops_ratio"] for row in measured], *_values(measured, stage), **style)
-    for index, row in enumerate(rows):
-        if row["merged"] is not None:
-            # At large r the FLOPs lie close together.
-            above = 5 if index % 2 == 0 else -12
-            place = (row["flops_ratio"], 100 * row["merged"])
-            by_flops.annotate(names[index], place, textcoords="offset points", xytext=(4, above), fontsize=8)
-    speed.plot(range(len(rows)), [1 / row["flops_ratio"] for row in rows], "--", color="gray", label="the FLOPs imply")
-    timed = [place for place, row in enumerate(rows) if row["speedup"] is not None]
+def _style(stage: str, index: int, series: Sequence[str]) -> dict[str, Any]:
+    """Colour, mark and name of the points of a stage: of several series, each has a shade and a mark of its own."""
+    colors, dark, what = STAGES[stage]
+    shade = dark if len(series) == 1 else 0.95 - 0.5 * index / (len(series) - 1)
+    schedule, _, way = series[index].partition(" ")
+    words = [what]
+    if series != ["r"]:
+        words.append(SERIES.get(schedule, f"schedule {schedule}"))
+    if way:
+        words.append(way)
+    return {
+        "color": colors(shade), "marker": MARKERS[index % len(MARKERS)], "markersize": 6, "linewidth": 1.5,
+        "elinewidth": 1, "capsize": 3, "label": ", ".join(words),
+    }  # fmt: skip
+
+
+def _draw_points(
+    axes: Axes, rows: Sequence[FlatRow], stage: str, places: Sequence[float], style: dict[str, Any], **bars: Any
+) -> None:
+    values = [100 * row[stage] for row in rows]
+    error = (
+        f"{stage}_stderr" if all(row[f"{stage}_change_stderr"] is None for row in rows) else f"{stage}_change_stderr"
+    )
+    errors = [100 * (row[error] or 0) for row in rows]
+    axes.errorbar(places, values, yerr=errors, **style, **bars)
+
+
+def _draw_speeds(axes: Axes, rows: Sequence[FlatRow], stage: str, style: dict[str, Any]) -> None:
+    """The same over the speed, with its quartiles, of what was timed."""
+    timed = [row for row in rows if row["speedup"] is not None]
+    speeds = [row["speedup"] for row in timed]
+    below = [row["speedup"] - row["speedup_lower"] for row in timed]
+    above = [row["speedup_upper"] - row["speedup"] for row in timed]
     if timed:
-        timed_style: dict[str, Any] = dict(fmt="o-", capsize=3, color="tab:green", label="measured")
-        speed.errorbar(timed, *_speedups([rows[place] for place in timed]), **timed_style)
-    by_r.set(xlabel="r, latents merged in each layer", ylabel=f"{metric_name(metric)} x 100")
-    by_flops.set(xlabel="FLOPs, share of the unmerged model", ylabel=f"{metric_name(metric)} x 100")
-    by_flops.invert_xaxis()
-    speed.set(xlabel="r, latents merged in each layer", ylabel="speed-up over unmerged")
-    for axes in (by_r, speed):
-        axes.set_xticks(range(len(names)), names)
-    for axes in (by_r, by_flops, speed):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    return figure
+        _draw_points(axes, timed, stage, speeds, style, xerr=[below, above])
 
 
-def _draw_series(series: dict[str, list[FlatRow]], metric: str) -> Figure:
-    """The metric against FLOPs, a colour for each schedule, a line style for each method; the speed-up if timed."""
-    timed = any(row["speedup"] is not None for members in series.values() for row in members)
-    figure, panels = plt.subplots(1, 1 + timed, figsize=(9 + 5 * timed, 5), squeeze=False, constrained_layout=True)
-    by_flops: Axes = panels[0, 0]
-    schedules = list(dict.fromkeys(name.split()[0] for name in series))
-    methods = list(dict.fromkeys(name.partition(" ")[2] for name in series))
-    for name, members in series.items():
-        schedule, _, method = name.partition(" ")
-        line = LINE_STYLES[methods.index(method) % len(LINE_STYLES)]
-        color = f"C{schedules.index(schedule)}"
-        for stage, marker in (("merged", "o"), ("retrained", "s")):
-            measured = sorted(
-                (row for row in members if row[stage] is not None), key=lambda row: row["flops_ratio"], reverse=True
-            )
-            if measured:
-                style: dict[str, Any] = dict(color=color, marker=marker, linestyle=line, capsize=3, markersize=4)
-                ratios = [row["flops_ratio"] for row in measured]
-                by_flops.errorbar(ratios, *_values(measured, stage), label=f"{name}, {stage}", **style)
-        speeds = [row for row in members if row["speedup"] is not None]
-        if speeds:
-            implied = [1 / row["flops_ratio"] for row in speeds]
-            timed_style: dict[str, Any] = dict(color=color, marker="o", linestyle=line, capsize=3, markersize=4)
-            panels[0, 1].errorbar(implied, *_speedups(speeds), label=name, **timed_style)
-    by_flops.set(xlabel="FLOPs, share of the unmerged model", ylabel=f"{metric_name(metric)} x 100")
-    by_flops.invert_xaxis()
-    if timed:
-        panels[0, 1].axline((1, 1), slope=1, linestyle="--", color="gray")
-        panels[0, 1].set(xlabel="speed-up that the FLOPs imply", ylabel="speed-up over unmerged")
-    for axes in panels[0]:
-        axes.grid(alpha=0.3)
-    # Beside the panels: there may be more lines than room among them.
-    by_flops.legend(fontsize=8, loc="center right", bbox_to_anchor=(-0.1, 0.5))
-    return figure
-
-
-def _values(rows: list[FlatRow], stage: str) -> tuple[list[float], list[float]]:
-    """Metrics times 100, and their standard errors."""
-    return [100 * row[stage] for row in rows], [100 * (row[f"{stage}_stderr"] or 0) for row in rows]
-
-
-def _speedups(rows: list[FlatRow]) -> tuple[list[float], list[list[float]]]:
-    """Medians, and how far the quartiles lie below and above."""
-    below = [row["speedup"] - row["speedup_lower"] for row in rows]
-    above = [row["speedup_upper"] - row["speedup"] for row in rows]
-    return [row["speedup"] for row in rows], [below, above]
+def _name_points(axes: Axes, rows: Sequence[FlatRow], place: str) -> None:
+    """Beside each merged point, what merges: by turns above and below, since they may lie close together."""
+    shown = [row for row in rows if row["merged"] is not None and row[place] is not None]
+    shown.sort(key=lambda row: row[place])
+    for index, row in enumerate(shown):
+        axes.annotate(
+            row["name"].removesuffix(f" {row['series']}"),
+            (row[place], 100 * row["merged"]),
+            textcoords="offset points",
+            xytext=(5, 6 if index % 2 == 0 else -13),
+            fontsize=8,
+        )

@@ -5,17 +5,24 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.files import write_text
 from experiments.measurement import environment_line
-from experiments.publishing.card import metric_name
+from experiments.publishing.card import METRIC_NAMES, metric_name
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.runs.sweep_picture import FlatRow, draw_sweep
 from experiments.runs.sweep_results import Row, SweepResults
 
 STAGES = ("merged", "retrained")
+PICTURE = "sweep.png"
+# A metric holds if it has fallen by no more than so many standard errors.
+HOLDS = 2
+BEST_IS = """The best row: of those that are faster than unmerged, if any is, the fastest whose metric is not lower by
+more than two standard errors of the paired change; untimed, the one with the fewest FLOPs; if none is so, the one that
+lost least. It was picked on these examples."""
 CSV_COLUMNS = (
     "name", "gflops", "flops_ratio", "latents_left", "throughput", "speedup", "speedup_lower", "speedup_upper",
     "latency_ms", "peak_memory_mb", "merged", "merged_stderr", "merged_change", "merged_change_stderr",
@@ -33,6 +40,75 @@ def flat_row(row: Row, metric: str) -> FlatRow:
     speedup = row.get("speedup", {})
     flat |= {"speedup": speedup.get("median"), "latency_ms": row.get("latency_ms", {}).get("median")}
     return flat | {f"speedup_{end}": speedup.get(end) for end in ("lower", "upper")}
+
+
+@dataclass(frozen=True)
+class Best:
+    """What a sweep came to.
+
+    Attributes:
+        index: of its best row.
+        stage: that it is best in, of `STAGES`.
+        sentence: its result in figures.
+    """
+
+    index: int
+    stage: str
+    sentence: str
+
+
+def best_of(rows: list[FlatRow], metric: str) -> Best | None:
+    """The fastest row whose metric holds, that is, has not fallen by more than `HOLDS` standard errors of its change.
+
+    Rows that are slower than unmerged are left out while there are others. Where nothing was timed, it is the row with
+    the fewest FLOPs; where no row holds, the one that has lost least.
+
+    Args:
+        rows: the first one is the unmerged model.
+        metric: its name.
+
+    Returns:
+        `None` if no row that saves anything was evaluated.
+    """
+    unmerged = rows[0]["merged"]
+    cells = [
+        (index, stage, row)
+        for index, row in enumerate(rows)
+        for stage in STAGES
+        if row["flops_ratio"] < 1 and row[stage] is not None
+    ]
+    if unmerged is None or not cells:
+        return None
+    cells = [cell for cell in cells if (cell[2]["speedup"] or 0) >= 1] or cells
+    timed = all(row["speedup"] is not None for _, _, row in cells)
+
+    def holds(cell: tuple[int, str, FlatRow]) -> bool:
+        _, stage, row = cell
+        error = row[f"{stage}_change_stderr"] or row[f"{stage}_stderr"] or 0
+        return bool(row[stage] - unmerged >= -HOLDS * error)
+
+    def gain(cell: tuple[int, str, FlatRow]) -> tuple[float, float]:
+        # Of one row, trained again or not, what is better.
+        return cell[2]["speedup"] if timed else -cell[2]["flops_ratio"], cell[2][cell[1]]
+
+    holding = [cell for cell in cells if holds(cell)]
+    index, stage, row = max(holding, key=gain) if holding else max(cells, key=lambda cell: cell[2][cell[1]])
+    return Best(index, stage, _result(row, stage, unmerged, metric))
+
+
+def _result(row: FlatRow, stage: str, unmerged: float, metric: str) -> str:
+    """What a row gains and costs, in a sentence."""
+    speed = "not timed"
+    if row["speedup"] is not None:
+        slower = "" if row["speedup"] >= 1 else ", slower than unmerged"
+        speed = f"{row['speedup']:.2f} times as fast{slower}"
+    after = with_error(100 * row[stage], 100 * (row[f"{stage}_stderr"] or 0), ".1f")
+    trained = "trained again" if stage == "retrained" else "not trained again"
+    named = METRIC_NAMES.get(metric, metric.replace("_", " "))
+    return (
+        f"{row['flops_ratio']:.2f} of the FLOPs, {speed}, {named} {100 * unmerged:.1f} -> {after} "
+        f"({row['name']}, {trained})."
+    )
 
 
 def write_csv(rows: list[FlatRow], path: Path) -> None:
@@ -70,7 +146,7 @@ def metric_table(rows: list[FlatRow]) -> str:
     return markdown_table(["", *STAGES], [(row["name"], *(_percent(row, stage) for stage in STAGES)) for row in rows])
 
 
-def write_report(results: SweepResults, command: str, output_dir: Path) -> str:
+def write_report(results: SweepResults, command: str, output_dir: Path) -> tuple[str, Best | None]:
     """Write `sweep_results.csv`, `sweep.png` and `sweep_report.md` beside `sweep_results.json`.
 
     Args:
@@ -79,7 +155,7 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> str:
         output_dir: where they go.
 
     Returns:
-        The report without its heading and the environment, Markdown that begins with the table.
+        The report without its heading and the environment, Markdown that begins with the table; and what it came to.
     """
     metric, name = results.metric, metric_name(results.metric)
     title = f"{results.source.name}: {results.evaluated_on:,} examples"
@@ -87,7 +163,9 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> str:
     metrics = [metric, *(each for each in measured if not each.endswith(("_stderr", "_change")) and each != metric)]
     rows, *others = ([flat_row(row, each) for row in results.rows] for each in metrics)
     write_csv(rows, output_dir / "sweep_results.csv")
-    draw_sweep(rows, metric, title, output_dir / "sweep.png")
+    best = best_of(rows, metric)
+    found = "" if best is None else f"{best.sentence} {BEST_IS}\n\n"
+    draw_sweep(rows, metric, title if best is None else f"{title}\n{best.sentence}", output_dir / PICTURE)
     more = [f"**{metric_name(each)}**\n\n{metric_table(of)}\n\n" for each, of in zip(metrics[1:], others, strict=True)]
     report = f"""{sweep_table(rows, metric)}
 
@@ -95,7 +173,7 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> str:
 change: from the unmerged checkpoint, paired example by example. GFLOPs: for one input of shape
 {tuple(results.input_shape[1:])}, with their matching. {_timing_line(results.timing)}
 
-![{name} against r and FLOPs, and the speed-up](sweep.png)
+{found}![{name} over the share of the FLOPs, and over the speed if it was measured]({PICTURE})
 
 {"".join(more)}Where the time of the sweep went: {_shares(results.seconds)}.
 
@@ -106,7 +184,7 @@ Made by
 ```"""
     measured_on = f"Measured on: {environment_line(results.environment)}."
     write_text(output_dir / "sweep_report.md", f"# {title}\n\n{report}\n\n{measured_on}\n")
-    return report
+    return report, best
 
 
 def _timing_line(timing: dict[str, Any] | None) -> str:

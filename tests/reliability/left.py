@@ -29,6 +29,8 @@ TIMED_LINES = re.compile(
 NOT_COMPARED = re.compile(
     r"(optimizer|scheduler|scaler|rng_state.*)\.(pt|pth|bin)$|training_args\.bin$|\.png$|checkpoint-\d+/experiment\.json$"
 )
+# Of a sweep, the fastest of its checkpoints that are good: which one that is follows from times.
+FASTEST = "merged/"
 
 
 def left(folder: Path) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def _refuse(constant: str) -> None:
 def _files(folder: Path) -> Iterator[tuple[str, Any]]:
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if not path.is_file():
+        if not path.is_file() or name.startswith(FASTEST):
             continue
         if NOT_COMPARED.search(name):
             yield name, "there"
