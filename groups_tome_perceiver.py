@@ -39,7 +39,7 @@ the layers are counted from 0 as they run, and rise. Larger is more alike, on wh
 
 
 def latent_similarities(
-    model: Any, batch: Batch, layers: Collection[int], compared: Callable[[AttentionOutput], Tensor], **asked: Any
+    model: Any, batch: Batch, layers: Collection[int], compared: Callable[[AttentionOutput], Tensor]
 ) -> list[Tensor]:
     """Cosine similarity of something that attention hands on.
 
@@ -47,7 +47,6 @@ def latent_similarities(
         model, batch, layers: as for `Similarity`.
         compared: from what a layer's attention hands on to what is compared of each latent, (B, N, C), such as
             `METRICS` of `layers_tome_perceiver.py`.
-        asked: of the model, for what it does not hand on by itself.
     """
     similarities: list[Tensor] = []
     # A module runs once in each block: a layer is one of the calls of all modules.
@@ -62,7 +61,7 @@ def latent_similarities(
 
     hooks = [module.attention.register_forward_hook(note) for module in model.base_model.encoder.self_attends]
     try:
-        model(**batch, **asked)
+        model(**batch)
     finally:
         for hook in hooks:
             hook.remove()

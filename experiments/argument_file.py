@@ -18,10 +18,7 @@ from experiments.errors import BadInput, naming
 
 ENDINGS = (".yaml", ".yml", ".json")
 # What a command line spells with commas may be a list in a file.
-COMMA_SEPARATED = (
-    "r", "num_groups", "merge_layer", "dataset_config_name", "config_overrides", "optim_args", "fsdp", "report_to",
-    "debug",
-)  # fmt: skip
+COMMA_SEPARATED = ("r", "dataset_config_name", "config_overrides", "optim_args", "fsdp", "report_to", "debug")
 
 
 def words_of_file(path: Path, fields: dict[str, dataclasses.Field], options: dict[str, argparse.Action]) -> list[str]:

@@ -18,7 +18,7 @@ from experiments.errors import BadInput, Stopped
 from groups_tome_perceiver import Batch
 from merging_tome_perceiver import MERGE_METHODS
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
-from search_tome_perceiver import SEARCH, Choice
+from search_tome_perceiver import GROUPS, SEARCH, Choice
 
 SCHEDULE_NAMES = (*SCHEDULES, SKIP_BLOCKS, SEARCH)
 SEARCH_LOG = "schedule_search.json"
@@ -60,14 +60,18 @@ class MergeArguments:
         },
     )
     calibration_samples: int = field(
-        default=256, metadata={"help": f"Training samples, without labels, that --schedule {SEARCH} looks at."}
+        default=1024, metadata={"help": f"Training samples, without labels, that --schedule {SEARCH} looks at."}
     )
     r_inflection: float | None = field(
         default=None, metadata={"help": "-1: merge early (2r falling to 0), 0: constant, 1: merge late."}
     )
     min_latents: int | None = field(default=None, metadata={"help": "Never merge below this many latents."})
     merge_method: str | None = field(
-        default=None, metadata={"help": f"What merges with what: {', '.join(sorted(MERGE_METHODS))}."}
+        default=None,
+        metadata={
+            "help": f"What merges with what: {', '.join(sorted(MERGE_METHODS))}. '{GROUPS}', with a budget and "
+            f"--schedule {SEARCH}: fixed groups of latents, which match nothing as the model runs."
+        },
     )
     merge_metric: str | None = field(
         default=None, metadata={"help": "What of the latents is compared: key, value or hidden."}
@@ -89,6 +93,7 @@ class MergeArguments:
             merge_metric=self.merge_metric,
         )
         check_schedule(self.schedule, self.has_budget)
+        check_groups([self.merge_method], self.searches)
         if self.calibration_samples < 1:
             raise BadInput(f"--calibration_samples {self.calibration_samples}: allowed is an integer of 1 or more")
         given = [f"--{name} {value}" for name in MEANS if (value := getattr(self, name)) is not None]
@@ -121,11 +126,17 @@ class MergeArguments:
     @property
     def without_samples(self) -> MergeArguments:
         """The same by a schedule that needs no data, for a model that has no outputs to keep."""
-        return replace(self, schedule=DEFAULT_SCHEDULE) if self.searches else self
+        if not self.searches:
+            return self
+        method = None if self.merge_method == GROUPS else self.merge_method
+        return replace(self, schedule=DEFAULT_SCHEDULE, merge_method=method)
 
     def config_fields(self) -> dict[str, Any]:
         """The fields that were given, as the config takes them."""
         given = {name: getattr(self, name) for name in ("r_inflection", "min_latents", *WAYS)}
+        if self.merge_method == GROUPS:
+            # For a search, which sets what it finds.
+            del given["merge_method"]
         if self.r is not None:
             given["r"] = parse_r(self.r)
         return {name: value for name, value in given.items() if value is not None}
@@ -206,6 +217,19 @@ def check_schedule(name: str, has_budget: bool) -> None:
         raise BadInput(f"--schedule {name}: allowed with a budget only, --flops_ratio or --latency_ratio")
 
 
+def check_groups(methods: Sequence[str | None], searches: bool) -> None:
+    """Check that fixed groups are asked for where they are searched for.
+
+    Raises:
+        BadInput: if they are not.
+    """
+    if GROUPS in methods and not searches:
+        raise BadInput(
+            f"--merge_method {GROUPS}: allowed with --flops_ratio or --latency_ratio and --schedule {SEARCH}, which "
+            "finds them; without --r and other schedules"
+        )
+
+
 def check_merging(**given: Any) -> None:
     """Check merging arguments as far as they can be without a model.
 
@@ -226,7 +250,7 @@ def check_merging(**given: Any) -> None:
                 above = "above 0 to 1" if "ratio" in name else f"from {lowest} to {highest}"
                 allowed = "of 1 or more" if highest == math.inf else above
                 raise BadInput(f"--{name} {value}: allowed is a number {allowed}")
-    for name, known in (("merge_method", MERGE_METHODS), ("merge_metric", MERGE_METRICS)):
+    for name, known in (("merge_method", (*MERGE_METHODS, GROUPS)), ("merge_metric", MERGE_METRICS)):
         value = given.get(name)
         if value is not None and value not in known:
             raise BadInput(f"--{name} {value}: allowed are {', '.join(sorted(known))}")

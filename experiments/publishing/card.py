@@ -48,6 +48,8 @@ PROCESSORS = {
     "fill-mask": ("AutoTokenizer", "tokenizer", 'f"a {tokenizer.mask_token}."'),
 }
 SET_R = "model.r = 0  # or merge nothing; any other r works too, without reloading"
+# A model of fixed groups takes no r beside them.
+DROP_GROUPS = "model.unmerged.apply(model.config)  # or merge nothing; then any r works too, without reloading"
 # What `Card.usage` writes.
 LOADED_FROM = re.compile(r'(pipeline\("[a-z-]+", |\.from_pretrained\()"[^"]*"')
 # What a card says of a training in any case; whatever else decides it is said where it is not the default.
@@ -164,8 +166,7 @@ class WhatMerges:
     @property
     def merges(self) -> bool:
         """Whether anything does."""
-        fewer = self.config.num_latents < self.unmerged.num_latents
-        return fewer or Merging.of(self.config).merges(self.unmerged)
+        return Merging.of(self.config).merges(self.unmerged)
 
     @cached_property
     def costs(self) -> tuple[ForwardCost, ForwardCost]:
@@ -182,22 +183,22 @@ class WhatMerges:
         if not self.merges:
             return "Nothing, until `model.merge_to` is called or `model.r` is set."
         settings = {
-            "shape": f"{self.unmerged.num_latents} latents of {config.d_latents} channels, {config.num_blocks} x "
+            "shape": f"{config.num_latents} latents of {config.d_latents} channels, {config.num_blocks} x "
             f"{config.num_self_attends_per_block} self-attention layers",
             "r": spelled_r(config.r) if config.merge_groups is None else "fixed groups, `merge_groups`",
             "learned latents in fixed groups, `latent_groups`": None
             if config.latent_groups is None
             else f"{config.latents_at_start} groups of {config.num_latents}",
             "latents left after each layer": spelled_r(config.latents_per_layer),
-            "merge_method": config.merge_method,
-            "merge_metric": config.merge_metric,
+            "merge_method": config.merge_method if config.merge_groups is None else None,
+            "merge_metric": config.merge_metric if config.merge_groups is None else None,
             "proportional_attention": config.proportional_attention,
             "min_latents": config.min_latents,
             "r_inflection": config.r_inflection or None,
             "budget": self.budget,
         }
         lines = "\n".join(f"- {name}: {value}" for name, value in settings.items() if value is not None)
-        return f"""It goes from {self.unmerged.num_latents} latents to {config.latents_per_layer[-1]} and takes \
+        return f"""It goes from {config.num_latents} latents to {config.latents_per_layer[-1]} and takes \
 {cost / 1e9:.4g} GFLOPs for an input of shape {tuple(self.input_shape[1:])}, {cost / unmerged:.1%} of what it takes \
 unmerged ({unmerged / 1e9:.4g}).{self.speed}
 
@@ -234,12 +235,11 @@ class Card:
         base_model: what the checkpoint was made from; `None` is from scratch.
         what: it is, after "A Perceiver IO"; by default, that it merges and what it was trained on.
         merging: what merges in it, if anything does before somebody sets it.
-        other_merging: line of code that makes the model merge otherwise.
         measured: the figures; r stands in each one's name and arguments, since the Hub keys results by these.
         evaluated_on: number of examples behind them.
         report: what stands under "Results"; by default a table of `measured`.
-        steps: what decided each training, or what else made it, as `experiments.training.identity.training_fields`,
-            under its heading; none if nothing was trained.
+        steps: what decided each training, as `experiments.training.identity.training_fields`, under its heading; none
+            if nothing was trained.
         trained_on: number of examples that each step read.
         labels: names of the classes, if there are any.
         data_fields: how the data were read, where that is not by default.
@@ -254,7 +254,6 @@ class Card:
     base_model: str | None
     what: str | None = None
     merging: WhatMerges | None = None
-    other_merging: str = SET_R
     measured: Sequence[Measured] = ()
     evaluated_on: int = 0
     report: str | None = None
@@ -372,6 +371,8 @@ A [Perceiver IO](https://arxiv.org/abs/2107.14795) {self.what or self._made}
         revision = "" if self.revision is None else f', revision="{self.revision}"'
         where = f'"{self.address}"{revision}, trust_remote_code=True'
         images = "from PIL import Image\n" if "Image.open" in given else ""
+        config = None if self.merging is None else self.merging.config
+        grouped = config is not None and (config.merge_groups or config.latent_groups)
         return f"""```python
 {images}from transformers import {auto_class}, {processor_class}, pipeline
 
@@ -384,7 +385,7 @@ inputs = {processor}({given}, return_tensors="pt")
 logits = model(**inputs).logits
 
 model.merge_to(flops_ratio=0.9)  # another budget; with samples=[inputs, ...] it is searched for what changes least
-{self.other_merging}
+{DROP_GROUPS if grouped else SET_R}
 ```
 
 Every file that it needs, its code too, is in the repository; it takes transformers and torch. \

@@ -24,6 +24,7 @@ from experiments.training.model_arguments import ModelArguments
 from experiments.training.progress import announce
 from experiments.training.stage import RetrainArguments, check_resume, check_sharding, rehearse
 from experiments.training.trainer_arguments import TrainerArguments
+from search_tome_perceiver import GROUPS
 
 COMMIT_MESSAGE = "Checkpoint with merged latents"
 
@@ -127,6 +128,11 @@ def _check(experiment: Experiment) -> None:
         raise BadInput(
             f"--retrain_epochs {retraining.retrain_epochs}: allowed only with --do_train, and with --r above 0, "
             "--flops_ratio or --elastic"
+        )
+    if experiment.merging.merge_method == GROUPS and not retrain and experiment.model.model_name_or_path is None:
+        raise BadInput(
+            f"--merge_method {GROUPS}: allowed with --model_name_or_path or --retrain_epochs; the latents of a model "
+            "that has learned nothing say nothing of which are alike"
         )
     retraining.check_elastic(None if training.do_train else "--do_train")
     if not (training.do_train or training.do_eval or training.do_predict):

@@ -20,12 +20,13 @@ from experiments.merging.arguments import (
     MergeArguments,
     Samples,
     apply_fields,
+    check_groups,
     check_merging,
     check_schedule,
     spelled_r,
 )
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
-from search_tome_perceiver import SEARCH
+from search_tome_perceiver import GROUPS, SEARCH
 
 # Of rounds and samples: more would only be a slip of the finger.
 MOST = 10**6
@@ -81,11 +82,15 @@ class SweepArguments:
         },
     )
     calibration_samples: int = field(
-        default=256, metadata={"help": "Training samples, without labels, on which --schedule search compares outputs."}
+        default=1024,
+        metadata={"help": "Training samples, without labels, on which --schedule search compares outputs."},
     )
     merge_method: list[str] = field(
         default_factory=list,
-        metadata={"help": "What merges with what. Several: every row with each, such as with the controls."},
+        metadata={
+            "help": "What merges with what. Several: every row with each, such as with the controls. "
+            f"'{GROUPS}', with budgets and --schedule {SEARCH} alone: fixed groups of latents."
+        },
     )
     merge_metric: list[str] = field(
         default_factory=list,
@@ -121,6 +126,8 @@ class SweepArguments:
         check_merging(r_inflection=self.r_inflection, min_latents=self.min_latents)
         for name in self.schedule:
             check_schedule(name, bool(budgets))
+        only_searches = self.schedule == [SEARCH] and set(self.r) <= {"0"}
+        check_groups(self.merge_method, self.searches and only_searches)
 
     @property
     def searches(self) -> bool:
@@ -172,7 +179,8 @@ class SweepArguments:
 
     def _rows(self, way: dict[str, Any]) -> Iterator[tuple[str, str, MergeArguments]]:
         """Name, series and arguments of each row."""
-        for r in self.r:
+        # Without merging there are no groups, and that row is there.
+        for r in self.r if way["merge_method"] != GROUPS else ():
             yield f"r={r}", "r", MergeArguments(r=r, r_inflection=self.r_inflection, **way)
         for schedule in self.schedule:
             for budget in MEANS[1:]:

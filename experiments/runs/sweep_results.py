@@ -24,6 +24,7 @@ from experiments.training.output_folder import (
     read_json,
     write_json,
 )
+from search_tome_perceiver import GROUPS
 
 # Timing may be left out at first, or be repeated with more rounds.
 NOT_COMPARED = ("timing_rounds",)
@@ -56,6 +57,7 @@ def plan_rows(
             "r": config.merge_schedule,
             "num_blocks": config.num_blocks,
             **{name: getattr(config, name) for name in WAYS},
+            **({"merge_method": GROUPS} if config.merge_groups else {}),
             "gflops": cost.total_with_matching / 1e9,
             "self_attention_gflops": (sum(cost.self_attention) + sum(cost.matching)) / 1e9,
             "latents_left": config.latents_per_layer[-1],

@@ -20,7 +20,7 @@ ARGUMENTS_FILE = "arguments.json"
 TRAINED_FILE = "train_results.json"
 SWEEP_FILE = "sweep_results.json"
 # What only an experiment leaves behind.
-TRACES = ("config.json", "trainer_state.json", SWEEP_FILE, "calibration_results.json", "all_results.json")
+TRACES = ("config.json", "trainer_state.json", SWEEP_FILE, "all_results.json")
 # Under `CONTENT`: the weights that training began with, and those that it ended with or that were evaluated.
 START, WEIGHTS, CONFIG = "weights_to_start_from", "weights", "config"
 # What an experiment merges, once a budget has been resolved, and what that followed from.

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of latents from calibration: exact for duplicates, as many as wanted, and what a direct computation gives.
+"""Fixed groups of latents: exact for duplicates, as many as wanted, and what a direct computation gives.
 
 Letters: B batch, N latents (12), C channels.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,21 +16,28 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PerceiverTokenizer
 
-from cost_tome_perceiver import forward_cost
-from experiments.errors import BadInput
-from experiments.merging.similarity import SIMILARITIES
-from experiments.runs.calibration_arguments import CalibrationArguments, groups_for_flops
 from experiments.tasks.base import PreparedTask
 from experiments.tasks.images import collate_images
-from groups_tome_perceiver import average_linkage, fixed_groups, mean_similarity
-from tests.support.tiny_models import NUM_LATENTS, NUM_LAYERS, repeat_latents, run, tiny_config, tiny_inputs, tiny_model
+from groups_tome_perceiver import average_linkage, fixed_groups, latent_similarities, mean_similarity
+from layers_tome_perceiver import METRICS
+from tests.support.tiny_models import (
+    NUM_LATENTS,
+    NUM_LAYERS,
+    repeat_latents,
+    run,
+    take_row,
+    tiny_config,
+    tiny_inputs,
+    tiny_model,
+)
 
 TEXT, IMAGE = "ForSequenceClassification", "ForImageClassificationConvProcessing"
 MODULES = 3  # of the six layers; the two blocks share them
 DUPLICATES = [0, 1, 2, 1, 3, 0, 1, 4, 4, 0, 1, 2]
+SIMILARITIES = {name: partial(latent_similarities, compared=compared) for name, compared in METRICS.items()}
 
 
-def calibrate_groups(model, batches, left_after, similarity="key"):
+def groups_left(model, batches, left_after, similarity="key"):
     return fixed_groups(model, batches, left_after, SIMILARITIES[similarity])
 
 
@@ -67,18 +76,39 @@ def direct_groups(similarity: np.ndarray, count: int) -> list[int]:
     return ordered(fcluster(tree, count, criterion="maxclust").tolist())
 
 
-@pytest.mark.parametrize("similarity", ["key", "hidden", "attention", "output"])
+@pytest.mark.parametrize("similarity", sorted(SIMILARITIES))
 @pytest.mark.parametrize(("head", "layer"), [(TEXT, 0), (TEXT, 4), (IMAGE, 1), ("ForMaskedLM", 5)])
 def test_exact_duplicates_are_grouped_and_the_logits_stay(head, layer, similarity):
     model = repeat_latents(tiny_model(head), DUPLICATES)
     inputs = tiny_inputs(head, batch=3)
     unmerged = run(model, inputs)
-    merge_groups = calibrate_groups(model, [inputs], merging_once(layer, 5), similarity)
+    merge_groups = groups_left(model, [inputs], merging_once(layer, 5), similarity)
     assert merge_groups[layer] == DUPLICATES
     model.config.merge_groups = merge_groups
     merged = run(model, inputs)
     assert merged.base.last_hidden_state.shape[1] == 5
     assert (merged.logits - unmerged.logits).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("similarity", sorted(SIMILARITIES))
+def test_layers_are_told_apart_and_the_same_whichever_are_asked_for(similarity):
+    """Layers 0 and 3, 1 and 4, 2 and 5 are calls of the same module."""
+    model, inputs = tiny_model(TEXT).requires_grad_(False), tiny_inputs(TEXT)
+    every = SIMILARITIES[similarity](model, inputs, range(NUM_LAYERS))
+    some = SIMILARITIES[similarity](model, inputs, [1, 4])
+    assert len(every) == NUM_LAYERS and len(some) == 2
+    assert some[0].equal(every[1]) and some[1].equal(every[4])
+    assert all((every[layer] - every[layer + 3]).abs().max() > 1e-4 for layer in range(3))
+
+
+@pytest.mark.parametrize("similarity", sorted(SIMILARITIES))
+def test_a_row_is_the_same_alone_and_in_a_batch(similarity):
+    """Texts are padded in the batch and not alone."""
+    model, inputs = tiny_model(TEXT).requires_grad_(False), tiny_inputs(TEXT, batch=3)
+    (together,) = SIMILARITIES[similarity](model, inputs, [2])
+    for row in range(3):
+        (alone,) = SIMILARITIES[similarity](model, take_row(inputs, row), [2])
+        assert (alone[0] - together[row]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("similarity", ["key", "hidden"])
@@ -95,7 +125,7 @@ def test_groups_are_those_of_a_direct_computation(head, layer, similarity):
         < 1e-12
     )
     for left in (2, 5, 11):
-        merge_groups = calibrate_groups(model, [inputs], merging_once(layer, left), similarity)
+        merge_groups = groups_left(model, [inputs], merging_once(layer, left), similarity)
         assert merge_groups == [direct_groups(direct, left) if index == layer else None for index in range(NUM_LAYERS)]
 
 
@@ -114,7 +144,7 @@ def test_a_second_merge_sees_the_latents_that_the_first_one_left(second, similar
     """Layer 3 is another call of the module that runs in layer 0."""
     model, inputs = tiny_model(TEXT), tiny_inputs(TEXT, batch=4)
     left_after = [8] * second + [3] * (NUM_LAYERS - second)
-    merge_groups = calibrate_groups(model, [inputs], left_after, similarity)
+    merge_groups = groups_left(model, [inputs], left_after, similarity)
     first = direct_groups(direct_similarity(model, inputs, 0, similarity), 8)
     assert merge_groups[0] == first
     model.config.merge_groups = [first, *[None] * (NUM_LAYERS - 1)]
@@ -170,7 +200,7 @@ def test_the_model_is_afterwards_as_it_was():
     model.base_model.decoder.eval()
     modes = [module.training for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    calibrate_groups(model, [inputs], merging_once(0, 5))
+    groups_left(model, [inputs], merging_once(0, 5))
     assert (model.r, model.config.merge_groups) == (2, None)
     assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
     assert all(value.equal(state[name]) for name, value in model.state_dict().items())
@@ -180,7 +210,7 @@ def test_the_model_is_afterwards_as_it_was():
 
 def test_dropout_is_off_while_samples_are_looked_at():
     model, inputs = tiny_model(TEXT, attention_probs_dropout_prob=0.5), tiny_inputs(TEXT)
-    evaluated, trained = (calibrate_groups(model.train(mode), [inputs], merging_once(4, 5)) for mode in (False, True))
+    evaluated, trained = (groups_left(model.train(mode), [inputs], merging_once(4, 5)) for mode in (False, True))
     assert trained == evaluated
 
 
@@ -188,7 +218,7 @@ def test_own_merging_of_the_checkpoint_does_not_count():
     inputs, groups = tiny_inputs(TEXT), [index % 6 for index in range(NUM_LATENTS)]
     fixed = {"merge_groups": [groups, *[None] * (NUM_LAYERS - 1)]}
     unmerged, by_r, by_groups = (
-        calibrate_groups(tiny_model(TEXT, **merging), [inputs], merging_once(2, 4)) for merging in ({}, {"r": 2}, fixed)
+        groups_left(tiny_model(TEXT, **merging), [inputs], merging_once(2, 4)) for merging in ({}, {"r": 2}, fixed)
     )
     assert unmerged == by_r == by_groups
 
@@ -198,7 +228,7 @@ def test_the_model_is_as_it_was_also_when_something_fails():
     model.train()
     batches = [inputs, {"input_ids": torch.zeros(1, 999, dtype=torch.int64)}]
     with pytest.raises(ValueError, match="999"):
-        calibrate_groups(model, batches, merging_once(0, 5))
+        groups_left(model, batches, merging_once(0, 5))
     assert (model.r, model.config.merge_groups, model.training) == ([1, 0, 0, 0, 0, 0], None, True)
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -208,81 +238,14 @@ def test_the_model_is_as_it_was_also_when_something_fails():
 )
 def test_numbers_that_cannot_be_left_are_named(left_after):
     with pytest.raises(ValueError, match="left_after = .*6 numbers.*from 12 to 1"):
-        calibrate_groups(tiny_model(TEXT), [tiny_inputs(TEXT)], left_after)
+        groups_left(tiny_model(TEXT), [tiny_inputs(TEXT)], left_after)
 
 
 def test_batches_that_can_be_gone_through_only_once_are_named():
     """The second merge would be decided on nothing."""
     left_after = [8, 8, 4, 4, 4, 4]
     with pytest.raises(ValueError, match="batches: there are none"):
-        calibrate_groups(tiny_model(TEXT), iter([tiny_inputs(TEXT)]), left_after)
-
-
-def cost(layer: int, count: int) -> int:
-    groups = [min(latent, count - 1) for latent in range(NUM_LATENTS)]
-    merge_groups = [groups if index == layer else None for index in range(NUM_LAYERS)]
-    config = tiny_config(merge_groups=merge_groups)
-    return forward_cost(config, (1, 9), f"ToMePerceiver{TEXT}").total_with_matching
-
-
-@pytest.mark.parametrize("layer", [0, 3, 5])
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
-def test_the_groups_for_a_budget_are_the_most_that_fit(layer, share):
-    """`share` of the way from a single group to no merging."""
-    unmerged = cost(layer, NUM_LATENTS)
-    ratio = (cost(layer, 1) * (1 - share) + unmerged * share) / unmerged
-    # What the checkpoint itself merges makes no difference.
-    for merging in ({}, {"r": 2}, {"r": 1, "r_inflection": -1.0}):
-        count = groups_for_flops(tiny_config(**merging), ratio, layer, (1, 9), f"ToMePerceiver{TEXT}")
-        assert cost(layer, count) <= ratio * unmerged < cost(layer, count + 1)
-
-
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
-def test_a_budget_for_fewer_latents_from_the_start(share):
-    def fewer(count: int) -> int:
-        return forward_cost(tiny_config(num_latents=count), (1, 9), f"ToMePerceiver{TEXT}").total_with_matching
-
-    ratio = (fewer(1) * (1 - share) + fewer(NUM_LATENTS) * share) / fewer(NUM_LATENTS)
-    count = groups_for_flops(tiny_config(), ratio, None, (1, 9), f"ToMePerceiver{TEXT}")
-    assert fewer(count) <= ratio * fewer(NUM_LATENTS) < fewer(count + 1)
-    with pytest.raises(BadInput, match="at the start"):
-        groups_for_flops(tiny_config(), 0.001, None, (1, 9), f"ToMePerceiver{TEXT}")
-
-
-def test_a_budget_that_is_met_exactly_fits():
-    ratio = cost(1, 7) / cost(1, NUM_LATENTS)
-    assert groups_for_flops(tiny_config(), ratio, 1, (1, 9), f"ToMePerceiver{TEXT}") == 7
-
-
-@pytest.mark.parametrize("ratio", [-0.5, 0.0, 0.1, 1.0, 1.5])
-def test_a_budget_out_of_range_is_named(ratio):
-    least = cost(4, 1) / cost(4, NUM_LATENTS)
-    with pytest.raises(BadInput, match=f"--flops_ratio {ratio}: .* layer 4 are {least:.3f}, .* to below 1"):
-        groups_for_flops(tiny_config(), ratio, 4, (1, 9), f"ToMePerceiver{TEXT}")
-
-
-def test_a_budget_never_leaves_fewer_than_min_latents():
-    ratio = cost(0, 4) / cost(0, NUM_LATENTS)
-    with pytest.raises(BadInput, match="where 5 of 12 latents are left"):
-        groups_for_flops(tiny_config(min_latents=5), ratio, 0, (1, 9), f"ToMePerceiver{TEXT}")
-    assert groups_for_flops(tiny_config(min_latents=4), ratio, 0, (1, 9), f"ToMePerceiver{TEXT}") == 4
-
-
-@pytest.mark.parametrize(
-    ("num_groups", "merge_layer", "left"),
-    [
-        ("5", "0", [5] * 6),
-        ("5", "3", [12, 12, 12, 5, 5, 5]),
-        ("5", "start", [5] * 6),
-        ("8,3", "0,4", [8, 8, 8, 8, 3, 3]),
-        # As they come from a YAML file.
-        (5, 5, [12, 12, 12, 12, 12, 5]),
-        ([8, 3, 1], [0, 1, 2], [8, 3, 1, 1, 1, 1]),
-    ],
-)
-def test_the_arguments_say_how_many_are_left_after_each_layer(num_groups, merge_layer, left):
-    arguments = CalibrationArguments(num_groups=num_groups, merge_layer=merge_layer)
-    assert arguments.left_after(tiny_config(), (1, 9), f"ToMePerceiver{TEXT}") == left
+        groups_left(tiny_model(TEXT), iter([tiny_inputs(TEXT)]), left_after)
 
 
 class NeverRead:

@@ -59,7 +59,7 @@ def argument_file_mistakes() -> Iterator[BadInputCase]:
         yield BadInputCase(MISTAKE, name, script, _whole(name.replace(" ", "_"), data), (name.replace(" ", "_"),))
     for name in ("not_there.yaml", "not_there.json"):
         yield BadInputCase(MISTAKE, name, "run_glue.py", _alone(name), (name,))
-    yield BadInputCase(MISTAKE, "a folder.yaml", "calibrate.py", _a_folder, ("folder.yaml",))
+    yield BadInputCase(MISTAKE, "a folder.yaml", "eval_sweep.py", _a_folder, ("folder.yaml",))
     for number, (name, (value, says)) in enumerate(VALUES.items()):
         ending = (".yaml", ".json")[number % 2]
         yield BadInputCase(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from tests.reliability.bad_input_case import BadInputCase
 from tests.reliability.inputs import Command
 
-GLUE, IMAGE, MLM, SWEEP, CALIBRATE = "run_glue.py", "run_image.py", "run_mlm.py", "eval_sweep.py", "calibrate.py"
+GLUE, IMAGE, MLM, SWEEP = "run_glue.py", "run_image.py", "run_mlm.py", "eval_sweep.py"
 
 # By class and script: what is added, a mistake a line. Of the first argument in it, name and value must be in the line;
 # after "=>" stands what else must be, or, after "=>>", what must be instead.
@@ -110,21 +110,6 @@ MISTAKES: dict[str, dict[str, str]] = {
             --r 1 --max_eval_samples 0 =>> --max_eval_samples 0
             --r 1 --per_device_eval_batch_size 0 =>> --per_device_eval_batch_size 0
         """,
-        CALIBRATE: """
-            --num_groups 0
-            --num_groups -1
-            --num_groups 99
-            --num_groups 8
-            --num_groups 3,3 --merge_layer 0,1
-            --merge_layer 99 --num_groups 4
-            --merge_layer -1 --num_groups 4
-            --flops_ratio nan
-            --flops_ratio 0
-            --flops_ratio 1
-            --flops_ratio -1
-            --calibration_samples 0 --num_groups 4
-            --per_device_eval_batch_size 0 --num_groups 4
-        """,
     },
     "values of another type": {
         GLUE: """
@@ -164,12 +149,6 @@ MISTAKES: dict[str, dict[str, str]] = {
             --r 1 --proportional_attention maybe =>> --proportional_attention maybe
             --r 1 --timing_rounds 1.5 =>> --timing_rounds 1.5
             --flops_ratio half
-        """,
-        CALIBRATE: """
-            --num_groups four
-            --num_groups 4.5
-            --merge_layer end --num_groups 4
-            --flops_ratio most
         """,
     },
     "names that are not there": {
@@ -221,11 +200,6 @@ MISTAKES: dict[str, dict[str, str]] = {
             --flops_ratio 0.9 --schedule steep =>> --schedule steep
             --r 1 --retrain_epochs 1 --optim adam_of_the_future =>> optim adam_of_the_future
         """,
-        CALIBRATE: """
-            --similarity friendship --num_groups 4
-            --model_name_or_path not/there --num_groups 4
-            --dataset_name not/there --num_groups 4
-        """,
     },
     "packages and machines that are not there": {
         GLUE: """
@@ -254,6 +228,10 @@ MISTAKES: dict[str, dict[str, str]] = {
             --flops_ratio 0.9 --r 1
             --latency_ratio 0.9 --flops_ratio 0.9 => --flops_ratio
             --schedule geometric
+            --merge_method groups => --flops_ratio
+            --merge_method groups --r 1
+            --merge_method groups --flops_ratio 0.9 --schedule floor
+            --merge_method groups --flops_ratio 0.9 => --model_name_or_path
             --load_best_model_at_end --save_strategy no --eval_strategy epoch
             --load_best_model_at_end
             --bf16 --fp16
@@ -278,18 +256,14 @@ MISTAKES: dict[str, dict[str, str]] = {
             --r 1 2 1
             --r 1 --merge_method bipartite bipartite =>> --merge_method bipartite
             --schedule geometric
+            --merge_method groups => --flops_ratio
+            --merge_method groups bipartite --r 1 --flops_ratio 0.9
+            --merge_method groups --flops_ratio 0.9 --schedule search floor
             --flops_ratio 0.9 0.9
             --task_name mrpc --r 1
             --schedule floor skip_blocks
             --config_name x.json --r 1
             --r 1,1
-        """,
-        CALIBRATE: """
-            --do_eval =>> --num_groups
-            --num_groups 4 --flops_ratio 0.5 =>> --num_groups --flops_ratio
-            --num_groups 4,2
-            --merge_layer 3,1 --num_groups 4,2
-            --merge_layer start,1 --num_groups 4,2
         """,
     },
     "retraining and sweeps": {
@@ -332,7 +306,6 @@ MISTAKES: dict[str, dict[str, str]] = {
             --push_only =>> token
         """,
         SWEEP: "--push_to_hub --r 1 => token\n--push_only =>> token",
-        CALIBRATE: "--push_to_hub --num_groups 4 => token\n--push_only =>> token",
         IMAGE: "--push_to_hub --do_train false => --output_dir",
     },
 }

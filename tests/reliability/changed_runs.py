@@ -40,7 +40,10 @@ RUNS: dict[str, tuple[str, str, Command, Command]] = {
         "eval_sweep.py", "image_sweep",
         ("--flops_ratio", 0.985, "--schedule", "floor", "search", "--calibration_samples", 4), (),
     ),
-    "calibration": ("calibrate.py", "calibration", ("--num_groups", 4), ()),
+    "fixed groups": (
+        "run_glue.py", "text_evaluation",
+        ("--flops_ratio", 0.985, "--merge_method", "groups", "--calibration_samples", 4), (),
+    ),
 }  # fmt: skip
 # Another value of every training argument whose type does not say one; `None`: there is none that runs here.
 VALUES: dict[str, Command | None] = {
@@ -97,13 +100,14 @@ OWN: dict[str, tuple[str, ...]] = {
     ),
     "sweep of budgets": (
         "--flops_ratio 0.98", "--schedule floor", "--schedule search floor", "--calibration_samples 5",
+        "--schedule search --merge_method groups",
         "--merge_method prune", "--merge_method bipartite prune", "--merge_metric hidden", "--min_latents 4",
         "--proportional_attention false", "--max_eval_samples 5", "--max_train_samples 12", "--seed 7", "--r 0 1",
         "--crop_scale 0.5",
     ),
-    "calibration": (
-        "--num_groups 3", "--num_groups 4,2 --merge_layer 0,1", "--merge_layer 1", "--merge_layer start",
-        "--similarity key", "--calibration_samples 5", "--max_train_samples 12", "--max_eval_samples 5", "--seed 7",
+    "fixed groups": (
+        "--flops_ratio 0.98", "--merge_method bipartite", "--proportional_attention false", "--min_latents 4",
+        "--calibration_samples 5", "--max_train_samples 12", "--max_eval_samples 5", "--seed 7",
     ),
 }  # fmt: skip
 # Training may go on for longer than was first asked, from where it was: no folder that is empty leaves the same.
@@ -371,5 +375,5 @@ EDITED: dict[str, tuple[str, ...]] = {
     "evaluation": (*_CHECKPOINT, "one_label_to_evaluate_on", "one_sentence_to_evaluate_on", "one_sentence_to_predict"),
     "sweep": (*_CHECKPOINT, *_TEXT),
     "sweep of budgets": (*_IMAGE_CHECKPOINT, *_IMAGES),
-    "calibration": (*_IMAGE_CHECKPOINT, *_IMAGES),
+    "fixed groups": (*_CHECKPOINT, *_TEXT),
 }

@@ -75,12 +75,10 @@ def checkpoint_mistakes() -> Iterator[BadInputCase]:
     for name, (script, change, says) in CHECKPOINTS.items():
         yield BadInputCase(CONFIGS, name, script, _checkpoint(script, change), says)
     for name, (change, says) in WEIGHTS_CHANGES.items():
-        for script in ("run_glue.py", "eval_sweep.py", "calibrate.py"):
+        for script in ("run_glue.py", "eval_sweep.py"):
             yield BadInputCase(WEIGHTS, name, script, _checkpoint(script, change), says)
-    for script in ("eval_sweep.py", "calibrate.py"):
-        make = _checkpoint(script, _not_finite, SEARCH if script == "eval_sweep.py" else ())
-        works = {"exit_code": 1, "works": True}
-        yield BadInputCase(WEIGHTS, "not finite, where outputs are compared", script, make, ("finite",), **works)
+    make, works = _checkpoint("eval_sweep.py", _not_finite, SEARCH), {"exit_code": 1, "works": True}
+    yield BadInputCase(WEIGHTS, "not finite, where outputs are compared", "eval_sweep.py", make, ("finite",), **works)
     for name, (script, change, says) in PROCESSOR_CHANGES.items():
         yield BadInputCase(PROCESSORS, name, script, _checkpoint(script, change), says)
 
@@ -111,14 +109,12 @@ def _checkpoint(script: str, change: Callable[[Path], object], added: Command = 
     def make(inputs: Inputs, folder: Path) -> Command:
         model = {
             "run_glue.py": inputs.text_model, "run_image.py": inputs.image_model, "run_mlm.py": inputs.mlm_model,
-            "eval_sweep.py": inputs.text_model, "calibrate.py": inputs.text_model,
+            "eval_sweep.py": inputs.text_model,
         }[script]  # fmt: skip
         data = {"run_image.py": inputs.image_data, "run_mlm.py": inputs.mlm_data}.get(script, inputs.text_data)
         stage: Command = ("--do_eval",)
         if script == "eval_sweep.py":
             stage = ("--r", 1, "--timing_rounds", 0)
-        if script == "calibrate.py":
-            stage = ("--num_groups", 4)
         shutil.copytree(model, folder / "checkpoint")
         change(folder / "checkpoint")
         return ("--model_name_or_path", folder / "checkpoint", *data, "--use_cpu", *stage, *added)
@@ -162,11 +158,10 @@ def _contradiction(folder: Path) -> None:
 CHECKPOINTS: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
     "an empty folder": ("run_glue.py", _empty, ("--model_name_or_path", "checkpoint")),
     "an empty folder to sweep": ("eval_sweep.py", _empty, ("--model_name_or_path", "checkpoint")),
-    "an empty folder to calibrate": ("calibrate.py", _empty, ("--model_name_or_path", "checkpoint")),
     "no config": ("run_image.py", _remove("config.json"), ("--model_name_or_path", "config.json")),
     "an empty config": ("run_mlm.py", _write("config.json", b""), ("--model_name_or_path", "checkpoint")),
     "a cut config": ("eval_sweep.py", _write("config.json", b'{"model_'), ("--model_name_or_path", "checkpoint")),
-    "a config that is a list": ("calibrate.py", _write("config.json", b"[]"), ("--model_name_or_path", "checkpoint")),
+    "a config that is a list": ("eval_sweep.py", _write("config.json", b"[]"), ("--model_name_or_path", "checkpoint")),
     "another model": ("run_glue.py", _bert, ("bert",)),
     "another model to sweep": ("eval_sweep.py", _bert, ("bert",)),
     "of text, for images": ("run_image.py", _set("architectures", ["PerceiverForMaskedLM"]), ("PerceiverForMaskedLM",)),
@@ -177,20 +172,20 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = 
         "eval_sweep.py", _set("architectures", ["PerceiverForOpticalFlow"]), ("PerceiverForOpticalFlow",)
     ),
     "of no class, swept": ("eval_sweep.py", _set("architectures", None), ("architectures",)),
-    "of no class, calibrated": ("calibrate.py", _set("architectures", []), ("architectures",)),
+    "of an empty list of classes, swept": ("eval_sweep.py", _set("architectures", []), ("architectures",)),
     "a classifier for masked tokens": (
         "run_mlm.py", _set("architectures", ["ToMePerceiverForSequenceClassification"]), ("architectures",)
     ),
     "two labels of one index": ("run_glue.py", _twins, ("label2id",)),
     "two labels of one index, swept": ("eval_sweep.py", _twins, ("label2id",)),
     "id2label against label2id": ("run_glue.py", _contradiction, ("id2label",)),
-    "id2label against label2id, calibrated": ("calibrate.py", _contradiction, ("id2label",)),
+    "id2label against label2id, swept": ("eval_sweep.py", _contradiction, ("id2label",)),
     "r for another number of layers": ("run_glue.py", _set("r", [1, 1, 1]), ("r", "4")),
     "groups for another number of layers": ("eval_sweep.py", _set("merge_groups", [[0]]), ("merge_groups",)),
     "other widths than the weights": ("run_glue.py", _set("d_latents", 16), ("--model_name_or_path", "checkpoint")),
     "other latents than the weights": ("eval_sweep.py", _set("num_latents", 6), ("--model_name_or_path", "checkpoint")),
     "other layers than the weights": (
-        "calibrate.py", _set("num_self_attends_per_block", 3), ("--model_name_or_path", "checkpoint")
+        "eval_sweep.py", _set("num_self_attends_per_block", 3), ("--model_name_or_path", "checkpoint")
     ),
     "a field of another type": ("run_image.py", _set("num_latents", "many"), ("num_latents",)),
 }  # fmt: skip

@@ -209,7 +209,6 @@ def _other_names(script: str) -> Make:
             path = write_table(folder / f"{name}.csv", {"text": ["aaa", "bbb"] * 3, "label": ["cat", "dog"] * 3})
             words += [f"--{name}_file", path]
         stage = ("--r", 1, *("--timing_rounds", 0)) if script == "eval_sweep.py" else ("--do_eval",)
-        stage = ("--num_groups", 4, "--do_eval") if script == "calibrate.py" else stage
         return ("--model_name_or_path", inputs.text_model, *words, "--use_cpu", *stage)
 
     return make
@@ -247,7 +246,6 @@ _LABELLED: dict[str, tuple[str, Make, tuple[str, ...]]] = {
     "missing in training images": ("run_image.py", _unlabelled_images, ("train",)),
     "other names than the checkpoint's": ("run_glue.py", _other_names("run_glue.py"), ("cat",)),
     "other names than the swept checkpoint's": ("eval_sweep.py", _other_names("eval_sweep.py"), ("cat",)),
-    "other names than the calibrated checkpoint's": ("calibrate.py", _other_names("calibrate.py"), ("cat",)),
     "other names than the image checkpoint's": ("run_image.py", _other_image_names, ("cat",)),
     "more than the checkpoint's": ("run_glue.py", _more_labels, ("3", "--ignore_mismatched_sizes")),
     "numbers for a classifier": ("run_glue.py", _regression_with_a_classifier, ("--model_name_or_path",)),

@@ -44,7 +44,7 @@ def _usual(script: str, words: Command) -> Make:
     return lambda inputs, folder: (*inputs.usual(script), *STAGE.get(script, ()), *words)
 
 
-STAGE: dict[str, Command] = {"eval_sweep.py": ("--r", 1), "calibrate.py": ("--num_groups", 4)}
+STAGE: dict[str, Command] = {"eval_sweep.py": ("--r", 1)}
 
 
 def _into(script: str, make: Callable[[Inputs, Path], Path]) -> Make:
@@ -82,11 +82,10 @@ NOT_WRITTEN: dict[str, tuple[Callable[[Inputs, Path], Path], tuple[str, ...]]] =
 OCCUPIED = {
     "a checkpoint": "config.json",
     "a sweep": "sweep_results.json",
-    "a calibration": "calibration_results.json",
     "training": "trainer_state.json",
 }
 OWN = {"eval_sweep.py": "a sweep"}
-RESULTS = {"run_glue.py": "arguments.json", "eval_sweep.py": "sweep_results.json", "calibrate.py": "arguments.json"}
+RESULTS = {"run_glue.py": "arguments.json", "eval_sweep.py": "sweep_results.json"}
 
 
 def _occupied(file: str) -> Callable[[Inputs, Path], Path]:

@@ -27,7 +27,7 @@ TRAINING: Command = (
 )  # fmt: skip
 TIMING: Command = ("--timing_rounds", 1, "--timing_batch_size", 2)
 LAST: Command = ("--resume_from_checkpoint", "last")
-SCRIPTS = ("run_glue.py", "run_image.py", "run_mlm.py", "eval_sweep.py", "calibrate.py")
+SCRIPTS = ("run_glue.py", "run_image.py", "run_mlm.py", "eval_sweep.py")
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,6 @@ class Inputs:
         """Of `eval_sweep.py`."""
         return ("--model_name_or_path", self.mlm_model, *self.mlm_data, "--use_cpu", *TIMING)
 
-    @property
-    def calibration(self) -> Command:
-        """Of `calibrate.py`, without the number of groups."""
-        return ("--model_name_or_path", self.image_model, *self.image_data, "--use_cpu", "--do_eval")
-
     def checkpoint_of(self, script: str) -> Path:
         """A whole checkpoint after three steps of `usual(script)`."""
         return self.folder / "trained" / script.removesuffix(".py") / "checkpoint-3"
@@ -192,7 +187,6 @@ class Inputs:
             "run_image.py": self.image_training,
             "run_mlm.py": self.mlm_training,
             "eval_sweep.py": self.image_sweep,
-            "calibrate.py": self.calibration,
         }[script]
 
 

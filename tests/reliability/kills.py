@@ -58,7 +58,7 @@ AUGMENTED: Command = ("--crop_scale", 0.5, "--horizontal_flip", 0.5)
 METHODS: Command = (
     "--r", 0, 1, "--flops_ratio", 0.985, "--schedule", "floor", "linear", "--merge_method", "bipartite", "prune",
 )  # fmt: skip
-START: Command = ("--num_groups", 4, "--merge_layer", "start", "--similarity", "output")
+GROUPED: Command = (*SEARCHED, "--merge_method", "groups")
 SCENARIOS = (
     Scenario("one stage", "run_glue.py", "text_training", ("--do_predict",), LAST),
     Scenario("two stages", "run_glue.py", "text_training", RETRAINED, LAST),
@@ -76,8 +76,8 @@ SCENARIOS = (
         (*SWEPT, *SEARCHED, "--r", 0, 1, "--elastic"),
     ),
     Scenario("methods and schedules", "eval_sweep.py", "mlm_sweep", METHODS),
-    Scenario("groups", "calibrate.py", "calibration", ("--num_groups", 4)),
-    Scenario("fewer latents from the start", "calibrate.py", "calibration", START),
+    Scenario("fixed groups, without training", "run_glue.py", "text_evaluation", GROUPED),
+    Scenario("fixed groups, retrained", "run_image.py", "image_training", (*GROUPED, "--retrain_epochs", 1), LAST),
 )  # fmt: skip
 # Functions of libraries that write, or stand between stages; each is where a kill may do harm. With "half" the file
 # that it writes is cut, as by a crash of the machine.
@@ -104,8 +104,7 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("writing a card or report", ("write_card", "_write_retrained_card", "write_report")),
     ("training", ("_inner_training_loop", "train_and_save")),
     ("timing", ("time_interleaved", "peak_memory_mb")),
-    ("searching a schedule", ("best", "divergence", "searching")),
-    ("calibrating", ("calibrate_groups", "unlabelled_batches")),
+    ("searching for what merges", ("choose_merging",)),
     ("evaluating", ("predict", "evaluation_loop", "evaluate")),
     ("preparing data", ("prepared", "map")),
     ("loading data", ("load_dataset", "load_glue_task", "load_image_task", "load_mlm_task", "load_sweep_task")),

@@ -22,7 +22,7 @@ NAMED = (
     "sweep: one label to evaluate on",
     "sweep: --max_grad_norm 0.1",
     "sweep of budgets: --calibration_samples 5",
-    "calibration: one image to train on",
+    "fixed groups: one sentence to train on",
     "evaluation: one byte of the text weights",
 )
 

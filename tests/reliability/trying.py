@@ -27,7 +27,7 @@ def submitted(
         pool: of processes that may fork.
         inputs: that cases are made from.
         folder: that has one for each case, for as long as it runs.
-        only: such as "bad input: run_image", "interpreter", "changed: sweep", "kill: calibrate".
+        only: such as "bad input: run_image", "interpreter", "changed: sweep", "kill: eval_sweep".
         kills_at_random: of each scenario.
     """
     number = 0

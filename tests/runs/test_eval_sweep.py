@@ -210,6 +210,13 @@ def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, caps
         (("--latency_ratio", "0"), ("--latency_ratio 0.0", "to 1")),
         (("--flops_ratio", "0.01", "--schedule", "floor"), ("--flops_ratio 0.01", "floor")),
         (("--flops_ratio", "0.1", "--schedule", "skip_blocks"), ("--flops_ratio 0.1", "skip_blocks")),
+        (("--merge_method", "groups"), ("--merge_method groups", "--flops_ratio")),
+        (("--merge_method", "key_frames", "groups"), ("--merge_method key_frames", "groups")),
+        (("--flops_ratio", "0.9", "--merge_method", "groups", "--r", "0", "1"), ("--merge_method groups", "--r")),
+        (
+            ("--flops_ratio", "0.9", "--merge_method", "groups", "--schedule", "search", "floor"),
+            ("--merge_method groups", "other schedules"),
+        ),
         (("--r", "1", "--calibration_samples", "0"), ("--calibration_samples 0", "from 1")),
         (("--r", "1", "--merge_metric", "query"), ("--merge_metric query", "key")),
         (("--r", "1", "--proportional_attention", "true", "true"), ("--proportional_attention true", "twice")),
@@ -292,6 +299,19 @@ def test_controls_searches_and_ablations_are_rows(inputs, tmp_path):
     assert searched["divergences"] and not (tmp_path / "sweep" / "schedule_search.json").exists()
     model = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(tmp_path / "sweep")
     assert model.config.num_blocks == 2 and model.r == 0
+
+
+def test_fixed_groups_are_rows_beside_matching(inputs, tmp_path):
+    call_script(
+        "eval_sweep.py", *inputs, "--r", "0", "--flops_ratio", 0.99, "--merge_method", "bipartite", "groups",
+        "--calibration_samples", 4, "--timing_rounds", 0, "--output_dir", tmp_path / "sweep",
+    )  # fmt: skip
+    rows = {row["name"]: row for row in read(tmp_path / "sweep")["rows"]}
+    matched, grouped = "flops=0.99 search bipartite", "flops=0.99 search groups"
+    assert list(rows) == ["r=0", matched, grouped]
+    assert rows[matched]["fields"]["merge_groups"] is None and rows[grouped]["fields"]["merge_groups"]
+    assert rows[grouped]["merge_method"] == "groups" and rows[grouped]["latents_left"] < 8
+    assert all(rows[name]["flops_ratio"] <= 0.99 for name in (matched, grouped))
 
 
 def test_a_share_of_the_time_is_a_row(inputs, tmp_path):

@@ -144,6 +144,20 @@ def test_a_stock_masked_language_model_becomes_a_classifier(inputs, tmp_path):
     assert model.perceiver.embeddings.latents.equal(stock.perceiver.embeddings.latents)
 
 
+def test_fixed_groups_are_found_once_there_is_a_finetuned_model(inputs, tmp_path):
+    """In training from scratch they are the groups of what was finetuned, and retraining keeps them."""
+    call_script(
+        "run_glue.py", *inputs, *TRAINING, "--task_name", "sst2", "--flops_ratio", 0.985, "--merge_method", "groups",
+        "--calibration_samples", 4, "--retrain_epochs", 1, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    retrained, finetuned = (
+        ToMePerceiverForSequenceClassification.from_pretrained(folder)
+        for folder in (tmp_path / "out", tmp_path / "out" / "finetuned")
+    )
+    assert retrained.config.merge_groups is not None and finetuned.config.merge_groups is None
+    assert {"merged_accuracy", "eval_accuracy"} <= set(results(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("schedule", ["linear", "search"])
 def test_a_budget_of_flops_becomes_a_list(inputs, tmp_path, schedule):
     """It is what the checkpoint says that it merges; the card says what share of the FLOPs it takes."""
@@ -259,6 +273,10 @@ def test_own_files(tmp_path):
         (("--schedule", "geometric"), ("--schedule geometric", "--flops_ratio")),
         (("--flops_ratio", "0.01"), ("--flops_ratio 0.01", "where schedule floor ends")),
         (("--flops_ratio", "0.9", "--calibration_samples", "0"), ("--calibration_samples 0", "1 or more")),
+        (("--merge_method", "groups"), ("--merge_method groups", "--flops_ratio")),
+        (("--merge_method", "groups", "--r", "1"), ("--merge_method groups", "without --r")),
+        (("--merge_method", "groups", "--flops_ratio", "0.9", "--schedule", "floor"), ("--merge_method groups",)),
+        (("--merge_method", "groups", "--flops_ratio", "0.9"), ("--merge_method groups", "--model_name_or_path")),
         (("--flops_ratio", "0.9", "--latency_ratio", "0.9"), ("--latency_ratio 0.9", "--flops_ratio 0.9")),
         (("--max_seq_length", "9999"), ("--max_seq_length 9999", str(POSITIONS))),
         (("--tokenizer_name", "not/there"), ("--tokenizer_name not/there",)),

@@ -77,6 +77,57 @@ def test_evaluates_a_checkpoint_with_another_r(inputs, finetuned, tmp_path):
     assert 0 <= results(tmp_path)["eval_accuracy"] <= 1
 
 
+@pytest.fixture(scope="module")
+def grouped(inputs, finetuned, tmp_path_factory) -> Path:
+    """The unmerged checkpoint within a budget, by fixed groups of its latents."""
+    output_dir = tmp_path_factory.mktemp("outputs") / "grouped"
+    call_script(
+        "run_image.py", "--model_name_or_path", finetuned / "finetuned", *inputs[2:], "--do_eval", "--use_cpu",
+        "--flops_ratio", 0.98, "--merge_method", "groups", "--calibration_samples", 8, "--output_dir", output_dir,
+    )  # fmt: skip
+    return output_dir
+
+
+def test_fixed_groups_within_a_budget(finetuned, grouped):
+    """With the weights as they were, the figures of both, and a card whose code drops the groups, which r needs."""
+    model, start = (
+        ToMePerceiverForImageClassificationConvProcessing.from_pretrained(folder)
+        for folder in (grouped, finetuned / "finetuned")
+    )
+    assert model.config.merge_groups is not None and model.config.latents_per_layer[-1] < 8 and model.r == 0
+    assert all(value.equal(start.state_dict()[name]) for name, value in model.state_dict().items())
+    assert results(grouped)["unmerged_accuracy"] == results(finetuned / "finetuned")["eval_accuracy"]
+    card = (grouped / "README.md").read_text()
+    assert "groups by " in card and "fixed groups, `merge_groups`" in card and "model.r = 0  #" not in card
+    with pytest.raises(ValueError, match="merge_groups"):
+        model.r = 8
+    line = next(line for line in card.splitlines() if line.startswith("model.unmerged."))
+    exec(line, {"model": model})
+    model.r = 8
+    assert model.config.latents_per_layer[-1] == 1
+
+
+def test_training_on_keeps_fixed_groups_and_trains(inputs, grouped, tmp_path):
+    arguments = ("--model_name_or_path", grouped, *inputs[2:], *TRAINING, "--max_steps", 2)
+    call_script("run_image.py", *arguments, "--output_dir", tmp_path / "out")
+    before, after = (
+        ToMePerceiverForImageClassificationConvProcessing.from_pretrained(folder)
+        for folder in (grouped, tmp_path / "out")
+    )
+    for name in ("merge_groups", "latent_groups"):
+        assert getattr(after.config, name) == getattr(before.config, name)
+    changed = [name for name, value in after.state_dict().items() if not value.equal(before.state_dict()[name])]
+    assert any("latents" in name for name in changed) and any("self_attends.0" in name for name in changed)
+
+
+def test_fixed_groups_and_r_do_not_go_together(inputs, grouped, tmp_path, capsys):
+    line = bad_input_line(
+        capsys, "run_image.py", "--model_name_or_path", grouped, *inputs[2:], *TRAINING, "--r", 2,
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert "merge_groups" in line and not (tmp_path / "out").exists()
+
+
 def test_finetunes_a_stock_checkpoint(inputs, tmp_path):
     """Other labels than the data's need --ignore_mismatched_sizes; everything else loads as it is."""
     stock_model("ForImageClassificationConvProcessing", num_labels=5).float().save_pretrained(tmp_path / "stock")

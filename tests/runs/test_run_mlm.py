@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""run_mlm.py, really run, and the checkpoint that it leaves swept, calibrated, filled in and turned to a classifier."""
+"""run_mlm.py, really run, and what it leaves swept, merged in groups, filled in and turned to a classifier."""
 
 from __future__ import annotations
 
@@ -120,15 +120,14 @@ def test_a_sweep_compares_sentence_by_sentence(trained, data, tmp_path):
     assert ModelCard.load(tmp_path / "sweep" / "README.md").data.pipeline_tag == "fill-mask"
 
 
-def test_a_calibrated_checkpoint(trained, data, tmp_path):
+def test_fixed_groups_within_a_budget(trained, data, tmp_path):
     call_script(
-        "calibrate.py", "--model_name_or_path", trained, *data, "--num_groups", 4, "--do_eval", "--use_cpu",
-        "--output_dir", tmp_path / "groups",
+        "run_mlm.py", "--model_name_or_path", trained, *data, "--flops_ratio", 0.985, "--merge_method", "groups",
+        "--calibration_samples", 4, "--do_eval", "--use_cpu", "--output_dir", tmp_path / "groups",
     )  # fmt: skip
     model = ToMePerceiverForMaskedLM.from_pretrained(tmp_path / "groups")
-    assert model.config.latents_per_layer[-1] == 4
-    measured = json.loads((tmp_path / "groups" / "calibration_results.json").read_text())
-    assert "accuracy_change_stderr" in measured["calibrated"]
+    assert model.config.merge_groups is not None and model.r == 0
+    assert "eval_accuracy_change_stderr" in results(tmp_path / "groups")
 
 
 def test_a_classifier_starts_from_it(trained, tmp_path):

@@ -162,7 +162,7 @@ def test_labels_are_for_every_position_that_is_decoded(folder, pad):
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_calibration_sees_masked_sentences_and_no_labels(folder):
+def test_a_search_sees_masked_sentences_and_no_labels(folder):
     sight = prepared(loaded(folder, mlm_probability=1.0))
     batch = next(iter(sight.unlabelled(sight.train, 8)))
     assert set(batch) == {"input_ids", "attention_mask"}
