@@ -435,7 +435,8 @@ class Search:
         for share in AT_START:
             count = max(config.min_latents, math.ceil(share * config.num_latents))
             groups = average_linkage(similarity, count)
-            for num_blocks in range(config.num_blocks, 0, -1) if share == AT_START[0] else [config.num_blocks]:
+            # A model that needs less than half of its blocks is found by the shapes without groups.
+            for num_blocks in range(config.num_blocks, config.num_blocks // 2, -1):
                 layers = num_blocks * config.num_self_attends_per_block
                 family = partial(_after_groups, groups, partial(floor_from, config, 0, layers, num_blocks))
                 shapes.append(_Shape(f"floor of {count} groups{_in_blocks(config, num_blocks)}", family))
