@@ -126,7 +126,8 @@ def test_a_sweep_is_pushed_and_comes_back(hub, trained, tmp_path):
     assert [commit.branch for commit in hub.commits] == ["main", "r0", "r2_0_1_0"]
     repo_id = f"{USER}/sweep"
     card = ModelCard(hub.files(repo_id)["README.md"].decode())
-    assert "| r=2,0,1,0 |" in card.text and "![Accuracy over the share" in card.text and "sweep.png" in hub.files(repo_id)
+    assert "| r=2,0,1,0 |" in card.text and "![Accuracy over the share" in card.text
+    assert "sweep.png" in hub.files(repo_id)
     names = [result.metric_name for result in card.data.eval_results]
     assert names == [
         f"Accuracy (r={r}, {stage})" for r in ("0", "2,0,1,0") for stage in ("merged without retraining", "retrained")
