@@ -19,7 +19,7 @@ DEMO := outputs/demo
 	.venv/space/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-space.txt
 	touch $@
 
-# The main job on real images that scikit-learn brings along: train, merge, measure, retrain, report.
+# On real images that scikit-learn brings along: train, merge to a few budgets without training, measure, save, report.
 demo: export HF_HUB_OFFLINE = 1
 demo: .venv/installed
 	rm -rf $(DEMO)

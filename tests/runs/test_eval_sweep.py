@@ -321,3 +321,30 @@ def test_a_share_of_the_time_is_a_row(inputs, tmp_path):
     unmerged, row = read(tmp_path / "sweep")["rows"]
     assert unmerged["name"] == "r=0"
     assert row["name"] == "latency=1 search" and sum(row["r"]) == 0
+
+
+def test_it_ends_with_its_best_row_and_saves_that(inputs, tmp_path, capsys):
+    """What the sentence says is what was measured; the checkpoint merges as that row does, and loads with its card."""
+    given = (*inputs, "--flops_ratio", 0.99, "--schedule", "floor", "--output_dir", tmp_path / "sweep")
+    call_script("eval_sweep.py", *given)
+    *_, result, checkpoint, picture = capsys.readouterr().out.splitlines()
+    before, row = read(tmp_path / "sweep")["rows"]
+    accuracies = [f"{100 * each['merged']['accuracy']:.1f}" for each in (before, row)]
+    assert f"{row['speedup']['median']:.2f} times as fast" in result and " -> ".join(accuracies) in result
+    assert ("slower than unmerged" in result) == (row["speedup"]["median"] < 1)
+    assert checkpoint.endswith(str(tmp_path / "sweep" / "merged"))
+    assert picture.endswith(str(tmp_path / "sweep" / "sweep.png"))
+    merged, unmerged = (
+        ToMePerceiverForImageClassificationConvProcessing.from_pretrained(folder)
+        for folder in (tmp_path / "sweep" / "merged", tmp_path / "sweep")
+    )
+    assert merged.config.merge_schedule == row["r"] and unmerged.r == 0
+    card = ModelCard.load(tmp_path / "sweep" / "merged" / "README.md")
+    assert "row 'flops=0.99 floor' of the sweep" in card.text and len(card.data.eval_results) == 2
+    PerceiverImageProcessorPil.from_pretrained(tmp_path / "sweep" / "merged")
+
+
+def test_the_best_row_of_a_retrained_sweep_is_kept_already(sweep):
+    """There is either a merged checkpoint of its own, or it is among the retrained ones."""
+    report = (sweep / "sweep_report.md").read_text()
+    assert (sweep / "merged").exists() == ("not trained again)" in report)
