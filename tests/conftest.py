@@ -30,7 +30,6 @@ SLOW = (
     "reliability/",
     "runs/",
     "space/test_app.py",
-    "merging/test_similarity.py::test_nothing_is_more_alike_than_exact_duplicates",
     "model/test_call_r.py::test_compiled_layers_and_a_compiled_model_take_it",
     "model/test_modeling_execution.py",
     "model/test_modeling_tome_perceiver.py::test_gradient_accumulation_gives_the_loss_and_gradient_norm_of_one_batch",

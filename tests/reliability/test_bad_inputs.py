@@ -12,7 +12,7 @@ from tests.reliability.bad_input_case import BadInputCase
 from tests.reliability.bad_inputs import BAD_INPUTS
 from tests.reliability.trying import bad_input
 
-EVERY = 7
+EVERY = 6
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS[::EVERY], ids=lambda case: case.id)
