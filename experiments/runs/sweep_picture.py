@@ -15,6 +15,7 @@ import matplotlib
 
 from experiments.files import write_whole
 from experiments.publishing.card import metric_name
+from experiments.publishing.tables import with_error
 
 matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt
@@ -29,8 +30,9 @@ STAGES = {
     "merged": (matplotlib.colormaps["Blues"], 0.75, "merged"),
     "retrained": (matplotlib.colormaps["Greens"], 0.75, "merged and trained again"),
 }
+FEW = 4
 MARKERS = "osD^vP*X<>hp8d"
-SERIES = {"r": "r as given", "search": "searched for"}
+SERIES = {"r": "r as given", "search": "as a search found it"}
 
 
 def draw_sweep(rows: Sequence[FlatRow], metric: str, title: str, path: Path) -> None:
@@ -51,10 +53,14 @@ def draw_sweep(rows: Sequence[FlatRow], metric: str, title: str, path: Path) -> 
     for axes in panels[0]:
         for stage, mark, what in (("merged", "o", "unmerged"), ("retrained", "s", "unmerged, trained again")):
             if unmerged[stage] is not None:
-                value = 100 * unmerged[stage]
-                axes.plot(1, value, mark, color=UNMERGED, markersize=8, label=f"{what}: {value:.1f}", zorder=3)
+                value, error = 100 * unmerged[stage], 100 * (unmerged[f"{stage}_stderr"] or 0)
+                label = f"{what}: {with_error(value, error, '.1f')}"
                 if stage == "merged":
+                    # Without it a sweep that loses nothing would have no scale.
+                    axes.axhspan(value - error, value + error, color=UNMERGED, alpha=0.15, linewidth=0)
                     axes.axhline(value, color=UNMERGED, linewidth=1, linestyle="--")
+                    label += ", the band"
+                axes.plot(1, value, mark, color=UNMERGED, markersize=8, label=label, zorder=3)
         axes.grid(alpha=0.3)
         axes.margins(x=0.15)  # room for names beside the points
     series = list(dict.fromkeys(row["series"] for row in others))
@@ -78,10 +84,10 @@ def draw_sweep(rows: Sequence[FlatRow], metric: str, title: str, path: Path) -> 
         axes.set(xlabel="times as fast as unmerged, measured")
         if min(row["speedup"] for row in others if row["speedup"] is not None) < 1:
             left = axes.get_xlim()[0]
-            axes.axvspan(left, 1, color=UNMERGED, alpha=0.12, label="slower than unmerged")
+            axes.axvspan(left, 1, hatch="//", facecolor="none", edgecolor="lightgray", label="slower than unmerged")
             axes.set_xlim(left=left)
     paired = any(row[f"{stage}_change_stderr"] is not None for row in others for stage in STAGES)
-    error = "standard error of the change from unmerged, paired example by example" if paired else "standard error"
+    bars = "standard error of the change from unmerged, paired example by example" if paired else "standard error"
     # What is in both panels stands there once.
     named = {label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels())}  # noqa: B905
     figure.legend(
@@ -90,7 +96,7 @@ def draw_sweep(rows: Sequence[FlatRow], metric: str, title: str, path: Path) -> 
         loc="outside lower center",
         ncols=2 + timed,
         fontsize=9,
-        title=f"Bars up and down: {error}{'; to the sides: quartiles of the timed rounds' if timed else ''}",
+        title=f"Bars up and down: {bars}{'; to the sides: quartiles of the timed rounds' if timed else ''}",
         title_fontsize=9,
     )
     figure.suptitle("\n".join(textwrap.fill(line, 130 if timed else 70) for line in title.splitlines()), fontsize=11)
@@ -136,7 +142,7 @@ def _draw_speeds(axes: Axes, rows: Sequence[FlatRow], stage: str, style: dict[st
 
 
 def _name_points(axes: Axes, rows: Sequence[FlatRow], place: str) -> None:
-    """Beside each merged point, what merges: by turns above and below, since they may lie close together."""
+    """Above each merged point, what merges; of many, by turns above and below, since they lie close together."""
     shown = [row for row in rows if row["merged"] is not None and row[place] is not None]
     shown.sort(key=lambda row: row[place])
     for index, row in enumerate(shown):
@@ -144,6 +150,6 @@ def _name_points(axes: Axes, rows: Sequence[FlatRow], place: str) -> None:
             row["name"].removesuffix(f" {row['series']}"),
             (row[place], 100 * row["merged"]),
             textcoords="offset points",
-            xytext=(5, 6 if index % 2 == 0 else -13),
+            xytext=(5, 6 if index % 2 == 0 or len(shown) <= FEW else -13),
             fontsize=8,
         )

@@ -121,7 +121,7 @@ def write_csv(rows: list[FlatRow], path: Path) -> None:
 
 
 def sweep_table(rows: list[FlatRow], metric: str) -> str:
-    """All that was measured, the metric times 100."""
+    """All that was measured, the metric times 100; no column of what was not measured in any row."""
     columns = ["", f"{metric_name(metric)}, merged", "change", "retrained", "change", "GFLOPs", "of unmerged"]
     columns += ["latents left", "items/s", "speed-up", "latency, ms", "peak MB"]
 
@@ -138,7 +138,9 @@ def sweep_table(rows: list[FlatRow], metric: str) -> str:
             _shown(row, "peak_memory_mb", "{peak_memory_mb:.0f}"),
         ]
 
-    return markdown_table(columns, map(cells, rows))
+    lines = [cells(row) for row in rows]
+    shown = [place for place in range(len(columns)) if any(line[place] is not None for line in lines)]
+    return markdown_table([columns[place] for place in shown], [[line[place] for place in shown] for line in lines])
 
 
 def metric_table(rows: list[FlatRow]) -> str:

@@ -37,7 +37,7 @@ def test_metric_over_flops_and_over_speed(figure, tmp_path):
     by_flops, by_speed = figure[0].axes
     assert "FLOPs" in by_flops.get_xlabel() and "times as fast" in by_speed.get_xlabel()
     assert by_flops.get_ylabel() == "Accuracy x 100" and by_flops.xaxis_inverted()
-    assert legend(figure[0]) == ["unmerged: 96.0", "merged, searched for"]
+    assert legend(figure[0]) == ["unmerged: 96.0 ± 1.0, the band", "merged, as a search found it"]
     for axes, places in ((by_flops, [0.79, 0.5]), (by_speed, [1.1, 1.4])):
         (points,) = (container.lines[0] for container in axes.containers)
         assert list(points.get_xdata()) == places and list(points.get_ydata()) == [96, 95]
@@ -75,4 +75,4 @@ def test_nothing_is_empty(figure, tmp_path):
     draw_sweep(untimed, "accuracy", "", tmp_path / "a.png")
     draw_sweep(untimed[:1], "accuracy", "", tmp_path / "b.png")
     assert [len(each.axes) for each in figure] == [1, 1]
-    assert legend(figure[1]) == ["unmerged: 96.0"]
+    assert legend(figure[1]) == ["unmerged: 96.0 ± 1.0, the band"]

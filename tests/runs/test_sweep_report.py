@@ -25,11 +25,16 @@ ROWS = [flat_row(row, "accuracy") for row in (MEASURED, PLANNED)]
 def test_table_has_a_line_for_each_row():
     lines = sweep_table(ROWS, "accuracy").splitlines()
     assert lines[2] == (
-        "| r=2 | 81.23 ± 0.40 | -1.00 ± 0.20 | 90.00 ± 0.30 |  | 0.5 | 0.250 | 4 | 812.3 "
+        "| r=2 | 81.23 ± 0.40 | -1.00 ± 0.20 | 90.00 ± 0.30 | 0.5 | 0.250 | 4 | 812.3 "
         "| 2.50x (2.25 to 2.75) | 3 | 123 |"
     )  # fmt: skip
-    assert lines[3] == "| r=4 |  |  |  |  | 0.25 | 0.125 | 1 |  |  |  |  |"
+    assert lines[3] == "| r=4 |  |  |  | 0.25 | 0.125 | 1 |  |  |  |  |"
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_table_has_no_column_that_is_empty_in_every_row():
+    header, _, line = sweep_table([flat_row(PLANNED, "accuracy")], "accuracy").splitlines()
+    assert header == "|  | GFLOPs | of unmerged | latents left |" and line == "| r=4 | 0.25 | 0.125 | 1 |"
 
 
 def test_csv_has_a_number_a_column(tmp_path):
