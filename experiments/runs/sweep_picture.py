@@ -30,7 +30,6 @@ STAGES = {
     "merged": (matplotlib.colormaps["Blues"], 0.75, "merged"),
     "retrained": (matplotlib.colormaps["Greens"], 0.75, "merged and trained again"),
 }
-FEW = 4
 MARKERS = "osD^vP*X<>hp8d"
 SERIES = {"r": "r as given", "search": "as a search found it"}
 
@@ -142,7 +141,7 @@ def _draw_speeds(axes: Axes, rows: Sequence[FlatRow], stage: str, style: dict[st
 
 
 def _name_points(axes: Axes, rows: Sequence[FlatRow], place: str) -> None:
-    """Above each merged point, what merges; of many, by turns above and below, since they lie close together."""
+    """Above each merged point, what merges, by turns lower and higher, since they may lie close together."""
     shown = [row for row in rows if row["merged"] is not None and row[place] is not None]
     shown.sort(key=lambda row: row[place])
     for index, row in enumerate(shown):
@@ -150,6 +149,6 @@ def _name_points(axes: Axes, rows: Sequence[FlatRow], place: str) -> None:
             row["name"].removesuffix(f" {row['series']}"),
             (row[place], 100 * row["merged"]),
             textcoords="offset points",
-            xytext=(5, 6 if index % 2 == 0 or len(shown) <= FEW else -13),
+            xytext=(5, 6 if index % 2 == 0 else 17),
             fontsize=8,
         )
