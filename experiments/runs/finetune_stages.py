@@ -42,6 +42,7 @@ from experiments.training.output_folder import (
     note,
     note_content,
     read_note,
+    traces,
 )
 from experiments.training.progress import announce, say
 from experiments.training.stage import (
@@ -178,7 +179,9 @@ class Run:
                 logger.warning(
                     "a model from scratch has no outputs to keep: it merges by schedule %s", merging.schedule
                 )
-            self.chosen = self._merge(merging, self.output_dir if self.writes else None)
+            # Before the folder is claimed, what another experiment left in it is not to change.
+            own = self.retrains or not traces(self.output_dir)
+            self.chosen = self._merge(merging, self.output_dir if self.writes and own else None)
         merged = asdict(Merging.of(self.model.config))
         self._resolved = {RESOLVED: {"of": of, "chosen": self.chosen, "merging": merged}}
 
