@@ -107,6 +107,17 @@ def test_fixed_groups_within_a_budget(finetuned, grouped):
     assert model.config.latents_per_layer[-1] == 1
 
 
+def test_a_search_that_is_refused_changes_nothing(inputs, finetuned, grouped, capsys):
+    """Another budget is another experiment, though it is searched for before the folder is claimed."""
+    before = {path: path.read_bytes() for path in grouped.rglob("*") if path.is_file()}
+    line = bad_input_line(
+        capsys, "run_image.py", "--model_name_or_path", finetuned / "finetuned", *inputs[2:], "--do_eval", "--use_cpu",
+        "--flops_ratio", 0.99, "--merge_method", "groups", "--calibration_samples", 8, "--output_dir", grouped,
+    )  # fmt: skip
+    assert line.startswith(f"error: --output_dir {grouped}: holds another experiment")
+    assert {path: path.read_bytes() for path in grouped.rglob("*") if path.is_file()} == before
+
+
 def test_training_on_keeps_fixed_groups_and_trains(inputs, grouped, tmp_path):
     arguments = ("--model_name_or_path", grouped, *inputs[2:], *TRAINING, "--max_steps", 2)
     call_script("run_image.py", *arguments, "--output_dir", tmp_path / "out")
