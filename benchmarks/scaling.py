@@ -22,23 +22,21 @@ Letters: B batch, S bytes of a text.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any, ClassVar
 
-import matplotlib
 import numpy as np
 import torch
-from transformers import PreTrainedModel
-
-matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
+from transformers import PreTrainedModel
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -49,15 +47,14 @@ from benchmarks.speed_rows import Cell, Fields, SpeedArguments, write_results
 from cost_tome_perceiver import forward_cost
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
-from experiments.files import write_whole
-from experiments.measurement import (
-    Quartiles,
-    peak_memory_mb,
-    time_interleaved,
-)
+from experiments.measurement import Quartiles, peak_memory_mb, time_interleaved
+from experiments.publishing import picture_style
+from experiments.publishing.picture_style import MARKERS, MERGED, POINTS, add_legend, save_picture, shades
 from experiments.publishing.tables import markdown_table
 
-STOCK = "stock"
+STOCK, UNMERGED = "stock", "r = 0"
+COLORS: dict[str, Any] = {STOCK: picture_style.STOCK, UNMERGED: picture_style.UNMERGED}
+PICTURE = "scaling.png"
 # Far more would not fit in any memory, and a typing error is better found here than there.
 MAX_LENGTH = 2**20
 
@@ -110,7 +107,9 @@ class ScalingArguments(SpeedArguments):
 
     def described(self) -> dict[str, Any]:
         """What stands beside the figures."""
-        return super().described() | {"dtype": self.dtype[0], "positions": self.model.config().max_position_embeddings}
+        assert self.batch_size is not None
+        positions = self.model.config().max_position_embeddings
+        return super().described() | {"dtype": self.dtype[0], "batch size": self.batch_size[0], "positions": positions}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,28 +343,56 @@ Outputs at r = 0 differ from stock's there by {scaling.outputs_difference:.1e} o
 
 def draw(scaling: Scaling, title: str, path: Path) -> None:
     """Time over length for each variant: medians with quartiles on the fitted line, and dashed what the FLOPs imply."""
-    figure, axes = plt.subplots(figsize=(7, 5), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(7.5, 6), constrained_layout=True)
     lengths = sorted({row.length for row in scaling.rows})
     between = np.geomspace(lengths[0], lengths[-1], 100)
-    for index, growth in enumerate(scaling.growth):
+    merged = [growth.name for growth in scaling.growth if growth.name not in COLORS]
+    # The darker, the more merges.
+    colors = COLORS | dict(zip(merged, reversed(shades(MERGED, len(merged))), strict=True))
+    for growth, marker in zip(scaling.growth, cycle(MARKERS)):
+        color = colors[growth.name]
         times = [row.milliseconds for row in scaling.rows if row.name == growth.name]
         medians = [each.median for each in times]
         errors = [[each.median - each.lower for each in times], [each.upper - each.median for each in times]]
-        axes.errorbar(lengths, medians, errors, fmt="o", capsize=3, markersize=4, color=f"C{index}", label=growth.name)
+        label = {STOCK: "stock transformers", UNMERGED: "r = 0, unmerged"}.get(growth.name, growth.name)
+        axes.errorbar(lengths, medians, errors, fmt=marker, color=color, label=label, **POINTS)
         for line, style in ((growth.milliseconds, "-"), (growth.predicted_milliseconds, "--")):
-            axes.plot(between, [line.at(length) for length in between], style, color=f"C{index}", alpha=0.7)
-    axes.plot([], [], "-", color="gray", label="fitted line")
-    axes.plot([], [], "--", color="gray", label=f"its FLOPs at {scaling.gflops_per_second:.4g} GFLOP/s")
+            # As many FLOPs as unmerged has stock, and the line would hide the other.
+            if style == "-" or growth.name != STOCK:
+                axes.plot(between, [line.at(length) for length in between], style, color=color, linewidth=1.2)
+    axes.plot([], [], "-", color="lightgray", label="line fitted to the medians")
+    axes.plot([], [], "--", color="lightgray", label=f"its FLOPs at {scaling.gflops_per_second:.4g} GFLOP/s")
     axes.set(xscale="log", yscale="log", xlabel="bytes in a text", ylabel="milliseconds of a forward pass", title=title)
-    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     # The times may lie within one power of ten.
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    write_whole(path, lambda partial_path: figure.savefig(partial_path, dpi=110, format="png"))
-    plt.close(figure)
+    add_legend(figure, [axes], 3, "Points: medians of the timed rounds; bars: quartiles")
+    save_picture(figure, path)
+
+
+def redraw(folder: Path) -> Path:
+    """Draw the picture anew from the `scaling.json` in a folder, and return where it is."""
+    report = json.loads((folder / "scaling.json").read_text())
+    rows = [
+        Row(**{name: Quartiles(**value) if isinstance(value, dict) else value for name, value in row.items()})
+        for row in report["rows"]
+    ]
+    growth = [
+        Growth(**{name: Line(**value) if isinstance(value, dict) else value for name, value in each.items()})
+        for each in report["growth"]
+    ]
+    scaling = Scaling(report["outputs_difference"], report["gflops_per_second"], rows, growth)
+    draw(scaling, picture_title(report["settings"]), folder / PICTURE)
+    return folder / PICTURE
+
+
+def picture_title(settings: Mapping[str, Any]) -> str:
+    """What was timed, by `ScalingArguments.described`; files of an older version do not say the batch size."""
+    batch = f", batch size {settings['batch size']}" if "batch size" in settings else ""
+    return f"{settings['shapes']}\n{settings['dtype']}{batch}"
 
 
 def main() -> None:
@@ -378,7 +405,7 @@ def main() -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
     scaling = measure(arguments, cells)
     text = write_results(arguments, "scaling", asdict(scaling), [as_markdown(scaling)])
-    draw(scaling, f"{cells[0].dtype}, batch size {cells[0].input_shape[0]}", output_dir / "scaling.png")
+    draw(scaling, picture_title(arguments.described()), output_dir / PICTURE)
     print(text, end="")
     print(f"written to {output_dir}: scaling.json, scaling.md and scaling.png")
 

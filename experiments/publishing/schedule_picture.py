@@ -5,14 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
+from matplotlib import pyplot as plt
 from transformers import PreTrainedConfig
 
 from cost_tome_perceiver import ForwardCost
-from experiments.files import write_whole
-
-matplotlib.use("Agg")  # there may be no screen
-from matplotlib import pyplot as plt
+from experiments.publishing.picture_style import MERGED, UNMERGED, add_legend, save_picture, shades
 
 
 def draw_schedule(config: PreTrainedConfig, cost: ForwardCost, unmerged: ForwardCost, path: Path) -> None:
@@ -25,15 +22,15 @@ def draw_schedule(config: PreTrainedConfig, cost: ForwardCost, unmerged: Forward
     """
     figure, (latents, flops) = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
     left = [config.latents_at_start, *config.latents_per_layer]
-    latents.step(range(len(left)), left, where="post", color="tab:blue")
+    (merged,) = shades(MERGED, 1)
+    latents.step(range(len(left)), left, where="post", color=merged)
     latents.set(xlabel="self-attention layer", ylabel="latents left", ylim=(0, None))
     # Unmerged there may be more layers, where weight-shared blocks run more often.
-    for each, color, label in ((unmerged, "lightgray", "unmerged"), (cost, "tab:blue", "merged")):
+    for each, color, label in ((unmerged, UNMERGED, "unmerged"), (cost, merged, "merged")):
         gflops = [layer / 1e9 for layer in each.self_attention]
         flops.bar(range(1, len(gflops) + 1), gflops, color=color, label=label)
     flops.set(xlabel="self-attention layer", ylabel="GFLOPs")
-    flops.legend(fontsize=8)
     for axes in (latents, flops):
         axes.grid(alpha=0.3)
-    write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
-    plt.close(figure)
+    add_legend(figure, [flops], 2)
+    save_picture(figure, path)

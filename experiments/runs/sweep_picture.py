@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of a sweep: what it keeps of its metric, over the FLOPs that are left and over the measured speed.
-
-In every picture of this project unmerged is grey, merged blue, trained again with merging on green.
-"""
+"""A picture of a sweep: what it keeps of its metric, over the FLOPs that are left and over the measured speed."""
 
 from __future__ import annotations
 
@@ -11,27 +8,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from experiments.files import write_whole
-from experiments.publishing.card import metric_name
-from experiments.publishing.tables import with_error
-
-matplotlib.use("Agg")  # there may be no screen
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+
+from experiments.publishing.card import metric_name
+from experiments.publishing.picture_style import (
+    CONTROL,
+    MARKERS,
+    MERGED,
+    POINTS,
+    TRAINED,
+    UNMERGED,
+    add_legend,
+    is_control,
+    save_picture,
+    series_words,
+    shades,
+)
+from experiments.publishing.tables import with_error
 
 FlatRow = dict[str, Any]
 """A row of a sweep with one number for each thing that was measured; `None` for what was not."""
 
-UNMERGED = "gray"
-# For each stage its colour map, how dark it is with one series, and what it is called.
-STAGES = {
-    "merged": (matplotlib.colormaps["Blues"], 0.75, "merged"),
-    "retrained": (matplotlib.colormaps["Greens"], 0.75, "merged and trained again"),
-}
-MARKERS = "osD^vP*X<>hp8d"
-SERIES = {"r": "r as given", "search": "as a search found it"}
+# For each stage its colour, and what it is called; and what a control is called.
+STAGES = {"merged": (MERGED, "merged"), "retrained": (TRAINED, "merged and trained again")}
+CONTROL_STAGES = {"merged": "control", "retrained": "control, trained again"}
+# More lines could not be told apart.
+MOST_SERIES = 8
+# How much of a panel's width a letter of a name beside a point takes, and how far above the point names stand, in
+# points of print: by turns, where two would meet.
+LETTER, LEVELS = 0.017, (6, 17)
 
 
 def draw_sweep(rows: Sequence[FlatRow], metric: str, title: str, path: Path) -> None:
@@ -46,9 +52,10 @@ def draw_sweep(rows: Sequence[FlatRow], metric: str, title: str, path: Path) -> 
     unmerged, *others = rows
     timed = any(row["speedup"] is not None for row in others)
     figure, panels = plt.subplots(
-        1, 1 + timed, figsize=(6.5 + 5.5 * timed, 5.4), sharey=True, squeeze=False, constrained_layout=True
+        1, 1 + timed, figsize=(8 + 4 * timed, 5.4), sharey=True, squeeze=False, constrained_layout=True
     )
     by_flops, *by_speed = panels[0]
+    by_flops.invert_xaxis()
     for axes in panels[0]:
         for stage, mark, what in (("merged", "o", "unmerged"), ("retrained", "s", "unmerged, trained again")):
             if unmerged[stage] is not None:
@@ -62,7 +69,7 @@ def draw_sweep(rows: Sequence[FlatRow], metric: str, title: str, path: Path) -> 
                 axes.plot(1, value, mark, color=UNMERGED, markersize=8, label=label, zorder=3)
         axes.grid(alpha=0.3)
         axes.margins(x=0.15)  # room for names beside the points
-    series = list(dict.fromkeys(row["series"] for row in others))
+    series, left_out = _series_to_draw(others)
     for index, name in enumerate(series):
         members = [row for row in others if row["series"] == name]
         for stage in STAGES:
@@ -74,11 +81,11 @@ def draw_sweep(rows: Sequence[FlatRow], metric: str, title: str, path: Path) -> 
                 for axes in by_speed:
                     _draw_speeds(axes, measured, stage, style)
     if len(series) == 1:
-        _name_points(by_flops, others, "flops_ratio")
+        members = [row for row in others if row["series"] in series]
+        _name_points(by_flops, members, "flops_ratio")
         for axes in by_speed:
-            _name_points(axes, others, "speedup")
+            _name_points(axes, members, "speedup")
     by_flops.set(xlabel="share of the unmerged model's FLOPs", ylabel=f"{metric_name(metric)} x 100")
-    by_flops.invert_xaxis()
     for axes in by_speed:
         axes.set(xlabel="times as fast as unmerged, measured")
         if min(row["speedup"] for row in others if row["speedup"] is not None) < 1:
@@ -87,36 +94,41 @@ def draw_sweep(rows: Sequence[FlatRow], metric: str, title: str, path: Path) -> 
             axes.set_xlim(left=left)
     paired = any(row[f"{stage}_change_stderr"] is not None for row in others for stage in STAGES)
     bars = "standard error of the change from unmerged, paired example by example" if paired else "standard error"
-    # What is in both panels stands there once.
-    named = {label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels())}  # noqa: B905
-    figure.legend(
-        named.values(),
-        named,
-        loc="outside lower center",
-        ncols=2 + timed,
-        fontsize=9,
-        title=f"Bars up and down: {bars}{'; to the sides: quartiles of the timed rounds' if timed else ''}",
-        title_fontsize=9,
-    )
-    figure.suptitle("\n".join(textwrap.fill(line, 130 if timed else 70) for line in title.splitlines()), fontsize=11)
-    write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
-    plt.close(figure)
+    below = f"Bars up and down: {bars}{'; to the sides: quartiles of the timed rounds' if timed else ''}"
+    if left_out:
+        below += f"\nNot drawn: {left_out} series that lose more, which are in the table"
+    add_legend(figure, panels[0], 2 + timed, below)
+    figure.suptitle("\n".join(textwrap.fill(line, 130 if timed else 88) for line in title.splitlines()), fontsize=11)
+    save_picture(figure, path)
+
+
+def _series_to_draw(rows: Sequence[FlatRow]) -> tuple[list[str], int]:
+    """The series that save anything, in their order, and how many more there are; of too many, those that lose least in
+    the row in which they lose most."""
+    worst: dict[str, float] = {}
+    for row in rows:
+        values = [row[stage] for stage in STAGES if row[stage] is not None]
+        # A row that merges nothing is the unmerged model again, unless it was trained.
+        if values and (row["flops_ratio"] != 1 or row["retrained"] is not None):
+            worst[row["series"]] = min(worst.get(row["series"], max(values)), max(values))
+    kept = sorted(worst, key=lambda name: worst[name], reverse=True)[:MOST_SERIES]
+    return [name for name in worst if name in kept], len(worst) - len(kept)
 
 
 def _style(stage: str, index: int, series: Sequence[str]) -> dict[str, Any]:
     """Colour, mark and name of the points of a stage: of several series, each has a shade and a mark of its own."""
-    colors, dark, what = STAGES[stage]
-    shade = dark if len(series) == 1 else 0.95 - 0.5 * index / (len(series) - 1)
-    schedule, _, way = series[index].partition(" ")
-    words = [what]
-    if series != ["r"]:
-        words.append(SERIES.get(schedule, f"schedule {schedule}"))
-    if way:
-        words.append(way)
-    return {
-        "color": colors(shade), "marker": MARKERS[index % len(MARKERS)], "markersize": 6, "linewidth": 1.5,
-        "elinewidth": 1, "capsize": 3, "label": ", ".join(words),
-    }  # fmt: skip
+    name = series[index]
+    kind, what = STAGES[stage]
+    alike = [each for each in series if is_control(each) == is_control(name)]
+    color = shades(CONTROL if is_control(name) else kind, len(alike))[alike.index(name)]
+    if is_control(name):
+        what = CONTROL_STAGES[stage]
+    return POINTS | {
+        "color": color,
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": "--" if is_control(name) and stage == "retrained" else "-",
+        "label": what if series == ["r"] else f"{what}, {series_words(name)}",
+    }
 
 
 def _draw_points(
@@ -141,14 +153,23 @@ def _draw_speeds(axes: Axes, rows: Sequence[FlatRow], stage: str, style: dict[st
 
 
 def _name_points(axes: Axes, rows: Sequence[FlatRow], place: str) -> None:
-    """Above each merged point, what merges, by turns lower and higher, since they may lie close together."""
+    """Above each merged point, what merges, as far as there is room."""
     shown = [row for row in rows if row["merged"] is not None and row[place] is not None]
-    shown.sort(key=lambda row: row[place])
-    for index, row in enumerate(shown):
+    first, last = map(float, axes.get_xlim())
+    taken = dict.fromkeys(LEVELS, 0.0)
+    for row in sorted(shown, key=lambda row: row[place], reverse=first > last):
+        name = row["name"].removesuffix(f" {row['series']}")
+        width, at = LETTER * len(name), (row[place] - first) / (last - first)
+        start = min(at, 1 - width)
+        level = next((level for level in LEVELS if taken[level] <= start), None)
+        if level is None:
+            continue
+        taken[level] = start + width
         axes.annotate(
-            row["name"].removesuffix(f" {row['series']}"),
+            name,
             (row[place], 100 * row["merged"]),
             textcoords="offset points",
-            xytext=(5, 6 if index % 2 == 0 else 17),
+            xytext=(5 if start == at else -5, level),
+            horizontalalignment="left" if start == at else "right",
             fontsize=8,
         )

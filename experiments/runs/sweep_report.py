@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.errors import BadInput
 from experiments.files import write_text
 from experiments.measurement import environment_line
 from experiments.publishing.card import METRIC_NAMES, metric_name
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.runs.sweep_picture import FlatRow, draw_sweep
 from experiments.runs.sweep_results import Row, SweepResults
+from experiments.training.output_folder import SWEEP_FILE
 
 STAGES = ("merged", "retrained")
 PICTURE = "sweep.png"
@@ -167,7 +170,7 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> tuple
     write_csv(rows, output_dir / "sweep_results.csv")
     best = best_of(rows, metric)
     found = "" if best is None else f"{best.sentence} {BEST_IS}\n\n"
-    draw_sweep(rows, metric, title if best is None else f"{title}\n{best.sentence}", output_dir / PICTURE)
+    _draw(rows, metric, title, best, output_dir)
     more = [f"**{metric_name(each)}**\n\n{metric_table(of)}\n\n" for each, of in zip(metrics[1:], others, strict=True)]
     report = f"""{sweep_table(rows, metric)}
 
@@ -187,6 +190,30 @@ Made by
     measured_on = f"Measured on: {environment_line(results.environment)}."
     write_text(output_dir / "sweep_report.md", f"# {title}\n\n{report}\n\n{measured_on}\n")
     return report, best
+
+
+def redraw(folder: Path) -> Path:
+    """Draw the picture of a sweep anew from its `sweep_results.json`, also from one of an older version.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        BadInput: if the first row merges, so that nothing is there to compare with.
+    """
+    results = json.loads((folder / SWEEP_FILE).read_text())
+    if results["rows"][0]["flops_ratio"] != 1:
+        raise BadInput(f"{folder}: the first row of its {SWEEP_FILE} merges; allowed are sweeps that begin unmerged")
+    metric = results["metric"]
+    rows = [flat_row(row, metric) for row in results["rows"]]
+    source = results.get("source") or {"dataset": results["dataset"]}
+    name = source.get("config") or source["dataset"].rpartition("/")[2]
+    _draw(rows, metric, f"{name}: {results['evaluated_on']:,} examples", best_of(rows, metric), folder)
+    return folder / PICTURE
+
+
+def _draw(rows: list[FlatRow], metric: str, title: str, best: Best | None, folder: Path) -> None:
+    draw_sweep(rows, metric, title if best is None else f"{title}\n{best.sentence}", folder / PICTURE)
 
 
 def _timing_line(timing: dict[str, Any] | None) -> str:

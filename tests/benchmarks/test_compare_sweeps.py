@@ -6,8 +6,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 
+from benchmarks import compare_sweeps
+from experiments.errors import BadInput
 from tests.support.script_run import run_script
 
 
@@ -62,3 +65,31 @@ def test_a_single_stage_needs_no_name(tmp_path):
         "benchmarks/compare_sweeps.py", write_sweep(tmp_path / "one"), "--stages", "merged", "--output_dir", tmp_path
     )
     assert "| floor | flops=0.6 |" in result.stdout
+
+
+def test_what_is_drawn_has_the_colours_of_all_pictures_and_is_explained(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare_sweeps, "save_picture", lambda figure, path: drawn.append(figure))
+    one, two = write_sweep(tmp_path / "one"), write_sweep(tmp_path / "two")
+    given = [one, f"elastic={two}", "--stages", "merged", "--output_dir", str(tmp_path)]
+    compare_sweeps.main([*given, "--trained", "elastic"])
+    axes, texts = drawn[0].axes[0], drawn[0].legends[0].get_texts()
+    assert [text.get_text() for text in texts] == [
+        "unmerged", "schedule floor", "elastic, trained with merging: schedule floor"
+    ]  # fmt: skip
+    blue, green = (to_rgb(points.lines[0].get_color()) for points in axes.containers)
+    assert max(blue) == blue[2] and max(green) == green[1]
+    compare_sweeps.main([*given, "--lines", "elastic floor"])
+    assert [text.get_text() for text in drawn[1].legends[0].get_texts()] == ["unmerged", "elastic: schedule floor"]
+    assert "| floor | flops=0.6 |" in (tmp_path / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [("--lines", "--lines x: allowed are floor"), ("--trained", "--trained x: allowed are none here")],
+)
+def test_a_name_that_is_not_there_is_one_line(tmp_path, argument, says):
+    one = write_sweep(tmp_path / "one")
+    with pytest.raises(BadInput, match=f"^{says}"):
+        compare_sweeps.main([one, "--stages", "merged", argument, "x", "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -41,9 +41,7 @@ def test_metric_over_flops_and_over_speed(figure, tmp_path):
     for axes, places in ((by_flops, [0.79, 0.5]), (by_speed, [1.1, 1.4])):
         (points,) = (container.lines[0] for container in axes.containers)
         assert list(points.get_xdata()) == places and list(points.get_ydata()) == [96, 95]
-        assert [text.get_text() for text in axes.texts if text.get_text()] == (
-            ["flops=0.5", "flops=0.8"] if axes is by_flops else ["flops=0.8", "flops=0.5"]
-        )
+        assert [text.get_text() for text in axes.texts if text.get_text()] == ["flops=0.8", "flops=0.5"]
     assert "paired" in figure[0].legends[0].get_title().get_text()
     with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.width > picture.height > 500
@@ -61,6 +59,35 @@ def test_unmerged_is_grey_merged_blue_and_trained_again_green(figure, tmp_path):
     assert len(set(to_rgb(unmerged.get_color()))) == 1
     marks = {container.lines[0].get_marker() for container in by_flops.containers}
     assert len(marks) == 2  # one for each series
+
+
+def test_a_control_is_orange_and_called_one(figure, tmp_path):
+    rows = [UNMERGED, row("flops=0.5 floor", 0.5, 0.9, 1.3), row("flops=0.5 floor random", 0.5, 0.8, 1.3)]
+    rows.append(row("flops=0.5 skip_blocks", 0.5, 0.8, 1.3))
+    draw_sweep(rows, "accuracy", "digits", tmp_path / "sweep.png")
+    controls = ["control, schedule floor, random", "control, schedule skip_blocks"]
+    assert legend(figure[0])[1:4] == ["merged, schedule floor", *controls]
+    for points in figure[0].axes[0].containers[1:]:
+        red, green, blue = to_rgb(points.lines[0].get_color())
+        assert red > green > blue
+
+
+def test_of_many_series_those_are_drawn_that_lose_least(figure, tmp_path):
+    """A series that merges nothing is none of them."""
+    many = [row(f"flops=0.5 floor {name}", 0.5, 0.9 - index / 100, 1.3) for index, name in enumerate("abcdefghij")]
+    draw_sweep([UNMERGED, row("r=0 a", 1.0, 0.96, 1.0), *many], "accuracy", "digits", tmp_path / "sweep.png")
+    drawn = [text.removeprefix("merged, schedule floor, ") for text in legend(figure[0])[1:]]
+    assert drawn == list("abcdefgh")
+    assert "Not drawn: 2 series" in figure[0].legends[0].get_title().get_text()
+
+
+def test_names_of_points_do_not_meet(figure, tmp_path):
+    """Where there is no room above a point and above that, it has no name."""
+    shares = [0.5 + index / 1000 for index in range(5)] + [0.9]
+    rows = [row(f"flops={share} search", share, 0.95, 1.4) for share in shares]
+    draw_sweep([UNMERGED, *rows], "accuracy", "digits", tmp_path / "sweep.png")
+    names = [text.get_text() for text in figure[0].axes[0].texts if text.get_text()]
+    assert names == ["flops=0.9", "flops=0.504", "flops=0.503"]
 
 
 def test_what_is_slower_than_unmerged_is_marked_as_such(figure, tmp_path):

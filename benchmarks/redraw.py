@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of results drawn anew from the figures beside them, as the code draws them now; nothing is measured.
+
+Every sweep.png and scaling.png below the folders that are given. The picture of compare_sweeps.py comes from its own
+command, which measures nothing either.
+
+    python benchmarks/redraw.py docs/results/budgets docs/results/scaling
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# A script's own folder is on the path, the repository's root, where the modules are, is not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import scaling
+from experiments.errors import BadInput, exit_on_bad_input
+from experiments.runs import sweep_report
+
+DRAW = {sweep_report.PICTURE: sweep_report.redraw, scaling.PICTURE: scaling.redraw}
+"""What draws a picture, by its name."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    description, _, example = (__doc__ or "").partition("\n\n    python")
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="example:\n    python" + example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="whose results, and those below them, are drawn")
+    for folder in parser.parse_args(arguments).folders:
+        pictures = [path for path in sorted(folder.rglob("*.png")) if path.name in DRAW]
+        if not pictures:
+            raise BadInput(f"folders {folder}: allowed are folders with a {' or a '.join(DRAW)} in them or below")
+        for picture in pictures:
+            print(DRAW[picture.name](picture.parent))
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()
