@@ -42,6 +42,7 @@ TRAIN, VALIDATION = "train", "validation"
 # Of the order of evaluated sentences and of what is hidden in them: the same for all models that are compared, whatever
 # they were trained with.
 EVALUATION_SEED = 0
+CLASSIFICATION_ONLY = "masked language models, which predict nothing, refuse it"
 
 
 @dataclass
@@ -60,6 +61,10 @@ class MlmDataArguments(TextDataArguments):
             "help": f"Own data ({', '.join(TEXT_FORMATS)}), also beside --dataset_name: each line, or each text of "
             "the column 'text' or, without one, of any but 'label', is a sentence."
         },
+    )
+    test_file: str | None = field(default=None, metadata={"help": f"The same, to predict; {CLASSIFICATION_ONLY}."})
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": f"Predict for the first so many only; {CLASSIFICATION_ONLY}."}
     )
     mlm_probability: float = field(
         default=0.15, metadata={"help": "Masked language modelling: share of the tokens to be found again."}
@@ -298,10 +303,16 @@ def load_mlm_task(
         download: `cache_dir` and `token` for `datasets.load_dataset`.
 
     Raises:
-        BadInput: for a dataset or split that is not there, or no sentences in it.
+        BadInput: for a dataset or split that is not there, no sentences in it, or anything to predict.
     """
     if predict:
         raise BadInput("--do_predict: allowed for classification; masked language models take --do_train and --do_eval")
+    for name, instead in (("test_file", "validation_file"), ("max_predict_samples", "max_eval_samples")):
+        if (value := getattr(arguments, name)) is not None:
+            raise BadInput(
+                f"--{name} {value}: allowed for classification; masked language models predict nothing, and are "
+                f"evaluated on --{instead}"
+            )
     pools, source = _load_splits(arguments, download)
     lines, places = {}, {}
     for role, pool in pools.items():

@@ -304,6 +304,12 @@ def test_data_that_are_not_there(folder, given, says):
     assert all(part in str(error.value) for part in says), error.value
 
 
+def test_a_file_to_predict_is_refused_and_not_ignored(tmp_path):
+    (tmp_path / "test.txt").write_text("one\n")
+    with pytest.raises(BadInput, match=r"^--test_file .*test.txt: allowed for classification.* --validation_file$"):
+        load_mlm_task(MlmDataArguments(test_file=str(tmp_path / "test.txt")), predict=False, seed=0)
+
+
 @pytest.mark.parametrize(
     ("splits", "says"),
     [
@@ -341,6 +347,9 @@ def test_a_sweep_takes_the_data_that_the_checkpoint_is_for(folder, tmp_path):
     assert isinstance(task, MlmTask) and len(task.train) == 111 - 38
     with pytest.raises(BadInput, match="--task_name mrpc.*PerceiverForMaskedLM.*finds masked tokens"):
         load_sweep_task(SweepDataArguments(task_name="mrpc"), model, seed=0)
+    data.max_predict_samples = 3
+    with pytest.raises(BadInput, match="^--max_predict_samples 3: allowed for classification"):
+        load_sweep_task(data, model, seed=0)
 
 
 def test_a_sweep_of_a_classifier_takes_files_of_its_kind(tmp_path):
