@@ -26,11 +26,11 @@ each retrained one to a branch of its own, so that from_pretrained(..., revision
 from __future__ import annotations
 
 from experiments.errors import exit_on_bad_input
-from experiments.help_page import show_kept_page
+from experiments.help_page import answer_at_once
 
 
 def main() -> None:
-    show_kept_page(__file__)
+    answer_at_once(__file__)
     # Here, and not above: they take seconds, in which Ctrl-C is to end in one line too.
     from functools import partial
     from pathlib import Path

@@ -6,8 +6,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import yaml
 from transformers import TrainingArguments
 
 from experiments.errors import BadInput, naming
+from experiments.help_page import suggestion
 
 ENDINGS = (".yaml", ".yml", ".json")
 # What a command line spells with commas may be a list in a file.
@@ -70,12 +69,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
         found = "is empty" if content is None else f"holds a {_kind(content)}"
         raise BadInput(f"{path}: {found}; allowed is a mapping from names of arguments to values")
     return content
-
-
-def suggestion(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """The name that may have been meant, with the prefix of all names, to end a message with."""
-    near = get_close_matches(name.removeprefix(prefix).replace("-", "_"), list(names), n=1, cutoff=0.7)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def _words(name: str, value: Any, field: dataclasses.Field, option: argparse.Action) -> list[str]:

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from experiments.argument_file import ENDINGS, suggestion, words_of_file
+from experiments.argument_file import ENDINGS, words_of_file
 from experiments.errors import BadInput, naming
-from experiments.help_page import HelpFormatter
+from experiments.help_page import HelpFormatter, suggestion
 
 WHAT_TO_RUN = "what to run"
 MORE = """--help_all lists all other arguments too. Each argument may also be a line of FILE.yaml or FILE.json; what \

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--help` shows, also before anything is imported that takes seconds.
+"""What is answered before anything is imported that takes seconds: `--help`, and an argument that there is not.
 
-The page of each script is kept in docs/help, under a line that says what it was made of. Where that is not what is
-installed and written here now, the script makes the page anew from its arguments, as it does for `--help_all`.
+The page of each script is kept in docs/help, under a line that says what it was made of, and above the names of all
+arguments. Where it was not made of what is installed and written here now, the script answers from its arguments
+themselves, as it does for `--help_all`.
 
   python -m experiments.help_page    # make all pages; `make help-pages`
 """
@@ -16,15 +17,30 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
+
+from experiments.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "help"
 SCRIPTS = ("run_glue.py", "run_image.py", "run_mlm.py", "eval_sweep.py")
 WIDTH = 100
 ARGUMENTS = re.compile(r"^class \w+Arguments\b", re.MULTILINE)
+NAMES = "\n# all arguments: "
+# Run with a script, in one process since what is imported takes seconds: what --help and what --help_all shows.
+BOTH_PAGES = """
+import runpy, sys
+script = sys.argv[1]
+for option in ("--help", "--help_all"):
+    sys.argv = [script, option]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit:
+        print(end="\\0")
+"""
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -71,19 +87,50 @@ class HelpFormatter(argparse.HelpFormatter):
         return [line.replace("\N{NO-BREAK SPACE}", " ") for line in super()._split_lines(text, width)]
 
 
-def show_kept_page(script: str) -> None:
-    """If `--help` is asked for, show the script's page and exit, provided that the kept one is that of today.
+def answer_at_once(script: str) -> None:
+    """Show the kept page and exit, if `--help` is asked for; refuse an argument that there is not. Do neither if the
+    page is not that of today.
 
     Args:
         script: path of the script.
+
+    Raises:
+        BadInput: naming the argument, and the one that may have been meant.
     """
     page = PAGES / Path(script).with_suffix(".txt").name
-    if not {"--help", "-h"} & set(sys.argv[1:]) or not page.exists():
+    if not page.exists():
         return
-    made_of, _, text = page.read_text(encoding="utf-8").partition("\n")
-    if made_of == made_of_line(script):
+    made_of, _, kept = page.read_text(encoding="utf-8").partition("\n")
+    text, _, names = kept.partition(NAMES)
+    listed = names.replace("#", "").split()
+    helps = bool({"--help", "-h"} & set(sys.argv[1:]))
+    unknown = first_unknown(sys.argv[1:], listed) if listed else None
+    if not (helps or unknown) or made_of != made_of_line(script):
+        return
+    if unknown is None or helps:
         print(text, end="")
         sys.exit(0)
+    raise BadInput(f"{unknown}: there is no such argument{suggestion(unknown, listed, '--')}")
+
+
+def first_unknown(words: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first word of a command line that argparse would take for an argument, and is none of these and no --no_NAME;
+    `None` if all are."""
+    known = {"help", "help_all", *names}
+    for word in words:
+        if word == "--":
+            return None
+        spelled = word.partition("=")[0]
+        name = spelled.removeprefix("--").replace("-", "_")
+        if word.startswith("--") and " " not in word and not {name, name.removeprefix("no_")} & known:
+            return spelled
+    return None
+
+
+def suggestion(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """The name that may have been meant, with the prefix of all names, to end a message with."""
+    near = get_close_matches(name.removeprefix(prefix).replace("-", "_"), list(names), n=1, cutoff=0.7)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def made_of_line(script: str) -> str:
@@ -115,9 +162,23 @@ def make_pages() -> None:
     for script in SCRIPTS:
         page = PAGES / Path(script).with_suffix(".txt").name
         page.unlink(missing_ok=True)
-        command = [sys.executable, str(ROOT / script), "--help"]
-        text = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout
-        page.write_text(f"{made_of_line(script)}\n{text}", encoding="utf-8")
+        command = [sys.executable, "-c", BOTH_PAGES, str(ROOT / script)]
+        run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True, cwd=ROOT)
+        text, everything, _ = run.stdout.split("\0")
+        page.write_text(kept_page(script, text, everything), encoding="utf-8")
+
+
+def kept_page(script: str, text: str, everything: str) -> str:
+    """What is kept of a script.
+
+    Args:
+        script: its path.
+        text: what `--help` shows.
+        everything: what `--help_all` shows.
+    """
+    names = " ".join(re.findall(r"^  --(\w+)", everything, re.MULTILINE))
+    wrapped = textwrap.fill(names, WIDTH, initial_indent=NAMES.strip() + " ", subsequent_indent="# ")
+    return f"{made_of_line(script)}\n{text}\n{wrapped}\n"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--help`: at once, of today, ours first; and what is stopped before it has begun ends in one line."""
+"""`--help` and what there is no argument for: at once, of today; and what is stopped early ends in one line."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ import time
 import pytest
 
 from experiments import help_page
-from experiments.help_page import PAGES, SCRIPTS, made_of_line
+from experiments.help_page import PAGES, SCRIPTS, first_unknown, kept_page, made_of_line
 from experiments.training.trainer_arguments import TrainerArguments
 from tests.support.script_run import ROOT, call_script
 
 AT_ONCE = """
 import runpy, sys
-script = sys.argv.pop(1)
-sys.argv = [script, "--help"]
+del sys.argv[0]
 try:
-    runpy.run_path(script, run_name="__main__")
+    runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
-    heavy = {"torch", "transformers", "datasets", "evaluate", "numpy"} & set(sys.modules)
-    assert end.code == 0 and not heavy, heavy
+    heavy = {"torch", "transformers", "datasets", "evaluate", "numpy", "yaml"} & set(sys.modules)
+    assert not heavy, heavy
+    sys.exit(end.code)
 """
+
+
+def at_once(*words: str) -> subprocess.CompletedProcess[str]:
+    """A script that must not import what takes seconds."""
+    command = [sys.executable, "-c", AT_ONCE, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
 def help_of(capsys, script: str, *words: str) -> str:
@@ -39,18 +45,39 @@ def help_of(capsys, script: str, *words: str) -> str:
 def test_the_kept_page_is_what_the_arguments_say(capsys, monkeypatch, tmp_path, script):
     kept = (PAGES / script).with_suffix(".txt").read_text()
     monkeypatch.setattr(help_page, "PAGES", tmp_path)
-    made = f"{made_of_line(script)}\n{help_of(capsys, script, '--help')}"
+    made = kept_page(script, help_of(capsys, script, "--help"), help_of(capsys, script, "--help_all"))
     assert kept == made, "arguments have changed: make help-pages"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_comes_before_anything_heavy_is_imported(script):
     start = time.monotonic()
-    run = subprocess.run(
-        [sys.executable, "-c", AT_ONCE, script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+    run = at_once(script, "--help")
     assert run.returncode == 0, run.stderr
-    assert time.monotonic() - start < 2 and "--flops_ratio" in run.stdout
+    assert time.monotonic() - start < 2 and "--flops_ratio" in run.stdout and "# all arguments" not in run.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_argument_that_there_is_not_is_refused_before_anything_heavy_is_imported(script):
+    run = at_once(script, "--r", "-1", "--flop_ratio=0.6")
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr == "error: --flop_ratio: there is no such argument; did you mean --flops_ratio?\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "unknown"),
+    [
+        (["--sise", "3"], "--sise"),
+        (["--sise=3"], "--sise"),
+        (["file.yaml", "--size", "1", "--no-sise"], "--no-sise"),
+        (["--size", "-1", "--per-cent=2", "--per_cent", "x", "--no_size", "--no-per-cent", "-h"], None),
+        (["--help", "--help_all"], None),
+        # What argparse does not take for an argument either.
+        (["--size", "--a text", "--", "--sise"], None),
+    ],
+)
+def test_the_first_word_that_is_no_argument(words, unknown):
+    assert first_unknown(words, ["size", "per_cent"]) == unknown
 
 
 def test_a_page_of_other_arguments_or_another_transformers_is_not_shown(capsys, monkeypatch, tmp_path):
@@ -59,6 +86,9 @@ def test_a_page_of_other_arguments_or_another_transformers_is_not_shown(capsys, 
     assert "an old page" not in help_of(capsys, "run_glue.py", "--help")
     (tmp_path / "run_glue.txt").write_text(f"{made_of_line('run_glue.py')}\na page\n")
     assert help_of(capsys, "run_glue.py", "-h") == "a page\n"
+    (tmp_path / "run_glue.txt").write_text("# transformers 5.0.0, arguments 0\na page\n\n# all arguments: size\n")
+    monkeypatch.setattr("sys.argv", ["run_glue.py", "--r", "2"])
+    help_page.answer_at_once("run_glue.py")
 
 
 def test_a_page_is_of_the_fields_of_arguments_and_of_nothing_else():
