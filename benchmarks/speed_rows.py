@@ -219,6 +219,17 @@ def check_names(argument: str, names: Sequence[str], allowed: Collection[str]) -
             raise BadInput(f"--{argument} {name}: allowed are {', '.join(sorted(allowed))}")
 
 
+def check_backend(name: str | None) -> None:
+    """Check that `torch.compile` has a backend of that name; `None` if nothing is compiled.
+
+    Raises:
+        BadInput: naming the argument, the value and what is allowed.
+    """
+    # Only if asked for: to list them takes seconds of imports.
+    if name is not None and name not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise BadInput(f"--compile_backend {name}: allowed are {', '.join(known)}")
+
+
 def _check_range(argument: str, value: list[int] | int | None, least: int, most: float) -> None:
     values = [] if value is None else value if isinstance(value, list) else [value]
     for each in values:

@@ -43,10 +43,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 from benchmarks.published_models import DTYPES, check_outputs
-from benchmarks.speed_rows import Cell, Fields, SpeedArguments, check_names, write_results
+from benchmarks.speed_rows import Cell, Fields, SpeedArguments, check_backend, check_names, write_results
 from cost_tome_perceiver import ForwardCost, forward_cost
 from experiments.command_line import parse_arguments
-from experiments.errors import BadInput, exit_on_bad_input
+from experiments.errors import exit_on_bad_input
 from experiments.files import write_whole
 from experiments.measurement import (
     Quartiles,
@@ -97,9 +97,7 @@ class ThroughputArguments(SpeedArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names("compile", self.compile, COMPILERS)
-        # Only if asked for: to list them takes seconds of imports.
-        if self.compile and self.compile_backend not in (known := torch.compiler.list_backends(exclude_tags=())):
-            raise BadInput(f"--compile_backend {self.compile_backend}: allowed are {', '.join(known)}")
+        check_backend(self.compile_backend if self.compile else None)
 
     def described(self) -> dict[str, Any]:
         """What stands beside the figures."""

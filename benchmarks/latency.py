@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long requests wait for their answer: a stream of single inputs of mixed lengths, each merged as it asks.
+
+A model of the published shapes with random weights answers one request after another. Each has a length drawn from
+--length, and asks for one of the settings, drawn too: r latents merged in every layer, or a schedule at a share of the
+FLOPs, said for this call alone (`model(inputs, r=...)`). Every variant answers every request before the next one comes,
+in turns that begin with another variant each time, so what slows the machine for a while slows all of them. Variants
+are stock, each setting kept for all requests, and `changing`, which merges as each request asks. Of each the 50th and
+the 99th percentile of its times are reported, and requests per second one after another.
+
+Requests of a real service come when they like and wait for those before them. So the same times are put into a queue
+of one server: requests arrive at random (a Poisson process) at --load times the rate at which stock could serve them,
+the same arrivals for every variant, and the percentiles are those of waiting and service together. The queue is
+computed from the times; nothing waits here.
+
+    python benchmarks/latency.py --small                                           # two minutes on two cores
+    python benchmarks/latency.py --dtype bfloat16 --requests 100 --output_dir out
+    python benchmarks/latency.py --small --compile --length 128
+    python benchmarks/latency.py --device cuda --dtype bfloat16 --compile --requests 1000
+
+By default --batch_size 1 --length 32 128 512 2048 --r 0 4 8 16 --flops_ratio 0.325 --requests 200; images all have one
+size. With --small, 6 layers of the published widths, --r 0 8 32 --flops_ratio 0.4 --requests 100. OUTPUT_DIR gets
+latency.json, latency.md and latency.png.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+# A script's own folder is on the path, the repository's root, where the modules are, is not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.published_models import DTYPES, check_outputs
+from benchmarks.speed_rows import Cell, SpeedArguments, check_backend, write_results
+from experiments.command_line import parse_arguments
+from experiments.errors import BadInput, exit_on_bad_input
+from experiments.measurement import Quartiles
+from experiments.publishing import picture_style
+from experiments.publishing.picture_style import CONTROL, MERGED, add_legend, save_picture, shades
+from experiments.publishing.tables import markdown_table
+
+STOCK, UNMERGED, CHANGING, COMPILED = "stock", "r = 0", "changing", ", layers compiled"
+PERCENTILES = (50, 99)
+
+
+@dataclass
+class LatencyArguments(SpeedArguments):
+    """What is asked for, and how often."""
+
+    usual: ClassVar[dict[str, Any]] = {
+        "batch_size": [1], "r": [0, 4, 8, 16], "flops_ratio": [0.325], "requests": 200
+    }  # fmt: skip
+    reduced: ClassVar[dict[str, Any]] = {
+        "batch_size": [1], "r": [0, 8, 32], "flops_ratio": [0.4], "requests": 100
+    }  # fmt: skip
+    usual_lengths: ClassVar[list[int]] = [32, 128, 512, 2048]
+
+    requests: int | None = field(default=None, metadata={"help": "In the stream (see above)."})
+    load: float = field(
+        default=0.7, metadata={"help": "Requests that arrive, as a share of those that stock can serve; below 1."}
+    )
+    compile: bool = field(
+        default=False, metadata={"help": "Serve also with compiled self-attention layers (compile_repeated_blocks)."}
+    )
+    compile_backend: str = field(default="inductor", metadata={"help": "Of --compile."})
+    output_dir: str = field(default="outputs/latency", metadata={"help": "Where the results go."})
+
+    def __post_init__(self) -> None:
+        if self.length is None and self.shapes == "language":
+            self.length = self.usual_lengths
+        super().__post_init__()
+        if self.rounds is not None:
+            raise BadInput(f"--rounds {self.rounds}: each request is a round; allowed is --requests")
+        if self.requests is None or self.requests < 1:
+            raise BadInput(f"--requests {self.requests}: allowed are integers from 1")
+        if not 0 < self.load < 1:
+            raise BadInput(f"--load {self.load}: allowed are numbers between 0 and 1")
+        check_backend(self.compile_backend if self.compile else None)
+
+    def streams(self) -> list[list[Cell]]:
+        """For each dtype and batch size the cells of all lengths, which one stream mixes."""
+        return [list(cells) for _, cells in groupby(self.cells(), key=lambda cell: (cell.dtype, cell.input_shape[0]))]
+
+    def described(self) -> dict[str, Any]:
+        """What stands beside the figures."""
+        described = super().described() | {"lengths": self.length or "one size of images", "load": self.load}
+        return described | {"rounds": f"{self.requests} requests, after one of each length and setting for warm-up"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One input, and how it may be merged.
+
+    Attributes:
+        inputs: (B, S) or (B, 3, height, width).
+        settings: by name, the r of a call.
+        asks: for one of them.
+    """
+
+    inputs: Tensor
+    settings: dict[str, int | list[int]]
+    asks: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What answers requests.
+
+    Attributes:
+        name: in the table.
+        model: stock or ours.
+        setting: by which it merges every request; `None` for none (stock), `CHANGING` for what each asks for.
+    """
+
+    name: str
+    model: PreTrainedModel
+    setting: str | None
+
+    def answer(self, request: Request) -> None:
+        """A forward pass, finished."""
+        called = {}
+        if self.setting is not None:
+            called["r"] = request.settings[request.asks if self.setting == CHANGING else self.setting]
+        with torch.inference_mode():
+            self.model(inputs=request.inputs, **called)
+        if request.inputs.is_cuda:
+            torch.cuda.synchronize()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What requests of a variant took.
+
+    Attributes:
+        name: of the variant.
+        milliseconds: of the 50th and the 99th percentile.
+        requests_per_second: served one after another.
+        speedup: stock's time over this one's for the same request.
+        queued_milliseconds: of the percentiles, waiting and service.
+        busy: share of the time that the server of the queue works.
+    """
+
+    name: str
+    milliseconds: list[float]
+    requests_per_second: float
+    speedup: Quartiles
+    queued_milliseconds: list[float]
+    busy: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured of a stream.
+
+    Attributes:
+        stream: its name.
+        warm_up_seconds: longest first answer to a length and setting, compilation included, by the way that the layers
+            run.
+        change: for each way that the layers run, the time of a request that says an r of its own over that of the same
+            request where all have this r.
+        rows: the variants.
+    """
+
+    stream: str
+    warm_up_seconds: dict[str, float]
+    change: dict[str, Quartiles]
+    rows: list[Row]
+
+
+def draw_requests(arguments: LatencyArguments, cells: Sequence[Cell]) -> list[Request]:
+    """One request of each length and setting to warm up, and then the stream."""
+    published, generator = arguments.model, np.random.default_rng(arguments.seed)
+    # Fixed groups are no r, so no call can ask for them.
+    settings = [{name: fields["r"] for name, fields in cell.settings.items() if "r" in fields} for cell in cells]
+    every = [(place, name) for place, names in enumerate(settings) for name in names]
+    drawn = generator.integers(len(every), size=arguments.requests)
+    return [
+        Request(
+            published.draw_inputs(cells[place].input_shape, DTYPES[cells[place].dtype], arguments.device),
+            settings[place],
+            name,
+        )
+        for place, name in [*every, *(every[index] for index in drawn)]
+    ]
+
+
+def build_variants(arguments: LatencyArguments, stock: PreTrainedModel, settings: Sequence[str]) -> list[Variant]:
+    """Stock, and ours by each setting and by what each request asks for; then ours again with compiled layers."""
+    variants = [Variant(STOCK, stock, None)]
+    for ending in ("", COMPILED) if arguments.compile else ("",):
+        model = arguments.model.build_merging(stock)
+        if ending:
+            model.compile_repeated_blocks(backend=arguments.compile_backend)
+        variants += [Variant(f"{name}{ending}", model, name) for name in [*settings, CHANGING]]
+    return variants
+
+
+def answer_all(variants: Sequence[Variant], requests: Sequence[Request], bar: tqdm) -> np.ndarray:
+    """(requests, variants) seconds of each answer."""
+    seconds = np.zeros((len(requests), len(variants)))
+    for index, request in enumerate(requests):
+        for offset in range(len(variants)):
+            turn = (index + offset) % len(variants)
+            start = time.perf_counter()
+            variants[turn].answer(request)
+            seconds[index, turn] = time.perf_counter() - start
+        bar.update()
+    return seconds
+
+
+def queued_seconds(service: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    """Waiting and service of each request at one server that takes them in their order.
+
+    Args:
+        service: (requests,) seconds that each takes.
+        gaps: (requests,) seconds from the arrival of the one before.
+    """
+    waited, taken = 0.0, []
+    for index, seconds in enumerate(service):
+        # The one before is done when its waiting and service are over, and its arrival is a gap ago.
+        waited = max(0.0, taken[-1] - gaps[index]) if index else 0.0
+        taken.append(waited + seconds)
+    return np.array(taken)
+
+
+def measure(arguments: LatencyArguments, cells: Sequence[Cell]) -> tuple[Table, dict[str, np.ndarray]]:
+    """Answer one stream.
+
+    Returns:
+        The table, and by name of the variant the milliseconds of each request.
+    """
+    dtype = DTYPES[cells[0].dtype]
+    stock = arguments.model.build_stock(arguments.seed, dtype, arguments.device)
+    requests = draw_requests(arguments, cells)
+    check_outputs(stock, arguments.model.build_merging(stock), requests[0].inputs)
+    variants = build_variants(arguments, stock, list(requests[0].settings))
+    name = f"{cells[0].dtype}, batch {cells[0].input_shape[0]}"
+    # One of each length and setting goes first, by whatever model.
+    warming = [variant for variant in variants if variant.setting in (None, CHANGING)]
+    assert arguments.requests is not None
+    torch.compiler.reset()
+    with tqdm(total=len(requests), desc=name) as bar:
+        warm_up = answer_all(warming, requests[: -arguments.requests], bar).max(axis=0)
+        seconds = answer_all(variants, requests[-arguments.requests :], bar)
+
+    gaps = np.random.default_rng(arguments.seed).exponential(seconds[:, 0].mean() / arguments.load, len(seconds))
+
+    def row(index: int) -> Row:
+        own, queued = seconds[:, index], queued_seconds(seconds[:, index], gaps)
+        return Row(
+            name=variants[index].name,
+            milliseconds=list(1e3 * np.percentile(own, PERCENTILES)),
+            requests_per_second=1 / own.mean(),
+            speedup=Quartiles.of(seconds[:, 0] / own),
+            queued_milliseconds=list(1e3 * np.percentile(queued, PERCENTILES)),
+            busy=own.mean() / gaps.mean(),
+        )
+
+    places = {(variant.model, variant.setting): index for index, variant in enumerate(variants)}
+    change = {}
+    for variant in warming[1:]:
+        kept = [places[variant.model, request.asks] for request in requests[-arguments.requests :]]
+        same = seconds[np.arange(len(seconds)), kept]
+        change[variant.name] = Quartiles.of(seconds[:, places[variant.model, CHANGING]] / same)
+    table = Table(
+        stream=name,
+        warm_up_seconds={variant.name: most for variant, most in zip(warming, map(float, warm_up), strict=True)},
+        change=change,
+        rows=[row(index) for index in range(len(variants))],
+    )
+    return table, {variant.name: 1e3 * seconds[:, index] for index, variant in enumerate(variants)}
+
+
+def as_markdown(table: Table) -> str:
+    """A heading, the variants, and what a change of r costs."""
+    columns = ["", "p50, ms", "p99, ms", "requests/s", "times stock", "quartiles"]
+    columns += ["queued: p50, ms", "p99, ms", "server busy"]
+
+    def cells(row: Row) -> list[object]:
+        return [
+            row.name,
+            *(f"{each:.4g}" for each in row.milliseconds),
+            f"{row.requests_per_second:.3g}",
+            f"{row.speedup.median:.2f}",
+            f"{row.speedup.lower:.2f} to {row.speedup.upper:.2f}",
+            *(f"{each:.4g}" for each in row.queued_milliseconds),
+            f"{row.busy:.0%}",
+        ]
+
+    change = "; ".join(
+        f"{name}: {times.median:.3f} ({times.lower:.3f} to {times.upper:.3f})" for name, times in table.change.items()
+    )
+    first = "; ".join(f"{name}: {seconds:.2f}" for name, seconds in table.warm_up_seconds.items())
+    return f"""## {table.stream}
+
+{markdown_table(columns, map(cells, table.rows), "lr")}
+
+A request that says an r of its own, over the time of the same request where all have this r, median and quartiles: \
+{change}. Longest first answer to a length and a setting, in seconds: {first}.
+"""
+
+
+def draw(streams: Sequence[tuple[Table, dict[str, np.ndarray]]], path: Path) -> None:
+    """For each stream the share of the requests that were answered within a time."""
+    figure, panels = plt.subplots(
+        1, len(streams), figsize=(6.5 * len(streams), 4.5), squeeze=False, constrained_layout=True
+    )
+    for axes, (table, milliseconds) in zip(panels[0], streams, strict=True):
+        kinds = {name: name.removesuffix(COMPILED) for name in milliseconds}
+        merged = list(dict.fromkeys(kind for kind in kinds.values() if kind not in (STOCK, UNMERGED, CHANGING)))
+        colors = {STOCK: picture_style.STOCK, UNMERGED: picture_style.UNMERGED, CHANGING: CONTROL(0.7)}
+        colors |= zip(merged, shades(MERGED, len(merged)), strict=True)
+        for name, taken in milliseconds.items():
+            share, style = np.arange(1, len(taken) + 1) / len(taken), "-" if kinds[name] == name else "--"
+            axes.step(np.sort(taken), share, style, color=colors[kinds[name]], label=name, where="post")
+        axes.axhline(0.99, color="lightgray", linewidth=0.8)
+        axes.set(title=table.stream, xlabel="ms from the call to the answer", ylabel="share of the requests")
+        axes.grid(alpha=0.3)
+    add_legend(figure, panels[0], columns=4)
+    save_picture(figure, path)
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(__doc__ or "", LatencyArguments)
+    # All that can be wrong with the arguments shows here, before any model is built.
+    streams = arguments.streams()
+    arguments.use_device()
+    measured = [measure(arguments, cells) for cells in streams]
+    tables = [table for table, _ in measured]
+    figures = {"percentiles": PERCENTILES, "streams": [asdict(table) for table in tables]}
+    print(write_results(arguments, "latency", figures, map(as_markdown, tables)), end="")
+    draw(measured, Path(arguments.output_dir) / "latency.png")
+    print(f"written to {arguments.output_dir}: latency.json, latency.md and latency.png")
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()
