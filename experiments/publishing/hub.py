@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import textwrap
 import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
@@ -42,6 +44,9 @@ STAYS_AT_HOME = (
 
 STALE = ("*.safetensors", "*.bin", "*.index.json")
 """Files in a repository that would be loaded beside, or instead of, the weights that are pushed."""
+
+WITH_PLACES = ("arguments.json", "sweep_results.json", "trainer_state.json")
+"""Files that say where on this machine something was; they are pushed without, see `placeless`."""
 
 _FAILURES = (HTTPError, OSError, RuntimeError, ValueError)
 """What huggingface_hub and hf_xet raise. `HTTPError` is that of the client (httpx2), also of no answer at all."""
@@ -110,8 +115,8 @@ def open_repository(model_id: str | None, output_dir: Path, token: str | None, p
 def push_checkpoint(repository: HubRepository, folder: Path, message: str, revision: str = "main") -> str:
     """Make the repository hold the checkpoint in a folder, in one commit, or in none where it holds it already.
 
-    Its card is made to show how to load it from there. Weights in the repository that are not in the folder go. What
-    passes by itself is tried again, see `RETRY_WAITS`.
+    Its card is made to show how to load it from there, and of what was on this machine only the name goes. Weights in
+    the repository that are not in the folder go. What passes by itself is tried again, see `RETRY_WAITS`.
 
     Args:
         repository: from `open_repository`.
@@ -124,7 +129,7 @@ def push_checkpoint(repository: HubRepository, folder: Path, message: str, revis
 
     Raises:
         PushFailed: the folder has all that it had, and pushing again does what is left to do.
-        BadInput: there is no checkpoint in the folder.
+        BadInput: there is no checkpoint in the folder, or one of `WITH_PLACES` is no JSON.
     """
     # Or else a wrong folder would take the weights out of the repository.
     if not (folder / "config.json").is_file():
@@ -154,6 +159,42 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     }
 
 
+def content_to_push(path: Path) -> Path | bytes:
+    """What of a file is pushed: itself, or with names in place of where things were on this machine.
+
+    Raises:
+        BadInput: for a file that should be JSON and is not.
+    """
+    if path.name not in WITH_PLACES:
+        return path
+    with naming(f"--output_dir {path.parent}: {path.name}", ValueError):
+        written = json.loads(path.read_text())
+    pushed = placeless(written)
+    return path if pushed == written else (json.dumps(pushed, indent=2) + "\n").encode()
+
+
+def placeless(value: Any) -> Any:
+    """A JSON value in which whatever is a place on this machine is its last name; Hub ids stay.
+
+    A relative path of two parts that is not there is taken for a Hub id.
+    """
+    if isinstance(value, dict):
+        return {name: placeless(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [placeless(each) for each in value]
+    if not isinstance(value, str) or "\n" in value:
+        return value
+    if re.match(r"--\w+ ", value):  # an argument with its value
+        name, _, given = value.partition(" ")
+        return f"{name} {placeless(given)}"
+    parts = value.split("/")
+    here = parts[0] in ("", ".", "..", "~") or len(parts) > 2 or "/" in value and Path(value).exists()
+    if not value or not here or "://" in value:
+        return value
+    named = [part for part in parts if part not in ("", ".", "..", "~")]
+    return named[-1] if named else Path(value).expanduser().resolve().name
+
+
 def _commit(repository: HubRepository, folder: Path, message: str, revision: str) -> str:
     """One try. What it does follows from what the repository holds by now, so that it may come after any other."""
     api = HfApi(token=repository.token)
@@ -173,7 +214,7 @@ def _commit(repository: HubRepository, folder: Path, message: str, revision: str
         repository.repo_id,
         [
             *(CommitOperationDelete(name, is_folder=False) for name in stale),
-            *(CommitOperationAdd(name, path) for name, path in files.items()),
+            *(CommitOperationAdd(name, content_to_push(path)) for name, path in files.items()),
         ],
         commit_message=message,
         revision=revision,

@@ -25,7 +25,14 @@ from huggingface_hub import HfApi
 
 from experiments.errors import BadInput
 from experiments.publishing import hub as hub_upload
-from experiments.publishing.hub import RETRY_WAITS, HubRepository, PushFailed, open_repository, push_checkpoint
+from experiments.publishing.hub import (
+    RETRY_WAITS,
+    HubRepository,
+    PushFailed,
+    open_repository,
+    placeless,
+    push_checkpoint,
+)
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.loopback_repository import FINE_TOKEN, READ_TOKEN, USER, WRITE_TOKEN
 from tests.support.script_run import PROGRAMS
@@ -222,6 +229,47 @@ def test_a_push_is_one_commit_of_the_checkpoint(hub, folder, repository):
     assert {name for name, file in commit.files.items() if file.large} == LARGE
     assert ".gitattributes" in commit.files
     assert on_disk(folder) == before == CHECKPOINT | AT_HOME
+
+
+def test_of_what_is_on_this_machine_only_the_name_is_pushed(hub, folder, repository):
+    """The folder keeps the place, by which the next run may ask for it."""
+    written = {
+        "arguments.json": {"model_name_or_path": str(folder), "dataset_name": "nyu-mll/glue", "seed": 1, "seeds": []},
+        "sweep_results.json": {"source": {"argument": f"--train_file {folder / 'own data.csv'}"}, "rows": [{"r": [2]}]},
+        "trainer_state.json": {"best_model_checkpoint": f"{folder}/checkpoint-10/", "log_history": [{"loss": 0.5}]},
+    }
+    for name, value in written.items():
+        (folder / name).write_text(json.dumps(value))
+    before = on_disk(folder)
+    for message in ("first", "second"):
+        push_checkpoint(repository, folder, message)
+    pushed = {name: json.loads(data) for name, data in hub.files(ID).items() if name in written}
+    assert pushed == {
+        "arguments.json": written["arguments.json"] | {"model_name_or_path": "model"},
+        "sweep_results.json": {"source": {"argument": "--train_file own data.csv"}, "rows": [{"r": [2]}]},
+        "trainer_state.json": {"best_model_checkpoint": "checkpoint-10", "log_history": [{"loss": 0.5}]},
+    }
+    assert len(hub.commits) == 1 and on_disk(folder) == before
+    (folder / "arguments.json").write_text("{")
+    with pytest.raises(BadInput, match=r"^--output_dir .*: arguments.json: "):
+        push_checkpoint(repository, folder, "third")
+
+
+@pytest.mark.parametrize(
+    ("value", "pushed"),
+    [
+        ("nyu-mll/glue", "nyu-mll/glue"), ("deepmind/language-perceiver", "deepmind/language-perceiver"),
+        ("outputs/here", "here"), ("outputs/gone/model", "model"), ("/home/me/data", "data"), ("~/data/", "data"),
+        ("../data.csv", "data.csv"), ("./data", "data"), ("~", Path.home().name), ("outputs", "outputs"), ("", ""),
+        ("num_latents=64,d_latents=32", "num_latents=64,d_latents=32"), ("http://127.0.0.1/a", "http://127.0.0.1/a"),
+        ("--dataset_name nyu-mll/glue", "--dataset_name nyu-mll/glue"), ("two\nlines /a", "two\nlines /a"),
+        (["/a/b", {"/x/y": "/a/c"}, 1.5, None], ["b", {"/x/y": "c"}, 1.5, None]),
+    ],
+)  # fmt: skip
+def test_what_is_a_place_on_this_machine(tmp_path, monkeypatch, value, pushed):
+    (tmp_path / "outputs" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert placeless(value) == pushed
 
 
 def test_what_stays_at_home_does_not_come_near_the_line(hub, folder, repository):

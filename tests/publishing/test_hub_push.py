@@ -64,6 +64,12 @@ def test_a_run_is_pushed_in_one_commit(hub, trained, tmp_path, capsys):
     assert "training_args.bin" not in files
     for secret in (WRITE_TOKEN, "hf_secretfordownloads"):
         assert not any(secret.encode() in data for data in files.values())
+    # Nor a place on this machine, which the folder itself remembers; there the same command is still the same.
+    assert [name for name, data in files.items() if str(trained.parent).encode() in data] == []
+    assert str(trained) in (tmp_path / "pushed" / "arguments.json").read_text()
+    call_script(
+        "run_glue.py", *arguments(trained), "--resume_from_checkpoint", "last", "--output_dir", tmp_path / "pushed"
+    )
     card = ModelCard(files["README.md"].decode())
     assert f'from_pretrained("{USER}/pushed"' in card.text and f'"text-classification", "{USER}/pushed"' in card.text
     assert card.data.eval_results[0].metric_value == json.loads(files["eval_results.json"])["eval_accuracy"]
@@ -125,6 +131,10 @@ def test_a_sweep_is_pushed_and_comes_back(hub, trained, tmp_path):
     )  # fmt: skip
     assert [commit.branch for commit in hub.commits] == ["main", "r0", "r2_0_1_0"]
     repo_id = f"{USER}/sweep"
+    for branch in ("main", "r0", "r2_0_1_0"):
+        assert [
+            name for name, data in hub.files(repo_id, branch).items() if str(tmp_path.parent).encode() in data
+        ] == []
     card = ModelCard(hub.files(repo_id)["README.md"].decode())
     assert "| r=2,0,1,0 |" in card.text and "![Accuracy over the share" in card.text
     assert "sweep.png" in hub.files(repo_id)
