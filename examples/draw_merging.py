@@ -14,20 +14,26 @@ Two sentences of your own, with a model for text:
   python examples/draw_merging.py --model_name_or_path deepmind/language-perceiver --r 8 \\
       --texts "The cat sat on the mat." "Nobody knew why." --output_file merging.png
 
+What a budget chooses: with a dataset it is searched for on --calibration_samples of the split that the examples are
+from; for inputs of your own, which are too few for that, the schedule is 'floor', unless --schedule is another one:
+
+  python examples/draw_merging.py --model_name_or_path outputs/fashion_mnist --flops_ratio 0.6 \\
+      --dataset_name zalando-datasets/fashion_mnist --num_examples 3 --output_file merging.png
+
 Checkpoints for text classification, masked language modelling and image classification, stock Perceiver or ours.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from datasets.features import Image, Value
 from PIL import Image as PilImage
+from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
@@ -40,6 +46,7 @@ from experiments.errors import BadInput, exit_on_bad_input, naming
 from experiments.files import write_whole
 from experiments.merging.arguments import MergeArguments, apply_fields
 from experiments.tasks.reading import read_dataset
+from search_tome_perceiver import GROUPS
 from space.merging_picture import Example, draw_merging, image_example, shortened, text_example
 
 TEXT_CLASSES = ("ToMePerceiverForSequenceClassification", "ToMePerceiverForMaskedLM")
@@ -50,6 +57,11 @@ IMAGE_CLASSES = (
 )
 # Where examples come from if --split is not given, as far as the dataset has it.
 SPLITS = ("validation", "test", "train")
+# Inputs that a search runs at once.
+BATCH_SIZE = 32
+
+Encode = Callable[[list[Any]], dict[str, Tensor]]
+"""From a few texts or images to a batch."""
 
 
 @dataclass
@@ -85,10 +97,11 @@ def main() -> None:
         raise BadInput(f"--output_file {output_file}: allowed is a file that ends in .png")
     check_inputs(arguments)
     model = load_model(arguments, merge_arguments.config_fields())
-    if type(model).__name__ in IMAGE_CLASSES:
-        examples = list(image_examples(model, arguments))
-    else:
-        examples = list(text_examples(model, arguments))
+    drawn = drawn_images if type(model).__name__ in IMAGE_CLASSES else drawn_texts
+    inputs, encode, read = drawn(model, arguments)
+    count = len(inputs) if arguments.dataset_name is None else arguments.num_examples
+    choose_merging(model, merge_arguments, inputs, encode, count)
+    examples = [read(index, given) for index, given in enumerate(inputs[:count])]
     config = model.config
     with naming(f"--output_file {output_file}", OSError):
         output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -144,23 +157,69 @@ def load_model(arguments: DrawArguments, merging: dict[str, Any]) -> modeling.To
         return getattr(modeling, class_name).from_pretrained(name, config=config).eval()
 
 
-def image_examples(model: modeling.ToMePerceiverPreTrainedModel, arguments: DrawArguments) -> Iterator[Example]:
-    """The images that the arguments mean, each read by the model.
+def choose_merging(
+    model: modeling.ToMePerceiverPreTrainedModel,
+    merging: MergeArguments,
+    inputs: Sequence[Any],
+    encode: Encode,
+    count: int,
+) -> None:
+    """With a budget, set what it chooses.
+
+    Args:
+        model: whose config it is.
+        merging: which budget, if any.
+        inputs: texts or images, to search on if there are more than are drawn.
+        encode: makes a batch of some.
+        count: of those, the first, that are drawn, and that FLOPs are for.
 
     Raises:
-        BadInput: for images that are not there or of a size that the model cannot read.
+        BadInput: if the budget cannot be kept to, or fixed groups cannot be searched for.
+    """
+    if not merging.has_budget:
+        return
+    shapes = [batch_shape(encode([given])) for given in inputs[:count]]
+
+    def samples(wanted: int) -> list[dict[str, Tensor]]:
+        chosen = inputs[:wanted]
+        return [encode(chosen[start : start + BATCH_SIZE]) for start in range(0, len(chosen), BATCH_SIZE)]
+
+    few = len(inputs) <= count
+    if few and merging.merge_method == GROUPS:
+        raise BadInput(f"--merge_method {GROUPS}: allowed with --dataset_name, of more examples than are drawn")
+    choice = (merging.without_samples if few else merging).resolve(model, samples, max(shapes))
+    print(choice, file=sys.stderr)
+
+
+def batch_shape(batch: dict[str, Tensor]) -> tuple[int, ...]:
+    """Of the tensor that is read: (B, S) or (B, 3, height, width)."""
+    return tuple(next(iter(batch.values())).shape)
+
+
+def drawn_images(
+    model: modeling.ToMePerceiverPreTrainedModel, arguments: DrawArguments
+) -> tuple[Sequence[Any], Encode, Callable[[int, Any], Example]]:
+    """The images that the arguments mean, what makes a batch of some, and what has the model read one.
+
+    Raises:
+        BadInput: for images that are not there; the last two, for those of a size that the model cannot read.
     """
     name = arguments.model_name_or_path
     with naming(f"image processor of --model_name_or_path {name}", OSError, ValueError):
         processor = AutoImageProcessor.from_pretrained(name)
-    if arguments.images is None:
-        dataset, column = load_examples(arguments, Image)
-        named = [(f"image {index}", image) for index, image in enumerate(dataset[column])]
-    else:
-        named = [(Path(path).name, read_image(path)) for path in arguments.images]
-    for image_name, image in named:
-        with naming(f"{image_name} as the image processor of {name} makes it", ValueError):
-            yield image_example(model, processor, image_name, image)
+    files = arguments.images
+    images = load_examples(arguments, Image) if files is None else [read_image(path) for path in files]
+
+    def encode(few: list[Any]) -> dict[str, Tensor]:
+        with naming(f"images as the image processor of {name} makes them", ValueError):
+            return dict(processor([image.convert("RGB") for image in few], return_tensors="pt"))
+
+    def read(index: int, image: Any) -> Example:
+        called = f"image {index}" if files is None else Path(files[index]).name
+        with naming(f"{called} as the image processor of {name} makes it", ValueError):
+            return image_example(model, processor, called, image)
+
+    return images, encode, read
 
 
 def read_image(path: str) -> PilImage.Image:
@@ -174,31 +233,33 @@ def read_image(path: str) -> PilImage.Image:
         return image.copy()
 
 
-def text_examples(model: modeling.ToMePerceiverPreTrainedModel, arguments: DrawArguments) -> Iterator[Example]:
-    """The texts that the arguments mean, each read by the model.
+def drawn_texts(
+    model: modeling.ToMePerceiverPreTrainedModel, arguments: DrawArguments
+) -> tuple[Sequence[str], Encode, Callable[[int, str], Example]]:
+    """The texts that the arguments mean, what makes a batch of some, and what has the model read one.
 
     Raises:
         BadInput: for a tokenizer or texts that are not there.
     """
-    name = arguments.model_name_or_path
-    if arguments.max_length < 3:
-        raise BadInput(f"--max_length {arguments.max_length}: allowed is an integer of 3 or more")
+    name, length = arguments.model_name_or_path, arguments.max_length
+    if length < 3:
+        raise BadInput(f"--max_length {length}: allowed is an integer of 3 or more")
     # With the config at hand: what looks for it itself asks whether to run the code that our checkpoints carry.
     with naming(f"tokenizer of --model_name_or_path {name}", OSError, ValueError, KeyError):
         tokenizer = AutoTokenizer.from_pretrained(name, config=model.config, trust_remote_code=False)
-    if arguments.texts is None:
-        dataset, column = load_examples(arguments, Value)
-        texts = list(dataset[column])
-    else:
-        texts = arguments.texts
-    for text in texts:
-        if not text:
-            raise BadInput("a text is empty; allowed are texts of one character or more")
-        yield text_example(model, tokenizer, text, arguments.max_length)
+    texts = load_examples(arguments, Value) if arguments.texts is None else arguments.texts
+    if not all(texts[: arguments.num_examples if arguments.texts is None else None]):
+        raise BadInput("a text is empty; allowed are texts of one character or more")
+
+    def encode(few: list[str]) -> dict[str, Tensor]:
+        longest = min(length, model.config.max_position_embeddings)
+        return dict(tokenizer(few, truncation=True, max_length=longest, padding=True, return_tensors="pt"))
+
+    return texts, encode, lambda index, text: text_example(model, tokenizer, text, length)
 
 
-def load_examples(arguments: DrawArguments, kind: type) -> tuple[Dataset, str]:
-    """The first examples of the dataset, and its column of images (`kind` is `Image`) or texts (`Value`).
+def load_examples(arguments: DrawArguments, kind: type) -> Sequence[Any]:
+    """The images (`kind` is `Image`) or texts (`Value`) of the dataset, each read when it is asked for.
 
     Raises:
         BadInput: for a dataset, split or column that is not there, or an empty split.
@@ -220,7 +281,7 @@ def load_examples(arguments: DrawArguments, kind: type) -> tuple[Dataset, str]:
         raise BadInput(f"--column_name {column}: allowed are the columns of {name} with {what}, here {fitting}")
     if len(dataset) == 0:
         raise BadInput(f"--split {split}: has no examples")
-    return dataset.select(range(min(arguments.num_examples, len(dataset)))), column
+    return dataset[column]
 
 
 def picture_title(name: str, config: ToMePerceiverConfig) -> str:

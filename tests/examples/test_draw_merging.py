@@ -91,6 +91,40 @@ def test_texts_of_a_dataset_are_drawn(inputs, tmp_path):
     assert_drawn(tmp_path / "picture.png")
 
 
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForImageClassificationConvProcessing"])
+@pytest.mark.parametrize("searched", [True, False])
+def test_a_budget_decides_what_is_drawn(inputs, tmp_path, script, monkeypatch, capsys, head, searched):
+    """With a dataset by a search on its rows, not on those alone that are drawn; for inputs of one's own by 'floor'."""
+    titles, sampled = [], []
+    draw, resolve = script.draw_merging, script.MergeArguments.resolve
+
+    def resolved(merging, model, samples, shape):
+        sampled.append(sum(script.batch_shape(batch)[0] for batch in samples(3)))
+        sampled.append(merging.schedule)
+        return resolve(merging, model, samples, shape)
+
+    monkeypatch.setattr(script.MergeArguments, "resolve", resolved)
+    monkeypatch.setattr(
+        script, "draw_merging", lambda title, *rest: titles.append((title, rest[0])) or draw(title, *rest)
+    )
+    data = {
+        (True, True): ("--dataset_name", inputs / "texts", "--column_name", "other", "--num_examples", 1),
+        (True, False): ("--dataset_name", inputs / "images", "--num_examples", 1),
+        (False, True): ("--texts", "a text"),
+        (False, False): ("--images", inputs / "grey.png"),
+    }[searched, head == "ForMaskedLM"]
+    call_script(
+        "draw_merging.py", "--model_name_or_path", inputs / head, *data, "--flops_ratio", 0.9,
+        "--output_file", tmp_path / "picture.png",
+    )  # fmt: skip
+    assert_drawn(tmp_path / "picture.png")
+    ((title, latents),) = titles
+    assert min(latents) < latents[0] and "0 of" not in title
+    assert sampled == ([2 if head == "ForMaskedLM" else 3, "search"] if searched else [1, "floor"])
+    out = capsys.readouterr()
+    assert out.out == f"{tmp_path / 'picture.png'}\n" and "chosen" in out.err
+
+
 IMAGE_MODEL, TEXT_MODEL = "ForImageClassificationConvProcessing", "ForSequenceClassification"
 
 
@@ -107,6 +141,8 @@ IMAGE_MODEL, TEXT_MODEL = "ForImageClassificationConvProcessing", "ForSequenceCl
         (TEXT_MODEL, ("--texts", "a", "--r", "-1"), "--r -1: allowed"),
         (TEXT_MODEL, ("--texts", "a", "--r", "1,2"), "one entry for each of the 6 self-attention layers"),
         (TEXT_MODEL, ("--texts", "a", "--r", "many"), "--r many: allowed"),
+        (TEXT_MODEL, ("--texts", "a", "--flops_ratio", "0.001"), "--flops_ratio 0.001: "),
+        (TEXT_MODEL, ("--texts", "a", "--flops_ratio", "0.9", "--merge_method", "groups"), "--merge_method groups: "),
         (TEXT_MODEL, ("--texts", "a", "--output_file", "picture.jpg"), "--output_file picture.jpg: allowed"),
         ("nowhere", ("--texts", "a"), "--model_name_or_path nowhere: "),
         ("bare", ("--texts", "a"), "tokenizer of --model_name_or_path bare: "),
