@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import (
     AutoTokenizer,
     BertTokenizer,
@@ -27,11 +27,14 @@ from experiments.runs.checkpoint_task import SweepDataArguments
 from experiments.runs.sweep_arguments import SweepArguments
 from experiments.tasks.glue import GlueDataArguments
 from experiments.tasks.images import ImageDataArguments
+from experiments.tasks.mlm import TaughtMlmArguments
+from experiments.tasks.teacher import load_teacher
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.stage import RetrainArguments
 from tests.support.script_run import ROOT, call_script, run_script
 from tests.support.tiny_images import write_images
 from tests.support.tiny_models import stock_model
+from tests.support.tiny_teachers import write_teacher
 from tests.support.tiny_texts import POSITIONS, write_glue
 
 EXAMPLES = ROOT / "examples"
@@ -93,16 +96,48 @@ def test_a_tokenizer_of_the_most_frequent_tokens_of_a_teachers(tmp_path):
     assert result.returncode == 2 and "--vocab_size 5: allowed are 6 or more" in result.stderr
 
 
+def test_pairs_are_labelled(tmp_path):
+    """By the cosine of the teacher's mean states, and none with itself."""
+    sentences = [f"{letter} {word} {letter * 9} {word * 3}" for letter in "abc" for word in ("az", "zz", "ba", "cz")]
+    table = Dataset.from_dict({"sentence1": sentences, "sentence2": ["a b"] * len(sentences)})
+    (tmp_path / "data").mkdir()
+    table.to_parquet(tmp_path / "data" / "train.parquet")
+    teacher = write_teacher(tmp_path / "teacher")
+    given = (
+        "examples/label_pairs.py", "--dataset_name", tmp_path / "data", "--teacher_name_or_path", teacher,
+        "--pairs_per_sentence", 3,
+    )  # fmt: skip
+    result = run_script(*given, "--output_dir", tmp_path / "pairs")
+    assert result.returncode == 0, result.stderr
+    splits = load_dataset("csv", data_dir=str(tmp_path / "pairs"))
+    assert set(splits["validation"]["sentence1"]) == set(sentences) - set(splits["train"]["sentence1"])
+    pairs = concatenate_datasets([splits["train"], splits["validation"]])
+    assert 2 * len(sentences) < len(pairs) <= 3 * len(sentences)  # chance may choose a sentence itself
+    assert {*pairs["sentence1"], *pairs["sentence2"]} == set(sentences)
+    loaded = load_teacher(str(teacher))
+    for pair in pairs.select(range(5)):
+        assert pair["sentence1"] != pair["sentence2"]
+        means = []
+        for sentence in (pair["sentence1"], pair["sentence2"]):
+            states = loaded.model(**loaded.tokenizer(sentence, return_tensors="pt")).last_hidden_state
+            means.append(states[0].mean(dim=0))
+        alike = torch.cosine_similarity(*means, dim=0).clamp(min=0)
+        assert pair["label"] == pytest.approx(5 * float(alike), abs=2e-3)
+    assert run_script(*given, "--output_dir", tmp_path / "again").returncode == 0
+    assert (tmp_path / "again/train.csv").read_bytes() == (tmp_path / "pairs/train.csv").read_bytes()
+
+
 @pytest.mark.parametrize("path", ARGUMENT_FILES, ids=lambda path: path.name)
 def test_argument_files_are_understood(monkeypatch, tmp_path, path):
     """Every key is an argument of the script that the file is for: an unknown one is an error."""
-    script = "eval_sweep.py" if is_sweep(path) else "run_image.py" if "image" in path.read_text() else "run_glue.py"
+    script = path.read_text().removeprefix("# ").partition(":")[0]
+    assert (script == "eval_sweep.py") == is_sweep(path)
     data, own = {
         "eval_sweep.py": (SweepDataArguments, SweepArguments),
         "run_image.py": (ImageDataArguments, MergeArguments),
         "run_glue.py": (GlueDataArguments, MergeArguments),
+        "run_mlm.py": (TaughtMlmArguments, MergeArguments),
     }[script]
-    assert path.read_text().startswith(f"# {script}: ")
     given = yaml.safe_load(path.read_text())
     # Where there is no GPU, bf16 needs it said.
     (tmp_path / path.name).write_text(yaml.safe_dump(given | {"use_cpu": True}))
