@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,7 +111,7 @@ MOVES, POSTPONED = 12, 12
 STARTS = 12
 # Shares of the learned latents that are tried as fixed groups before they read the inputs.
 AT_START = (0.875, 0.75, 0.625, 0.5, 0.375)
-# So many rows are looked at if they are given, whatever it takes.
+# So many rows are looked at if they are given, whatever it takes; of fewer a choice is little more than chance.
 LEAST_ROWS = 32
 # Rows that are run at a time, and positions of each that are looked at where each has outputs of its own.
 ROWS, POSITIONS = 32, 16
@@ -324,6 +325,7 @@ class Search:
                 "the outputs of the model are not finite, so there is nothing to keep to; its weights are damaged or "
                 "training has diverged"
             )
+        _warn_of_poor_samples(rows, self.references[0])
         self.fingerprint = self._fingerprint()
         if self.log_file is not None and self.log_file.exists():
             found = json.loads(self.log_file.read_text())
@@ -692,6 +694,18 @@ def _without_labels(samples: Batch | Iterable[Batch] | None) -> list[Batch]:
             if not isinstance(value, Tensor):
                 raise ValueError(f"samples: {name} is a {type(value).__name__}; allowed are tensors, B rows each")
     return [batch for batch in batches if batch and len(next(iter(batch.values())))]
+
+
+def _warn_of_poor_samples(rows: int, outputs: Sequence[Tensor]) -> None:
+    """Of samples on which candidates can hardly be told apart; outputs are the unmerged ones, each (B, ..., K)."""
+    if rows < LEAST_ROWS:
+        warnings.warn(
+            f"samples: {rows} rows; a choice on fewer than {LEAST_ROWS} is little more than chance", stacklevel=5
+        )
+    elif all((output == outputs[0][:1]).all() for output in outputs):
+        warnings.warn(
+            f"samples: the model answers all {rows} rows alike, so they hardly tell what merging changes", stacklevel=5
+        )
 
 
 def _input_shape(model: Any, batches: Sequence[Batch]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -190,6 +191,24 @@ def test_mode_and_gradients_are_as_they_were():
     model = tiny_model(HEAD, r=2).train()
     model.merge_to(flops_ratio=0.95, samples=batches())
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("samples", "says"),
+    [
+        (batches(1), "8 rows; a choice on fewer than 32"),
+        ([batches(1)[0] | {"input_ids": torch.full((40, 9), 7)}], "alike"),
+    ],
+)
+def test_samples_that_tell_little_are_warned_of(samples, says):
+    with pytest.warns(UserWarning, match=says):
+        tiny_model(HEAD).merge_to(flops_ratio=0.9, samples=samples)
+
+
+def test_enough_samples_are_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_model(HEAD).merge_to(flops_ratio=0.9, samples=batches(2, rows=16))
 
 
 def test_a_stopped_search_goes_on(tmp_path, monkeypatch):
