@@ -115,14 +115,12 @@ AT_START = (0.875, 0.75, 0.625, 0.5, 0.375)
 LEAST_ROWS = 32
 # Rows that are run at a time, and positions of each that are looked at where each has outputs of its own.
 ROWS, POSITIONS = 32, 16
-TIMED_ROUNDS = 15
+TIMED_ROUNDS = 25
 # Of what a search may spend: a second or so.
 TIMED_PASSES = 0.003
 # A way to match is not looked at further if its pass is slower than this, of the fastest; a candidate is not chosen.
 # FLOPs are asked for, and time is meant: `ward` takes one step after another, and few FLOPs.
 NOT_SLOW, FAST_ENOUGH = 0.75, 0.85
-# Noise of so few rounds is no reason to refuse what is about as fast as unmerged.
-AS_FAST = 0.97
 # What is level with the best moves outputs at most so many times as far.
 NEAR = 1.15
 # Rounds of bringing the time of a candidate down to a budget.
@@ -385,7 +383,7 @@ class Search:
         judged.sort(key=lambda each: _number(each.divergence))
         fastest = max(_number(each.speedup) for each in judged)
         fast = [each for each in judged if _number(each.speedup) >= FAST_ENOUGH * fastest]
-        allowed = [each for each in fast if _number(each.speedup) >= AS_FAST] or fast
+        allowed = [each for each in fast if _number(each.speedup) >= 1] or fast
         best = allowed[0]
         level = [each for each in allowed if _level(rows[each.name], rows[best.name])]
         chosen = max(level, key=lambda each: _number(each.speedup))
