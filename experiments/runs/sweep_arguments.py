@@ -154,19 +154,23 @@ class SweepArguments:
         """
         config = model.config
         baseline = unmerged(config)
+        rows = [(way, *row) for way in self._ways() for row in self._rows(way)]
+        merging: dict[int, Merging] = {}
+        # What cannot be kept to is refused before anything is searched for, and the least budget is the first to be.
+        for place in sorted(range(len(rows)), key=lambda place: _effort(rows[place][-1])):
+            arguments = rows[place][-1]
+            baseline.merging.apply(config)
+            apply_fields(config, arguments.config_fields())
+            arguments.resolve(model, samples, input_shape, log_dir)
+            merging[place] = Merging.of(config)
         found = [baseline]
-        for way in self._ways():
+        for place, (way, name, series, _) in enumerate(rows):
             named = [_spelled(way[name]) for name in WAYS if len(getattr(self, name)) > 1]
-            for name, series, arguments in self._rows(way):
-                baseline.merging.apply(config)
-                apply_fields(config, arguments.config_fields())
-                arguments.resolve(model, samples, input_shape, log_dir)
-                merging = Merging.of(config)
-                if merging.merges(baseline.merging.asked_of(config)):
-                    found.append(Variant(" ".join([name, *named]), " ".join([series, *named]), merging))
-                elif name not in (variant.name for variant in found):
-                    # How it would merge makes no difference, so there is one of it.
-                    found.append(Variant(name, series, merging))
+            if merging[place].merges(baseline.merging.asked_of(config)):
+                found.append(Variant(" ".join([name, *named]), " ".join([series, *named]), merging[place]))
+            elif name not in (variant.name for variant in found):
+                # How it would merge makes no difference, so there is one of it.
+                found.append(Variant(name, series, merging[place]))
         baseline.merging.apply(config)
         return found
 
@@ -193,6 +197,12 @@ class SweepArguments:
 def unmerged(config: ToMePerceiverConfig) -> Variant:
     """The row that merges nothing, for this model."""
     return Variant("r=0", "r", Merging.none(config))
+
+
+def _effort(arguments: MergeArguments) -> tuple[bool, bool, float]:
+    """What is resolved at once comes before what is timed or searched for, and less before more."""
+    share = arguments.flops_ratio or arguments.latency_ratio or 0.0
+    return arguments.searches, arguments.latency_ratio is not None, share
 
 
 def _spelled(value: Any) -> str:

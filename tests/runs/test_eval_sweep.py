@@ -209,6 +209,8 @@ def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, caps
         (("--elastic", "true"), ("--elastic", "--retrain_epochs")),
         (("--latency_ratio", "0"), ("--latency_ratio 0.0", "to 1")),
         (("--flops_ratio", "0.01", "--schedule", "floor"), ("--flops_ratio 0.01", "floor")),
+        # Before the search that the other row needs, which would leave its log.
+        (("--flops_ratio", "0.99", "0.01", "--schedule", "search", "floor"), ("--flops_ratio 0.01", "floor")),
         (("--flops_ratio", "0.1", "--schedule", "skip_blocks"), ("--flops_ratio 0.1", "skip_blocks")),
         (("--merge_method", "groups"), ("--merge_method groups", "--flops_ratio")),
         (("--merge_method", "key_frames", "groups"), ("--merge_method key_frames", "groups")),
