@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 # Positions of the N latents: bipartite matching merges even ones into odd ones.
 EVERY, EVENS, ODDS = slice(None), slice(0, None, 2), slice(1, None, 2)
+# What a vector is divided by to make it of length 1, at least.
+SHORTEST = 1e-12
 # The margin of the energy falls from here to 0 over the layers (Tran et al., 2024).
 LARGEST_MARGIN = 0.9
 # Temperature of the size criterion (Lee et al., 2024).
@@ -356,11 +357,12 @@ def match_groups(groups: Sequence[int], device: torch.device) -> Match:
 
 def _cosine_similarity(metric: Tensor, rows: slice = EVERY, columns: slice = EVERY) -> Tensor:
     """(B, K, J): between the latents at positions `rows` and at `columns` of (B, N, C), in float32 or wider."""
-    metric = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+    metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
+    metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(SHORTEST)
     # Under autocast the product would run in half precision and the schedule of merges would depend on it.
     autocast = torch.is_autocast_enabled(metric.device.type)
     with torch.autocast(metric.device.type, enabled=False) if autocast else nullcontext():
-        return metric[:, rows] @ metric[:, columns].transpose(1, 2)
+        return torch.bmm(metric[:, rows], metric[:, columns].transpose(1, 2))
 
 
 def _match_edges(edge_score: Tensor, edge_target: Tensor, num_latents: int, r: int) -> Match:
@@ -400,16 +402,14 @@ def merge_latents(latents: Tensor, sizes: Tensor | None, match: Match) -> tuple[
     Source: Bolya et al. (2023), section 3.
     """
     batch, num_latents, channels = latents.shape
-    if sizes is None:
-        sizes = latents.new_ones((batch, num_latents), dtype=torch.float32)
     dtype = torch.promote_types(latents.dtype, torch.float32)
     # The rows of the batch laid end to end: whole rows are copied, and one set of positions serves latents and sizes.
-    latents, sizes = latents.flatten(0, 1), sizes.flatten()
+    latents = latents.flatten(0, 1)
     kept = _flat_rows(match.kept, batch, num_latents)
-    means, total = latents.index_select(0, kept).to(dtype), sizes.index_select(0, kept)
+    means, total = latents.index_select(0, kept).to(dtype), _sizes_at(kept, sizes)
     if match.into is not None:
         merged, into = _flat_rows(match.merged, batch, num_latents), _flat_rows(match.into, batch, match.kept.shape[1])
-        merged_sizes = sizes.index_select(0, merged)
+        merged_sizes = _sizes_at(merged, sizes)
         total.index_add_(0, into, merged_sizes)
         weight = merged_sizes.to(dtype) / total.index_select(0, into)
         # The mean as a step from the latent that stays towards those that merge: it touches R rows and leaves the rest.
@@ -472,6 +472,13 @@ def _flat_rows(positions: Tensor, batch: int, length: int) -> Tensor:
         return positions.flatten()
     offsets = torch.arange(0, batch * length, length, device=positions.device)
     return (positions + offsets[:, None]).flatten()
+
+
+def _sizes_at(positions: Tensor, sizes: Tensor | None) -> Tensor:
+    """(K,) in float32: the sizes (B, N) at K positions in their rows laid end to end; `None` is 1 each."""
+    if sizes is None:
+        return torch.ones(positions.shape, dtype=torch.float32, device=positions.device)
+    return sizes.flatten().index_select(0, positions)
 
 
 def _take_rows(latents: Tensor, positions: Tensor) -> Tensor:

@@ -116,6 +116,53 @@ def test_heads_that_attend_one_after_another_give_the_same(head, cached, monkeyp
         torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-9, atol=1e-12)
 
 
+@every_head
+def test_keys_that_are_added_have_no_weight(head, monkeypatch):
+    """Whatever number of latents a merge leaves is filled up to a multiple: outputs and gradients stay."""
+    inputs = tiny_inputs(head)
+    model = tiny_model(head, r=R_LIST)
+    loss, gradients = loss_and_gradients(model, inputs)
+    attended = []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, *a, **named: attended.append(k.shape[2]) or real(q, k, *a, **named),
+    )
+    loss_and_gradients(model, inputs)
+    before = attended.copy()
+    attended.clear()
+    monkeypatch.setattr(layers, "FEW_QUERIES", 0)
+    again, gradients_again = loss_and_gradients(model, inputs)
+    assert attended.count(layers.KEYS_AT_ONCE) > before.count(layers.KEYS_AT_ONCE) and len(attended) == len(before)
+    torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def fused_calls(monkeypatch, dtype, training=False, autocast=False):
+    """How often a model of text attends by PyTorch's fused attention."""
+    calls = []
+    real = F.scaled_dot_product_attention
+    model = tiny_model("ForSequenceClassification", dtype, r=R_LIST).train(training)
+    with monkeypatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        patch.setattr(F, "scaled_dot_product_attention", lambda *a, **named: calls.append(1) or real(*a, **named))
+        run(model, tiny_inputs("ForSequenceClassification"))
+    return len(calls)
+
+
+def test_attention_is_by_what_is_fastest(monkeypatch):
+    """The table in `ToMePerceiverSelfAttention._fused`: products in bfloat16 for training and for wide heads."""
+    every = NUM_LAYERS + 2
+    assert fused_calls(monkeypatch, torch.float32, training=True) == every
+    assert fused_calls(monkeypatch, torch.bfloat16) == every == fused_calls(monkeypatch, torch.float32, autocast=True)
+    assert fused_calls(monkeypatch, torch.bfloat16, training=True) == 0
+    assert fused_calls(monkeypatch, torch.float32, training=True, autocast=True) == 0
+    monkeypatch.setattr(layers, "WIDE_HEADS", 8)
+    assert fused_calls(monkeypatch, torch.bfloat16) == 0
+    assert fused_calls(monkeypatch, torch.float32) == every
+
+
 @every_attention
 def test_attention_drops_out_in_training_only(attention):
     model = tiny_model("ForSequenceClassification", attn_implementation=attention, r=R_LIST)
