@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a change of the model's code made it faster: the code as it was takes turns with the code as it is.
 
-Both run on the same tensors in one process, in alternating rounds; a speed-up is the median, with quartiles, of the
-time of the code before over that of the code now within a round. The code before runs twice in a round, and how far it
-is from 1 against itself is the noise. It is a folder with the model files, as of any commit:
+Both run on the same tensors in one process, in alternating rounds, and stock transformers with them; a speed-up is the
+median, with quartiles, of the time of the code before over that of the code now within a round, and of stock's time
+over either. The code before runs twice in a round, and how far it is from 1 against itself is the noise. It is a folder
+with the model files, as of any commit:
 
     mkdir before && git archive COMMIT -- '*_tome_perceiver.py' | tar -x -C before
     python benchmarks/compare_code.py --before before --batch_size 1 --rounds 30
+    python benchmarks/compare_code.py --before before --shapes small_language --training --autocast --batch_size 32
     python benchmarks/compare_code.py --before before --small
 
 By default --batch_size 1 --r 0 8 16 --flops_ratio 0.325 --rounds 20. With --small, 6 layers of the published widths,
@@ -23,17 +25,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import modeling_tome_perceiver as now
 from benchmarks.published_models import DTYPES, check_outputs
-from benchmarks.speed_rows import Cell, SpeedArguments, write_results
+from benchmarks.speed_rows import Cell, Fields, SpeedArguments, write_results
+from benchmarks.throughput import infer, step_flops, train, turn_words
+from cost_tome_perceiver import forward_cost, interleaved_seconds
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
-from experiments.measurement import Timing, time_interleaved
+from experiments.measurement import Quartiles, Timing
 from experiments.publishing.tables import markdown_table
 
 
@@ -45,12 +51,18 @@ class CompareCodeArguments(SpeedArguments):
     reduced: ClassVar[dict[str, Any]] = {"batch_size": [1], "r": [0, 8, 16], "flops_ratio": [0.4], "rounds": 10}
 
     before: str = field(default="", metadata={"help": "Folder with the model files of another commit (see above)."})
+    training: bool = field(default=False, metadata={"help": "Time a forward and backward pass."})
+    autocast: bool = field(default=False, metadata={"help": "Under autocast to bfloat16, as training with --bf16."})
     output_dir: str = field(default="outputs/compare_code", metadata={"help": "Where the results go."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (Path(self.before) / "modeling_tome_perceiver.py").is_file():
             raise BadInput(f"--before {self.before}: allowed is a folder with modeling_tome_perceiver.py and the rest")
+
+    def described(self) -> dict[str, Any]:
+        """What stands beside the figures."""
+        return super().described() | {"each turn": turn_words(self.training, self.autocast)}
 
 
 def modeling_code(folder: Path) -> ModuleType:
@@ -69,29 +81,50 @@ class Row:
 
     Attributes:
         name: of the setting.
+        implied_speedup: stock's FLOPs over this setting's.
         before, now: with the code of the folder and with the present one; `before.speedup` is against itself.
+        stock_ms: of stock transformers, which merge nothing.
+        before_times_stock, now_times_stock: stock's time over theirs within a round.
     """
 
     name: str
+    implied_speedup: float
     before: Timing
     now: Timing
+    stock_ms: Quartiles
+    before_times_stock: Quartiles
+    now_times_stock: Quartiles
 
 
-@torch.inference_mode()
 def measure(arguments: CompareCodeArguments, before: ModuleType, cell: Cell) -> list[Row]:
     """Run the rounds of one cell, setting by setting."""
-    published, dtype = arguments.model, DTYPES[cell.dtype]
+    published, dtype, training = arguments.model, DTYPES[cell.dtype], arguments.training
     stock = published.build_stock(arguments.seed, dtype, arguments.device)
     inputs = published.draw_inputs(cell.input_shape, dtype, arguments.device)
+    # All three are on the same tensors.
+    check_outputs(*(published.build_merging(stock, modeling=code) for code in (before, now)), inputs)
+    turn = partial(train if training else infer, inputs=inputs, autocast=arguments.autocast)
+
+    def flops(fields: Fields) -> int:
+        cost = forward_cost(published.config(**fields), cell.input_shape, published.architecture)
+        return step_flops(cost, training, checkpointing=False)
+
     rows = []
     for name, fields in cell.settings.items():
         ours = [published.build_merging(stock, modeling=code, **fields) for code in (before, now)]
-        check_outputs(*ours, inputs)
-        turns = [partial(model, inputs=inputs) for model in ours]
-        timings = time_interleaved(
-            lambda turn: turn(), turns, turns[0], arguments.rounds or 1, desc=f"{cell.name}, {name}"
-        )
-        rows.append(Row(name, *timings))
+        if dtype == torch.float32:
+            # Rounded more coarsely, the two may merge other latents, and still do the same work.
+            check_outputs(*ours, inputs)
+        models = [*ours, stock]
+        for model in models:
+            model.train(training).requires_grad_(training)
+        with tqdm(total=(arguments.rounds or 1) + 1, desc=f"{cell.name}, {name}") as bar:
+            turns = interleaved_seconds(turn, [ours[0], *models], arguments.rounds or 1, bar)
+        baseline, *taken, stocks = np.array(turns).T
+        timings = [Timing(Quartiles.of(1e3 * each), Quartiles.of(baseline / each)) for each in taken]
+        times_stock = [Quartiles.of(stocks / each) for each in taken]
+        rows.append(Row(name, flops({}) / flops(fields), *timings, Quartiles.of(1e3 * stocks), *times_stock))
+        stock.eval().requires_grad_(False)
     return rows
 
 
@@ -100,15 +133,20 @@ def as_markdown(cell: Cell, rows: list[Row]) -> str:
     cells = [
         (
             row.name,
+            f"{row.stock_ms.median:.4g}",
             f"{row.before.latency_ms.median:.4g}",
             f"{row.now.latency_ms.median:.4g}",
             f"{row.now.speedup.median:.3f}",
             f"{row.now.speedup.lower:.3f} to {row.now.speedup.upper:.3f}",
             f"{row.before.speedup.median:.3f}",
+            f"{row.before_times_stock.median:.2f}",
+            f"{row.now_times_stock.median:.2f}",
+            f"{row.implied_speedup:.2f}",
         )
         for row in rows
     ]
-    columns = ["", "ms before", "ms now", "times as fast", "quartiles", "before against itself"]
+    columns = ["", "ms stock", "ms before", "ms now", "times as fast", "quartiles", "before against itself"]
+    columns += ["before, times stock", "now, times stock", "FLOPs imply"]
     return f"## {cell.name}\n\n{markdown_table(columns, cells, 'lr')}\n"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of the published shapes with random weights, stock and merging, to measure speed on.
+"""Models of the published shapes, and of two small ones, with random weights, stock and merging, to measure speed on.
 
 Speed does not depend on what weights say, so nothing is downloaded.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,7 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 
 # `deepmind/language-perceiver`; every other field has its default.
 PUBLISHED_LANGUAGE_SHAPES: dict[str, Any] = {"qk_channels": 256, "v_channels": 1280}
-VISION_CONFIG = Path(__file__).resolve().parents[1] / "examples" / "vision_conv_perceiver.json"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RGB_CHANNELS = 3
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,22 +33,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
 
-def _published_vision_shapes() -> dict[str, Any]:
-    """`deepmind/vision-perceiver-conv`, as the examples train it from scratch."""
-    fields = json.loads(VISION_CONFIG.read_text())
+def _example_shapes(name: str) -> dict[str, Any]:
+    """Of a config in `examples/`, by which models are trained from scratch."""
+    fields = json.loads((EXAMPLES / name).read_text())
     return {name: value for name, value in fields.items() if name not in ("architectures", "model_type")}
 
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A published model.
+    """A published model, or one that this project trains.
 
     Attributes:
-        hub_id: of the checkpoint.
+        hub_id: of the checkpoint, or what it is.
         architecture: name of the stock class.
         fields: of its config.
-        fewer_layers: fields that change in a model of the same widths with fewer layers.
+        fewer_layers: fields that change in a model of the same widths with fewer layers; none if it is small already.
         takes_text: texts (B, S), else images.
+        flops_ratio: shares of its FLOPs that schedules come down to, in place of a benchmark's own.
     """
 
     hub_id: str
@@ -56,12 +57,11 @@ class PublishedModel:
     fields: Mapping[str, Any]
     fewer_layers: Mapping[str, Any] = field(default_factory=dict)
     takes_text: bool = True
+    flops_ratio: tuple[float, ...] | None = None
 
     def small(self) -> PublishedModel:
         """The same widths with fewer layers."""
-        return PublishedModel(
-            self.hub_id, self.architecture, {**self.fields, **self.fewer_layers}, takes_text=self.takes_text
-        )
+        return replace(self, fields={**self.fields, **self.fewer_layers})
 
     def config(self, **merging: Any) -> ToMePerceiverConfig:
         """Its config, with fields that say what merges."""
@@ -122,9 +122,24 @@ PUBLISHED_MODELS: dict[str, PublishedModel] = {
     "vision": PublishedModel(
         "deepmind/vision-perceiver-conv",
         "PerceiverForImageClassificationConvProcessing",
-        _published_vision_shapes(),
+        _example_shapes("vision_conv_perceiver.json"),
         fewer_layers={"num_blocks": 1},
         takes_text=False,
+    ),
+    # So narrow that the fixed price of each operation counts: the image model of the README, and the text model that is
+    # trained towards a teacher.
+    "small_language": PublishedModel(
+        "64 latents x 384, 12 layers",
+        "PerceiverForSequenceClassification",
+        {**_example_shapes("taught_mlm_perceiver.json"), "vocab_size": 16_384},
+        flops_ratio=(0.77, 0.6),
+    ),
+    "small_vision": PublishedModel(
+        "48 latents x 64, 8 layers",
+        "PerceiverForImageClassificationConvProcessing",
+        _example_shapes("small_image_perceiver.json"),
+        takes_text=False,
+        flops_ratio=(0.77, 0.6),
     ),
 }
 

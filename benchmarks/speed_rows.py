@@ -64,9 +64,7 @@ class SpeedArguments:
     usual: ClassVar[dict[str, Any]] = {}
     reduced: ClassVar[dict[str, Any]] = {}
 
-    shapes: str = field(
-        default="language", metadata={"help": f"Of the published model: {', '.join(sorted(PUBLISHED_MODELS))}."}
-    )
+    shapes: str = field(default="language", metadata={"help": f"Of the model: {', '.join(sorted(PUBLISHED_MODELS))}."})
     small: bool = field(
         default=False,
         metadata={"help": "The published widths with 6 layers, and fewer cells, settings and rounds by default."},
@@ -97,16 +95,18 @@ class SpeedArguments:
     output_dir: str = field(default="outputs/speed", metadata={"help": "Where the results go."})
 
     def __post_init__(self) -> None:
+        check_names("shapes", [self.shapes], PUBLISHED_MODELS)
+        if self.flops_ratio is None and self.model.flops_ratio is not None:
+            self.flops_ratio = list(self.model.flops_ratio)
         for name, value in {**self.usual, **(self.reduced if self.small else {})}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        check_names("shapes", [self.shapes], PUBLISHED_MODELS)
         check_names("dtype", self.dtype, DTYPES)
         check_names("schedule", self.schedule, SCHEDULES)
         if self.model.takes_text:
             self.length = DEFAULT_LENGTH if self.length is None else self.length
         elif self.length is not None:
-            raise BadInput(f"--length {_spelled(self.length)}: allowed only with --shapes language")
+            raise BadInput(f"--length {_spelled(self.length)}: allowed only with the shapes of a model of texts")
         for name, least, most in (
             ("batch_size", 1, math.inf),
             ("length", 1, self.max_length),

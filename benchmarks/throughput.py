@@ -83,6 +83,7 @@ class ThroughputArguments(SpeedArguments):
         default=False,
         metadata={"help": "Time a forward and backward pass; ours with activation checkpointing and without."},
     )
+    autocast: bool = field(default=False, metadata={"help": "Under autocast to bfloat16, as training with --bf16."})
     compile: list[str] = field(
         default_factory=list,
         metadata={
@@ -101,8 +102,7 @@ class ThroughputArguments(SpeedArguments):
 
     def described(self) -> dict[str, Any]:
         """What stands beside the figures."""
-        turn = "forward and backward pass, without an optimizer" if self.training else "forward pass"
-        return super().described() | {"each turn": turn}
+        return super().described() | {"each turn": turn_words(self.training, self.autocast)}
 
 
 @dataclass(frozen=True)
@@ -187,16 +187,24 @@ def step_flops(cost: ForwardCost, training: bool, checkpointing: bool) -> int:
     return 3 * cost.total + sum(cost.matching) + (layers if checkpointing else 0)
 
 
-def infer(model: PreTrainedModel, inputs: Tensor) -> None:
+def turn_words(training: bool, autocast: bool) -> str:
+    """What a turn is."""
+    turn = "forward and backward pass, without an optimizer" if training else "forward pass"
+    return f"{turn}, under autocast to bfloat16" if autocast else turn
+
+
+def infer(model: PreTrainedModel, inputs: Tensor, autocast: bool = False) -> None:
     """A forward pass."""
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=autocast):
         model(inputs=inputs)
 
 
-def train(model: PreTrainedModel, inputs: Tensor) -> None:
+def train(model: PreTrainedModel, inputs: Tensor, autocast: bool = False) -> None:
     """A forward and a backward pass, whose gradients are dropped. There is no optimizer."""
     labels = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
-    model(inputs=inputs, labels=labels).loss.backward()
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=autocast):
+        loss = model(inputs=inputs, labels=labels).loss
+    loss.backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -253,7 +261,7 @@ def measure(arguments: ThroughputArguments, cell: Cell) -> Table:
     variants = build_variants(arguments, stock, cell.settings)
 
     def step(model: PreTrainedModel) -> None:
-        return train(model, inputs) if arguments.training else infer(model, inputs)
+        return (train if arguments.training else infer)(model, inputs, arguments.autocast)
 
     compilations = first_calls(variants, step) if arguments.compile else {}
     width = stock.config.d_latents

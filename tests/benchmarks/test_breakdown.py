@@ -140,7 +140,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tiny_published, tmp_path, 
     for arguments, says in (
         (("--r", -1), "--r -1: allowed are integers from 0"),
         (("--flops_ratio", 0.01), "--flops_ratio 0.01: allowed are"),
-        (("--shapes", "vision", "--length", 9), "--length 9: allowed only with --shapes language"),
+        (("--shapes", "vision", "--length", 9), "--length 9: allowed only with the shapes of a model of texts"),
     ):
         line = bad_input_line(capsys, SCRIPT, *TINY, *arguments, "--output_dir", tmp_path / "out")
         assert line.startswith(f"error: {says}") and not (tmp_path / "out").exists()

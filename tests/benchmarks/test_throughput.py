@@ -147,8 +147,8 @@ def test_the_published_shapes_reach_their_budgets(monkeypatch, script_arguments,
     monkeypatch.setitem(PUBLISHED_MODELS, shapes, REALLY_PUBLISHED[shapes])
     arguments = script_arguments(shapes=shapes, small=small)
     config = arguments.model.config()
-    layers = {"language": 26, "vision": 48}[shapes]
-    assert config.num_self_attention_layers == (6 if small else layers)
+    layers = {"language": (26, 6), "vision": (48, 6), "small_language": (12, 12), "small_vision": (8, 8)}[shapes]
+    assert config.num_self_attention_layers == layers[small]
     for cell in arguments.cells():
         unmerged = forward_cost(config, cell.input_shape, arguments.model.architecture).total_with_matching
         for ratio in arguments.flops_ratio:
@@ -160,11 +160,11 @@ def test_the_published_shapes_reach_their_budgets(monkeypatch, script_arguments,
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--shapes", "audio"), "--shapes audio: allowed are language, vision"),
+        (("--shapes", "audio"), "--shapes audio: allowed are language, small_language, small_vision, vision"),
         (("--dtype", "float32", "int8"), "--dtype int8: allowed are bfloat16, float16, float32"),
         (("--batch_size", 1, 0), "--batch_size 0: allowed are integers from 1"),
         (("--length", 129), "--length 129: allowed are integers from 1 to 128"),
-        (("--shapes", "vision", "--length", 9), "--length 9: allowed only with --shapes language"),
+        (("--shapes", "vision", "--length", 9), "--length 9: allowed only with the shapes of a model of texts"),
         (("--r", -1), "--r -1: allowed are integers from 0"),
         (("--rounds", 0), "--rounds 0: allowed are integers from 1"),
         (("--schedule", "search"), "--schedule search: allowed are constant"),
