@@ -178,12 +178,17 @@ def as_markdown(task: Task) -> str:
                 *(_cells(ours) if ours else [None] * 6),
             ]
         )
-    head = ["r", "of what empties it", "FLOPs", "merged", "retrained", "times as fast"]
-    ours_head = ["ours", "of what empties it", "FLOPs", f"{metric}, merged", "retrained", "times as fast"]
+    head = ["r", "r x layers / latents", "FLOPs", "merged", "retrained", "times as fast"]
+    ours_head = ["ours", "r x layers / latents", "FLOPs", f"{metric}, merged", "retrained", "times as fast"]
     parts = [f"## {task.name}", "", _about(task), "", markdown_table([*head, *ours_head], rows)]
-    budgets = [_cells(row) for row in task.rows if row.strength is None]
-    if budgets:
-        parts += ["", "At a budget:", "", markdown_table(ours_head, budgets)]
+    others = [_cells(row) for row in task.rows if row not in beside.values()]
+    if others:
+        parts += [
+            "",
+            "At a budget, and what has no row of the paper's beside it:",
+            "",
+            markdown_table(ours_head, others),
+        ]
     return "\n".join(parts) + "\n"
 
 
@@ -200,17 +205,18 @@ def _paper_strength(r: int) -> float:
 
 
 def _beside(rows: Sequence[Row]) -> dict[int, Row]:
-    """Beside which of the paper's rows each of ours stands: the nearest in r x layers / latents, and of several the
-    nearest one."""
+    """Beside which of the paper's rows ours stand: in pairs, those first that are nearest in r x layers / latents, and
+    none that is farther away than half of what the paper's rows are apart."""
+    apart = [
+        (abs(_paper_strength(r) - row.strength), place, row)
+        for row in rows
+        for place, r in enumerate(PAPER["r"])
+        if row.strength is not None
+    ]
+    most = _paper_strength(PAPER["r"][1]) / 2 + 0.01
     beside: dict[int, Row] = {}
-
-    def apart(place: int, row: Row) -> float:
-        assert row.strength is not None
-        return abs(_paper_strength(PAPER["r"][place]) - row.strength)
-
-    for row in rows:
-        place = min(range(len(PAPER["r"])), key=lambda place: apart(place, row))
-        if place not in beside or apart(place, row) < apart(place, beside[place]):
+    for distance, place, row in sorted(apart, key=lambda each: each[0]):
+        if distance <= most and place not in beside and row not in beside.values():
             beside[place] = row
     return beside
 

@@ -13,7 +13,7 @@ from tests.support.script_run import run_script
 LAYERS, LATENTS = 12, 64
 
 
-def write_sweep(folder, shift: float = 0.0, strengths=(0, 3, 5)) -> str:
+def write_sweep(folder, shift: float = 0.0, strengths=(0, 3, 5, 20)) -> str:
     """A sweep with constant r and one budget, whose changes are -r points and the shift."""
 
     def row(name: str, r: list[int], series: str, share: float, **measured: float):
@@ -24,7 +24,7 @@ def write_sweep(folder, shift: float = 0.0, strengths=(0, 3, 5)) -> str:
         return {"accuracy_change": change / 100, "accuracy_change_stderr": 0.003}
 
     rows = [
-        row(f"r={r}", [r] * LAYERS, "r", 1 - r / 10, **(changes(shift - r) if r else {})) for r in strengths
+        row(f"r={r}", [r] * LAYERS, "r", 1 - r / 30, **(changes(shift - r) if r else {})) for r in strengths
     ]  # fmt: skip
     rows.append(row("flops=0.5 search", [30] + [0] * (LAYERS - 1), "search", 0.5, **changes(shift - 0.5)))
     folder.mkdir(parents=True)
@@ -40,11 +40,13 @@ def test_rows_stand_beside_what_merges_as_much_of_the_latents(tmp_path):
     lines = (out / "paper_table.md").read_text().splitlines()
     (six,) = [line for line in lines if line.startswith("| 6 |")]
     # 6 x 26 / 256 and 3 x 12 / 64.
-    assert six == "| 6 | 0.61 | 0.692 | 86.03 | 85.29 | 1.30 | r=3 | 0.56 | 0.700 | 80.00 (-3.00 ± 0.30) |  |  |"
+    assert six == "| 6 | 0.61 | 0.692 | 86.03 | 85.29 | 1.30 | r=3 | 0.56 | 0.900 | 80.00 (-3.00 ± 0.30) |  |  |"
     (ten,) = [line for line in lines if line.startswith("| 10 |")]
     assert "| r=5 | 0.94 |" in ten
     (eight,) = [line for line in lines if line.startswith("| 8 |")]
     assert eight.endswith("|  |  |  |  |  |  |")
+    (far,) = [line for line in lines if line.startswith("| r=20 |")]  # left beside none, and not left out
+    assert far.startswith("| r=20 | 3.75 |")
     assert "| flops=0.5 search |  | 0.500 | 80.00 (-0.50 ± 0.30) |  |  |" in lines
     with Image.open(out / "paper_table.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
