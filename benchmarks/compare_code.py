@@ -27,13 +27,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import modeling_tome_perceiver as now
-from benchmarks.published_models import DTYPES, check_outputs
+from benchmarks.published_models import DTYPES, OUTPUT_TOLERANCE, check_outputs, relative_difference
 from benchmarks.speed_rows import Cell, Fields, SpeedArguments, write_results
 from benchmarks.throughput import infer, step_flops, train, turn_words
 from cost_tome_perceiver import forward_cost, interleaved_seconds
@@ -96,6 +98,20 @@ class Row:
     now_times_stock: Quartiles
 
 
+@torch.inference_mode()
+def check_most_rows(before: PreTrainedModel, now: PreTrainedModel, inputs: Tensor) -> None:
+    """Check that two models give the same for most rows of float32; in single ones rounding may decide which of two
+    latents merges, and in coarser dtypes in most.
+
+    Raises:
+        AssertionError: if they do not, so that the two would not be doing the same work.
+    """
+    rows = zip(*(model(inputs=inputs).logits for model in (before, now)), strict=True)
+    difference = np.median([relative_difference(each, expected).item() for expected, each in rows])
+    tolerance = OUTPUT_TOLERANCE[torch.float32]
+    assert difference <= tolerance, f"outputs differ by {difference} of the largest, more than {tolerance}"
+
+
 def measure(arguments: CompareCodeArguments, before: ModuleType, cell: Cell) -> list[Row]:
     """Run the rounds of one cell, setting by setting."""
     published, dtype, training = arguments.model, DTYPES[cell.dtype], arguments.training
@@ -113,8 +129,7 @@ def measure(arguments: CompareCodeArguments, before: ModuleType, cell: Cell) -> 
     for name, fields in cell.settings.items():
         ours = [published.build_merging(stock, modeling=code, **fields) for code in (before, now)]
         if dtype == torch.float32:
-            # Rounded more coarsely, the two may merge other latents, and still do the same work.
-            check_outputs(*ours, inputs)
+            check_most_rows(*ours, inputs)
         models = [*ours, stock]
         for model in models:
             model.train(training).requires_grad_(training)
