@@ -151,11 +151,20 @@ def shuffled(batches: Sequence[Batch], batch_size: int, seed: int) -> Iterator[B
 
 
 @torch.no_grad()
+def answers_of(model: ToMePerceiverPreTrainedModel, batches: Sequence[Batch], desc: str) -> Tensor:
+    """(B, K) logits of the model as it is set."""
+    model.eval()
+    return torch.cat([model(**unlabelled(batch)).logits for batch in tqdm(batches, desc=desc, disable=None)])
+
+
 def right_answers(model: ToMePerceiverPreTrainedModel, batches: Sequence[Batch], desc: str) -> np.ndarray:
     """(B,) whether each input is answered right, of the model as it is set."""
-    model.eval()
-    bar = tqdm(batches, desc=desc, disable=None)
-    return torch.cat([model(**unlabelled(batch)).logits.argmax(-1) == batch[LABELS] for batch in bar]).numpy()
+    return right_of(answers_of(model, batches, desc), batches)
+
+
+def right_of(logits: Tensor, batches: Sequence[Batch]) -> np.ndarray:
+    """(B,) whether each answer is right."""
+    return (logits.argmax(-1) == torch.cat([batch[LABELS] for batch in batches])).numpy()
 
 
 def floor_within(model: ToMePerceiverPreTrainedModel, base: Merging, flops_ratio: float, cost: CostRatio) -> Merging:
@@ -332,10 +341,10 @@ def embedding_rows(
             model, shuffled(train, batch_size, 0), start, schedules, learning.embedding_passes,
             learning.embedding_learning_rate,
         )  # fmt: skip
-        unmerged = right_answers(model, test, "unmerged")
+        unmerged = answers_of(model, test, "unmerged")
     rows = []
     for (ratio, method), member in members.items():
-        right = {}
+        logits: dict[str, Tensor] = {}
         for name, metric, projection in (
             ("hidden", "hidden", None),
             ("key", "key", None),
@@ -345,15 +354,26 @@ def embedding_rows(
             desc = f"{ratio} {method}, {name}"
             with replace(member, merge_metric=metric).applied(model.config):
                 if projection is None:
-                    right[name] = right_answers(model, test, desc)
+                    logits[name] = answers_of(model, test, desc)
                 else:
                     with matching_by(projection):
-                        right[name] = right_answers(model, test, desc)
-            against = {"unmerged": unmerged, "hidden": right["hidden"]}
+                        logits[name] = answers_of(model, test, desc)
+            against = {other: right_of(answers, test) for other, answers in {"unmerged": unmerged, **logits}.items()}
+            right = against.pop(name)
+            apart, hidden_apart = (
+                output_divergence(each, unmerged, regression=False).double().numpy()
+                for each in (logits[name], logits["hidden"])
+            )
+            divergence, error = mean_and_error(apart - hidden_apart)
+            moved = {
+                "divergence": float(apart.mean()),
+                "divergence_from_hidden": divergence,
+                "divergence_from_hidden_stderr": error,
+            }
             share = cost(replace(member, merge_metric=metric))
             if projection is not None:
                 share += _projection_ratio(loaded, member, projection)
-            rows.append({"idea": EMBEDDING, "r": member.r} | measured(desc, share, right[name], against))
+            rows.append({"idea": EMBEDDING, "r": member.r} | moved | measured(desc, share, right, against))
     return rows
 
 
@@ -583,14 +603,15 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             row["name"],
             f"{row['flops_ratio']:.3f}",
             f"{100 * row['accuracy']:.2f}",
+            f"{row['divergence']:.4f}" if "divergence" in row else None,
             *(
                 None if each is None else with_error(100 * each["change"], 100 * each["change_stderr"], "+.2f")
                 for each in changes
             ),
         ]
 
-    header = ["trained", "", "share of the FLOPs", "accuracy x 100", *(f"change from {other}" for other in others)]
-    return markdown_table(header, map(cells, rows))
+    header = ["trained", "", "share of the FLOPs", "accuracy x 100", "divergence"]
+    return markdown_table([*header, *(f"change from {other}" for other in others)], map(cells, rows))
 
 
 def main() -> None:
