@@ -277,7 +277,8 @@ def draw(tasks: Sequence[Task], path: Path) -> None:
         )
         axes.invert_xaxis()
         axes.grid(alpha=0.3)
-    add_legend(figure, panels[0], 3, "Bars: standard error of the change from unmerged, paired example by example")
+    bars = "Bars: standard error of the change from unmerged, paired example by example"
+    add_legend(figure, panels[0], min(3, 1 + len(tasks)), bars)
     save_picture(figure, path)
 
 
