@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -171,7 +170,8 @@ def server(request, folder, tmp_path):
         else:
             pytest.fail("".join(lines))
     finally:
-        process.send_signal(signal.SIGINT)
+        # Not as Ctrl-C does: a shell in the background has its programs ignore that.
+        process.terminate()
         process.wait(timeout=30)
 
 
