@@ -13,13 +13,14 @@ A small model from scratch, on the sentences of several configurations of a data
       --dataset_name nyu-mll/glue --dataset_config_name sst2,mrpc,rte,stsb --max_seq_length 48 \\
       --do_train --do_eval --output_dir outputs/mlm
 
-A larger one that learns what a pretrained encoder says of each token, beside the masked tokens; its tokenizer is the
-teacher's, or a smaller one that examples/train_tokenizer.py makes of it. Lines are joined to inputs of 128 tokens:
+A larger one that learns what a pretrained encoder says of each token, beside the masked tokens, and starts with that
+encoder's layers, for which its config has room; its tokenizer is the teacher's, or a smaller one that
+examples/train_tokenizer.py makes of it:
 
-  python run_mlm.py --config_name examples/taught_mlm_perceiver.json \\
+  python run_mlm.py --config_name examples/minilm_perceiver.json \\
       --teacher_name_or_path sentence-transformers/all-MiniLM-L6-v2 --tokenizer_name outputs/smaller_tokenizer \\
-      --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 --line_by_line False \\
-      --max_seq_length 128 --learning_rate 6e-4 --warmup_steps 200 --per_device_train_batch_size 32 --bf16 \\
+      --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 --max_seq_length 128 \\
+      --learning_rate 3e-4 --warmup_steps 50 --per_device_train_batch_size 32 --bf16 \\
       --do_train --do_eval --output_dir outputs/taught
 
 Each line or column of text is an input of its own, unless they are joined. Training masks anew each time; what is

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
@@ -18,7 +19,9 @@ from experiments.errors import BadInput, naming
 from experiments.merging.arguments import apply_fields
 from experiments.tasks.base import PreparedTask, Task
 from experiments.tasks.labels import checkpoint_labels, listed, matched, warn_of_order
+from experiments.tasks.teacher import Teacher
 from experiments.training.findable import start_findable, token_counts
+from experiments.training.from_bert import FITTED_ON, start_from_bert, why_not_from_bert
 from experiments.training.model_arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -49,13 +52,25 @@ def load_model_and_task(
         prepared = task.prepared(config, processing_class, training.seed)
     model = load_model(arguments, config, task)
     if arguments.model_name_or_path is None and prepared.teacher is not None:
-        start_findable(model, prepared.teacher, token_counts(prepared.train.examples, config.vocab_size))
+        _start_taught(model, prepared.teacher, prepared.train.examples)
     if task.input_name == "input_ids":
         # Trainer does so when it trains; what is loaded and not trained is to have the same config.
         for name in SPECIAL_TOKENS:
             if getattr(processing_class, name) is not None:
                 setattr(model.config, name, getattr(processing_class, name))
     return model, prepared
+
+
+def _start_taught(model: modeling.ToMePerceiverForMaskedLM, teacher: Teacher, examples: Dataset) -> None:
+    """Start a model from scratch with what its teacher has: its layers, or where there is no room, its embeddings."""
+    counts = token_counts(examples, model.config.vocab_size)
+    obstacle = why_not_from_bert(model.config, teacher.model)
+    if obstacle is None:
+        logger.info("starting with the teacher's layers")
+        start_from_bert(model, teacher, examples.shuffle(seed=0)[:FITTED_ON], counts)
+    else:
+        logger.info("starting without the teacher's layers, for which %s", obstacle)
+        start_findable(model, teacher, counts)
 
 
 def load_processing_class(arguments: ModelArguments, config: ToMePerceiverConfig, task: Task) -> Any:

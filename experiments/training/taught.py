@@ -19,6 +19,7 @@ from experiments.errors import BadInput
 from experiments.tasks.base import LABELS, Batch
 from experiments.tasks.scores import NOT_ASKED
 from experiments.tasks.teacher import Teacher
+from experiments.training.from_bert import why_not_from_bert
 from experiments.training.trainer import TaskTrainer
 
 MASKED_WEIGHT = 0.3
@@ -30,6 +31,8 @@ MAP_FILE = "teacher_map.safetensors"
 STANDARDISED_ON = 256
 STANDARDISED_AT_ONCE = 32
 LEAST_DEVIATION = 1e-6
+# A teacher's dimension that varies less than this says nothing.
+CONSTANT = 1e-3
 
 
 class TeacherMap(nn.Module):
@@ -51,6 +54,14 @@ class TeacherMap(nn.Module):
         """Take the mean and the deviation from states (number, T)."""
         self.mean.copy_(states.mean(dim=0))
         self.deviation.copy_(states.std(dim=0).clamp(min=LEAST_DEVIATION))
+
+    @torch.no_grad()
+    def read_off(self) -> None:
+        """Begin with states whose first T dimensions are the teacher's, as `start_from_bert` makes them."""
+        told = self.deviation > CONSTANT
+        diagonal = self.linear.weight.diagonal()
+        diagonal.copy_(torch.where(told, 1 / self.deviation, 0.0))
+        self.linear.bias.copy_(torch.where(told, -self.mean / self.deviation, 0.0))
 
     def distance(self, states: Tensor, teachers: Tensor) -> Tensor:
         """The mean squared error, a scalar, of states (number, D) for those of the teacher (number, T)."""
@@ -152,6 +163,7 @@ class TaughtTrainer(TaskTrainer):
     def _hold_states(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._states = args[0]  # (B, P, D)
 
+    @torch.no_grad()
     def _standardise(self) -> None:
         """Take the teacher's mean and deviation from some training examples, in every process from the same."""
         found = []
@@ -163,6 +175,8 @@ class TaughtTrainer(TaskTrainer):
             states = self.teacher.states(unmasked(batch), batch["attention_mask"])
             found.append(states[batch["attention_mask"].bool()])
         self.teacher_map.standardise_by(torch.cat(found))
+        if why_not_from_bert(self.model.config, self.teacher.model) is None:
+            self.teacher_map.read_off()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
