@@ -164,7 +164,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
 
         With a few hundred samples, without labels, it merges so that their outputs change least: among schedules,
         methods, metrics, fixed groups of latents and fewer runs of blocks that share weights. Without samples it merges
-        early and by the config's method.
+        early, the latents whose keys are most alike (`leader`).
 
         Args:
             flops_ratio: share of the FLOPs, above 0 to 1; the matching counts.

@@ -75,7 +75,7 @@ def test_the_divergence_is_that_of_the_half_that_did_not_choose():
 
 def test_it_does_no_worse_than_what_needs_no_search():
     """On the samples that judge, of all that is within the budget."""
-    plain = tiny_model(HEAD).merge_to(flops_ratio=0.85)
+    plain = tiny_model(HEAD).merge_to(flops_ratio=0.85, merge_methods=["bipartite"], merge_metrics=["key"])
     chosen = tiny_model(HEAD).merge_to(flops_ratio=0.85, samples=batches(4))
     (same,) = [each for each in chosen.candidates if each.merging == plain.chosen.merging]
     assert chosen.chosen.divergence <= same.divergence
@@ -92,11 +92,14 @@ def test_exact_duplicates_are_found_and_nothing_changes():
     assert (run(model, inputs).logits - before).abs().max() < 1e-5
 
 
-def test_without_samples_it_merges_early_and_by_the_configs_method():
-    model = tiny_model(HEAD, merge_method="ward")
-    choice = model.merge_to(flops_ratio=0.9, input_shape=SHAPE)
-    floor = weakest_member(named_family(tiny_config(merge_method="ward"), "floor"), 0.9, flops(model))
-    assert choice.chosen.merging == floor == Merging.of(model.config)
+@pytest.mark.parametrize("named", [{}, {"merge_methods": ["ward"], "merge_metrics": ["value"]}])
+def test_without_samples_it_merges_early_and_what_is_most_alike(named):
+    model = tiny_model(HEAD, merge_method="k_center", merge_metric="hidden")
+    choice = model.merge_to(flops_ratio=0.9, input_shape=SHAPE, **named)
+    method, metric = ("ward", "value") if named else ("leader", "key")
+    config = tiny_config(merge_method=method, merge_metric=metric)
+    assert choice.chosen.merging == weakest_member(named_family(config, "floor"), 0.9, flops(model))
+    assert choice.chosen.merging == Merging.of(model.config)
     assert choice.chosen.divergence is None and choice.samples == 0
 
 
