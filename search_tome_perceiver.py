@@ -99,7 +99,7 @@ SEARCH = "search"
 SEARCHED_METHODS = ("bipartite", "leader", "k_center", "ward")
 # Where there are no samples to search on. A schedule that needs none takes many latents at once, and `bipartite` has to
 # merge half of them into the other half then, alike or not: on a text model with latents to spare that lost 42 points,
-# and `leader` 0.6 (docs/results/language); on images it loses less too (docs/results/choice).
+# and `leader` 0.6 (docs/results/language); on one of images it lost 1.0 and 0.6 (docs/results/choice).
 UNSEEN_METHOD, UNSEEN_METRIC = "leader", "key"
 GROUPS = "groups"
 # What a search may spend: minutes on two cores at the published shapes, seconds on a small model.
