@@ -48,8 +48,7 @@ def start_findable(model: ToMePerceiverForMaskedLM, teacher: Teacher, counts: Te
     """
     perceiver = model.perceiver
     inputs, layers = perceiver.input_preprocessor, perceiver.encoder.self_attends
-    frequencies = (counts.double() + 1) / (counts.sum() + len(counts))
-    model.embedding_decoder.bias.copy_(frequencies.log())
+    model.embedding_decoder.bias.copy_(log_frequencies(counts))
     tokens = teacher.model.get_input_embeddings().weight[teacher.ids]
     if tokens.shape == inputs.embeddings.weight.shape:
         inputs.embeddings.weight.copy_(tokens)
@@ -66,6 +65,11 @@ def start_findable(model: ToMePerceiverForMaskedLM, teacher: Teacher, counts: Te
         for product in (crossing.attention.self.query, crossing.attention.self.key):
             nn.init.eye_(product.weight).mul_(PRODUCT_SCALE)
             nn.init.zeros_(product.bias)
+
+
+def log_frequencies(counts: Tensor) -> Tensor:
+    """(V,), of tokens with such counts (V,), each counted once more, so that none is impossible."""
+    return ((counts.double() + 1) / (counts.sum() + len(counts))).log()
 
 
 def token_counts(examples: Dataset, tokens: int) -> Tensor:

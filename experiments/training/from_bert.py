@@ -31,7 +31,8 @@ from transformers import PreTrainedModel
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.tasks.teacher import Teacher
-from modeling_tome_perceiver import ToMePerceiverForMaskedLM
+from experiments.training.findable import log_frequencies
+from modeling_tome_perceiver import ToMePerceiverForMaskedLM, padding_bias
 
 CODE_SHARE = 0.75
 """Channels of the code for each position: so many of as many orthonormal directions are still nearly orthogonal."""
@@ -45,6 +46,7 @@ FIRST = 0.5
 STEEPEST = 1.5
 """What a branch adds is scaled by so many times the median scale of all channels at most. A BERT's smallest norm
 weights ask for more, of a few channels that then are all that a layer norm sees."""
+LEAST_VARIANCE = 1e-8
 FITTED_ON = 64
 """Training examples. Their padding is token 0, which nothing looks at."""
 
@@ -96,8 +98,7 @@ def start_from_bert(
     decoder, inputs = model.perceiver.decoder, model.perceiver.input_preprocessor
     width = bert.config.hidden_size
     code = _code(model.config.max_position_embeddings)
-    frequencies = (counts.double() + 1) / (counts.sum() + len(counts))
-    model.embedding_decoder.bias.copy_(frequencies.log())
+    model.embedding_decoder.bias.copy_(log_frequencies(counts))
     ids, mask = (
         pad_sequence([torch.as_tensor(row) for row in examples[name]], batch_first=True)
         for name in ("input_ids", "attention_mask")
@@ -112,7 +113,7 @@ def start_from_bert(
     _pass_on(encoder.cross_attention, width)
     _find(encoder.cross_attention, model.perceiver.embeddings.latents, embedded, code, width, first=FIRST)
     latents = encoder.cross_attention(
-        model.perceiver.embeddings(len(ids)), inputs=embedded, bias=_bias(mask, embedded)
+        model.perceiver.embeddings(len(ids)), inputs=embedded, bias=padding_bias(mask, embedded)
     ).hidden_states
 
     for ours, theirs in zip(encoder.self_attends, bert.encoder.layer, strict=True):
@@ -123,7 +124,7 @@ def start_from_bert(
             _copy(getattr(copied, name), getattr(theirs.attention.self, name), heads_out=heads)
         _copy(ours.attention.output.dense, theirs.attention.output.dense, heads_in=heads, scale=scale)
         latents = ours.attention(latents, None, None, False).hidden_states
-        states = theirs.attention(states, _bias(mask, states))[0]
+        states = theirs.attention(states, padding_bias(mask, states))[0]
         scale = _fit(ours.layernorm, latents, states, mask)
         _copy(ours.mlp.dense1, theirs.intermediate.dense)
         _copy(ours.mlp.dense2, theirs.output.dense, scale=scale)
@@ -142,11 +143,6 @@ def _code(positions: int) -> Tensor:
     """(P, K), of length 1 and nearly orthogonal."""
     directions = torch.linalg.qr(torch.randn(positions, positions))[0]
     return F.normalize(directions[:, : round(CODE_SHARE * positions)], dim=1)
-
-
-def _bias(mask: Tensor, like: Tensor) -> Tensor:
-    """(B, 1, 1, S), added to scores: least where `mask` (B, S) is 0."""
-    return (1 - mask[:, None, None].to(like)) * torch.finfo(like.dtype).min
 
 
 def _copy_embeddings(inputs: nn.Module, teacher: Teacher, code: Tensor) -> None:
@@ -219,16 +215,19 @@ def _fit(norm: nn.LayerNorm, latents: Tensor, states: Tensor, mask: Tensor) -> T
     latents = latents[:, : held.shape[1]][held]
     width = states.shape[1]
     normed = F.layer_norm(latents, norm.normalized_shape, eps=norm.eps)[:, :width]
-    states_mean, normed_mean = states.mean(dim=0), normed.mean(dim=0)
-    varied = states - states_mean
-    slope = (varied * (normed - normed_mean)).mean(dim=0) / (normed - normed_mean).square().mean(dim=0)
+    slope = _slope(normed, states)
     norm.weight.fill_(1.0)
     norm.bias.zero_()
     norm.weight[:width] = slope
-    norm.bias[:width] = states_mean - slope * normed_mean
-    latents = latents[:, :width]
-    scale = (varied * (latents - latents.mean(dim=0))).mean(dim=0) / varied.square().mean(dim=0).clamp(min=1e-8)
+    norm.bias[:width] = states.mean(dim=0) - slope * normed.mean(dim=0)
+    scale = _slope(states, latents[:, :width])
     return scale.clamp(max=STEEPEST * scale.median())
+
+
+def _slope(over: Tensor, values: Tensor) -> Tensor:
+    """(H,), of the line through values (number, H) over others (number, H), by channel; 0 over what does not vary."""
+    varied = over - over.mean(dim=0)
+    return (varied * (values - values.mean(dim=0))).mean(dim=0) / varied.square().mean(dim=0).clamp(min=LEAST_VARIANCE)
 
 
 def _copy(
