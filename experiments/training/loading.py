@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 import modeling_tome_perceiver as modeling
+from budget_tome_perceiver import undisturbed
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput, naming
 from experiments.merging.arguments import apply_fields
@@ -67,7 +68,9 @@ def _start_taught(model: modeling.ToMePerceiverForMaskedLM, teacher: Teacher, ex
     obstacle = why_not_from_bert(model.config, teacher.model)
     if obstacle is None:
         logger.info("starting with the teacher's layers")
-        start_from_bert(model, teacher, examples.shuffle(seed=0)[:FITTED_ON], counts)
+        # It runs the layers, and dropout is no part of what they say.
+        with undisturbed(model):
+            start_from_bert(model, teacher, examples.shuffle(seed=0)[:FITTED_ON], counts)
     else:
         logger.info("starting without the teacher's layers, for which %s", obstacle)
         start_findable(model, teacher, counts)

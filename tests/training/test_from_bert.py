@@ -66,6 +66,10 @@ def started(teacher) -> ToMePerceiverForMaskedLM:
     return model
 
 
+def examples_of(ids: Tensor, mask: Tensor) -> Dataset:
+    return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": mask.tolist()})
+
+
 def explained(found: Tensor, wanted: Tensor) -> float:
     """Share of the variance."""
     return 1 - ((found - wanted).square().sum() / (wanted - wanted.mean(dim=0)).square().sum()).item()
@@ -151,13 +155,23 @@ def test_what_has_no_room_is_named(teacher, changes, says):
 )
 def test_a_model_from_scratch_starts_with_them_where_there_is_room(teacher, caplog, changes, says):
     model = ToMePerceiverForMaskedLM(config(**changes))
-    ids, mask = texts(6)
-    examples = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": mask.tolist()})
+    examples = examples_of(*texts(6))
     with caplog.at_level("INFO", logger=loading.__name__):
         loading._start_taught(model, teacher, examples)
     assert caplog.messages == [says]
     copied = model.perceiver.encoder.self_attends[0].attention.self.query.weight[:, :WIDTH]
     assert copied.equal(teacher.model.encoder.layer[0].attention.self.query.weight) == (not changes)
+
+
+def test_dropout_is_no_part_of_the_fit(teacher):
+    states = []
+    for dropout in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = ToMePerceiverForMaskedLM(config(attention_probs_dropout_prob=dropout))
+        loading._start_taught(model, teacher, examples_of(*texts(7)))
+        assert model.training
+        states.append(model.state_dict())
+    assert all(states[0][name].equal(states[1][name]) for name in states[0])
 
 
 def test_only_a_bert_has_such_layers():
