@@ -58,25 +58,31 @@ def test_what_is_chosen_keeps_the_budget_and_is_set(ratio):
     assert choice.chosen.divergence == min(each.divergence for each in choice.candidates if each.speedup >= 1)
 
 
-def test_the_divergence_is_that_of_the_half_that_did_not_choose():
-    """Computed here by hand, of every second row."""
-    model = tiny_model(HEAD)
-    given = batches()
-    with torch.no_grad():
-        unmerged = [model(**batch).logits.log_softmax(-1)[1::2] for batch in given]
-    choice = model.merge_to(flops_ratio=0.9, samples=given)
-    apart = []
-    for batch, log_p in zip(given, unmerged, strict=True):
-        with undisturbed(model), choice.chosen.merging.applied(model.config):
+def judged(merging, given):
+    """The divergence by hand, of every second row."""
+    model, apart = tiny_model(HEAD), []
+    for batch in given:
+        with torch.no_grad():
+            log_p = model(**batch).logits.log_softmax(-1)[1::2]
+        with undisturbed(model), merging.applied(model.config):
             log_q = model(**batch).logits.log_softmax(-1)[1::2]
         apart.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    assert choice.chosen.divergence == pytest.approx(float(torch.cat(apart).mean()))
+    return float(torch.cat(apart).mean())
+
+
+def test_the_divergence_is_that_of_the_half_that_did_not_choose():
+    given = batches()
+    choice = tiny_model(HEAD).merge_to(flops_ratio=0.9, samples=given)
+    assert choice.chosen.divergence == pytest.approx(judged(choice.chosen.merging, given))
 
 
 def test_it_does_no_worse_than_what_needs_no_search():
-    """On the samples that judge, of all that is within the budget."""
+    """On the samples that judge: what there is without samples, and `floor` with ToMe's matching, which it tries."""
+    given = batches(4)
+    chosen = tiny_model(HEAD).merge_to(flops_ratio=0.85, samples=given)
+    unseen = tiny_model(HEAD).merge_to(flops_ratio=0.85)
+    assert chosen.chosen.divergence <= judged(unseen.chosen.merging, given)
     plain = tiny_model(HEAD).merge_to(flops_ratio=0.85, merge_methods=["bipartite"], merge_metrics=["key"])
-    chosen = tiny_model(HEAD).merge_to(flops_ratio=0.85, samples=batches(4))
     (same,) = [each for each in chosen.candidates if each.merging == plain.chosen.merging]
     assert chosen.chosen.divergence <= same.divergence
 
