@@ -18,7 +18,7 @@ from experiments.errors import BadInput, Stopped
 from groups_tome_perceiver import Batch
 from merging_tome_perceiver import MERGE_METHODS
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
-from search_tome_perceiver import GROUPS, SEARCH, Choice
+from search_tome_perceiver import GROUPS, SEARCH, UNSEEN_METHOD, UNSEEN_METRIC, Choice
 
 SCHEDULE_NAMES = (*SCHEDULES, SKIP_BLOCKS, SEARCH)
 SEARCH_LOG = "schedule_search.json"
@@ -55,8 +55,9 @@ class MergeArguments:
         default=SEARCH,
         metadata={
             "help": f"How such a share is spread over the layers. '{SEARCH}' finds that, with the method, the metric "
-            f"or fixed groups of latents; {', '.join(sorted(SCHEDULE_NAMES[:-1]))} are taken as they are. A model that "
-            f"is trained from scratch with merging on takes '{DEFAULT_SCHEDULE}'."
+            f"or fixed groups of latents; {', '.join(sorted(SCHEDULE_NAMES[:-1]))} are taken as they are, and merge by "
+            f"'{UNSEEN_METHOD}' on {UNSEEN_METRIC}s, unless a method or a metric is given. A model that is trained "
+            f"from scratch with merging on takes '{DEFAULT_SCHEDULE}'."
         },
     )
     calibration_samples: int = field(
@@ -165,14 +166,16 @@ class MergeArguments:
         if self.latency_ratio is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise BadInput("--latency_ratio: allowed in one process only, since several do not measure the same time")
         options: dict[str, Any] = {"input_shape": input_shape}
+        options |= {f"{name}s": [value] for name in WAYS[:2] if (value := getattr(self, name)) is not None}
         if self.searches:
             options |= {"samples": samples(self.calibration_samples)}
-            options |= {f"{name}s": [value] for name in WAYS[:2] if (value := getattr(self, name)) is not None}
             options |= {} if log_dir is None else {"log_file": log_dir / SEARCH_LOG}
         else:
-            own = {f"{name}s": [getattr(model.config, name)] for name in WAYS[:2]}
-            options |= own | {"schedules": [self.schedule]}
-            options |= {} if self.latency_ratio is None else {"samples": samples(1)}
+            options["schedules"] = [self.schedule]
+            if self.latency_ratio is not None:
+                # For its time alone, so the way to match is that of a budget without samples.
+                options = {"merge_methods": [UNSEEN_METHOD], "merge_metrics": [UNSEEN_METRIC]} | options
+                options["samples"] = samples(1)
         with naming_arguments():
             return model.merge_to(self.flops_ratio, self.latency_ratio, **options)
 

@@ -326,11 +326,13 @@ def test_a_share_of_the_time_is_a_row(inputs, tmp_path):
 
 
 def test_it_ends_with_its_best_row_and_saves_that(inputs, tmp_path, capsys):
-    """What the sentence says is what was measured; the checkpoint merges as that row does, and loads with its card."""
+    """What the sentence says is what was measured; the checkpoint merges as that row does, and loads with its card.
+    A schedule that looks at no samples merges as `merge_to` does without them, whatever way the config has."""
     given = (*inputs, "--flops_ratio", 0.99, "--schedule", "floor", "--output_dir", tmp_path / "sweep")
     call_script("eval_sweep.py", *given)
     *_, result, checkpoint, picture = capsys.readouterr().out.splitlines()
     before, row = read(tmp_path / "sweep")["rows"]
+    assert (before["merge_method"], row["merge_method"], row["merge_metric"]) == ("bipartite", "leader", "key")
     accuracies = [f"{100 * each['merged']['accuracy']:.1f}" for each in (before, row)]
     assert f"{row['speedup']['median']:.2f} times as fast" in result and " -> ".join(accuracies) in result
     assert ("slower than unmerged" in result) == (row["speedup"]["median"] < 1)
