@@ -21,6 +21,7 @@ two cores. With --small, 6 layers of the published widths, --batch_size 1 4 --r 
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -29,36 +30,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import matplotlib
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-matplotlib.use("Agg")  # there may be no screen
-from matplotlib import pyplot as plt
-
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from matplotlib import pyplot as plt
 
 from benchmarks.published_models import DTYPES, check_outputs
 from benchmarks.speed_rows import Cell, Fields, SpeedArguments, check_backend, check_names, write_results
 from cost_tome_perceiver import ForwardCost, forward_cost
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
-from experiments.files import write_whole
 from experiments.measurement import (
     Quartiles,
     Timing,
     peak_memory_mb,
     time_interleaved,
 )
+from experiments.publishing import picture_style
+from experiments.publishing.picture_style import MERGED, POINTS, add_legend, save_picture
 from experiments.publishing.tables import markdown_table
 from merging_tome_perceiver import product_flops
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 STOCK = "stock"
+PICTURE = "throughput.png"
 COMPILERS: dict[str, Callable[..., None]] = {
     # It takes a stock model too: nothing that it asks for is ours.
     "layers": ToMePerceiverPreTrainedModel.compile_repeated_blocks,
@@ -342,23 +342,47 @@ Outputs at r = 0 differ from stock's by {table.outputs_difference:.1e} of the la
 
 
 def draw(tables: list[Table], path: Path) -> None:
-    """The speed-up that was measured against the one that the FLOPs imply, a colour for each cell."""
-    figure, axes = plt.subplots(figsize=(7, 6), constrained_layout=True)
-    for index, table in enumerate(tables):
-        medians = [row.speedup.median for row in table.rows]
-        errors = [
-            [median - row.speedup.lower for median, row in zip(medians, table.rows, strict=True)],
-            [row.speedup.upper - median for median, row in zip(medians, table.rows, strict=True)],
-        ]
+    """A panel for each cell: the speed-up of each variant, and the one that its FLOPs imply."""
+    longest = max(len(table.rows) for table in tables)
+    figure, panels = plt.subplots(
+        1, len(tables), figsize=(3 + 4 * len(tables), 1.5 + 0.3 * longest), squeeze=False, layout="constrained"
+    )
+    for axes, table in zip(panels[0], tables, strict=True):
+        for place, row in enumerate(table.rows):
+            speedup = row.speedup
+            error = [[speedup.median - speedup.lower], [speedup.upper - speedup.median]]
+            color, label = _color_and_label(row.name)
+            axes.errorbar(speedup.median, place, xerr=error, fmt="o", color=color, label=label, **POINTS)
         implied = [row.implied_speedup for row in table.rows]
-        axes.errorbar(implied, medians, errors, fmt="o", capsize=3, markersize=4, color=f"C{index}", label=table.cell)
-    most = max(row.implied_speedup for table in tables for row in table.rows)
-    axes.plot([0, most], [0, most], "--", color="gray", label="all that the FLOPs imply")
-    axes.set(xlabel="speed-up that the FLOPs imply", ylabel="speed-up over stock, median and quartiles")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    write_whole(path, lambda partial_path: figure.savefig(partial_path, dpi=110, format="png"))
-    plt.close(figure)
+        axes.plot(implied, range(len(implied)), "|", color="black", markersize=12, label="all that its FLOPs imply")
+        axes.axvline(1, color="lightgray", linewidth=0.8, zorder=0)
+        axes.set_yticks(range(len(table.rows)), [row.name for row in table.rows], fontsize=9)
+        axes.set(title=table.cell, xlabel="times as fast as stock, median and quartiles", xlim=(0, None))
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+    add_legend(figure, panels[0], columns=4)
+    save_picture(figure, path)
+
+
+def _color_and_label(name: str) -> tuple[Any, str]:
+    """Of a row by its name, as in all pictures."""
+    if name.startswith(STOCK):
+        return picture_style.STOCK, "stock"
+    return (picture_style.UNMERGED, "unmerged") if name.startswith("r = 0") else (MERGED(0.75), "merged")
+
+
+def redraw(folder: Path) -> Path:
+    """Draw the picture anew from the `throughput.json` in a folder, and return where it is."""
+    report = json.loads((folder / "throughput.json").read_text())
+    tables = []
+    for cell in report["cells"]:
+        rows = [
+            Row(**{name: Quartiles(**value) if isinstance(value, dict) else value for name, value in row.items()})
+            for row in cell.pop("rows")
+        ]
+        tables.append(Table(**cell, rows=rows))
+    draw(tables, folder / PICTURE)
+    return folder / PICTURE
 
 
 def main() -> None:
@@ -372,9 +396,9 @@ def main() -> None:
         # After each cell, so that a stop in a long one leaves what was measured before.
         figures = {"cells": [asdict(each) for each in tables]}
         text = write_results(arguments, "throughput", figures, map(as_markdown, tables))
-        draw(tables, Path(arguments.output_dir) / "throughput.png")
+        draw(tables, Path(arguments.output_dir) / PICTURE)
     print(text, end="")
-    print(f"written to {arguments.output_dir}: throughput.json, throughput.md and throughput.png")
+    print(f"written to {arguments.output_dir}: throughput.json, throughput.md and {PICTURE}")
 
 
 if __name__ == "__main__":

@@ -18,15 +18,15 @@ RESULTS = ROOT / "docs" / "results"
 
 def test_every_picture_below_a_folder_is_drawn_anew(tmp_path):
     """From figures of today's form and of older ones, and nothing else is touched."""
-    for name in ("fashion_mnist", "budgets/128_ward", "scaling"):
+    for name in ("fashion_mnist", "budgets/128_ward", "scaling", "throughput/batch_1"):
         shutil.copytree(RESULTS / name, tmp_path / name)
-    pictures = [*tmp_path.rglob("sweep.png"), *tmp_path.rglob("scaling.png")]
+    pictures = [path for path in tmp_path.rglob("*.png") if path.name in redraw.DRAW]
     for picture in pictures:
         picture.write_bytes(b"old")
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path not in pictures}
     result = run_script("benchmarks/redraw.py", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.split()) == sorted(map(str, pictures)) and len(pictures) == 3
+    assert sorted(result.stdout.split()) == sorted(map(str, pictures)) and len(pictures) == 4
     for picture in pictures:
         with Image.open(picture) as image:
             assert len(image.convert("RGB").getcolors(1 << 24)) > 50
@@ -34,7 +34,7 @@ def test_every_picture_below_a_folder_is_drawn_anew(tmp_path):
 
 
 def test_bad_input_is_one_line(tmp_path):
-    with pytest.raises(BadInput, match="^folders .*: allowed are folders with a sweep.png or a scaling.png"):
+    with pytest.raises(BadInput, match="^folders .*: allowed are folders with a sweep.png or a scaling.png or "):
         redraw.main([str(tmp_path)])
     (tmp_path / "sweep.png").touch()
     (tmp_path / "sweep_results.json").write_text(json.dumps({"rows": [{"flops_ratio": 0.7}]}))
