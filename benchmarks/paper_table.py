@@ -249,12 +249,13 @@ def draw(tasks: Sequence[Task], path: Path) -> None:
     )
     shares = [gflops / PAPER["gflops"][0] for gflops in PAPER["gflops"]]
     series = list(dict.fromkeys(row.series for task in tasks for row in task.rows if row.strength is None))
-    colors = {"r": CONTROL(0.75)} | dict(zip(series, shades(MERGED, len(series)), strict=True))
+    series = ["r", *series]
+    colors = dict(zip(series, shades(MERGED, len(series)), strict=True))
     for axes, task in zip(panels[0], tasks, strict=True):
         for stage, style in zip(STAGES, ("-", ":"), strict=True):
             scores = PAPER["tasks"][task.name][stage]
             axes.plot(
-                shares, [score - scores[0] for score in scores], style, marker=".", color=UNMERGED,
+                shares, [score - scores[0] for score in scores], style, marker=".", color=CONTROL(0.75),
                 label=f"the paper, constant r, {stage}",
             )  # fmt: skip
         for index, (name, color) in enumerate(colors.items()):
