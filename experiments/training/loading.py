@@ -114,7 +114,8 @@ def load_model(
         model, loaded = model_class.from_pretrained(
             arguments.model_name_or_path,
             config=config,
-            ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
+            # What may not be ignored is found below, where it gets its name.
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
             **arguments.download_options(),
         )
@@ -128,13 +129,14 @@ def load_model(
 
 def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], new_head: bool) -> None:
     """Check that nothing but a head began at random, and that nothing else was left out: transformers only warns."""
-    for what, names in (
-        ("lack", loaded["missing_keys"]),
-        ("have, beyond what the config has room for,", loaded["unexpected_keys"]),
-        ("have of another shape than the config", [entry[0] for entry in loaded["mismatched_keys"]]),
+    mismatched = [entry[0] for entry in loaded["mismatched_keys"]]
+    for what, names, new in (
+        ("lack", loaded["missing_keys"], new_head),
+        ("have, beyond what the config has room for,", loaded["unexpected_keys"], new_head),
+        ("have of another shape than the config", mismatched, arguments.ignore_mismatched_sizes),
     ):
         counted = [name for name in names if not name.endswith(UNIMPORTANT)]
-        wrong = sorted(name for name in counted if not (new_head and name.startswith(HEADS)))
+        wrong = sorted(name for name in counted if not (new and name.startswith(HEADS)))
         if wrong:
             raise BadInput(
                 f"--model_name_or_path {arguments.model_name_or_path}: its weights {what} {wrong[0]}"
