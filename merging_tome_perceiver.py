@@ -131,7 +131,7 @@ def match_bipartite(metric: Tensor, r: int, sizes: Tensor | None = None, depth: 
 
     Source: Bolya et al. (2023), section 3.
     """
-    edge_score, edge_target = _cosine_similarity(metric, EVENS, ODDS).max(dim=-1)
+    edge_score, edge_target = _best_edges(_cosine_similarity(metric, EVENS, ODDS))
     return _match_edges(edge_score, edge_target, metric.shape[1], r)
 
 
@@ -155,7 +155,7 @@ def match_size_penalty(metric: Tensor, r: int, sizes: Tensor | None = None, dept
     attraction = (_cosine_similarity(metric, EVENS, ODDS) + 1) / 2
     if sizes is not None:
         attraction = attraction * (sizes[:, EVENS, None] * sizes[:, None, ODDS]) ** -SIZE_TEMPERATURE
-    edge_score, edge_target = attraction.max(dim=-1)
+    edge_score, edge_target = _best_edges(attraction)
     return _match_edges(edge_score, edge_target, metric.shape[1], r)
 
 
@@ -363,6 +363,14 @@ def _cosine_similarity(metric: Tensor, rows: slice = EVERY, columns: slice = EVE
     autocast = torch.is_autocast_enabled(metric.device.type)
     with torch.autocast(metric.device.type, enabled=False) if autocast else nullcontext():
         return torch.bmm(metric[:, rows], metric[:, columns].transpose(1, 2))
+
+
+def _best_edges(score: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of K positions the best of J edges and where it ends, both (B, K); scores are (B, K, J)."""
+    if score.shape[2] == 1:
+        # Of two or three latents. Compiled for any number of them, PyTorch 2.13 fails on a maximum over one entry.
+        return score[:, :, 0], torch.zeros_like(score[:, :, 0], dtype=torch.int64)
+    return score.max(dim=2)
 
 
 def _match_edges(edge_score: Tensor, edge_target: Tensor, num_latents: int, r: int) -> Match:

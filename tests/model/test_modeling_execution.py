@@ -3,10 +3,12 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
 
+from merging_tome_perceiver import match_bipartite
 from tests.support.tiny_merges import (
     AT_START,
     DUPLICATES,
@@ -285,3 +287,14 @@ def test_copies_merge_alike_and_apart(head, duplicate):
     assert run(copied, inputs).base.latent_sizes.shape == (2, 12)
     assert model.r == R_LIST
     assert torch.equal(run(model, inputs).logits, expected)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="PyTorch compiles with a C++ compiler")
+def test_compiled_matching_serves_any_number_of_latents_down_to_two():
+    """With PyTorch's own backend, whose code for a maximum over a single entry fails (2.13)."""
+    torch.compiler.reset()
+    compiled = torch.compile(match_bipartite, dynamic=True)
+    for latents, r in ((12, 3), (9, 2), (3, 1), (2, 1)):
+        metric = torch.randn(4, latents, 8, generator=torch.Generator().manual_seed(latents))
+        for found, expected in zip(compiled(metric, r), match_bipartite(metric, r), strict=True):
+            assert found.equal(expected), (latents, r)
