@@ -143,13 +143,13 @@ class Sweep:
             (row, variant) for row, variant in zip(self.results.rows, self.variants, strict=True) if stage not in row
         ]
         # What all are compared with comes first.
-        missing.sort(key=lambda cell: not self._is_unmerged(cell[0]))
+        missing.sort(key=lambda cell: not self._is_unmerged(cell[1]))
         for row, variant in (bar := tqdm(missing, desc=stage, unit="cell", disable=not self.writes)):
             bar.set_description(f"{stage} {variant.name}")
             trainer = trainer_for(variant)
             start = time.perf_counter()
             evaluation = evaluate(trainer, self.loaded.prepared, stage)
-            row[stage] = scores(evaluation.metrics, stage) | self._change(evaluation, stage, variant, row)
+            row[stage] = scores(evaluation.metrics, stage) | self._change(evaluation, stage, variant)
             self.results.spend(f"evaluating {stage}", start)
             say(f"{stage} {variant.name}: {results_line(stage, evaluation.metrics)}")
             if self.writes:
@@ -186,10 +186,10 @@ class Sweep:
         self.results.spend("timing", start)
         self.results.save(self.output_dir)
 
-    def _change(self, evaluation: Evaluation, stage: str, variant: Variant, row: Row) -> dict[str, float]:
+    def _change(self, evaluation: Evaluation, stage: str, variant: Variant) -> dict[str, float]:
         """What has changed from the unmerged checkpoint, example by example; predictions stay on disk for it."""
         folder = self.output_dir / PREDICTIONS
-        compared = stage == "merged" and self._is_unmerged(row)
+        compared = stage == "merged" and self._is_unmerged(variant)
         before: dict[str, np.ndarray] = {}
         for suffix, predicted in evaluation.predictions.items():
             unmerged = folder / f"unmerged{suffix}.npy"
@@ -201,8 +201,8 @@ class Sweep:
                 before[suffix] = np.load(unmerged)
         return changes(self.loaded.prepared.kind, evaluation, before)
 
-    def _is_unmerged(self, row: Row) -> bool:
-        return not sum(row["r"]) and row["num_blocks"] == self.baseline.merging.num_blocks
+    def _is_unmerged(self, variant: Variant) -> bool:
+        return not variant.merging.merges(self.baseline.merging.asked_of(self.loaded.model.config))
 
     def _retrain(self) -> None:
         """Train the checkpoint, evaluate it with every merge, and write its card.

@@ -15,7 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PerceiverImageProcessorPil, PerceiverTokenizer
 
+from budget_tome_perceiver import Merging
 from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.merging.arguments import MergeArguments
 from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
 from tests.support.script_run import bad_input_line, call_script, run_script
 from tests.support.tiny_images import LABELS, MODEL, write_images
@@ -314,6 +316,28 @@ def test_fixed_groups_are_rows_beside_matching(inputs, tmp_path):
     assert rows[matched]["fields"]["merge_groups"] is None and rows[grouped]["fields"]["merge_groups"]
     assert rows[grouped]["merge_method"] == "groups" and rows[grouped]["latents_left"] < 8
     assert all(rows[name]["flops_ratio"] <= 0.99 for name in (matched, grouped))
+
+
+def test_learned_latents_that_merge_before_the_layers_are_compared_with_none(inputs, tmp_path, monkeypatch):
+    """Such a row merges nothing in the layers, and is not what others are compared with."""
+
+    def resolve(arguments, model, *rest):
+        if arguments.has_budget:
+            groups = [0, 0, *range(1, model.config.num_latents - 1)]
+            Merging.of(model.config).by(0, latent_groups=groups).apply(model.config)
+
+    monkeypatch.setattr(MergeArguments, "resolve", resolve)
+    call_script(
+        "eval_sweep.py", *inputs, "--r", 1, "--flops_ratio", 0.99, "--merge_metric", "key", "hidden",
+        "--timing_rounds", 0, "--output_dir", tmp_path / "sweep",
+    )  # fmt: skip
+    unmerged, *rows = read(tmp_path / "sweep")["rows"]
+    assert "accuracy_change" not in unmerged["merged"] and [row["r"][0] for row in rows] == [1, 0, 1, 0]
+    before = unmerged["merged"]["accuracy"]
+    for row in rows:
+        assert row["merged"]["accuracy_change"] == pytest.approx(row["merged"]["accuracy"] - before), row["name"]
+    predicted = tmp_path / "sweep" / "predictions"
+    assert (predicted / "unmerged.npy").read_bytes() == (predicted / "merged_r0.npy").read_bytes()
 
 
 def test_a_share_of_the_time_is_a_row(inputs, tmp_path):
