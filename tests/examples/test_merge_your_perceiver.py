@@ -25,6 +25,13 @@ def test_every_cell_runs(monkeypatch):
     assert "as saved, latents left at the end:" in printed
 
 
-def test_what_is_committed_names_no_machine():
-    """No path from the root of a disk: nothing stands between two slashes."""
-    assert not re.search(r"/\w+/", NOTEBOOK.read_text())
+def test_what_is_committed_was_executed_and_names_no_machine():
+    """Every cell in its order, with what it gave; no path from the root of a disk, so nothing between two slashes."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    for cell in code:
+        for output in cell.outputs:
+            output.get("data", {}).pop("image/png", None)
+    assert not re.search(r"/\w+/", nbformat.writes(notebook))
