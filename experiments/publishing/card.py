@@ -26,7 +26,7 @@ from experiments.publishing.schedule_picture import draw_schedule
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.tasks.base import Source
 
-R = int | list[int]
+R = int | list[int] | str
 
 CARD_FILE = "README.md"
 SCHEDULE_FILE = "schedule.png"
@@ -71,7 +71,7 @@ class Measured:
 
     Attributes:
         name: of the row.
-        r: of the config.
+        r: as `shown_r` gives it.
         metrics: figures by name, each with its standard error under NAME_stderr; also changes from another row.
     """
 
@@ -92,6 +92,14 @@ class Measured:
 def metric_name(metric: str) -> str:
     """A metric as people write it."""
     return METRIC_NAMES.get(metric, metric.replace("_", " ").capitalize())
+
+
+def shown_r(merging: Merging | ToMePerceiverConfig) -> R:
+    """What stands in the column r: a config's r, and in words what fixed groups merge, of which r says nothing."""
+    if not (merging.merge_groups or merging.latent_groups):
+        return merging.r
+    merges = any(merging.r) if isinstance(merging.r, list) else merging.r
+    return f"fixed groups, then {spelled_r(merging.r)}" if merges else "fixed groups"
 
 
 def results_table(measured: Sequence[Measured]) -> str:

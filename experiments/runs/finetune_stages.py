@@ -15,7 +15,7 @@ from budget_tome_perceiver import Merging, undisturbed
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.files import save_whole
 from experiments.merging.arguments import MergeArguments
-from experiments.publishing.card import Card, Measured, WhatMerges, measured_in
+from experiments.publishing.card import Card, Measured, WhatMerges, measured_in, shown_r
 from experiments.runs.ending import Ending, cost_and_speed
 from experiments.runs.start import Loaded
 from experiments.training.evaluation import Evaluation, evaluate_and_save
@@ -252,7 +252,7 @@ class Run:
     @cached_property
     def measured(self) -> list[Measured]:
         """The figures of each stage, for the card and the end of the run."""
-        r = self.model.r
+        r = shown_r(self.model.config)
         last = "retrained" if self.retrains else "trained"
         stages = [("eval", f"{last} for every r" if self.retraining.elastic else last, self.output_dir, r)]
         if self.retrains:

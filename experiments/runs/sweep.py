@@ -20,7 +20,7 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
 from experiments.files import save_whole, write_whole
 from experiments.measurement import Quartiles, describe_environment, peak_memory_mb, time_interleaved
-from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerges, scores
+from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerges, scores, shown_r
 from experiments.publishing.hub import HubRepository, push_checkpoint
 from experiments.runs.start import Loaded
 from experiments.runs.sweep_arguments import SweepArguments, Variant, unmerged
@@ -247,7 +247,9 @@ class Sweep:
         return trainer
 
     def _write_its_card(self, variant: Variant, row: Row, trainer: Trainer) -> None:
-        measured = [Measured(name, trainer.model.config.r, row[stage]) for stage, name in self._stage_names.items()]
+        measured = [
+            Measured(name, shown_r(trainer.model.config), row[stage]) for stage, name in self._stage_names.items()
+        ]
         self._write_retrained_card(variant.branch, trainer.model.config, measured, variant.name, self._timed(row))
 
     def _timed(self, row: Row) -> tuple[Quartiles, int] | None:
@@ -305,7 +307,7 @@ class Sweep:
     def _measured(self, *stages: str) -> list[Measured]:
         """The figures of every row, for cards."""
         return [
-            Measured(_named(self._stage_names[stage], variant), variant.merging.r, row[stage])
+            Measured(_named(self._stage_names[stage], variant), shown_r(variant.merging), row[stage])
             for variant, row in zip(self.variants, self.results.rows, strict=True)
             for stage in stages
             if stage in row
@@ -340,7 +342,7 @@ class Sweep:
             save_whole(folder, model.save_pretrained)
             save_whole(folder, self.loaded.prepared.processing_class.save_pretrained)
             unmerged = Measured("unmerged", 0, self.results.rows[0]["merged"])
-            merged = Measured(self._stage_names["merged"], model.config.r, row["merged"])
+            merged = Measured(self._stage_names["merged"], shown_r(model.config), row["merged"])
             self._row_card(model.config, [unmerged, merged], variant.name, self._timed(row)).write(folder)
         return folder
 

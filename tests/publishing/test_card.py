@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from PIL import Image
 from transformers import PerceiverTokenizer, TrainingArguments
 
+from budget_tome_perceiver import Merging
+from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.measurement import Quartiles, describe_environment
 from experiments.publishing.card import (
     AUTO_CLASSES,
@@ -28,6 +31,7 @@ from experiments.publishing.card import (
     measured_in,
     results_table,
     scores,
+    shown_r,
 )
 from experiments.tasks.base import Source
 from experiments.training.identity import training_fields
@@ -101,6 +105,20 @@ def test_what_has_changed_stands_beside_the_figure():
         "| unmerged | 0 | 0.5000 ± 0.1000 |  |",
         "| merged | 2 | 0.4000 ± 0.1000 | -0.1000 ± 0.0200 |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"r": 2}, 2),
+        ({"r": [2, 0, 0, 0, 0, 0]}, [2, 0, 0, 0, 0, 0]),
+        ({"r": 0, "latent_groups": [0, 0, 1]}, "fixed groups"),
+        ({"r": [1, 0], "latent_groups": [0, 0, 1]}, "fixed groups, then 1,0"),
+        ({"r": 0, "merge_groups": [[0, 0, 1]]}, "fixed groups"),
+    ],
+)
+def test_fixed_groups_are_not_shown_as_an_r_of_nothing(fields, shown):
+    assert shown_r(replace(Merging.none(ToMePerceiverConfig()), **fields)) == shown
 
 
 def test_what_was_not_measured_is_no_row(tmp_path):
