@@ -102,7 +102,8 @@ SEARCHED_METHODS = ("bipartite", "leader", "k_center", "ward")
 # and `leader` 0.6 (docs/results/language); on one of images it lost 1.0 and 0.6 (docs/results/choice).
 UNSEEN_METHOD, UNSEEN_METRIC = "leader", "key"
 GROUPS = "groups"
-# What a search may spend: minutes on two cores at the published shapes, seconds on a small model.
+# What a search may spend on ranking: minutes on two cores at the published shapes, seconds on a small model. Fixed
+# groups are not held to it yet, and run a model of many layers anew for each layer that merges.
 SEARCH_FLOPS = 3e13
 # Of the first candidates, how many shapes and how many ways to match are combined; of all those, how many are improved,
 # and how many the other half of the samples judges.

@@ -25,7 +25,6 @@ from experiments.errors import BadInput, exit_on_bad_input, naming
 from experiments.measurement import describe_environment
 from experiments.publishing.tables import with_error
 from experiments.tasks.glue import GlueDataArguments, load_glue_task
-from experiments.tasks.scores import SCORES
 from experiments.training.evaluation import evaluate
 from experiments.training.identity import noted_arguments, training_fields
 from experiments.training.model_arguments import ModelArguments
@@ -65,7 +64,7 @@ def main() -> None:
     environment = describe_environment()
     figures = {"arguments": noted, "environment": environment, "source": asdict(task.source), "metrics": found.metrics}
     write_json(Path(training.output_dir) / "baseline.json", figures)
-    metric = next(iter(SCORES[prepared.kind]))
+    metric = task.main_metric
     value, error = (100 * found.metrics[f"eval_{metric}{ending}"] for ending in ("", "_stderr"))
     parameters = sum(each.numel() for each in model.parameters()) / 1e6
     examples = len(prepared.evaluation[""])

@@ -248,8 +248,7 @@ def draw(tasks: Sequence[Task], path: Path) -> None:
         1, len(tasks), figsize=(4.6 * len(tasks) + 1, 5.6), squeeze=False, constrained_layout=True
     )
     shares = [gflops / PAPER["gflops"][0] for gflops in PAPER["gflops"]]
-    series = list(dict.fromkeys(row.series for task in tasks for row in task.rows if row.strength is None))
-    series = ["r", *series]
+    series = ["r", *dict.fromkeys(row.series for task in tasks for row in task.rows if row.strength is None)]
     colors = dict(zip(series, shades(MERGED, len(series)), strict=True))
     for axes, task in zip(panels[0], tasks, strict=True):
         for stage, style in zip(STAGES, ("-", ":"), strict=True):

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 from benchmarks.published_models import DTYPES, PublishedModel, check_outputs
-from benchmarks.speed_rows import Cell, Fields, SpeedArguments, write_results
+from benchmarks.speed_rows import Cell, Fields, SpeedArguments, read_back, write_results
 from cost_tome_perceiver import forward_cost
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
@@ -376,14 +376,8 @@ def draw(scaling: Scaling, title: str, path: Path) -> None:
 def redraw(folder: Path) -> Path:
     """Draw the picture anew from the `scaling.json` in a folder, and return where it is."""
     report = json.loads((folder / "scaling.json").read_text())
-    rows = [
-        Row(**{name: Quartiles(**value) if isinstance(value, dict) else value for name, value in row.items()})
-        for row in report["rows"]
-    ]
-    growth = [
-        Growth(**{name: Line(**value) if isinstance(value, dict) else value for name, value in each.items()})
-        for each in report["growth"]
-    ]
+    rows = [read_back(Row, Quartiles, row) for row in report["rows"]]
+    growth = [read_back(Growth, Line, each) for each in report["growth"]]
     scaling = Scaling(report["outputs_difference"], report["gflops_per_second"], rows, growth)
     draw(scaling, picture_title(report["settings"]), folder / PICTURE)
     return folder / PICTURE

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -32,6 +32,7 @@ from experiments.training.output_folder import write_json
 Fields = dict[str, Any]
 """Of a config, what merges; the others are as they are by default."""
 
+Figures = TypeVar("Figures")
 DEFAULT_LENGTH = [128]
 
 
@@ -206,6 +207,11 @@ def write_results(arguments: SpeedArguments, name: str, figures: Mapping[str, An
     text = "\n".join([*tables, *notes]) + "\n"
     write_text(output_dir / f"{name}.md", text)
     return text
+
+
+def read_back(kind: type[Figures], part: type, fields: Mapping[str, Any]) -> Figures:
+    """A dataclass again from what `asdict` made of it; its values that are mappings are all of one other dataclass."""
+    return kind(**{name: part(**value) if isinstance(value, dict) else value for name, value in fields.items()})
 
 
 def check_names(argument: str, names: Sequence[str], allowed: Collection[str]) -> None:

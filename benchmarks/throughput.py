@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from matplotlib import pyplot as plt
 
 from benchmarks.published_models import DTYPES, check_outputs
-from benchmarks.speed_rows import Cell, Fields, SpeedArguments, check_backend, check_names, write_results
+from benchmarks.speed_rows import Cell, Fields, SpeedArguments, check_backend, check_names, read_back, write_results
 from cost_tome_perceiver import ForwardCost, forward_cost
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
@@ -376,10 +376,7 @@ def redraw(folder: Path) -> Path:
     report = json.loads((folder / "throughput.json").read_text())
     tables = []
     for cell in report["cells"]:
-        rows = [
-            Row(**{name: Quartiles(**value) if isinstance(value, dict) else value for name, value in row.items()})
-            for row in cell.pop("rows")
-        ]
+        rows = [read_back(Row, Quartiles, row) for row in cell.pop("rows")]
         tables.append(Table(**cell, rows=rows))
     draw(tables, folder / PICTURE)
     return folder / PICTURE
