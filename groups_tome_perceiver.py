@@ -38,10 +38,14 @@ The model is in evaluation mode and merges in fixed groups before these layers, 
 the layers are counted from 0 as they run, and rise. Larger is more alike, on whatever scale."""
 
 
+class _Reached(Exception):
+    """The last layer that was asked for has run, and what comes after it is not needed."""
+
+
 def latent_similarities(
     model: Any, batch: Batch, layers: Collection[int], compared: Callable[[AttentionOutput], Tensor]
 ) -> list[Tensor]:
-    """Cosine similarity of something that attention hands on.
+    """Cosine similarity of something that attention hands on; the model runs no further than the last of the layers.
 
     Args:
         model, batch, layers: as for `Similarity`.
@@ -58,10 +62,14 @@ def latent_similarities(
             # As in matching: half precision is too coarse to compare in.
             each = F.normalize(each.to(torch.promote_types(each.dtype, torch.float32)), dim=-1)
             similarities.append(each @ each.transpose(1, 2))
+            if len(similarities) == len(layers):
+                raise _Reached
 
     hooks = [module.attention.register_forward_hook(note) for module in model.base_model.encoder.self_attends]
     try:
         model(**batch)
+    except _Reached:
+        pass
     finally:
         for hook in hooks:
             hook.remove()

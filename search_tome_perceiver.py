@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -102,8 +102,7 @@ SEARCHED_METHODS = ("bipartite", "leader", "k_center", "ward")
 # and `leader` 0.6 (docs/results/language); on one of images it lost 1.0 and 0.6 (docs/results/choice).
 UNSEEN_METHOD, UNSEEN_METRIC = "leader", "key"
 GROUPS = "groups"
-# What a search may spend on ranking: minutes on two cores at the published shapes, seconds on a small model. Fixed
-# groups are not held to it yet, and run a model of many layers anew for each layer that merges.
+# What a search spends, about: minutes on two cores at the published shapes, seconds on a small model.
 SEARCH_FLOPS = 3e13
 # Of the first candidates, how many shapes and how many ways to match are combined; of all those, how many are improved,
 # and how many the other half of the samples judges.
@@ -120,9 +119,13 @@ AT_START = (0.875, 0.75, 0.625, 0.5, 0.375)
 LEAST_ROWS = 32
 # Rows that are run at a time, and positions of each that are looked at where each has outputs of its own.
 ROWS, POSITIONS = 32, 16
-TIMED_ROUNDS = 25
-# Of what a search may spend: a second or so.
+# Rounds of timing, fewer where a pass is long: at least so many, and no more than a share of what a search may spend.
+TIMED_ROUNDS, LEAST_ROUNDS, TIMED_SHARE = 25, 5, 0.2
+# Rows of a timed pass, of what a search may spend: a second or so.
 TIMED_PASSES = 0.003
+# Of what a search may spend: fixed groups of one shape by one metric, which run the model anew for each layer that
+# merges. Merging once is always tried, and what is asked for alone.
+GROUPS_SHARE = 0.1
 # A way to match is not looked at further if its pass is slower than this, of the fastest; a candidate is not chosen.
 # FLOPs are asked for, and time is meant: `ward` takes one step after another, and few FLOPs.
 NOT_SLOW, FAST_ENOUGH = 0.75, 0.85
@@ -300,7 +303,8 @@ class Search:
         batches: samples without labels.
         cost: of a merging, as a share of the unmerged FLOPs.
         shapes, ways: whose combinations are tried.
-        passes: how many rows may be run, in unmerged passes.
+        passes: how many rows may be run, in unmerged passes; where these are few, it ends with what it has by then,
+            and the first steps and the last one are taken all the same.
         log_file: as for `choose_merging`.
         with_groups: whether fixed groups in the layers are tried.
         with_matching: whether matching is.
@@ -341,6 +345,8 @@ class Search:
             if found["searched"] == self.fingerprint:
                 self.divergences = found["divergences"]
         self.tried: set[str] = set()
+        self.asked: set[str] = set()
+        self.spent = 0.0
         self.bar: tqdm = tqdm(desc="choosing what merges", unit="candidate", disable=None)
 
     @property
@@ -370,7 +376,7 @@ class Search:
             combined += [_member(shape, way, shares[way.name], self.cost) for shape, way in product(shapes, ways)]
         if self.with_groups:
             combined += [each for shape in shapes for each in self._grouped(shape, shares[first_way.name])]
-        ranked = self._ranked(combined, 0.25, least=8, most=ROWS_COMBINED)
+        ranked = self._ranked(combined, 0.25, least=4, most=ROWS_COMBINED)
         improved = [self._improved(each) for each in ranked[:IMPROVED]]
         finalists = _distinct([*improved, *ranked])[:FINALISTS]
         # Where matching takes longer than it saves.
@@ -428,11 +434,17 @@ class Search:
         # Of fewer runs of shared blocks the groups would be others for each number of them.
         if free is None or free.num_blocks != config.num_blocks:
             return []
-        left = free.asked_of(config).latents_per_layer
+        asked = free.asked_of(config)
+        left = asked.latents_per_layer
+        merges = sum(after < before for before, after in pairwise([asked.latents_at_start, *left]))
+        compared = self._compared()
+        rows = sum(len(next(iter(batch.values()))) for batch in compared)
+        if self.with_matching and merges > 1 and merges * rows > GROUPS_SHARE * self.passes:
+            return []
         found = []
         for metric in ("key", "hidden"):
             with free.applied(config):
-                groups = fixed_groups(self.model, self._compared(), left, _similarity(metric))
+                groups = fixed_groups(self.model, compared, left, _similarity(metric))
             merging = self.ways[0].base.by(0, merge_groups=groups, latent_groups=free.latent_groups)
             found.append(Candidate(f"{shape.name}, {GROUPS} by {metric}", merging, self.cost(merging)))
         return found
@@ -472,7 +484,7 @@ class Search:
         there = _distinct(candidates)
         if len(there) < 2:
             return there
-        speedups = self._speedups(there, rounds=2)
+        speedups = self._speedups(there, most=2)
         return [each for each, speedup in zip(there, speedups, strict=True) if speedup >= NOT_SLOW * max(speedups)]
 
     def _improved(self, best: Candidate) -> Candidate:
@@ -483,6 +495,8 @@ class Search:
         for _ in range(POSTPONED):
             families = _some(list(postponed(self.model.config, best.merging)), MOVES)
             count = min(ROWS_COMBINED, self._affordable(0.1, IMPROVED * max(len(families), 1), least=4))
+            if self.spent + ratio * len(families) * count > self.passes:
+                return best
             members = [weakest_member(family, ratio, self.cost) for family in families]
             found = min(
                 (member for member in members if member is not None),
@@ -502,6 +516,10 @@ class Search:
     def _each(self, merging: Merging, half: int, rows: int | None) -> list[float]:
         """Divergences of the first rows of a half; of a text's positions, those that are no padding."""
         key = json.dumps([merging.key, half, rows])
+        if key not in self.asked:
+            # Found in the log or not: a search that goes on takes the same steps.
+            self.asked.add(key)
+            self.spent += self.cost(merging) * (self.rows if rows is None else rows)
         if key not in self.divergences:
             outputs = self._outputs(merging, self.halves[half], rows)
             before = self._outputs_before(half, rows, outputs)
@@ -578,7 +596,7 @@ class Search:
             candidate = replace(candidate, merging=tighter, flops_ratio=self.cost(tighter))
         return None
 
-    def _speedups(self, candidates: Sequence[Candidate], rounds: int = TIMED_ROUNDS) -> list[float]:
+    def _speedups(self, candidates: Sequence[Candidate], most: int = TIMED_ROUNDS) -> list[float]:
         """Times as fast as unmerged for the first batch of samples, or its first rows if these take a second."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Several processes would not measure the same, and have to choose the same.
@@ -589,7 +607,9 @@ class Search:
                 self.model(**self.timed_batch)
 
         variants = [Merging.none(self.model.config), *(each.merging for each in candidates)]
-        seconds = interleaved_seconds(run, variants, rounds)
+        rows = len(next(iter(self.timed_batch.values())))
+        affordable = int(TIMED_SHARE * self.passes / (rows * len(variants)))
+        seconds = interleaved_seconds(run, variants, min(most, max(LEAST_ROUNDS, affordable)))
         return [median(taken[0] / taken[index] for taken in seconds) for index in range(1, len(variants))]
 
     def _fingerprint(self) -> str:

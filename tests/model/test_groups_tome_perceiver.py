@@ -101,6 +101,19 @@ def test_layers_are_told_apart_and_the_same_whichever_are_asked_for(similarity):
     assert all((every[layer] - every[layer + 3]).abs().max() > 1e-4 for layer in range(3))
 
 
+def test_a_model_runs_no_further_than_the_layers_that_are_compared():
+    model, inputs = tiny_model(TEXT).requires_grad_(False), tiny_inputs(TEXT)
+    ran = []
+    modules = [*model.base_model.encoder.self_attends, model.base_model.decoder]
+    hooks = [module.register_forward_hook(lambda *of: ran.append(of[0])) for module in modules]
+    SIMILARITIES["key"](model, inputs, [1, 2])
+    for hook in hooks:
+        hook.remove()
+    # Of the last one, attention alone.
+    assert ran == modules[:2]
+    assert len(run(model, inputs).logits) == len(inputs["input_ids"])
+
+
 @pytest.mark.parametrize("similarity", sorted(SIMILARITIES))
 def test_a_row_is_the_same_alone_and_in_a_batch(similarity):
     """Texts are padded in the batch and not alone."""

@@ -220,6 +220,41 @@ def test_enough_samples_are_not_warned_of():
         tiny_model(HEAD).merge_to(flops_ratio=0.9, samples=batches(2, rows=16))
 
 
+def test_a_large_model_is_searched_on_few_passes(monkeypatch):
+    """Of 26 layers, and allowed 280 passes, as the published language model is. Rows are counted whole, on however few
+    latents they run."""
+    model = tiny_model(HEAD, num_blocks=1, num_self_attends_per_block=26)
+    unmerged = Merging.none(model.config).asked_of(model.config)
+    one_pass = forward_cost(unmerged, SHAPE, type(model).__name__).total_with_matching
+    monkeypatch.setattr(search, "SEARCH_FLOPS", 280 * one_pass)
+    rows, counts = [], []
+
+    def seconds(run, variants, rounds, bar=None):
+        counts.append(rounds)
+        return [[[run(each), 1.0][1] for each in variants] for _ in range(rounds + 1)][1:]
+
+    monkeypatch.setattr(search, "interleaved_seconds", seconds)
+    for layer in model.base_model.encoder.self_attends:
+        layer.register_forward_hook(lambda module, given, output: rows.append(len(given[0])))
+    model.merge_to(flops_ratio=0.6, samples=batches(4, rows=16))
+    assert sum(rows) / 26 < 2.5 * 280
+    assert max(counts) < search.TIMED_ROUNDS
+
+
+def test_groups_that_merge_in_many_layers_are_left_out_where_passes_are_few(monkeypatch):
+    """Each such layer runs the samples anew. Asked for alone they are tried."""
+    given = {"flops_ratio": 0.9, "samples": batches(), "schedules": ["constant"]}
+
+    def grouped(*methods):
+        choice = tiny_model(HEAD).merge_to(**given, merge_methods=methods)
+        return [each for each in choice.candidates if each.merging.merge_groups is not None]
+
+    assert grouped("bipartite", "groups")
+    monkeypatch.setattr(search, "GROUPS_SHARE", 1e-9)
+    assert not grouped("bipartite", "groups")
+    assert grouped("groups")
+
+
 def test_a_stopped_search_goes_on(tmp_path, monkeypatch):
     """From its log; not with other samples."""
     model, log = tiny_model(HEAD), tmp_path / "out" / "search.json"
