@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from budget_tome_perceiver import undisturbed
 from experiments.errors import BadInput
 from experiments.tasks.base import LABELS, Batch
 from experiments.tasks.scores import NOT_ASKED
@@ -31,8 +32,8 @@ MAP_FILE = "teacher_map.safetensors"
 STANDARDISED_ON = 256
 STANDARDISED_AT_ONCE = 32
 LEAST_DEVIATION = 1e-6
-# A teacher's dimension that varies less than this says nothing.
-CONSTANT = 1e-3
+# Of the states' mean square, added to each in fitting the map.
+RIDGE = 1e-3
 
 
 class TeacherMap(nn.Module):
@@ -56,12 +57,17 @@ class TeacherMap(nn.Module):
         self.deviation.copy_(states.std(dim=0).clamp(min=LEAST_DEVIATION))
 
     @torch.no_grad()
-    def read_off(self) -> None:
-        """Begin with states whose first T dimensions are the teacher's, as `start_from_bert` makes them."""
-        told = self.deviation > CONSTANT
-        diagonal = self.linear.weight.diagonal()
-        diagonal.copy_(torch.where(told, 1 / self.deviation, 0.0))
-        self.linear.bias.copy_(torch.where(told, -self.mean / self.deviation, 0.0))
+    def fit(self, states: Tensor, teachers: Tensor) -> None:
+        """Begin with what reads the teacher's states (number, T) off a student's (number, D) best, by least squares:
+        for a student that knows them already."""
+        known, wanted = states.double(), (teachers.double() - self.mean) / self.deviation
+        mean = known.mean(dim=0)
+        known = known - mean
+        squares = known.T @ known
+        squares += RIDGE * squares.diagonal().mean() * torch.eye(len(squares), device=squares.device)
+        weight = torch.linalg.solve(squares, known.T @ wanted).T
+        self.linear.weight.copy_(weight)
+        self.linear.bias.copy_(wanted.mean(dim=0) - weight @ mean)
 
     def distance(self, states: Tensor, teachers: Tensor) -> Tensor:
         """The mean squared error, a scalar, of states (number, D) for those of the teacher (number, T)."""
@@ -104,14 +110,14 @@ class TaughtTrainer(TaskTrainer):
         self._unmasked = self._states = torch.empty(0)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is None:
-            self._standardise()
         handle = self.model.embedding_decoder.register_forward_pre_hook(self._hold_states)
         attention = self.model.config._attn_implementation
         if self.args.bf16 and self.args.device.type == "cpu":
             # There the fused kernel goes back through bfloat16 more slowly than the products one by one.
             self.model.set_attn_implementation("eager")
         try:
+            if resume_from_checkpoint is None:
+                self._begin_map()
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             handle.remove()
@@ -164,19 +170,25 @@ class TaughtTrainer(TaskTrainer):
         self._states = args[0]  # (B, P, D)
 
     @torch.no_grad()
-    def _standardise(self) -> None:
-        """Take the teacher's mean and deviation from some training examples, in every process from the same."""
-        found = []
+    def _begin_map(self) -> None:
+        """Take the teacher's mean and deviation from some training examples, in every process from the same; and fit
+        the map on them if the model has, from the start or from an earlier training, the teacher's layers."""
+        wanted, known = [], []
+        knows = why_not_from_bert(self.model.config, self.teacher.model) is None
         count, examples = len(self.train_dataset), self.train_dataset
         places = range(0, count, max(1, count // STANDARDISED_ON))[:STANDARDISED_ON]
-        for start in range(0, len(places), STANDARDISED_AT_ONCE):
-            some = [examples[place] for place in places[start : start + STANDARDISED_AT_ONCE]]
-            batch = self._prepare_inputs(self.data_collator(some))
-            states = self.teacher.states(unmasked(batch), batch["attention_mask"])
-            found.append(states[batch["attention_mask"].bool()])
-        self.teacher_map.standardise_by(torch.cat(found))
-        if why_not_from_bert(self.model.config, self.teacher.model) is None:
-            self.teacher_map.read_off()
+        with undisturbed(self.model):
+            for start in range(0, len(places), STANDARDISED_AT_ONCE):
+                some = [examples[place] for place in places[start : start + STANDARDISED_AT_ONCE]]
+                batch = self._prepare_inputs(self.data_collator(some))
+                ids, mask = unmasked(batch), batch["attention_mask"]
+                wanted.append(self.teacher.states(ids, mask)[mask.bool()])
+                if knows:
+                    self.model(ids, attention_mask=mask)
+                    known.append(self._states[:, : mask.shape[1]][mask.bool()])
+        self.teacher_map.standardise_by(torch.cat(wanted))
+        if knows:
+            self.teacher_map.fit(torch.cat(known), torch.cat(wanted))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -110,15 +110,15 @@ def test_the_bias_is_the_frequency_of_tokens(started):
     assert frequencies.sum().item() == pytest.approx(1, rel=1e-4) and frequencies.argmax() == TOKENS - 1
 
 
-def test_the_map_of_states_begins_with_the_teachers_dimensions(started, teacher):
+def test_the_map_of_states_begins_with_what_reads_the_teachers_off_best(started, teacher):
     ids, mask = texts(5)
     wanted = teacher.states(ids, mask)[mask.bool()]
     wanted[:, 3] = 0.5  # a dimension that says nothing
-    states = torch.cat([wanted, torch.randn(len(wanted), ROOM - WIDTH)], dim=1)
+    states = torch.cat([wanted, torch.randn(len(wanted), ROOM - WIDTH)], dim=1) @ torch.randn(ROOM, ROOM) + 1
     readers = [TeacherMap(ROOM, WIDTH) for _ in range(2)]
     for reader in readers:
         reader.standardise_by(wanted)
-    readers[1].read_off()
+    readers[1].fit(states, wanted)
     assert [reader.distance(states, wanted).item() for reader in readers] == pytest.approx([1, 0], abs=0.04)
 
 

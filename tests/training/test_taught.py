@@ -72,7 +72,7 @@ def test_the_loss_is_of_standardised_states_where_there_is_text_and_of_masked_to
     model, task, _ = prepared
     trainer = trainer_for(model, task, tmp_path)
     trainer.current_gradient_accumulation_steps = 1
-    trainer._standardise()
+    trainer._begin_map()
     batch = task.collate([task.train[index] for index in range(len(task.train))])
     assert not batch["attention_mask"].all() and batch["labels"].shape[1] > batch["input_ids"].shape[1]
     handle = model.embedding_decoder.register_forward_pre_hook(trainer._hold_states)
