@@ -192,8 +192,7 @@ def _child(
         multiprocessing.current_process().name = "MainProcess"
         # A search lets the clock decide between what is level; two runs that are compared have to decide alike.
         search_tome_perceiver.interleaved_seconds = lambda run, variants, rounds, bar=None: [[1.0] * len(variants)]
-        # Theirs is shared by all forks, and a killed one may hold it.
-        tqdm.set_lock(threading.RLock())
+        _own_lock(tqdm)
         os.chdir(cwd)
         _count_steps(steps)
         if kill.function is not None:
@@ -211,6 +210,14 @@ def _child(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _own_lock(bars: type[tqdm]) -> None:
+    """A lock for progress bars of each class, which may have one of its own: all forks share that, and a killed one may
+    hold it."""
+    bars.set_lock(threading.RLock())
+    for each in bars.__subclasses__():
+        _own_lock(each)
 
 
 def _count_steps(steps: mmap.mmap) -> None:

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tqdm.auto import tqdm as bar
+from tqdm.std import TqdmDefaultWriteLock
 
 from tests.reliability.bad_input_case import BadInputCase, try_bad_input
 from tests.reliability.forked import Kill, Outcome, run_forked
@@ -47,6 +50,24 @@ def test_half_a_file_is_left_by_a_kill_while_it_is_written(run, tmp_path):
 def test_a_run_that_takes_too_long_hangs(run):
     outcome = run(evaluated, None, 0.1)
     assert outcome.hung and not outcome.killed and outcome.stack
+
+
+def evaluated_with_a_lock_that_is_held(inputs: Inputs, folder: Path) -> Outcome:
+    """By a fork that is no more, as one that was killed while it wrote a progress bar leaves it."""
+    bar.set_lock(TqdmDefaultWriteLock())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            bar.get_lock().acquire()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        return evaluated(inputs, folder, time_limit=20)
+    finally:
+        del bar._lock, TqdmDefaultWriteLock.mp_lock
+
+
+def test_no_run_waits_for_a_lock_that_a_killed_one_holds(run):
+    assert not run(evaluated_with_a_lock_that_is_held).hung
 
 
 def judged(inputs: Inputs, folder: Path, name: str) -> Verdict:
