@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,37 @@ UNIMPORTANT = "num_batches_tracked"
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
+Start = Callable[[modeling.ToMePerceiverForMaskedLM, Teacher, Dataset], None]
+"""Gives a model from scratch the weights with which it begins to learn from a teacher, beside training examples."""
+
+
+def start_taught(model: modeling.ToMePerceiverForMaskedLM, teacher: Teacher, examples: Dataset) -> None:
+    """Start with what the teacher has: its layers, or where there is no room, its embeddings."""
+    counts = token_counts(examples, model.config.vocab_size)
+    obstacle = why_not_from_bert(model.config, teacher.model)
+    if obstacle is None:
+        logger.info("starting with the teacher's layers")
+        # It runs the layers, and dropout is no part of what they say.
+        with undisturbed(model):
+            start_from_bert(model, teacher, examples.shuffle(seed=0)[:FITTED_ON], counts)
+    else:
+        logger.info("starting without the teacher's layers, for which %s", obstacle)
+        start_findable(model, teacher, counts)
+
+
 def load_model_and_task(
-    arguments: ModelArguments, merging: dict[str, Any], task: Task, training: TrainingArguments
+    arguments: ModelArguments,
+    merging: dict[str, Any],
+    task: Task,
+    training: TrainingArguments,
+    start: Start = start_taught,
 ) -> tuple[modeling.ToMePerceiverPreTrainedModel, PreparedTask]:
     """The model that the arguments mean, and the task as it sees it.
 
     Args:
         arguments, merging, task: as for `load_config`.
         training: its seed, and which of several processes prepares the data for the others.
+        start: of a model from scratch with a teacher.
 
     Raises:
         BadInput: for whatever is not there or does not fit, before the weights are read.
@@ -53,27 +77,13 @@ def load_model_and_task(
         prepared = task.prepared(config, processing_class, training.seed)
     model = load_model(arguments, config, task)
     if arguments.model_name_or_path is None and prepared.teacher is not None:
-        _start_taught(model, prepared.teacher, prepared.train.examples)
+        start(model, prepared.teacher, prepared.train.examples)
     if task.input_name == "input_ids":
         # Trainer does so when it trains; what is loaded and not trained is to have the same config.
         for name in SPECIAL_TOKENS:
             if getattr(processing_class, name) is not None:
                 setattr(model.config, name, getattr(processing_class, name))
     return model, prepared
-
-
-def _start_taught(model: modeling.ToMePerceiverForMaskedLM, teacher: Teacher, examples: Dataset) -> None:
-    """Start a model from scratch with what its teacher has: its layers, or where there is no room, its embeddings."""
-    counts = token_counts(examples, model.config.vocab_size)
-    obstacle = why_not_from_bert(model.config, teacher.model)
-    if obstacle is None:
-        logger.info("starting with the teacher's layers")
-        # It runs the layers, and dropout is no part of what they say.
-        with undisturbed(model):
-            start_from_bert(model, teacher, examples.shuffle(seed=0)[:FITTED_ON], counts)
-    else:
-        logger.info("starting without the teacher's layers, for which %s", obstacle)
-        start_findable(model, teacher, counts)
 
 
 def load_processing_class(arguments: ModelArguments, config: ToMePerceiverConfig, task: Task) -> Any:

@@ -157,7 +157,7 @@ def test_a_model_from_scratch_starts_with_them_where_there_is_room(teacher, capl
     model = ToMePerceiverForMaskedLM(config(**changes))
     examples = examples_of(*texts(6))
     with caplog.at_level("INFO", logger=loading.__name__):
-        loading._start_taught(model, teacher, examples)
+        loading.start_taught(model, teacher, examples)
     assert caplog.messages == [says]
     copied = model.perceiver.encoder.self_attends[0].attention.self.query.weight[:, :WIDTH]
     assert copied.equal(teacher.model.encoder.layer[0].attention.self.query.weight) == (not changes)
@@ -168,7 +168,7 @@ def test_dropout_is_no_part_of_the_fit(teacher):
     for dropout in (0.0, 0.5):
         torch.manual_seed(0)
         model = ToMePerceiverForMaskedLM(config(attention_probs_dropout_prob=dropout))
-        loading._start_taught(model, teacher, examples_of(*texts(7)))
+        loading.start_taught(model, teacher, examples_of(*texts(7)))
         assert model.training
         states.append(model.state_dict())
     assert all(states[0][name].equal(states[1][name]) for name in states[0])
