@@ -107,8 +107,9 @@ SEARCH_FLOPS = 3e13
 # Of the first candidates, how many shapes and how many ways to match are combined; of all those, how many are improved,
 # and how many the other half of the samples judges.
 COMBINED, IMPROVED, FINALISTS = 4, 2, 5
-# Rows that say which shape and which way alone is worth it, and which combination is; more judge at the end.
-ROWS_ALONE, ROWS_COMBINED = 64, 256
+# Rows that say which shape and which way alone is worth it, and which combination is, at most and where a pass is long;
+# more judge at the end.
+ROWS_ALONE, ROWS_COMBINED, FEWEST_ROWS = 64, 256, 4
 # In how many layers at a time it is tried to postpone merging, and how often.
 MOVES, POSTPONED = 12, 12
 # From how many layers on a floor is tried.
@@ -326,7 +327,7 @@ class Search:
         self.with_groups, self.with_matching = with_groups, with_matching
         self.timed_batch = {name: value.to(model.device) for name, value in batches[0].items()}
         batches = _first_rows(batches, max(LEAST_ROWS, int(0.2 * passes)))
-        rows = sum(len(next(iter(batch.values()))) for batch in batches)
+        rows = sum(_size(batch) for batch in batches)
         # Every other row chooses, the others judge; of a single row both.
         self.halves = [[_every_other(batch, first if rows > 1 else 0) for batch in batches] for first in (0, 1)]
         self.log_file = None if log_file is None else Path(log_file)
@@ -344,15 +345,15 @@ class Search:
             found = json.loads(self.log_file.read_text())
             if found["searched"] == self.fingerprint:
                 self.divergences = found["divergences"]
-        self.tried: set[str] = set()
-        self.asked: set[str] = set()
+        # Of each divergence: whose merging, of which half, on how many rows.
+        self.asked: set[tuple[str, int, int | None]] = set()
         self.spent = 0.0
         self.bar: tqdm = tqdm(desc="choosing what merges", unit="candidate", disable=None)
 
     @property
     def rows(self) -> int:
         """How many choose."""
-        return sum(len(next(iter(batch.values()))) for batch in self.halves[0])
+        return sum(_size(batch) for batch in self.halves[0])
 
     def run(self, flops_ratio: float | None, latency_ratio: float | None) -> list[Candidate]:
         """The best few within the budget; none if none is within it."""
@@ -376,7 +377,7 @@ class Search:
             combined += [_member(shape, way, shares[way.name], self.cost) for shape, way in product(shapes, ways)]
         if self.with_groups:
             combined += [each for shape in shapes for each in self._grouped(shape, shares[first_way.name])]
-        ranked = self._ranked(combined, 0.25, least=4, most=ROWS_COMBINED)
+        ranked = self._ranked(combined, 0.25, most=ROWS_COMBINED)
         improved = [self._improved(each) for each in ranked[:IMPROVED]]
         finalists = _distinct([*improved, *ranked])[:FINALISTS]
         # Where matching takes longer than it saves.
@@ -405,12 +406,17 @@ class Search:
         level = [each for each in allowed if _level(rows[each.name], rows[best.name])]
         chosen = max(level, key=lambda each: _number(each.speedup))
         self.bar.close()
-        return Choice(chosen, judged, samples=2 * self.rows if self.rows > 1 else 1, tried=len(self.tried))
+        return Choice(
+            chosen,
+            judged,
+            samples=2 * self.rows if self.rows > 1 else 1,
+            tried=len({merging for merging, _, _ in self.asked}),
+        )
 
     def _spread(self, way: _Way, ratio: float) -> list[_Shape]:
         """The shapes that keep to the budget with a way to match, the best first; the others after them."""
         members = [_member(shape, way, ratio, self.cost) for shape in self.shapes]
-        names = _parts(self._ranked(members, 0.15, least=4, most=ROWS_ALONE), 0)
+        names = _parts(self._ranked(members, 0.15, most=ROWS_ALONE), 0)
         return sorted(self.shapes, key=lambda shape: names.index(shape.name) if shape.name in names else len(names))
 
     def _matched(self, shapes: Sequence[_Shape], ratio: float) -> list[_Way]:
@@ -420,7 +426,7 @@ class Search:
         for way in self.ways:
             there = (_member(shape, way, ratio, self.cost) for shape in shapes)
             members.append(next((member for member in there if member is not None), None))
-        ranked = self._ranked(self._not_slow(members), 0.2, least=4, most=ROWS_ALONE)
+        ranked = self._ranked(self._not_slow(members), 0.2, most=ROWS_ALONE)
         return [way for name in _parts(ranked, 1) for way in self.ways if way.name == name] or [self.ways[0]]
 
     def _simplest_shape(self) -> _Shape:
@@ -438,7 +444,7 @@ class Search:
         left = asked.latents_per_layer
         merges = sum(after < before for before, after in pairwise([asked.latents_at_start, *left]))
         compared = self._compared()
-        rows = sum(len(next(iter(batch.values()))) for batch in compared)
+        rows = sum(_size(batch) for batch in compared)
         if self.with_matching and merges > 1 and merges * rows > GROUPS_SHARE * self.passes:
             return []
         found = []
@@ -469,15 +475,15 @@ class Search:
         """Samples whose latents are compared for fixed groups."""
         return list(self._chunks(self.halves[0], min(self.rows, max(8, int(self.passes / 40)))))
 
-    def _ranked(self, candidates: Sequence[Candidate | None], share: float, least: int, most: int) -> list[Candidate]:
+    def _ranked(self, candidates: Sequence[Candidate | None], share: float, most: int) -> list[Candidate]:
         """By divergence on as many rows as a share of the passes affords, the least first."""
         there = _distinct(candidates)
-        count = min(most, self._affordable(share, len(there), least))
+        count = min(most, self._affordable(share, len(there)))
         return sorted(there, key=lambda each: self._mean(each.merging, count))
 
-    def _affordable(self, share: float, candidates: int, least: int) -> int:
+    def _affordable(self, share: float, candidates: int) -> int:
         """How many rows a share of the passes affords for each of so many candidates."""
-        return min(self.rows, max(least, int(share * self.passes / max(candidates, 1))))
+        return min(self.rows, max(FEWEST_ROWS, int(share * self.passes / max(candidates, 1))))
 
     def _not_slow(self, candidates: Sequence[Candidate | None]) -> list[Candidate]:
         """Without those whose matching takes much longer than that of others."""
@@ -494,7 +500,7 @@ class Search:
         ratio = best.flops_ratio
         for _ in range(POSTPONED):
             families = _some(list(postponed(self.model.config, best.merging)), MOVES)
-            count = min(ROWS_COMBINED, self._affordable(0.1, IMPROVED * max(len(families), 1), least=4))
+            count = min(ROWS_COMBINED, self._affordable(0.1, IMPROVED * max(len(families), 1)))
             if self.spent + ratio * len(families) * count > self.passes:
                 return best
             members = [weakest_member(family, ratio, self.cost) for family in families]
@@ -515,11 +521,12 @@ class Search:
 
     def _each(self, merging: Merging, half: int, rows: int | None) -> list[float]:
         """Divergences of the first rows of a half; of a text's positions, those that are no padding."""
-        key = json.dumps([merging.key, half, rows])
-        if key not in self.asked:
+        asked = (merging.key, half, rows)
+        if asked not in self.asked:
             # Found in the log or not: a search that goes on takes the same steps.
-            self.asked.add(key)
+            self.asked.add(asked)
             self.spent += self.cost(merging) * (self.rows if rows is None else rows)
+        key = json.dumps(asked)
         if key not in self.divergences:
             outputs = self._outputs(merging, self.halves[half], rows)
             before = self._outputs_before(half, rows, outputs)
@@ -532,7 +539,6 @@ class Search:
             worst = torch.finfo(torch.float32).max
             self.divergences[key] = torch.cat(apart).nan_to_num(worst, worst).clamp(0, worst).tolist()
             self._save()
-        self.tried.add(merging.key)
         self.bar.update()
         return self.divergences[key]
 
@@ -560,7 +566,7 @@ class Search:
         """The first rows, so many at a time; the chunks begin at the same rows for any number of rows."""
         left = math.inf if rows is None else rows
         for batch in half:
-            size = len(next(iter(batch.values())))
+            size = _size(batch)
             for start in range(0, size, ROWS):
                 if left <= 0:
                     return
@@ -607,7 +613,7 @@ class Search:
                 self.model(**self.timed_batch)
 
         variants = [Merging.none(self.model.config), *(each.merging for each in candidates)]
-        rows = len(next(iter(self.timed_batch.values())))
+        rows = _size(self.timed_batch)
         affordable = int(TIMED_SHARE * self.passes / (rows * len(variants)))
         seconds = interleaved_seconds(run, variants, min(most, max(LEAST_ROUNDS, affordable)))
         return [median(taken[0] / taken[index] for taken in seconds) for index in range(1, len(variants))]
@@ -715,7 +721,7 @@ def _without_labels(samples: Batch | Iterable[Batch] | None) -> list[Batch]:
         for name, value in batch.items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"samples: {name} is a {type(value).__name__}; allowed are tensors, B rows each")
-    return [batch for batch in batches if batch and len(next(iter(batch.values())))]
+    return [batch for batch in batches if batch and _size(batch)]
 
 
 def _warn_of_poor_samples(rows: int, outputs: Sequence[Tensor]) -> None:
@@ -757,8 +763,13 @@ def _first_rows(batches: Sequence[Batch], count: int) -> list[Batch]:
     for batch in batches:
         if count > 0:
             kept.append({name: value[:count] for name, value in batch.items()})
-            count -= len(next(iter(batch.values())))
+            count -= _size(batch)
     return kept
+
+
+def _size(batch: Batch) -> int:
+    """B."""
+    return len(next(iter(batch.values())))
 
 
 def _some(choices: Sequence[Any], most: int) -> list[Any]:
@@ -767,7 +778,7 @@ def _some(choices: Sequence[Any], most: int) -> list[Any]:
 
 
 def _every_other(batch: Batch, first: int) -> Batch:
-    size = len(next(iter(batch.values())))
+    size = _size(batch)
     return {name: value[min(first, size - 1) :: 2] for name, value in batch.items()}
 
 

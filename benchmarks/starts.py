@@ -163,10 +163,14 @@ def main() -> None:
     quieten_transformers()
     output_dir, rows = Path(training.output_dir), []
     task = load_taught_mlm_task(data, False, training.seed, True, **model_args.dataset_options())
+    # All of them before any is trained: a start for which there is no room is to show at once.
+    loaded = {}
     for name in starts.start:
+        set_seed(training.seed)
+        loaded[name] = load_model_and_task(model_args, {}, task, training, STARTS[name])
+    for name, (model, prepared) in loaded.items():
         announce(f"{name} start")
         set_seed(training.seed)
-        model, prepared = load_model_and_task(model_args, {}, task, training, STARTS[name])
         trainer = task_trainer(model, prepared, training, output_dir / name)
         trainer.train()
         metrics = evaluate(trainer, prepared, "eval").metrics
