@@ -45,6 +45,7 @@ from experiments.training.output_folder import SWEEP_FILE
 
 PAPER = json.loads(Path(__file__).with_name("paper_figures.json").read_text())
 STAGES = ("merged", "retrained")
+WAYS = ("merge_method", "merge_metric", "proportional_attention")
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,22 @@ def read_tasks(sweeps: Sequence[str]) -> list[Task]:
 
 
 def _task(name: str, seeds: Sequence[dict[str, Any]]) -> Task:
-    names = [[row["name"] for row in seed["rows"]] for seed in seeds]
-    if any(other != names[0] for other in names):
-        raise BadInput(f"sweeps {name}: allowed are seeds with the same rows")
+    asked = [[_asked(row) for row in seed["rows"]] for seed in seeds]
+    if any(other != asked[0] for other in asked):
+        raise BadInput(f"sweeps {name}: allowed are seeds with the same rows, merged in the same way")
+    if len({(seed["metric"], seed["evaluated_on"]) for seed in seeds}) > 1:
+        raise BadInput(f"sweeps {name}: allowed are seeds with one metric, measured on the same examples")
     metric = seeds[0]["metric"]
     latents = seeds[0]["rows"][0]["latents_left"]
-    rows = [_row([seed["rows"][place] for seed in seeds], metric, latents) for place in range(len(names[0]))]
+    rows = [_row([seed["rows"][place] for seed in seeds], metric, latents) for place in range(len(asked[0]))]
     return Task(name, metric, seeds[0]["evaluated_on"], len(seeds), rows)
+
+
+def _asked(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is the result of: a search finds r and the way to merge by itself, for each seed its own."""
+    if row.get("series") == "search":
+        return (row["name"],)
+    return row["name"], row["r"], *(row.get(way) for way in WAYS)
 
 
 def _row(seeds: Sequence[dict[str, Any]], metric: str, latents: int) -> Row:

@@ -13,12 +13,12 @@ from tests.support.script_run import run_script
 LAYERS, LATENTS = 12, 64
 
 
-def write_sweep(folder, shift: float = 0.0, strengths=(0, 3, 5, 20)) -> str:
+def write_sweep(folder, shift: float = 0.0, strengths=(0, 3, 5, 20), method="bipartite", examples=400) -> str:
     """A sweep with constant r and one budget, whose changes are -r points and the shift."""
 
     def row(name: str, r: list[int], series: str, share: float, **measured: float):
-        return {"name": name, "series": series, "r": r, "flops_ratio": share, "latents_left": LATENTS - sum(r),
-                "merged": {"accuracy": 0.8, **measured}}  # fmt: skip
+        return {"name": name, "series": series, "r": r, "merge_method": method, "flops_ratio": share,
+                "latents_left": LATENTS - sum(r), "merged": {"accuracy": 0.8, **measured}}  # fmt: skip
 
     def changes(change: float):
         return {"accuracy_change": change / 100, "accuracy_change_stderr": 0.003}
@@ -28,7 +28,7 @@ def write_sweep(folder, shift: float = 0.0, strengths=(0, 3, 5, 20)) -> str:
     ]  # fmt: skip
     rows.append(row("flops=0.5 search", [30] + [0] * (LAYERS - 1), "search", 0.5, **changes(shift - 0.5)))
     folder.mkdir(parents=True)
-    results = {"metric": "accuracy", "evaluated_on": 400, "rows": rows}
+    results = {"metric": "accuracy", "evaluated_on": examples, "rows": rows}
     (folder / "sweep_results.json").write_text(json.dumps(results))
     return str(folder)
 
@@ -59,14 +59,20 @@ def test_seeds_are_averaged_and_their_spread_is_shown(tmp_path):
     assert "means of 2 seeds" in result.stdout
 
 
-@pytest.mark.parametrize("wrong", ["no task", "no sweep", "other rows"])
+@pytest.mark.parametrize("wrong", ["no task", "no sweep", "other rows", "another method", "other examples"])
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, wrong):
     sweep = write_sweep(tmp_path / "one")
     sweeps, says = {
         "no task": ([f"qqp={sweep}"], "mrpc, rte, stsb"),
         "no sweep": (["mrpc=not/there"], "not/there"),
         "other rows": ([f"mrpc={sweep}", f"mrpc={write_sweep(tmp_path / 'two', strengths=(0, 3))}"], "same rows"),
-    }[wrong]
+        "another method": (
+            [f"mrpc={sweep}", f"mrpc={write_sweep(tmp_path / 'three', method='leader')}"], "in the same way",
+        ),
+        "other examples": (
+            [f"mrpc={sweep}", f"mrpc={write_sweep(tmp_path / 'four', examples=40)}"], "the same examples",
+        ),
+    }[wrong]  # fmt: skip
     result = run_script("benchmarks/paper_table.py", *sweeps, "--output_dir", tmp_path / "out")
     assert result.returncode == 2 and says in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
