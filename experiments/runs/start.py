@@ -12,7 +12,7 @@ from transformers import TrainingArguments, set_seed
 from experiments.tasks.base import PreparedTask, Task
 from experiments.training.loading import load_model_and_task
 from experiments.training.model_arguments import ModelArguments
-from experiments.training.progress import quieten_transformers
+from experiments.training.progress import quieten_transformers, say
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 # FLOPs are for an input as long as the longest of so many evaluated ones.
@@ -56,5 +56,9 @@ def load(
     set_seed(training.seed)
     with training.main_process_first(desc="loading the data"):
         task = load_task()
+    for line in task.read:
+        say(line)
     model, prepared = load_model_and_task(model_args, dict(merging or {}), task, training)
+    if (first := task.first_input(prepared)) is not None:
+        say(first)
     return Loaded(task, prepared, model, (1, *prepared.batch(COUNTED_INPUTS)[task.input_name].shape[1:]))

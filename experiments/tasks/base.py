@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 LABELS = "labels"
+# A line of a terminal has room for about as many names of classes with their counts.
+CLASSES_SHOWN = 12
 
 
 @dataclass
@@ -171,6 +174,7 @@ class Task(ABC):
             classified.
         train, evaluation, prediction: examples, as in `PreparedTask`.
         main_metric: the figure that tables and pictures show.
+        read: lines that say what was read, as `read_lines` gives them.
     """
 
     source: Source
@@ -179,6 +183,7 @@ class Task(ABC):
     evaluation: dict[str, Dataset]
     prediction: dict[str, Dataset]
     main_metric: str
+    read: list[str] = field(default_factory=list, kw_only=True)
 
     hub_task: ClassVar[str]
     """The Hub's name for such a task, such as "text-classification"."""
@@ -203,6 +208,10 @@ class Task(ABC):
     def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
         """Give the config of a model from scratch the sizes that the processing class asks for."""
 
+    def first_input(self, prepared: PreparedTask) -> str | None:
+        """The first example as the model sees it, if that can be shown in a line."""
+        return None
+
     @abstractmethod
     def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
         """The task as a model with this config sees it.
@@ -210,6 +219,38 @@ class Task(ABC):
         Raises:
             BadInput: if the processing class does not fit the config.
         """
+
+
+def read_lines(
+    argument: str,
+    used: str,
+    splits: Mapping[str, Dataset],
+    label: str,
+    labels: Sequence[str],
+    dropped: Sequence[str] = (),
+) -> list[str]:
+    """Lines that tell a user what was read of their data, at most four.
+
+    Args:
+        argument: that chose the data, with its value.
+        used: which columns or folders were used for what, and which were not.
+        splits: examples by split; the first one that has labels is counted.
+        label: column of the labels: places in `labels`, or numbers where that is empty.
+        labels: names of the classes.
+        dropped: what was left out and why.
+    """
+    lines = [f"{argument}: {used}", ", ".join(f"{name}: {len(split):,} examples" for name, split in splits.items())]
+    counted = next(((name, split[label]) for name, split in splits.items() if label in split.column_names), None)
+    if counted is not None:
+        name, values = counted[0], list(counted[1])
+        if labels:
+            counts = Counter(values)
+            shown = [f"'{each}' {counts[index]:,}" for index, each in enumerate(labels[:CLASSES_SHOWN])]
+            more = f" and {len(labels) - CLASSES_SHOWN} more" if len(labels) > CLASSES_SHOWN else ""
+            lines.append(f"{len(labels)} classes, in {name}: {', '.join(shown)}{more}")
+        elif values:
+            lines.append(f"labels are numbers (regression), in {name} from {min(values):g} to {max(values):g}")
+    return lines + ([f"left out: {'; '.join(dropped)}"] if dropped else [])
 
 
 def take_split(splits: DatasetDict, name: str, argument: str, count: int | None) -> Dataset:
