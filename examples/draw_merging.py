@@ -35,6 +35,7 @@ from datasets.features import Image, Value
 from PIL import Image as PilImage
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.image_utils import load_image
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -212,7 +213,7 @@ def drawn_images(
 
     def encode(few: list[Any]) -> dict[str, Tensor]:
         with naming(f"images as the image processor of {name} makes them", ValueError):
-            return dict(processor([image.convert("RGB") for image in few], return_tensors="pt"))
+            return dict(processor([load_image(image) for image in few], return_tensors="pt"))
 
     def read(index: int, image: Any) -> Example:
         called = f"image {index}" if files is None else Path(files[index]).name
@@ -223,14 +224,13 @@ def drawn_images(
 
 
 def read_image(path: str) -> PilImage.Image:
-    """An image file, read whole.
+    """Return an image file as a pipeline reads it.
 
     Raises:
         BadInput: for a file that is not there or no image.
     """
     with naming(f"--images {path}", OSError), PilImage.open(path) as image:
-        image.load()
-        return image.copy()
+        return load_image(image)
 
 
 def drawn_texts(

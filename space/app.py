@@ -25,6 +25,7 @@ import gradio as gr
 import numpy as np
 from comparison import BUDGET_STEP, IMAGE, MASKED, TEXT, Checkpoint, Comparison, NotFitting, Side
 from PIL import Image as PilImage
+from transformers.image_utils import load_image
 
 BESIDE = Path(__file__).resolve().parent / "checkpoint"
 BY_BUDGET, BY_R, AS_SAVED = "Share of the computation", "Latents per layer", "As it was saved"
@@ -217,7 +218,7 @@ def default_examples(checkpoint: Checkpoint) -> list[str]:
 
 
 def read_example(checkpoint: Checkpoint, example: str) -> Any:
-    """An image, read whole, or the sentence itself.
+    """An image as a pipeline reads it, or the sentence itself.
 
     Raises:
         NotFitting: for an image that is not there or a sentence that the model cannot read.
@@ -225,8 +226,7 @@ def read_example(checkpoint: Checkpoint, example: str) -> Any:
     try:
         if checkpoint.kind == IMAGE:
             with PilImage.open(example) as image:
-                image.load()
-                given = image.copy()
+                given = load_image(image)
         else:
             given = example
         checkpoint.encoded(given)

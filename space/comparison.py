@@ -25,6 +25,7 @@ import transformers
 from merging_picture import Example, draw_merging, image_example, text_example
 from PIL import Image as PilImage
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.image_utils import load_image
 
 IMAGE, TEXT, MASKED = "ImageClassification", "SequenceClassification", "MaskedLM"
 """Kinds of checkpoints: what is in the name of their class, and of the Auto class that loads them."""
@@ -161,7 +162,7 @@ class Checkpoint:
             NotFitting: for an empty text, or one without a gap for a model that fills gaps.
         """
         if self.kind == IMAGE:
-            return {"pixel_values": self.processor(given.convert("RGB"), return_tensors="pt")["pixel_values"]}
+            return {"pixel_values": self.processor(load_image(given), return_tensors="pt")["pixel_values"]}
         if not given or not given.strip():
             raise NotFitting("Type a sentence first.")
         longest = min(MAX_LENGTH, self.model.config.max_position_embeddings)

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image as PilImage
 from torch import Tensor
 from transformers import BaseImageProcessor, PerceiverTokenizer, PreTrainedModel
+from transformers.image_utils import load_image
 
 IMAGE_PANELS, TEXT_ROWS = 12, 24
 """Latents drawn of one input at most: a panel each for an image, a row each for a text."""
@@ -313,7 +314,7 @@ def image_example(
     Raises:
         ValueError: for an image of a size that the model cannot read.
     """
-    pixel_values = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    pixel_values = processor(load_image(image), return_tensors="pt")["pixel_values"]
     grid = pixel_grid(model, pixel_values)
     return ImageExample(name, visible_pixels(pixel_values[0].numpy(), processor), grid, read_input(model, pixel_values))
 

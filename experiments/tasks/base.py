@@ -95,6 +95,7 @@ class PreparedTask:
         labels: names of the classes, in the order in which they are scored; empty where nothing is classified.
         label_ids: the model's index of each.
         callbacks: that training needs.
+        file_names: of the inputs to predict, by suffix, if they are files.
         reduce_logits: from a batch's logits and labels to what `predicted` takes, while the evaluation still runs; for
             logits that would not fit in memory all at once. `None`: they are kept as they are.
         teacher: whose states are learnt in training, if any are.
@@ -110,6 +111,7 @@ class PreparedTask:
     labels: list[str] = field(default_factory=list)
     label_ids: list[int] = field(default_factory=list)
     callbacks: list[TrainerCallback] = field(default_factory=list)
+    file_names: dict[str, list[str]] = field(default_factory=dict)
     reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
     teacher: Teacher | None = None
 

@@ -1,137 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images as they are: from the bytes of a file to the RGB that a model sees, or a refusal."""
+"""From the bytes of an image file to the RGB that a model sees, or a refusal."""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-from datasets import ClassLabel, Dataset, Features
+from datasets import Dataset
 from datasets import Image as ImageFeature
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
+from transformers.image_utils import load_image
 
-from experiments.errors import BadInput, naming
+from experiments.errors import naming
 
-IMAGE, LABEL = "image", "label"
+logger = logging.getLogger(__name__)
+
+IMAGE, LABEL, ROW = "image", "label", "row"
 AS_STORED = ImageFeature(decode=False)
 """The feature of images that are still bytes or a file: a mapping with `bytes` and `path`."""
-# Brightness in 16 bits; that in other large numbers has no range that is known.
-DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N")
-UNKNOWN_RANGE = ("I", "F")
-READ_AT_ONCE = 256
+# How many images are read from a dataset at a time while they are checked.
+CHECKED_AT_ONCE = 256
 
 
-def rgb(image: Image.Image) -> Image.Image:
-    """An image as RGB: 16-bit grey by its full range, transparency over white, and upright as its EXIF says.
-
-    Raises:
-        ValueError: for a mode whose range is unknown, or that has no RGB.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode in UNKNOWN_RANGE or (image.mode in DEEP_GREY and image.has_transparency_data):
-        raise ValueError(f"mode {image.mode}; allowed are images of 8 bits, or 16-bit grey without transparency")
-    if image.mode in DEEP_GREY:
-        image = Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        transparent = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), transparent)
-    return image.convert("RGB")
-
-
-def read_image(stored: dict[str, Any], where: str, draft: bool = False) -> Image.Image:
-    """An image of a dataset as RGB.
+def read_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
+    """Return an image of a dataset as RGB, the same pixels that a checkpoint's pipeline makes of its file.
 
     Args:
         stored: `bytes`, or `None` and the `path` of a file.
         where: the image is, for the message; a path says more.
-        draft: small, where its format can be read so, which shows as well whether it can be read.
 
     Raises:
-        BadInput: for what is no image, a cut one, or one that cannot be RGB.
+        BadInput: for a file that is missing, cut or no image, and for one that RGB does not hold as it is.
     """
-    with naming(f"image {stored['path'] or where}" if stored else f"image {where}", Exception):
-        if not stored:
-            raise ValueError("is missing; allowed is an image in each example")
+    with _opened(stored, where) as image:
+        return _rgb(image)
+
+
+@contextmanager
+def _opened(stored: dict[str, Any] | None, where: str) -> Iterator[Image.Image]:
+    """Open an image; whatever fails inside is a `BadInput` that names it."""
+    with naming(f"image {(stored or {}).get('path') or where}", Exception):
+        if not stored or (stored["bytes"] is None and stored["path"] is None):
+            raise ValueError("is missing; every example needs an image")
         data = stored["bytes"]
-        with Image.open(stored["path"] if data is None else io.BytesIO(data)) as image:
-            if draft:
-                image.draft(None, (1, 1))
-            image.load()
-            return rgb(image)
+        try:
+            image = Image.open(stored["path"] if data is None else io.BytesIO(data))
+        except UnidentifiedImageError:
+            raise ValueError("is no image that Pillow can read; convert it to JPEG or PNG, or remove it") from None
+        with image:
+            yield image
 
 
-def check_images(dataset: Dataset, where: str) -> None:
-    """Read every image once, before any work.
+def _rgb(image: Image.Image) -> Image.Image:
+    """Convert as transformers' pipelines do, and refuse an image that this would change.
+
+    Raises:
+        ValueError: for more than 8 bits of grey, and for transparency.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"has more than 8 bits for each pixel (mode {image.mode}), which conversion to RGB clips; scale it to 8 "
+            "bits, from 16 such as with ImageMagick's `mogrify -path NEW_FOLDER -depth 8 FILE`"
+        )
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        raise ValueError(
+            "is transparent in places, where conversion to RGB shows hidden colours; lay it on a background, such as "
+            "with ImageMagick's `mogrify -path NEW_FOLDER -background white -alpha remove -alpha off FILE`"
+        )
+    return load_image(image)
+
+
+def stored_paths(dataset: Dataset) -> list[str | None]:
+    """Return the paths of the images in the column `image`, as they are stored; bytes may have none."""
+    return list(dataset.select_columns(IMAGE).flatten()[f"{IMAGE}.path"])
+
+
+def check_images(dataset: Dataset, where: str) -> Dataset:
+    """Read every image once, before any work, and warn of those that have more frames than the one that is used.
 
     Args:
-        dataset: with the images in the column `image`, as they are stored.
+        dataset: with the images in the column `image`, as they are stored, and where each was in its split, in `row`.
         where: what the split is, for the message.
+
+    Returns:
+        The dataset without the column `row`.
 
     Raises:
         BadInput: naming the first that cannot be read.
     """
-    images = dataset.select_columns(IMAGE)
 
-    def check(numbered: tuple[int, dict[str, Any]]) -> None:
-        index, stored = numbered
-        read_image(stored, f"{index} of {where}, counted from 0", draft=True)
+    def has_more_frames(row: int, stored: dict[str, Any] | None) -> bool:
+        with _opened(stored, f"{row} of {where}, counted from 0") as image:
+            # A small version, where the format can be read so, shows as well whether the file is whole.
+            image.draft(None, (1, 1))
+            _rgb(image)
+            # Phones keep a preview or a depth map as a second frame of a JPEG file.
+            return image.format != "MPO" and getattr(image, "is_animated", False)
 
+    frames = 0
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(total=len(images), desc="checking images", unit="image", delay=2) as bar,
+        tqdm(total=len(dataset), desc="checking images", unit="image", delay=2) as bar,
     ):
-        for start in range(0, len(images), READ_AT_ONCE):
-            stored = images[start : start + READ_AT_ONCE][IMAGE]
-            for _ in pool.map(check, enumerate(stored, start)):
+        for start in range(0, len(dataset), CHECKED_AT_ONCE):
+            rows = dataset[start : start + CHECKED_AT_ONCE]
+            for more in pool.map(has_more_frames, rows[ROW], rows[IMAGE]):
+                frames += more
                 bar.update()
-
-
-def image_folder(argument: str, folder: str, unlabelled: bool = False) -> Dataset:
-    """The images of a folder: in a folder for each class, or, if they may be unlabelled, without any.
-
-    Hidden files and what is no image by its name are left out.
-
-    Args:
-        argument: that names the folder, with its value, for error messages.
-        folder: its path.
-        unlabelled: whether images may lie in it directly.
-
-    Raises:
-        BadInput: for no images, or images elsewhere.
-    """
-    root = Path(folder)
-    with naming(argument, OSError):
-        flat = list(_images(root))
-        classes = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-        by_class = {path.name: list(_images(path)) for path in classes}
-        deeper = next((image for path in classes for inner in path.iterdir() if inner.is_dir()
-                       for image in _images(inner)), None)  # fmt: skip
-    by_class = {name: images for name, images in by_class.items() if images}
-    if deeper is not None or (flat and (by_class or not unlabelled)):
-        found = deeper or flat[0]
-        raise BadInput(
-            f"{argument}: {found.relative_to(root.absolute())} is not where images are to be; allowed is one folder of "
-            "images for each class" + (", or images and no folders" if unlabelled else "")
-        )
-    if flat:
-        return Dataset.from_dict({IMAGE: list(map(str, flat))}, features=Features({IMAGE: AS_STORED}))
-    if not by_class:
-        raise BadInput(f"{argument}: has no images; allowed is one folder of images for each class")
-    names = list(by_class)
-    paths = [str(path) for images in by_class.values() for path in images]
-    labels = [index for index, images in enumerate(by_class.values()) for _ in images]
-    features = Features({IMAGE: AS_STORED, LABEL: ClassLabel(names=names)})
-    return Dataset.from_dict({IMAGE: paths, LABEL: labels}, features=features)
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in ImageFolder.EXTENSIONS and not path.name.startswith(".") and path.is_file():
-            yield path.absolute()
+    if frames:
+        logger.warning("%s: %d images have several frames or pages; only the first is used", where, frames)
+    return dataset.remove_columns(ROW)

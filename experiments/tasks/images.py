@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict
-from datasets import Image as ImageFeature
+from datasets import Dataset, DatasetDict
 from transformers import AutoImageProcessor, PerceiverImageProcessorPil
 
 from configuration_tome_perceiver import ToMePerceiverConfig
@@ -27,10 +27,13 @@ from experiments.tasks.base import (
     Task,
     evaluated_split,
     first_examples,
+    read_lines,
     take_split,
 )
-from experiments.tasks.image_reading import AS_STORED, IMAGE, LABEL, check_images, image_folder, read_image
-from experiments.tasks.labels import check_trained, has_labels, label_ids, listed, with_label_ids
+from experiments.tasks.image_columns import ImageColumns
+from experiments.tasks.image_folders import check_names, left_out_of_dataset, read_image_folder, relative_names
+from experiments.tasks.image_reading import IMAGE, LABEL, check_images, read_image
+from experiments.tasks.labels import check_trained, has_labels, label_ids
 from experiments.tasks.reading import read_dataset
 from experiments.tasks.redrawn_examples import NextEpoch, RedrawnExamples
 from experiments.tasks.scores import classes
@@ -50,7 +53,9 @@ class ImageDataArguments(SampleArguments):
         default=None, metadata={"help": "Hub id or local folder, as `datasets.load_dataset` takes it."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images for each class."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder with a folder of images for each class, or with a metadata.csv."}
+    )
     validation_dir: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     test_dir: str | None = field(default=None, metadata={"help": "The same, or a folder of images, to predict."})
     train_val_split: float = field(
@@ -58,10 +63,10 @@ class ImageDataArguments(SampleArguments):
         metadata={"help": "Share of the training images to evaluate on, if there is no validation or test split."},
     )
     image_column_name: str | None = field(
-        default=None, metadata={"help": "Column with the images; by default the only one of that type."}
+        default=None, metadata={"help": "Column with the images; by default found by its type or name."}
     )
     label_column_name: str | None = field(
-        default=None, metadata={"help": "Column with the labels; by default the only one of that type."}
+        default=None, metadata={"help": "Column with the labels; by default found by its type or name."}
     )
     crop_scale: float = field(
         default=1.0,
@@ -79,6 +84,10 @@ class ImageDataArguments(SampleArguments):
             folder = getattr(self, name)
             if folder is not None and not Path(folder).is_dir():
                 raise BadInput(f"--{name} {folder}: there is no such folder")
+            if folder is not None and self.dataset_name is not None:
+                raise BadInput(
+                    f"--{name} {folder}: does not go with --dataset_name {self.dataset_name}; use one of them"
+                )
         if not 0 < self.train_val_split < 1:
             raise BadInput(f"--train_val_split {self.train_val_split}: allowed is a number between 0 and 1")
         if not 0 < self.crop_scale <= 1:
@@ -89,9 +98,15 @@ class ImageDataArguments(SampleArguments):
 
 @dataclass
 class ImageTask(Task):
-    """Images as they are stored, in the column `image`, and a class for each, in the column `label`."""
+    """Images as they are stored, in the column `image`, and a class for each, in the column `label`.
+
+    Attributes:
+        augmentation: of training images.
+        file_names: as in `PreparedTask`.
+    """
 
     augmentation: Augmentation
+    file_names: dict[str, list[str]]
 
     hub_task: ClassVar[str] = "image-classification"
     input_name: ClassVar[str] = "pixel_values"
@@ -115,12 +130,16 @@ class ImageTask(Task):
                 raise BadInput(
                     f"--config_name, --config_overrides: image_size={side}; allowed is an integer of 1 or more"
                 )
-            return PerceiverImageProcessorPil(
+            processor = PerceiverImageProcessorPil(
                 do_center_crop=False,
                 size={"height": side, "width": side},
                 image_mean=[0.5, 0.5, 0.5],
                 image_std=[0.5, 0.5, 0.5],
             )
+            with TemporaryDirectory() as folder:
+                processor.save_pretrained(folder)
+                # The class that a pipeline takes, which resizes otherwise where torchvision is installed.
+                return AutoImageProcessor.from_pretrained(folder)
         with naming(f"--image_processor_name {name}", Exception):
             return AutoImageProcessor.from_pretrained(name, **download)
 
@@ -158,6 +177,7 @@ class ImageTask(Task):
             labels=self.labels,
             label_ids=ids,
             callbacks=[NextEpoch(train)],
+            file_names=self.file_names,
         )
 
 
@@ -198,26 +218,37 @@ def load_image_task(
         BadInput: for a dataset, split or column that is not there, an empty split, labels that are missing or that
             training has not, or an image that cannot be read.
     """
-    splits, argument = _load_splits(arguments, download)
-    columns = _Columns.found(arguments, take_split(splits, "train", argument, None), argument)
+    splits, argument, dropped = _load_splits(arguments, download)
+    columns = ImageColumns.found(
+        take_split(splits, "train", argument, None), argument, arguments.image_column_name, arguments.label_column_name
+    )
+    splits = DatasetDict({name: columns.stored(split, f"{argument}: split '{name}'") for name, split in splits.items()})
+    folder = arguments.test_dir
+    if arguments.dataset_name is not None and Path(arguments.dataset_name).is_dir():
+        folder = arguments.dataset_name
+        dropped = left_out_of_dataset(argument, folder, splits.values(), columns.labels)
 
     def taken(name: str, count: int | None, train: Dataset | None = None, may_lack: bool = False) -> Dataset:
         split = take_split(splits, name, argument, count)
-        return columns.renamed(split, f"{argument}: split '{name}'", train, may_lack)
+        return columns.with_classes(split, f"{argument}: split '{name}'", train, may_lack)
+
+    def labelled(split: Dataset) -> bool:
+        return has_labels(split, LABEL)
 
     train = taken("train", None)
-    if "validation" in splits or ("test" in splits and columns.labelled(splits["test"])):
-        name = evaluated_split(splits, argument, columns.labelled)
+    if "validation" in splits or ("test" in splits and labelled(splits["test"])):
+        name = evaluated_split(splits, argument, labelled)
         evaluation, where = taken(name, arguments.max_eval_samples, train), f"{argument}: split '{name}'"
     else:
         name, where = "test", f"{argument}: the images of --train_val_split {arguments.train_val_split}"
         train, evaluation = _divided(arguments, train, argument, where, seed)
+        where = f"{argument}: split 'train'"
     prediction = {"": taken("test", arguments.max_predict_samples, train, may_lack=True)} if predict else {}
     train = first_examples(train.shuffle(seed=seed), arguments.max_train_samples)
-    check_images(train, f"{argument}: split 'train'")
-    check_images(evaluation, where)
-    for split in prediction.values():
-        check_images(split, f"{argument}: split 'test'")
+    train = check_images(train, f"{argument}: split 'train'")
+    evaluation = check_images(evaluation, where)
+    prediction = {suffix: check_images(split, f"{argument}: split 'test'") for suffix, split in prediction.items()}
+    counted = {"train": train, "evaluated": evaluation} | {f"predicted{key}": prediction[key] for key in prediction}
     dataset = arguments.dataset_name or str(arguments.train_dir)
     return ImageTask(
         source=Source.of_dataset(dataset, arguments.dataset_config_name, name),
@@ -226,63 +257,10 @@ def load_image_task(
         evaluation={"": evaluation},
         prediction=prediction,
         main_metric="accuracy",
+        read=read_lines(argument, columns.described, counted, LABEL, columns.labels, dropped),
         augmentation=Augmentation(arguments.crop_scale, arguments.horizontal_flip),
+        file_names={suffix: relative_names(split, folder) for suffix, split in prediction.items()},
     )
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """What the examples of every split are to have.
-
-    Attributes:
-        image, label: columns with their images and classes.
-        labels: names of the classes.
-    """
-
-    image: str
-    label: str
-    labels: list[str]
-
-    @classmethod
-    def found(cls, arguments: ImageDataArguments, train: Dataset, argument: str) -> _Columns:
-        """Those of the training split."""
-        image = _column(train, ImageFeature, "image_column_name", arguments.image_column_name)
-        label = _column(train, ClassLabel, "label_column_name", arguments.label_column_name)
-        labels = list(train.features[label].names)
-        if len(labels) < 2:
-            raise BadInput(f"{argument}: has the class {listed(labels)} alone; allowed are two or more")
-        return cls(image, label, labels)
-
-    def labelled(self, split: Dataset) -> bool:
-        """Whether a split has any labels."""
-        return has_labels(split, self.label)
-
-    def renamed(self, split: Dataset, where: str, train: Dataset | None, may_lack: bool) -> Dataset:
-        """The images as they are stored, in the column `image`, and their classes, in `label`, and nothing else.
-
-        Args:
-            split: as it was read.
-            where: what it is, for the message.
-            train: what was trained on, which must have all the classes.
-            may_lack: whether labels may be kept back; then there is no column of them.
-
-        Raises:
-            BadInput: for columns or labels that are missing, or classes that training has not.
-        """
-        wanted = {self.image: IMAGE}
-        if self.labelled(split) or not may_lack:
-            wanted[self.label] = LABEL
-        for column in wanted:
-            if column not in split.column_names:
-                raise BadInput(f"{where} has no column '{column}'")
-        split = split.select_columns(list(wanted))
-        split = split.rename_columns({old: new for old, new in wanted.items() if old != new})
-        split = split.cast_column(IMAGE, AS_STORED)
-        if LABEL in split.column_names:
-            split = with_label_ids(split, LABEL, self.labels, where)
-            if train is not None:
-                check_trained(split, train, LABEL, where)
-        return split
 
 
 def _divided(
@@ -296,27 +274,21 @@ def _divided(
     return parts["train"], evaluation
 
 
-def _load_splits(arguments: ImageDataArguments, download: dict[str, Any]) -> tuple[DatasetDict, str]:
-    if arguments.dataset_name is not None:
-        argument = f"--dataset_name {arguments.dataset_name}"
-        return read_dataset(
-            argument, arguments.dataset_name, arguments.dataset_config_name, anew=False, **download
-        ), argument
+def _load_splits(arguments: ImageDataArguments, download: dict[str, Any]) -> tuple[DatasetDict, str, list[str]]:
+    """The splits, the argument that chose them, and lines on the files that were left out."""
+    dataset = arguments.dataset_name
+    if dataset is not None:
+        argument = f"--dataset_name {dataset}"
+        if Path(dataset).is_dir():
+            check_names(argument, Path(dataset))
+        return read_dataset(argument, dataset, arguments.dataset_config_name, anew=False, **download), argument, []
     if arguments.train_dir is None:
-        raise BadInput("--dataset_name: not given; allowed is a Hub id or a folder (or --train_dir FOLDER)")
+        raise BadInput("--dataset_name: not given; use a Hub id or a folder (or --train_dir FOLDER)")
     folders = {"train": arguments.train_dir, "validation": arguments.validation_dir, "test": arguments.test_dir}
-    splits = {
-        name: image_folder(f"--{name}_dir {folder}", folder, unlabelled=name == "test")
+    read = {
+        name: read_image_folder(f"--{name}_dir {folder}", folder, name == "test", **download)
         for name, folder in folders.items()
         if folder is not None
     }
-    return DatasetDict(splits), f"--train_dir {arguments.train_dir}"
-
-
-def _column(dataset: Dataset, kind: type, argument: str, name: str | None) -> str:
-    fitting = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
-    if name is None and len(fitting) == 1:
-        return fitting[0]
-    if name is None or name not in fitting:
-        raise BadInput(f"--{argument} {name}: allowed are the columns of type {kind.__name__}, here {fitting}")
-    return name
+    splits = DatasetDict({name: split for name, (split, _) in read.items()})
+    return splits, f"--train_dir {arguments.train_dir}", [line for _, dropped in read.values() for line in dropped]

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +100,10 @@ def evaluate_and_save(
 
 
 def predict_and_save(trainer: TaskTrainer, task: PreparedTask, name: str) -> None:
-    """Predict, and write `predict_results_NAME.txt`, a line for each input, and `predict_results.json`.
+    """Predict, and write `predict_results_NAME.txt`, a row for each input, and `predict_results.json`.
+
+    The table has the columns `index`, `prediction` and, for inputs that are files, `file`, separated by tabs; a value
+    with a tab, a line break or a quotation mark in it is quoted, as by the `csv` module.
 
     Args:
         trainer: with the model.
@@ -112,11 +118,15 @@ def predict_and_save(trainer: TaskTrainer, task: PreparedTask, name: str) -> Non
         metrics[f"predict_samples{suffix}"] = len(dataset)
         predicted = task.written(task.predictions(output.predictions))
         if trainer.is_world_process_zero():
-            lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in enumerate(predicted))]
-            text = "\n".join(lines) + "\n"
+            columns: dict[str, Sequence[Any]] = {"index": range(len(predicted)), "prediction": predicted}
+            if files := task.file_names.get(suffix):
+                columns["file"] = files
+            table = io.StringIO(newline="")
+            writer = csv.writer(table, "excel-tab", lineterminator="\n")
+            writer.writerows([tuple(columns), *zip(*columns.values(), strict=True)])
             path = folder / f"predict_results_{name}{suffix.replace('_', '-')}.txt"
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
+            write_text(path, table.getvalue())
     trainer.log_metrics("predict", metrics)
     if trainer.is_world_process_zero():
         save_metrics(folder, "predict", metrics)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -294,6 +296,44 @@ def _float_images(train: Path) -> None:
         path.unlink()
 
 
+def _converted(mode: str, ending: str) -> Callable[[Path], None]:
+    """All images in a mode that RGB does not hold."""
+
+    def change(train: Path) -> None:
+        for path in list(train.rglob("*.png")):
+            image = Image.open(path).convert("L")
+            image = image.convert(mode) if mode != "RGBA" else Image.merge("RGBA", [image] * 4)
+            path.unlink()
+            image.save(path.with_suffix(ending))
+
+    return change
+
+
+def _one_class_as(ending: str) -> Callable[[Path], None]:
+    def change(train: Path) -> None:
+        for path in list(_first(train).parent.iterdir()):
+            path.rename(path.with_suffix(ending))
+
+    return change
+
+
+def _not_utf8(train: Path) -> None:
+    _first(train).rename(train / tiny_images.LABELS[0] / os.fsdecode(b"caf\xe9.png"))
+
+
+def _pandas_images(**columns: object) -> Make:
+    """A table with the bytes of four images in the columns that are given `None`."""
+
+    def make(inputs: Inputs, folder: Path) -> Command:
+        (folder / "data").mkdir()
+        data = [path.read_bytes() for path in sorted(inputs.image_folders.rglob("*.png"))[:4]]
+        table = {name: data if values is None else values for name, values in columns.items()}
+        pd.DataFrame(table).to_parquet(folder / "data" / "train.parquet")
+        return ("--config_name", inputs.image_config, "--dataset_name", folder / "data", *TRAINING)
+
+    return make
+
+
 def _unseen_class(inputs: Inputs, folder: Path) -> Command:
     shutil.copytree(inputs.image_folders, folder / "validation")
     (folder / "validation" / "dark").rename(folder / "validation" / "blue")
@@ -333,6 +373,34 @@ _IMAGES: dict[str, tuple[Make, tuple[str, ...]]] = {
     "no images": (_folders(_remove_all), ("--train_dir",)),
     "no folder for each class": (_folders(_flat), ("--train_dir",)),
     "pixels that are no numbers": (_folders(_float_images), ("tiff",)),
+    "16 bits in PNG": (_folders(_converted("I;16", ".png")), (".png", "8 bits")),
+    "16 bits in TIFF": (_folders(_converted("I;16", ".tif")), (".tif", "8 bits")),
+    "transparency": (_folders(_converted("RGBA", ".png")), (".png", "transparent")),
+    "transparency in WebP": (_folders(_converted("RGBA", ".webp")), (".webp", "transparent")),
+    "a class in HEIC": (_folders(_one_class_as(".heic")), ("--train_dir", "dark", "6 .heic")),
+    "a class in files without an ending": (_folders(_one_class_as("")), ("--train_dir", "dark")),
+    "a class without files": (_folders(lambda train: (train / "blue").mkdir()), ("--train_dir", "blue", "empty")),
+    "an image deeper than the classes": (
+        _folders(lambda train: shutil.copytree(train / "dark", train / "dark" / "a" / "b")),
+        ("--train_dir", "dark/a/b"),
+    ),
+    "a name that is not UTF-8": (_folders(_not_utf8), ("--train_dir", "caf\\xe9.png")),
+    "two columns that may be the images": (
+        _pandas_images(left=None, right=None, label=list("abab")), ("--image_column_name", "left", "right"),
+    ),
+    "a folder beside a dataset": (
+        lambda inputs, folder: (*inputs.image_training, "--test_dir", inputs.image_folders),
+        ("--test_dir", "--dataset_name"),
+    ),
+    "a column that may be the labels": (
+        _pandas_images(image=None, name=list("abab")), ("--label_column_name", "name"),
+    ),
+    "paths of images in a table": (
+        _pandas_images(image=["a.png"] * 4, label=list("abab")), ("--dataset_name", "image", "metadata.csv"),
+    ),
+    "a label that is missing in a table": (
+        _pandas_images(image=None, label=["a", "b", None, "a"]), ("label", "1 of 4", "example 2"),
+    ),
     "a class that is not trained on": (_unseen_class, ("blue",)),
     "no column of images": (_no_image_column, ("image",)),
     "no image among training images": (_not_an_image("train"), ("train",)),

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch._dynamo.utils import counters
-from transformers import AutoImageProcessor, BertConfig, PerceiverImageProcessorPil
+from transformers import AutoImageProcessor, BertConfig, PerceiverImageProcessorPil, pipeline
 
 from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
 from tests.support.script_run import bad_input_line, call_script, run_script
@@ -253,6 +255,24 @@ def test_predicts_with_the_names_of_the_classes(inputs, finetuned, tmp_path):
     assert len(predicted) == 30 and set(predicted) <= set(LABELS)
     right = sum(name == LABELS[index % len(LABELS)] for index, name in enumerate(predicted))
     assert results(tmp_path / "out")["predict_accuracy"] == pytest.approx(right / 30)
+
+
+def test_the_pipeline_of_a_checkpoint_predicts_what_the_script_does(tmp_path):
+    """For files as they come, each named in the table, whatever is in its name."""
+    train = write_image_folders(tmp_path / "images", 8)
+    (tmp_path / "test").mkdir()
+    kinds = {"1.png": "L", "10.webp": "RGB", "2.tif": "CMYK", 'a\t"b".bmp': "P", "c\nd.png": "RGBA"}
+    for index, (name, mode) in enumerate(kinds.items()):
+        with Image.open(train / LABELS[index % 3] / "0.png") as image:
+            image.resize((20, 24)).convert(mode).save(tmp_path / "test" / name)
+    data = ("--config_name", write_model_config(tmp_path), "--train_dir", train, "--test_dir", tmp_path / "test")
+    call_script("run_image.py", *data, *TRAINING, "--do_predict", "--output_dir", tmp_path / "out")
+    with (tmp_path / "out" / "predict_results_images.txt").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file, dialect="excel-tab"))
+    assert [row["file"] for row in table] == sorted(kinds) and [row["index"] for row in table] == list("01234")
+    pipe = pipeline("image-classification", str(tmp_path / "out"), trust_remote_code=True)
+    for row in table:
+        assert pipe(str(tmp_path / "test" / row["file"]))[0]["label"] == row["prediction"]
 
 
 def test_one_checkpoint_for_every_r(inputs, finetuned, tmp_path):

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Datasets of images as people have them: from pandas, with a metadata file, in folders."""
+
+from __future__ import annotations
+
+import io
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from experiments.errors import BadInput
+from experiments.tasks.image_reading import read_image
+from experiments.tasks.images import ImageDataArguments, ImageTask, load_image_task
+
+COUNT = 12
+CATS_AND_DOGS = ["cat", "dog"] * (COUNT // 2)
+
+
+def png(grey: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (4, 4), grey).save(file, "PNG")
+    return file.getvalue()
+
+
+FILES = [png(20 * index) for index in range(COUNT)]
+DECODED = [{"bytes": data, "path": f"{index}.png"} for index, data in enumerate(FILES)]
+
+
+def load(predict: bool = False, **given: object) -> ImageTask:
+    return load_image_task(ImageDataArguments(**given), predict, seed=0)
+
+
+def load_table(folder: Path, **columns: object) -> ImageTask:
+    """The task of a parquet file from pandas."""
+    given = {name: columns.pop(name) for name in ("image_column_name", "label_column_name") if name in columns}
+    pd.DataFrame(columns).to_parquet(folder / "train.parquet")
+    return load(dataset_name=str(folder), **given)
+
+
+def write_files(folder: Path, *names: str) -> Path:
+    """Images, the grey of each by its place, and of what is no image by its ending, a text."""
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(20 * index) if name.endswith(".png") else b"no image")
+    return folder
+
+
+def classes(task: ImageTask) -> dict[int, str]:
+    """The class of each training and evaluated image, by its grey."""
+    rows = [row for split in (task.train, task.evaluation[""]) for row in split]
+    return {np.asarray(read_image(row["image"], "0"))[0, 0, 0] // 20: task.labels[row["label"]] for row in rows}
+
+
+@pytest.mark.parametrize("images", [FILES, DECODED, [{"bytes": data} for data in FILES]])
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (CATS_AND_DOGS, ["cat", "dog"]),
+        (pd.Categorical(CATS_AND_DOGS), ["cat", "dog"]),
+        ([0, 1] * 6, ["0", "1"]),
+        (np.array([7, 3] * 6, np.uint8), ["7", "3"]),
+        (pd.array([10, 9] * 6, "Int64"), ["10", "9"]),
+        ([False, True] * 6, ["False", "True"]),
+    ],
+)
+def test_tables_from_pandas(tmp_path, images, labels, names):
+    task = load_table(tmp_path, image=images, label=labels)
+    assert sorted(task.labels) == sorted(names)
+    assert classes(task) == {index: names[index % 2] for index in range(COUNT)}
+
+
+@pytest.mark.parametrize(
+    ("image", "label"), [("img", "labels"), ("Image", "Label"), ("pixel_values", "label"), ("photo", "label")]
+)
+def test_columns_are_found_by_their_names(tmp_path, image, label):
+    """Or as the only one that can be it, if there is one."""
+    task = load_table(tmp_path, id=range(COUNT), **{label: CATS_AND_DOGS, image: FILES}, name=["a"] * COUNT)
+    assert classes(task) == dict(enumerate(CATS_AND_DOGS))
+    assert task.read[0].endswith(f": images in column '{image}', labels in column '{label}'")
+
+
+def test_an_image_is_found_beside_a_mask(tmp_path):
+    assert classes(load_table(tmp_path, mask=FILES[::-1], image=FILES, label=CATS_AND_DOGS))[0] == "cat"
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"left": FILES, "right": FILES, "label": CATS_AND_DOGS}, ("--image_column_name", "'left', 'right'")),
+        ({"image": FILES, "species": CATS_AND_DOGS}, ("--label_column_name", "choose from 'species'")),
+        ({"image": FILES, "label": CATS_AND_DOGS, "labels": CATS_AND_DOGS}, ("--label_column_name", "'labels'")),
+        ({"image": FILES}, ("no labels, only the column 'image'",)),
+        ({"text": CATS_AND_DOGS, "label": CATS_AND_DOGS}, ("no column of images", "'label', 'text'")),
+        ({"image": ["a.png"] * COUNT, "label": CATS_AND_DOGS}, ("'image' holds large_string", "metadata.csv")),
+        ({"image": [[1, 2]] * COUNT, "label": CATS_AND_DOGS}, ("'image' holds List",)),
+        ({"image": FILES, "label": [["cat"], ["dog"]] * 6}, ("'label' holds List",)),
+        ({"image": FILES, "label": ["cat", None] * 6}, ("split 'train': column 'label' has no value", "6 of 12")),
+        ({"image": FILES, "label": [1.0, None] * 6}, ("split 'train': column 'label' has no value", "6 of 12")),
+        ({"image": FILES, "label": ["cat"] * COUNT}, ("the class 'cat' alone",)),
+        ({"image": [*FILES[:7], None, *FILES[8:]], "label": CATS_AND_DOGS}, ("image 7 of", "split 'train'", "missing")),
+        ({"image": [*FILES[:7], b"x", *FILES[8:]], "label": CATS_AND_DOGS}, ("image 7 of", "split 'train'")),
+        (
+            {"image": FILES, "label": CATS_AND_DOGS, "image_column_name": "img"},
+            ("--image_column_name img", "choose from 'image', 'label'"),
+        ),
+        ({"image": FILES, "label": CATS_AND_DOGS, "label_column_name": "kind"}, ("--label_column_name kind",)),
+        ({"image": FILES, "label": CATS_AND_DOGS, "label_column_name": "image"}, ("'image' holds binary",)),
+    ],
+)
+def test_tables_that_cannot_be_meant(tmp_path, columns, says):
+    with pytest.raises(BadInput) as error:
+        load_table(tmp_path, **columns)
+    assert all(part in str(error.value) for part in says), str(error.value)
+
+
+def test_columns_that_are_named(tmp_path):
+    columns = {"left": FILES, "right": FILES[::-1], "species": CATS_AND_DOGS, "label": range(COUNT)}
+    task = load_table(tmp_path, **columns, image_column_name="right", label_column_name="species")
+    assert classes(task) == dict(enumerate(CATS_AND_DOGS[::-1]))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("argument", ["train_dir", "dataset_name"])
+def test_a_metadata_file(tmp_path, kind, argument):
+    """The images that it does not list are left out, and said to be."""
+    names = [f"{'ab'[index % 2]}/{index}.png" for index in range(COUNT)]
+    write_files(tmp_path, *names, "b/13.png", "b/14.heic")
+    table = pd.DataFrame({"file_name": names, "label": CATS_AND_DOGS})
+    path = tmp_path / f"metadata.{kind}"
+    {"csv": lambda: table.to_csv(path, index=False), "parquet": lambda: table.to_parquet(path),
+     "jsonl": lambda: table.to_json(path, orient="records", lines=True)}[kind]()  # fmt: skip
+    task = load(**{argument: str(tmp_path)})
+    assert classes(task) == dict(enumerate(CATS_AND_DOGS))
+    assert task.read[-1] == f"left out: files of --{argument} {tmp_path} that are in no example (1 .heic, 1 .png)"
+
+
+def test_names_of_splits_in_names_of_files(tmp_path):
+    names = [f"{'train' if index % 2 else 'test'}_{index}.png" for index in range(COUNT)]
+    write_files(tmp_path, *names)
+    pd.DataFrame({"file_name": names, "label": CATS_AND_DOGS}).to_csv(tmp_path / "metadata.csv", index=False)
+    assert classes(load(train_dir=str(tmp_path))) == dict(enumerate(CATS_AND_DOGS))
+
+
+def grid(*folders: str) -> list[str]:
+    return [f"{folder}/{index}.png" for folder in folders for index in range(4)]
+
+
+@pytest.mark.parametrize("argument", ["train_dir", "dataset_name"])
+def test_a_class_does_not_vanish_from_a_folder(tmp_path, argument):
+    write_files(tmp_path, *grid("cat", "dog"), "dog/4.heic")
+    task = load(**{argument: str(tmp_path)})
+    assert task.labels == ["cat", "dog"]
+    assert task.read[-1] == f"left out: files of --{argument} {tmp_path} that are in no example (1 .heic)"
+    write_files(tmp_path, "cow/1.heic")
+    with pytest.raises(BadInput, match=rf"--{argument} .*: the folder cow has no image that can be read \(1 .heic\)"):
+        load(**{argument: str(tmp_path)})
+
+
+def test_a_class_does_not_vanish_from_a_split(tmp_path):
+    write_files(tmp_path, *grid("train/cat", "train/dog", "test/cat"), "test/dog/1.heic", "docs/1.pdf")
+    with pytest.raises(BadInput, match="the folder test/dog has no image"):
+        load(dataset_name=str(tmp_path))
+
+
+@pytest.mark.parametrize("argument", ["train_dir"])
+def test_classes_of_one_name(tmp_path, argument):
+    """macOS writes an accent as a character of its own."""
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    write_files(tmp_path, *grid(composed, decomposed, "bar"))
+    task = load(**{argument: str(tmp_path)})
+    assert task.labels == ["bar", composed]
+    assert sorted(classes(task).values()) == ["bar"] * 4 + [composed] * 8
+
+
+@pytest.mark.parametrize("argument", ["train_dir", "dataset_name"])
+def test_a_name_that_is_not_utf8(tmp_path, argument):
+    write_files(tmp_path, *grid("cat", "dog"))
+    (tmp_path / os.fsdecode(b"cat/caf\xe9.png")).write_bytes(FILES[0])
+    with pytest.raises(BadInput, match=rf"^--{argument} .*: the name cat/caf\\xe9.png is not UTF-8; rename it"):
+        load(**{argument: str(tmp_path)})
+
+
+def test_predicted_files_are_named_in_their_order(tmp_path):
+    train = write_files(tmp_path / "train", *grid("cat", "dog"))
+    test = write_files(tmp_path / "test", "1.png", "10.png", "2.png", "a b.png")
+    assert load(True, train_dir=str(train), test_dir=str(test)).file_names == {
+        "": ["1.png", "10.png", "2.png", "a b.png"]
+    }
+    assert load(True, train_dir=str(train), test_dir=str(train)).file_names == {"": grid("cat", "dog")}
+
+
+def test_predicted_rows_of_a_table_are_named_if_they_have_paths(tmp_path):
+    for folder, images in (("named", DECODED), ("bytes", FILES)):
+        (tmp_path / folder).mkdir()
+        table = pd.DataFrame({"image": images, "label": CATS_AND_DOGS})
+        for split in ("train", "test"):
+            table.to_parquet(tmp_path / folder / f"{split}.parquet")
+    assert load(True, dataset_name=str(tmp_path / "named")).file_names == {"": [f"{i}.png" for i in range(COUNT)]}
+    assert load(True, dataset_name=str(tmp_path / "bytes")).file_names == {"": []}
