@@ -49,6 +49,9 @@ def _opened(stored: dict[str, Any] | None, where: str) -> Iterator[Image.Image]:
         if not stored or (stored["bytes"] is None and stored["path"] is None):
             raise ValueError("is missing; every example needs an image")
         data = stored["bytes"]
+        if data is None and "://" in stored["path"]:
+            # datasets 5.2 gives such images the class of the archive's folder.
+            raise ValueError("is in an archive or elsewhere; unpack it into a folder")
         try:
             image = Image.open(stored["path"] if data is None else io.BytesIO(data))
         except UnidentifiedImageError:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from PIL import Image
 from transformers import AutoImageProcessor, PerceiverImageProcessorPil
 
 from configuration_tome_perceiver import ToMePerceiverConfig
@@ -190,16 +191,30 @@ def collate_images(examples: list[dict[str, Any]]) -> Batch:
 
 
 def _check_processed(task: ImageTask, config: ToMePerceiverConfig, processing_class: Any) -> None:
-    """Check on the first image that the image processor makes what the model takes."""
+    """Check that the image processor makes what the model takes, all of one size."""
+
+    def processed(image: Image.Image) -> tuple[int, ...]:
+        return tuple(processing_class([image], return_tensors="pt")["pixel_values"].shape)
+
     image = read_image(task.train[0][IMAGE], "0 of split 'train'")
     with naming("--image_processor_name", Exception):
-        shape = tuple(processing_class([image], return_tensors="pt")["pixel_values"].shape)
+        shape = processed(image)
         side = config.image_size
         if len(shape) != 4 or shape[1] != 3:
             raise ValueError(f"makes pixel_values of shape {shape}; allowed is (images, 3, height, width)")
         # Positions that are learned are those of one size.
         if "Learned" in task.model_class_name(config) and shape[2:] != (side, side):
             raise ValueError(f"makes images of {shape[2]} x {shape[3]}; allowed is image_size = {side} of the model")
+        if processed(Image.new("RGB", (image.width + 8, image.height + 24))) == shape:
+            return
+    for split in (task.train, *task.evaluation.values(), *task.prediction.values()):
+        for stored in split.select_columns(IMAGE):
+            other = read_image(stored[IMAGE], "without a name")
+            if other.size != image.size and processed(other) != shape:
+                raise BadInput(
+                    f"--image_processor_name: does not make images of {image.width} x {image.height} and "
+                    f"{other.width} x {other.height} the same size; use one that resizes, or images of one size"
+                )
 
 
 def load_image_task(

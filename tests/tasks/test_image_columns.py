@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -137,6 +138,14 @@ def test_a_metadata_file(tmp_path, kind, argument):
     task = load(**{argument: str(tmp_path)})
     assert classes(task) == dict(enumerate(CATS_AND_DOGS))
     assert task.read[-1] == f"left out: files of --{argument} {tmp_path} that are in no example (1 .heic, 1 .png)"
+
+
+def test_an_archive_of_images_is_to_be_unpacked(tmp_path):
+    """In a folder called "1", `datasets` would make all of them the second class."""
+    write_files(tmp_path / "all", *grid("cat", "dog"))
+    shutil.make_archive(str(tmp_path / "1" / "images"), "zip", tmp_path / "all")
+    with pytest.raises(BadInput, match="image zip://.*png::.*images.zip: is in an archive .* unpack it"):
+        load(dataset_name=str(tmp_path / "1"))
 
 
 def test_names_of_splits_in_names_of_files(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import EvalPrediction, PerceiverImageProcessorPil
 
 from configuration_tome_perceiver import ToMePerceiverConfig
@@ -129,6 +130,19 @@ def test_an_image_processor_that_does_not_fit_is_named(tmp_path):
     config.label2id = {name: index for index, name in enumerate(task.labels)}
     with pytest.raises(BadInput, match="--image_processor_name: makes images of 8 x 8; allowed is image_size = 16"):
         task.prepared(config, PerceiverImageProcessorPil(do_center_crop=False, size={"height": 8, "width": 8}), 0)
+
+
+def test_an_image_processor_that_does_not_resize_needs_images_of_one_size(tmp_path):
+    task = load(train_dir=str(write_image_folders(tmp_path / "train", 6)))
+    config = ToMePerceiverConfig(**MODEL)
+    config.id2label = dict(enumerate(task.labels))
+    config.label2id = {name: index for index, name in enumerate(task.labels)}
+    processor = PerceiverImageProcessorPil(do_center_crop=False, do_resize=False)
+    assert task.prepared(config, processor, 0).batch(2)["pixel_values"].shape == (2, 3, 8, 8)
+    Image.new("RGB", (9, 8)).save(tmp_path / "train" / "dark" / "0.png")
+    task = load(train_dir=str(tmp_path / "train"))
+    with pytest.raises(BadInput, match="--image_processor_name: does not make images of .* the same size"):
+        task.prepared(config, processor, 0)
 
 
 def test_columns_of_other_names(tmp_path):
