@@ -12,7 +12,15 @@ from datasets import Image as ImageFeature
 
 from experiments.errors import BadInput, naming
 from experiments.tasks.image_reading import AS_STORED, IMAGE, LABEL, ROW
-from experiments.tasks.labels import check_none_missing, check_trained, has_labels, label_names, listed, with_label_ids
+from experiments.tasks.labels import (
+    check_none_missing,
+    check_trained,
+    has_labels,
+    label_names,
+    listed,
+    spelling,
+    with_label_ids,
+)
 
 # Names that say what is in a column, in lower case.
 IMAGE_NAMES = {"image", "images", "img", "picture", "pixels", "pixel_values"}
@@ -101,6 +109,18 @@ class ImageColumns:
         with naming(f"{where}, column '{self.image}'", Exception):
             split = split.cast_column(IMAGE, AS_STORED)
         return split.add_column(ROW, range(len(split)))
+
+    def has_other_labels(self, split: Dataset) -> bool:
+        """Whether a split that is `stored` has labels, and none of them is a class, as where they are kept back."""
+        if not has_labels(split, LABEL):
+            return False
+        feature = split.features[LABEL]
+        if not isinstance(feature, (ClassLabel, Value)):
+            return False  # of a kind that is refused where labels are read
+        values = [value for value in split.unique(LABEL) if value is not None]
+        own = dict(enumerate(feature.names)) if isinstance(feature, ClassLabel) else {}
+        names = [own.get(value, value) for value in values]
+        return not set(map(spelling, names)) & set(map(spelling, self.labels))
 
     def with_classes(self, split: Dataset, where: str, train: Dataset | None, may_lack: bool) -> Dataset:
         """Return a split that is `stored` with the places of its labels in `labels`.

@@ -243,6 +243,10 @@ def load_image_task(
         folder = arguments.dataset_name
         dropped = left_out_of_dataset(argument, folder, splits.values(), columns.labels)
 
+    if "test" in splits and columns.has_other_labels(splits["test"]):
+        splits["test"] = splits["test"].remove_columns(LABEL)
+        dropped.append("the labels of split 'test', none of which is a class of training")
+
     def taken(name: str, count: int | None, train: Dataset | None = None, may_lack: bool = False) -> Dataset:
         split = take_split(splits, name, argument, count)
         return columns.with_classes(split, f"{argument}: split '{name}'", train, may_lack)

@@ -203,6 +203,18 @@ def test_predicted_files_are_named_in_their_order(tmp_path):
     assert load(True, train_dir=str(train), test_dir=str(train)).file_names == {"": grid("cat", "dog")}
 
 
+@pytest.mark.parametrize("folders", [("unknown",), ("a", "b")])
+def test_labels_that_stand_for_none_are_ignored(tmp_path, folders):
+    """Images to predict in a folder of any name; a class beside others that training lacks is a mistake."""
+    train, test = write_files(tmp_path / "train", *grid("cat", "dog")), write_files(tmp_path / "test", *grid(*folders))
+    task = load(True, train_dir=str(train), test_dir=str(test))
+    assert task.prediction[""].column_names == ["image"] and len(task.evaluation[""]) == 2
+    assert task.read[-1] == "left out: the labels of split 'test', none of which is a class of training"
+    write_files(test, "cat/1.png")
+    with pytest.raises(BadInput, match=f"split 'test' has the labels '{folders[0]}'"):
+        load(True, train_dir=str(train), test_dir=str(test))
+
+
 def test_predicted_rows_of_a_table_are_named_if_they_have_paths(tmp_path):
     for folder, images in (("named", DECODED), ("bytes", FILES)):
         (tmp_path / folder).mkdir()
