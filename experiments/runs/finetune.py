@@ -19,7 +19,9 @@ from experiments.publishing.hub_arguments import HubArguments, check_push, open_
 from experiments.runs.finetune_stages import Run
 from experiments.runs.start import load
 from experiments.tasks.base import Task
+from experiments.tasks.glue import GlueDataArguments
 from experiments.training.evaluation import predict_and_save
+from experiments.training.loading import trained_classes
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.progress import announce
 from experiments.training.stage import RetrainArguments, check_resume, check_sharding, rehearse
@@ -84,7 +86,10 @@ def run_experiment(experiment: Experiment) -> None:
     repository = check_push(training, experiment.model.token)
 
     evaluate = training.do_eval or retraining.retrain_epochs > 0 or training.eval_strategy != "no"
-    options = experiment.model.dataset_options()
+    options: dict[str, Any] = experiment.model.dataset_options()
+    if isinstance(experiment.data, GlueDataArguments) and not training.do_train and not experiment.merging.has_budget:
+        # No training split is needed then.
+        options["classes"] = trained_classes(experiment.model)
     read = partial(experiment.load_task, experiment.data, training.do_predict, training.seed, evaluate, **options)
     loaded = load(read, experiment.model, training, experiment.merging.config_fields())
     rehearse(loaded.model, loaded.prepared, retraining.stages(training), retraining.trainer_class)

@@ -3,17 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-from datasets import Dataset, DatasetDict, Value
+from datasets import Dataset, DatasetDict
 from transformers import DataCollatorWithPadding
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
-from experiments.tasks.base import PreparedTask, Source, evaluated_split, first_examples, take_split
+from experiments.tasks.base import (
+    LABELS,
+    PreparedTask,
+    Source,
+    evaluated_split,
+    first_examples,
+    read_lines,
+    take_split,
+)
 from experiments.tasks.labels import (
     check_none_missing,
     check_trained,
@@ -26,9 +34,9 @@ from experiments.tasks.labels import (
     with_label_ids,
     with_numbers,
 )
-from experiments.tasks.reading import TABLE_FORMATS, read_dataset, read_file
+from experiments.tasks.reading import TABLE_FORMATS, column_key, read_dataset, read_file
 from experiments.tasks.scores import classes, numbers
-from experiments.tasks.text import LABEL, TextDataArguments, TextTask, is_text
+from experiments.tasks.text import LABEL, TextDataArguments, TextTask, as_text, sentence_columns
 
 GLUE_DATASET = "nyu-mll/glue"
 SENTENCES = {
@@ -42,6 +50,8 @@ SPLITS = {"mnli": {"": "_matched", "_mm": "_mismatched"}}
 # The class that F1 is about, by task; GLUE has it last.
 POSITIVE = {"mrpc": "equivalent", "qqp": "duplicate"}
 REGRESSION = "stsb"
+# Of the first input, as much as a line or two of a terminal have room for.
+SHOWN_CHARACTERS = 120
 
 
 @dataclass
@@ -59,7 +69,20 @@ class GlueDataArguments(TextDataArguments):
         default=None,
         metadata={
             "help": f"Own data ({', '.join(TABLE_FORMATS)}): a column 'label' (a number with a point: regression) and "
-            "'sentence1', 'sentence2', or else the first two other columns of text, or the only one."
+            "'sentence1', 'sentence2', or 'text', 'sentence' or the like, or one other column of text."
+        },
+    )
+    sentence1_column: str | None = field(
+        default=None, metadata={"help": "Own data: column with the sentences, if its name does not say so."}
+    )
+    sentence2_column: str | None = field(
+        default=None, metadata={"help": "Own data: column with the second sentence of each pair."}
+    )
+    do_regression: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Own data: whether labels are numbers to predict. By default those with a point are, if not all "
+            "are whole, and all others are classes."
         },
     )
     task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(sorted(SENTENCES))}."})
@@ -69,7 +92,15 @@ class GlueDataArguments(TextDataArguments):
         if self.task_name is not None:
             self.task_name = self.task_name.lower()
             if self.task_name not in SENTENCES:
-                raise BadInput(f"--task_name {self.task_name}: allowed are {', '.join(sorted(SENTENCES))}")
+                raise BadInput(f"--task_name {self.task_name}: choose from {', '.join(sorted(SENTENCES))}")
+            for name in ("sentence1_column", "sentence2_column", "do_regression"):
+                if (value := getattr(self, name)) is not None:
+                    raise BadInput(f"--{name} {value}: is for own data; --task_name {self.task_name} says which it is")
+
+    @property
+    def texts(self) -> list[str]:
+        """Columns that are named as those with the sentences."""
+        return [name for name in (self.sentence1_column, self.sentence2_column) if name is not None]
 
 
 @dataclass
@@ -90,6 +121,17 @@ class GlueTask(TextTask):
                 )
         return "ToMePerceiverForSequenceClassification"
 
+    def first_input(self, prepared: PreparedTask) -> str | None:
+        """The first example's tokens as text, with the name of its class or its number."""
+        splits = (prepared.train, *prepared.evaluation.values(), *prepared.prediction.values())
+        example = next(split for split in splits if len(split))[0]
+        shown = prepared.processing_class.decode(example["input_ids"])
+        shown = shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}..."
+        label = example.get(LABELS)
+        if label is not None:
+            label = f", {prepared.labels[prepared.label_ids.index(label)]!r}" if prepared.labels else f", {label:g}"
+        return f"first input, {len(example['input_ids'])} tokens: {shown!r}{label or ''}"
+
     def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
         """Tokens and labels, padded to the longest of each batch unless the arguments say otherwise."""
         ids = label_ids(config, self.labels) if self.labels else []
@@ -108,7 +150,12 @@ class GlueTask(TextTask):
 
 
 def load_glue_task(
-    arguments: GlueDataArguments, predict: bool, seed: int, evaluate: bool = True, **download: Any
+    arguments: GlueDataArguments,
+    predict: bool,
+    seed: int,
+    evaluate: bool = True,
+    classes: Sequence[str] | None = None,
+    **download: Any,
 ) -> GlueTask:
     """Load the sentences that the arguments mean.
 
@@ -117,28 +164,40 @@ def load_glue_task(
         predict: whether the test split is needed too.
         seed: of the order in which training examples are cut off by `max_train_samples`.
         evaluate: whether anything is evaluated; if not, there may be nothing to evaluate on.
+        classes: those of the checkpoint, for a run that does not train, which then needs no training split; empty for
+            regression.
         download: `cache_dir` and `token` for `datasets.load_dataset`.
 
     Raises:
         BadInput: for a dataset, split or column that is not there, an empty split, text or labels that are missing or
             no text and no labels, or labels that are not among those of the training split.
     """
-    splits, source = _load_splits(arguments, predict, download)
+    splits, source = _load_splits(arguments, predict, evaluate, classes, download)
     argument = source.argument
     evaluated = _evaluated_names(arguments, splits, argument, evaluate)
-    train = take_split(splits, "train", argument, None)
-    columns = _Columns(_sentence_columns(arguments, train, argument), _labels(arguments, train, argument))
-    train = columns.checked(train, f"{argument}: split 'train'")
+    ends = _split_ends(arguments.task_name) if predict else {}
+    predicted = {suffix: f"test{end}" for suffix, end in ends.items()}
+    has_train = "train" in splits or classes is None
+    first_name = "train" if has_train else next(iter((evaluated or predicted).values()))
+    first = take_split(splits, first_name, argument, None)
+    sentences = SENTENCES.get(arguments.task_name or "") or sentence_columns(
+        first, argument, arguments.sentence1_column, arguments.sentence2_column
+    )
+    columns = _Columns(sentences, _labels(arguments, first, argument) if has_train else list(classes or ()))
+    train = columns.checked(first, f"{argument}: split 'train'") if has_train else None
 
-    def taken(name: str, count: int | None, may_lack: bool = False) -> Dataset:
+    def taken(name: str, count: int | None, is_predicted: bool = False) -> Dataset:
         split = take_split(splits, name, argument, count)
-        return columns.checked(split, f"{argument}: split '{name}'", train, may_lack)
+        return columns.checked(split, f"{argument}: split '{name}'", train, is_predicted)
 
     evaluation = {suffix: taken(name, arguments.max_eval_samples) for suffix, name in evaluated.items()}
-    prediction = {}
-    if predict:
-        ends = _split_ends(arguments.task_name)
-        prediction = {suffix: taken(f"test{end}", arguments.max_predict_samples, True) for suffix, end in ends.items()}
+    prediction = {suffix: taken(name, arguments.max_predict_samples, True) for suffix, name in predicted.items()}
+    read = {evaluated[suffix]: split for suffix, split in evaluation.items()}
+    read |= {f"{predicted[suffix]} (to predict)": split for suffix, split in prediction.items()}
+    if train is None:
+        train = next(iter(read.values())).select([])
+    else:
+        read = {"train": train, **read}
     if arguments.max_train_samples is not None:
         train = first_examples(train.shuffle(seed=seed), arguments.max_train_samples)
     return GlueTask(
@@ -148,6 +207,7 @@ def load_glue_task(
         evaluation=evaluation,
         prediction=prediction,
         main_metric=MAIN_METRIC.get(arguments.task_name or "", "accuracy" if columns.labels else "pearson"),
+        read=columns.read(arguments, argument, first, read),
         arguments=arguments,
         sentence_columns=columns.sentences,
     )
@@ -165,23 +225,36 @@ class _Columns:
     sentences: tuple[str, ...]
     labels: list[str]
 
-    def checked(self, split: Dataset, where: str, train: Dataset | None = None, may_lack: bool = False) -> Dataset:
-        """The same examples with their classes as places in `labels`, or with numbers.
+    def read(
+        self, arguments: GlueDataArguments, argument: str, first: Dataset, splits: dict[str, Dataset]
+    ) -> list[str]:
+        """Say what was read: which columns of the first split for what, and which were not."""
+        used = [f"sentence in column {listed([name])}" for name in self.sentences]
+        if any(LABEL in split.column_names for split in splits.values()):
+            used.append(f"{'class' if self.labels else 'number'} in column '{LABEL}'")
+        others = [name for name in first.column_names if name not in (*self.sentences, LABEL)]
+        unused = f"; not used: {listed(others)}" if others else ""
+        dataset = arguments.dataset_name
+        where = " (a folder here)" if dataset is not None and Path(dataset).is_dir() else ""
+        return read_lines(f"{argument}{where}", f"{', '.join(used)}{unused}", splits, LABEL, self.labels)
+
+    def checked(self, split: Dataset, where: str, train: Dataset | None = None, is_predicted: bool = False) -> Dataset:
+        """The same examples with text, and with their classes as places in `labels`, or with numbers.
 
         Args:
             split: as it was read.
             where: what it is, for the message.
             train: what was trained on, which must have all the classes.
-            may_lack: whether labels may be kept back; then there is no column of them.
+            is_predicted: whether it is only predicted; then it has no labels, whatever stands there.
 
         Raises:
             BadInput: for text or labels that are missing or of another kind, or classes that training has not.
         """
-        _check_sentences(split, self.sentences, where)
-        if may_lack and not has_labels(split, LABEL):
+        split = _with_text(split, self.sentences, where)
+        if is_predicted:
             return split.remove_columns(LABEL) if LABEL in split.features else split
         if LABEL not in split.features:
-            raise BadInput(f"{where} has no column '{LABEL}'")
+            raise BadInput(f"{where} has no column '{LABEL}', only {listed(split.column_names)}")
         if not self.labels:
             return with_numbers(split, LABEL, where)
         split = with_label_ids(split, LABEL, self.labels, where)
@@ -190,36 +263,60 @@ class _Columns:
         return split
 
 
-def _load_splits(arguments: GlueDataArguments, predict: bool, download: dict[str, Any]) -> tuple[DatasetDict, Source]:
+def _load_splits(
+    arguments: GlueDataArguments, predict: bool, evaluate: bool, classes: Sequence[str] | None, download: dict[str, Any]
+) -> tuple[DatasetDict, Source]:
     task, dataset, anew = arguments.task_name, arguments.dataset_name, arguments.overwrite_cache
     if task is not None:
+        if dataset is None and Path(GLUE_DATASET).exists():
+            raise BadInput(
+                f"--task_name {task}: is read from {GLUE_DATASET} on the Hub, and here is a folder of that name; use "
+                f"--dataset_name ./{GLUE_DATASET} for the folder, or start in another place"
+            )
         # A folder that stands in for GLUE holds what the Hub does.
         argument = f"--task_name {task}" if dataset is None else f"--dataset_name {dataset}"
         source = Source(argument, GLUE_DATASET, True, task)
-        return read_dataset(argument, dataset or GLUE_DATASET, task, anew, **download), source
-    if dataset is not None:
+        splits = read_dataset(argument, dataset or GLUE_DATASET, task, anew, **download)
+    elif dataset is not None:
         config = arguments.dataset_config_name
         source = Source.of_dataset(dataset, config, "validation")
-        return read_dataset(source.argument, dataset, config, anew, **download), source
-    files = _own_files(arguments, predict)
-    source = Source(f"--train_file {files['train']}", Path(files["train"]).stem)
-    read = {name: read_file(f"--{name}_file {path}", path, anew, **download) for name, path in files.items()}
-    return DatasetDict(read), source
+        splits = read_dataset(source.argument, dataset, config, anew, arguments.texts, **download)
+    else:
+        files = _own_files(arguments, predict, evaluate, classes is None)
+        name, path = next(iter(files.items()))
+        source = Source(f"--{name}_file {path}", Path(path).stem)
+        splits = DatasetDict(
+            {
+                name: read_file(f"--{name}_file {path}", path, anew, arguments.texts, **download)
+                for name, path in files.items()
+            }
+        )
+    return DatasetDict({name: _with_label(split) for name, split in splits.items()}), source
 
 
-def _own_files(arguments: GlueDataArguments, predict: bool) -> dict[str, str]:
+def _with_label(split: Dataset) -> Dataset:
+    """The same examples with the column `label` if its name is only spelled in another way: "Label", "labels"."""
+    found = [name for name in split.column_names if column_key(name) in (LABEL, f"{LABEL}s")]
+    return split.rename_column(found[0], LABEL) if len(found) == 1 and found != [LABEL] else split
+
+
+def _own_files(arguments: GlueDataArguments, predict: bool, evaluate: bool, train: bool) -> dict[str, str]:
     """The files to read, by their split."""
     paths = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
-    needed = {"train"} | ({"test"} if predict else set())
-    if arguments.validation_file is None and arguments.test_file is None:
+    needed = {"train"} if train else set()
+    if predict:
+        needed.add("test")
+    if (evaluate or not predict) and arguments.validation_file is None and arguments.test_file is None:
         needed.add("validation")
-    if missing := sorted(name for name in needed if paths[name] is None):
+    if missing := [name for name in paths if name in needed and paths[name] is None]:
         raise BadInput(
-            f"--{missing[0]}_file: not given; allowed are --task_name, --dataset_name, or files of one's own to train "
-            "on and to evaluate on (a test file for --do_predict)"
+            f"--{missing[0]}_file: not given; use --task_name, --dataset_name, or files of your own: --train_file to "
+            "train on, --validation_file to evaluate on, --test_file for --do_predict"
         )
     if not predict and arguments.validation_file is not None:
         del paths["test"]
+    if not evaluate and not train:
+        paths = {"test": paths["test"]}
     return {name: path for name, path in paths.items() if path is not None}
 
 
@@ -239,30 +336,15 @@ def _evaluated_names(
     return {"": evaluated_split(splits, argument, lambda split: has_labels(split, LABEL))}
 
 
-def _sentence_columns(arguments: GlueDataArguments, train: Dataset, argument: str) -> tuple[str, ...]:
-    if arguments.task_name is not None:
-        return SENTENCES[arguments.task_name]
-    others = [name for name in train.column_names if name not in (LABEL, "idx")]
-    if {"sentence1", "sentence2"} <= set(others):
-        return ("sentence1", "sentence2")
-    # A number beside the text, such as an identity, is none of it.
-    columns = [name for name in others if is_text(train, name)]
-    if not columns:
-        raise BadInput(f"{argument}: has no column with sentences, of text, beside {listed(train.features)}")
-    return tuple(columns[:2])
-
-
-def _check_sentences(split: Dataset, columns: tuple[str, ...], where: str) -> None:
-    """Check that there is text for each example, which may be of no letters."""
+def _with_text(split: Dataset, columns: tuple[str, ...], where: str) -> Dataset:
+    """The same examples with text in these columns, which may be of no letters."""
     if missing := set(columns) - set(split.column_names):
-        raise BadInput(f"{where} has no column {listed(missing)}")
+        raise BadInput(f"{where} has no column {listed(missing)}, only {listed(split.column_names)}")
     for column in columns:
-        if not is_text(split, column):
-            feature = split.features[column]
-            kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
-            raise BadInput(f"{where}: column '{column}' holds {kind}; allowed is text")
+        split = as_text(split, column, where)
         missing_rows = [index for index, value in enumerate(split[column]) if value is None]
         refuse_missing(missing_rows, len(split), column, where)
+    return split
 
 
 def _labels(arguments: GlueDataArguments, train: Dataset, argument: str) -> list[str]:
@@ -272,19 +354,12 @@ def _labels(arguments: GlueDataArguments, train: Dataset, argument: str) -> list
     task = arguments.task_name
     if task == REGRESSION:
         return []
-    labels = label_names(train, LABEL, argument)
+    labels = label_names(train, LABEL, argument, arguments.do_regression if task is None else False)
     if labels is None:
-        # A missing label makes numbers with a point of all others in a .csv file.
-        check_none_missing(train[LABEL], LABEL, f"{argument}: split 'train'")
-        values = np.unique(train[LABEL])
-        if task is not None or len(values) <= 2 and np.array_equal(values, np.round(values)):
-            raise BadInput(
-                f"{argument}: column '{LABEL}' holds numbers with a point, {listed(values)}; allowed are classes by "
-                "name or as integers (with a point they are numbers to predict)"
-            )
         return []
     if len(labels) < 2:
-        raise BadInput(f"{argument}: column '{LABEL}' has the class {listed(labels)} alone; allowed are two or more")
+        check_none_missing(train[LABEL], LABEL, f"{argument}: split 'train'")
+        raise BadInput(f"{argument}: column '{LABEL}' has the class {listed(labels)} alone; there must be two or more")
     if task in POSITIVE:
         return _positive_last(labels, POSITIVE[task], argument)
     return labels
@@ -297,6 +372,6 @@ def _positive_last(labels: list[str], positive: str, argument: str) -> list[str]
         if set(by_spelling) == set(known) and len(labels) == 2:
             return [by_spelling[name] for name in known]
     raise BadInput(
-        f"{argument}: has the classes {listed(labels)}; allowed are 'not_{positive}' and '{positive}', or 0 and 1, "
+        f"{argument}: has the classes {listed(labels)}; they must be 'not_{positive}' and '{positive}', or 0 and 1, "
         "since F1 is about one of them"
     )

@@ -5,19 +5,26 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.errors import BadInput, naming
+from experiments.errors import BadInput
+from experiments.tasks.reading import with_column
 
 logger = logging.getLogger(__name__)
 
 NO_LABEL = -1
 """What test splits have in place of labels that are kept back."""
 SHOWN_NAMES = 20
+# What a label must look like to be a number, to be a class that is known by its value, and to be taken for a number by
+# people: 2,5 or 1 000 or 50%.
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE | re.ASCII)
+_INTEGER = re.compile(r"(?:LABEL_)?([-+]?\d+)(?:\.0*)?", re.ASCII)
+_LIKE_A_NUMBER = re.compile(r"[-+\u2212]?[\d.][\d.,'\s\u2019]*%?")
 
 
 def listed(names: Iterable[object], ordered: bool = False) -> str:
@@ -28,8 +35,25 @@ def listed(names: Iterable[object], ordered: bool = False) -> str:
 
 
 def spelling(name: object) -> str:
-    """A name as it is compared: in lower case, "-" and " " as "_"."""
-    return re.sub(r"[-_\s]+", "_", str(name).strip()).casefold()
+    """Return a name as it is compared: in lower case, composed (NFC), with "-" and " " as "_"."""
+    return re.sub(r"[-_\s]+", "_", _composed(name)).casefold()
+
+
+def _composed(name: object) -> str:
+    """A name without spaces around it, in the one form of Unicode: macOS writes "é" as two characters."""
+    return unicodedata.normalize("NFC", str(name)).strip()
+
+
+def _identity(name: object) -> str | int:
+    """Return what tells two classes apart: the value of an integer or of LABEL_3, and otherwise the name itself."""
+    composed = _composed(name)
+    if found := _INTEGER.fullmatch(composed):
+        return int(found[1])
+    return composed.casefold() if composed.casefold() in ("true", "false") else composed
+
+
+# What must be equal for two names to be of one class, the strictest first.
+_SAMENESS: tuple[Callable[[object], Hashable], ...] = (str, _identity, spelling)
 
 
 def checkpoint_labels(config: ToMePerceiverConfig) -> list[str]:
@@ -44,7 +68,8 @@ def checkpoint_labels(config: ToMePerceiverConfig) -> list[str]:
 def matched(labels: Sequence[str], checkpoint: Sequence[str]) -> list[int] | None:
     """The checkpoint's index of each of the data's labels; `None` if they are not the same names.
 
-    Case and "-", "_" and " " make no other name. Names that only say an index (LABEL_0 or 0) stand for any.
+    Numbers go by their value, and LABEL_3 is 3. Case and "-", "_" and " " make no other name. Names that only say an
+    index (LABEL_0 or 0) stand for any names that are no numbers.
 
     Args:
         labels: the data's.
@@ -52,12 +77,12 @@ def matched(labels: Sequence[str], checkpoint: Sequence[str]) -> list[int] | Non
     """
     if len(labels) != len(checkpoint):
         return None
-    if list(labels) == list(checkpoint):
-        return list(range(len(labels)))
-    for names, others in ((list(labels), list(checkpoint)), (_spelled(labels), _spelled(checkpoint))):
-        if set(names) == set(others) and len(set(names)) == len(set(others)) == len(names):
+    for same in _SAMENESS:
+        names, others = ([same(name) for name in side] for side in (labels, checkpoint))
+        if set(names) == set(others) and len(set(names)) == len(names):
             return [others.index(name) for name in names]
-    if says_nothing(labels) or says_nothing(checkpoint):
+    both_numbers = all(isinstance(_identity(name), int) for name in (*labels, *checkpoint))
+    if not both_numbers and (says_nothing(labels) or says_nothing(checkpoint)):
         return list(range(len(labels)))
     return None
 
@@ -69,7 +94,7 @@ def says_nothing(labels: Sequence[str]) -> bool:
 
 def warn_of_order(labels: Sequence[str], checkpoint: Sequence[str], where: str) -> None:
     """Say so if labels go by their order, since one side's names say nothing."""
-    if set(_spelled(labels)) != set(_spelled(checkpoint)) and (says_nothing(labels) or says_nothing(checkpoint)):
+    if all(set(map(same, labels)) != set(map(same, checkpoint)) for same in (_identity, spelling)):
         logger.warning(
             "%s: its labels %s are taken for the data's %s in this order, since their names say nothing of each other",
             where, listed(checkpoint, ordered=True), listed(labels, ordered=True),
@@ -84,29 +109,100 @@ def label_ids(config: ToMePerceiverConfig, labels: Sequence[str]) -> list[int]:
     """
     found = matched(labels, checkpoint_labels(config))
     if found is None:
-        raise BadInput(f"id2label = {config.id2label}: allowed are the data's labels, {listed(labels)}")
+        raise BadInput(f"id2label = {config.id2label}: must be the data's labels, {listed(labels)}")
     return found
 
 
-def label_names(dataset: Dataset, column: str, where: str) -> list[str] | None:
-    """Names of the classes that a column may have, in their order; `None` if it holds numbers with a point.
+def label_names(dataset: Dataset, column: str, where: str, regression: bool | None = None) -> list[str] | None:
+    """Return the names of the classes that a column may have, in their order, or `None` if it holds numbers to predict.
+
+    Whole numbers are in the order of their values, and other names in that of their letters.
+
+    Args:
+        dataset, column: the labels.
+        where: what the data are, for the message.
+        regression: whether the labels are numbers to predict. `None`: numbers with a point are, if not all are whole.
 
     Raises:
-        BadInput: for a column that holds neither.
+        BadInput: for a column that holds neither, or of which this cannot be told.
     """
+    _check_kind(dataset, column, where)
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
+        if regression:
+            raise BadInput(f"--do_regression true: {where}: column '{column}' holds classes, {listed(feature.names)}")
         return list(feature.names)
-    kind = feature.dtype if isinstance(feature, Value) else ""
-    if kind.startswith("float"):
+    found = [value for value in dataset.unique(column) if not _is_empty(value)]
+    if regression or (regression is None and _are_numbers(list(map(str, found)), len(dataset), column, where)):
         return None
-    if kind not in ("string", "large_string", "bool") and not kind.startswith(("int", "uint")):
-        raise BadInput(
-            f"{where}: column '{column}' holds {kind or type(feature).__name__}; allowed are a name, an integer or a "
-            "number with a point for each example"
-        )
     # The Hub's tables say -1 of a label that is not there, and a class of that name would be none.
-    return [str(value) for value in sorted({value for value in dataset.unique(column) if not _is_missing(value)})]
+    return _distinct([str(value) for value in found if not _is_missing(value)], column, where)
+
+
+def _check_kind(dataset: Dataset, column: str, where: str) -> None:
+    feature = dataset.features[column]
+    kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+    if not re.fullmatch(r"ClassLabel|bool|(large_)?string|(u?int|float)\d+", kind):
+        raise BadInput(
+            f"{where}: column '{column}' holds {kind}; it must hold a name, an integer or a number with a point for "
+            "each example"
+        )
+
+
+def _are_numbers(values: list[str], count: int, column: str, where: str) -> bool:
+    """Whether the distinct labels of `count` examples are numbers to predict.
+
+    Raises:
+        BadInput: for labels that may be either.
+    """
+    remedy = "use --do_regression true if they are numbers to predict, --do_regression false if they are classes"
+    values = [value.strip() for value in values]
+    numbers = [value for value in values if _NUMBER.fullmatch(value)]
+    whole = [value for value in numbers if _INTEGER.fullmatch(value)]
+    if with_point := [value for value in numbers if not value.lstrip("+-").isdigit()]:
+        if others := sorted(set(values) - set(numbers)):
+            raise BadInput(
+                f"{where}: column '{column}' holds numbers such as '{with_point[0]}', and {listed(others)}, which are "
+                "none; remove or mend these rows, or use --do_regression false if all are names of classes"
+            )
+        if len(whole) == len(numbers):
+            raise BadInput(
+                f"{where}: column '{column}' holds whole numbers with a point, {listed(numbers)}, as pandas writes "
+                f"classes where some are missing; {remedy}"
+            )
+        return True
+    if values and len(numbers) < len(values) and all(map(_LIKE_A_NUMBER.fullmatch, values)):
+        other = next(value for value in values if not _NUMBER.fullmatch(value))
+        raise BadInput(
+            f"{where}: column '{column}' holds '{other}', which may be a number; write numbers to predict as 1234.5, "
+            "or use --do_regression false if all are names of classes"
+        )
+    if len(values) == len(numbers) > max(SHOWN_NAMES, count / 2):
+        raise BadInput(f"{where}: column '{column}' holds {len(values)} whole numbers in {count} examples; {remedy}")
+    return False
+
+
+def _distinct(names: list[str], column: str, where: str) -> list[str]:
+    """Return the names of classes without those that only differ in spaces around them or in how Unicode writes them.
+
+    Raises:
+        BadInput: for one number in two spellings.
+    """
+    first: dict[str | int, str] = {}
+    for name in names:
+        known = first.setdefault(_identity(name), name.strip())
+        if isinstance(_identity(name), int) and known != name.strip():
+            raise BadInput(
+                f"{where}: column '{column}' has one number in two spellings, '{known}' and '{name.strip()}'; write "
+                "each class in one way"
+            )
+    if all(isinstance(identity, int) for identity in first):
+        return [first[identity] for identity in sorted(first)]
+    by_spelling: dict[str, str] = {}
+    for name in sorted(first.values()):
+        if (other := by_spelling.setdefault(spelling(name), name)) != name:
+            logger.warning("%s: column '%s' has '%s' and '%s' as two classes", where, column, other, name)
+    return sorted(first.values())
 
 
 def has_labels(dataset: Dataset, column: str) -> bool:
@@ -115,7 +211,7 @@ def has_labels(dataset: Dataset, column: str) -> bool:
         return False
     if not isinstance(dataset.features[column], (Value, ClassLabel)):
         return True  # of a kind that is refused where they are read
-    return not all(_is_missing(value) or value == NO_LABEL for value in dataset.unique(column))
+    return not all(_is_missing(value) or value in (NO_LABEL, f"{NO_LABEL}.0") for value in dataset.unique(column))
 
 
 def with_label_ids(dataset: Dataset, column: str, labels: Sequence[str], where: str) -> Dataset:
@@ -132,20 +228,29 @@ def with_label_ids(dataset: Dataset, column: str, labels: Sequence[str], where: 
     """
     feature = dataset.features[column]
     own_names = list(feature.names) if isinstance(feature, ClassLabel) else None
-    label_names(dataset, column, where)
+    _check_kind(dataset, column, where)
     values = list(dataset[column])
     if own_names is not None:
         values = [own_names[v] if v is not None and 0 <= v < len(own_names) else None for v in values]
     check_none_missing(values, column, where)
-    names = [str(value) for value in values]
-    place = {name: index for index, name in enumerate(labels)}
-    if unknown := set(names) - set(place):
-        raise BadInput(f"{where} has the labels {listed(unknown)}; allowed are those of training, {listed(labels)}")
+    place = {(same, key): index for same in _SAMENESS for key, index in _unique(map(same, labels)).items()}
+    found = {
+        value: [place[same, same(value)] for same in _SAMENESS if (same, same(value)) in place] for value in set(values)
+    }
+    if unknown := [value for value, indices in found.items() if not indices]:
+        raise BadInput(
+            f"{where} has the labels {listed(unknown)}; they must be among those of training, {listed(labels)}"
+        )
+    ids = [found[value][0] for value in values]
     if own_names == list(labels):
         return dataset
-    ids = [place[name] for name in names]
-    added = dataset.add_column(f"{column}_ids", ids, feature=ClassLabel(names=list(labels)))
-    return added.remove_columns(column).rename_column(f"{column}_ids", column)
+    return with_column(dataset, column, ids, ClassLabel(names=list(labels)))
+
+
+def _unique(keys: Iterable[Hashable]) -> dict[Hashable, int]:
+    """The place of each key that is there once."""
+    keys = list(keys)
+    return {key: index for index, key in enumerate(keys) if keys.count(key) == 1}
 
 
 def with_numbers(dataset: Dataset, column: str, where: str) -> Dataset:
@@ -155,18 +260,22 @@ def with_numbers(dataset: Dataset, column: str, where: str) -> Dataset:
         BadInput: for what is no number, with how many and where the first is.
     """
     if isinstance(dataset.features[column], ClassLabel):
-        raise BadInput(f"{where}: column '{column}' holds classes; allowed are numbers")
+        raise BadInput(f"{where}: column '{column}' holds classes; it must hold numbers")
     values = list(dataset[column])
-    check_none_missing(values, column, where)
-    with naming(f"{where}, column '{column}'", Exception):
-        finite = np.isfinite(np.array(values, dtype=object).astype(np.float32))
-        dataset = dataset.cast_column(column, Value("float32"))
-    if not finite.all():
+    refuse_missing([index for index, value in enumerate(values) if _is_empty(value)], len(values), column, where)
+    if wrong := [index for index, value in enumerate(values) if not _is_finite(value)]:
         raise BadInput(
-            f"{where}: column '{column}' has {int((~finite).sum())} numbers that are not finite, the first in example "
-            f"{int(np.argmin(finite))}; allowed are finite ones"
+            f"{where}: column '{column}' has no finite number in {len(wrong)} of {len(values)} examples, the first "
+            f"'{values[wrong[0]]}' in example {wrong[0]}, counted from 0; write numbers as 1234.5"
         )
-    return dataset
+    return with_column(dataset, column, [float(value) for value in values], Value("float32"))
+
+
+def _is_finite(value: object) -> bool:
+    """Whether a label is a number that a float32 holds, or a text that says one."""
+    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+        return False
+    return isinstance(value, (str, int, float)) and bool(abs(float(value)) <= np.finfo(np.float32).max)
 
 
 def check_none_missing(values: Iterable[object], column: str, where: str) -> None:
@@ -176,10 +285,14 @@ def check_none_missing(values: Iterable[object], column: str, where: str) -> Non
         BadInput: with how many are missing and which is the first.
     """
     values = list(values)
-    refuse_missing([index for index, value in enumerate(values) if _is_missing(value)], len(values), column, where)
+    missing = [index for index, value in enumerate(values) if _is_missing(value)]
+    hint = ""
+    if not all(_is_empty(values[index]) for index in missing):
+        hint = f" (the label {NO_LABEL} stands for a missing one, as in GLUE; a class of that name needs another)"
+    refuse_missing(missing, len(values), column, where, hint)
 
 
-def refuse_missing(missing: Sequence[int], count: int, column: str, where: str) -> None:
+def refuse_missing(missing: Sequence[int], count: int, column: str, where: str, hint: str = "") -> None:
     """Refuse a column of `count` examples that has no value in some.
 
     Raises:
@@ -187,8 +300,8 @@ def refuse_missing(missing: Sequence[int], count: int, column: str, where: str) 
     """
     if missing:
         raise BadInput(
-            f"{where}: column '{column}' has no value (nothing, or the label {NO_LABEL}) in {len(missing)} of {count} "
-            f"examples, the first of them example {missing[0]}, counted from 0; allowed is one in each"
+            f"{where}: column '{column}' has no value in {len(missing)} of {count} examples, the first of them example "
+            f"{missing[0]}, counted from 0{hint}; fill or remove these rows"
         )
 
 
@@ -202,16 +315,15 @@ def check_trained(split: Dataset, train: Dataset, column: str, where: str) -> No
     seen, asked = set(train.unique(column)), set(split.unique(column))
     if unseen := asked - seen:
         raise BadInput(
-            f"{where} has the labels {listed(names[index] for index in unseen)}; allowed are those of training, "
+            f"{where} has the labels {listed(names[index] for index in unseen)}; they must be among those of training, "
             f"{listed(names[index] for index in seen)}"
         )
 
 
+def _is_empty(value: object) -> bool:
+    return bool(np.isnan(value)) if isinstance(value, float) else value is None or str(value).strip() == ""
+
+
 def _is_missing(value: object) -> bool:
-    if isinstance(value, float):
-        return bool(np.isnan(value))
-    return value is None or value == "" or (not isinstance(value, bool) and value == NO_LABEL)
-
-
-def _spelled(names: Iterable[object]) -> list[str]:
-    return [spelling(name) for name in names]
+    """Whether a label is empty or says that there is none."""
+    return _is_empty(value) or (not isinstance(value, (bool, float)) and str(value).strip() == str(NO_LABEL))

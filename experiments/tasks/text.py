@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,24 @@ from transformers import AutoTokenizer, PerceiverTokenizer
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput, naming
 from experiments.tasks.base import LABELS, SampleArguments, Task
-from experiments.tasks.reading import TABLE_FORMATS, ending
+from experiments.tasks.labels import listed
+from experiments.tasks.reading import TABLE_FORMATS, column_key, ending, is_string, means_text, with_column
 
 LABEL = "label"
 """The column with a class or a number for each example."""
 Columns = dict[str, list]
+# Names of the two columns of a pair, as `column_key` gives them.
+PAIRS = (
+    ("sentence1", "sentence2"), ("sentencea", "sentenceb"), ("text1", "text2"), ("texta", "textb"),
+    ("text", "textpair"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
+    ("question", "answer"), ("query", "passage"), ("query", "document"),
+)  # fmt: skip
+# Columns that tell rows apart or name their labels: id, user_id, userId, index, pandas' "Unnamed: 0", label_text.
+_NO_TEXT = re.compile(
+    r"(?i:unnamed: .*|level_\d+|(.*[-_\s.])?(ids?|idx|index|uid|uuid|guid|key|no|nr)|labels?([-_\s].*)?)|.*[a-z]I[dD]"
+)
+# Whether a column holds text is seen by its first rows.
+LOOKED_AT = 1000
 
 
 @dataclass
@@ -146,9 +160,65 @@ class TextTask(Task):
 
 
 def is_text(dataset: Dataset, column: str) -> bool:
-    """Whether a column holds text."""
-    feature = dataset.features[column]
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+    """Whether a column may hold sentences: strings with letters in them, and no labels, identities or indices."""
+    if not is_string(dataset.features[column]) or _NO_TEXT.fullmatch(column):
+        return False
+    values = dataset.select(range(min(len(dataset), LOOKED_AT)))[column]
+    return any(re.search(r"[^\W\d_]", value) and value.casefold() not in ("true", "false") for value in values if value)
+
+
+def text_columns(dataset: Dataset) -> list[str]:
+    """Return the columns whose name means text, or where there are none, all that may hold sentences."""
+    named = [name for name in dataset.column_names if means_text(name)]
+    return named or [name for name in dataset.column_names if is_text(dataset, name)]
+
+
+def sentence_columns(dataset: Dataset, argument: str, first: str | None, second: str | None) -> tuple[str, ...]:
+    """Return the one or two columns with the sentences to classify.
+
+    Args:
+        dataset: the examples.
+        argument: that chose them, with its value.
+        first, second: names that the user has given.
+
+    Raises:
+        BadInput: for a name that is not there, or where it is not certain which columns are meant.
+    """
+    there = dataset.column_names
+    for name, column in (("sentence1_column", first), ("sentence2_column", second)):
+        if column is not None and (column not in there or column == LABEL):
+            raise BadInput(f"--{name} {column}: is no column of sentences in {argument}; choose from {listed(there)}")
+    if second is not None and first in (None, second):
+        raise BadInput(f"--sentence2_column {second}: use --sentence1_column for another column beside it")
+    if first is not None:
+        return (first,) if second is None else (first, second)
+    by_key = {column_key(name): name for name in there}
+    pairs = [tuple(by_key[key] for key in pair) for pair in PAIRS if by_key.keys() >= set(pair)]
+    others = {name for name in there if means_text(name)} - {name for pair in pairs for name in pair}
+    choices = [*pairs, *((name,) for name in (sorted(others) if pairs else text_columns(dataset)))]
+    if len(choices) != 1:
+        what = f"columns {listed(name for choice in choices for name in choice)} may all hold the sentences"
+        raise BadInput(
+            f"{argument}: {what if choices else f'has no column with sentences, only {listed(there)}'}; name the right "
+            "one with --sentence1_column, and for pairs also --sentence2_column"
+        )
+    return choices[0]
+
+
+def as_text(split: Dataset, column: str, where: str) -> Dataset:
+    """The same examples with the numbers, dates or truth values of a column as text.
+
+    Raises:
+        BadInput: for a column of another kind.
+    """
+    feature = split.features[column]
+    if is_string(feature):
+        return split
+    if not isinstance(feature, Value) or feature.dtype in ("binary", "large_binary"):
+        kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+        raise BadInput(f"{where}: column '{column}' holds {kind}; it must hold text")
+    values = [None if value is None else str(value) for value in split[column]]
+    return with_column(split, column, values, Value("string"))
 
 
 def _check_tokenizer(tokenizer: Any, config: ToMePerceiverConfig) -> None:

@@ -214,8 +214,7 @@ def _misfit(config: ToMePerceiverConfig, task: Task) -> str | None:
     num_labels = len(task.labels) or 1
     if config.num_labels != num_labels:
         return f"its head has {config.num_labels} labels and the data {num_labels}"
-    is_regression = config.problem_type == "regression" or config.problem_type is None and config.num_labels == 1
-    kind = "a number" if is_regression else "several labels" if _is_multi_label(config) else "a class"
+    kind = "a number" if _is_regression(config) else "several labels" if _is_multi_label(config) else "a class"
     asked = "a class" if task.labels else "a number"
     if kind != asked:
         return f"its head predicts {kind} for an input, problem_type = {config.problem_type}, and the data have {asked}"
@@ -229,6 +228,22 @@ def _misfit(config: ToMePerceiverConfig, task: Task) -> str | None:
 
 def _is_multi_label(config: ToMePerceiverConfig) -> bool:
     return config.problem_type == "multi_label_classification"
+
+
+def trained_classes(arguments: ModelArguments) -> list[str] | None:
+    """Return the classes of a classifier's checkpoint, none for regression; `None` for any other start of a model.
+
+    Raises:
+        BadInput: for a checkpoint that is not there.
+    """
+    config = requested_config(arguments)
+    if arguments.model_name_or_path is None or not _is_classifier(config) or arguments.ignore_mismatched_sizes:
+        return None
+    return [] if _is_regression(config) else checkpoint_labels(config)
+
+
+def _is_regression(config: ToMePerceiverConfig) -> bool:
+    return config.problem_type == "regression" or config.problem_type is None and config.num_labels == 1
 
 
 def requested_config(arguments: ModelArguments) -> ToMePerceiverConfig:

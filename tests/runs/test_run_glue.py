@@ -338,3 +338,27 @@ def test_help_teaches(capsys):
     text = capsys.readouterr().out
     for part in ("--task_name", "--r ", "--retrain_epochs", "--resume_from_checkpoint", "deepmind/language-perceiver"):
         assert part in text
+
+
+def test_a_finished_checkpoint_predicts_a_file_alone(finetuned, tmp_path):
+    """Labels that stand there do not matter; classes are the checkpoint's."""
+    test_file = write_table(tmp_path / "test.csv", {"text": ["aaax", "bbbx", "aaa"], "label": ["?", "?", "?"]})
+    result = run_script(
+        "run_glue.py", "--model_name_or_path", finetuned, "--test_file", test_file, "--do_predict", "--use_cpu",
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "sentence in column 'text'" in result.stdout and "first input, 6 tokens: '[CLS]aaax[SEP]'" in result.stdout
+    lines = (tmp_path / "out" / "predict_results_test.txt").read_text().splitlines()
+    assert lines == ["index\tprediction", "0\tnegative", "1\tpositive", "2\tnegative"]
+    assert not (tmp_path / "out" / "eval_results.json").exists()
+
+
+def test_a_finished_checkpoint_evaluates_a_file_alone(finetuned, tmp_path):
+    table = {"text": ["aaax", "bbbx", "aaa"], "label": ["Negative", "positive", "positive"]}
+    validation_file = write_table(tmp_path / "validation.csv", table)
+    call_script(
+        "run_glue.py", "--model_name_or_path", finetuned, "--validation_file", validation_file, "--do_eval",
+        "--use_cpu", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert results(tmp_path / "out", "eval")["eval_accuracy"] == pytest.approx(2 / 3)

@@ -220,16 +220,18 @@ def test_where_nothing_is_evaluated_there_need_not_be_anything(tmp_path):
         (GOOD | {"label": ["x", None, "y"]}, GOOD, "split 'train': column 'label' has no value.* 1 of 3"),
         (GOOD | {"label": [0, -1, 1]}, GOOD, "split 'train': column 'label' has no value.* example 1"),
         (GOOD, GOOD | {"label": ["x", "y", None]}, "split 'validation': column 'label' has no value.* example 2"),
-        (GOOD | {"label": [0.0, 1.0, 0.0]}, GOOD, "numbers with a point, '0.0', '1.0'"),
+        (GOOD | {"label": [0.0, 1.0, 0.0]}, GOOD, "whole numbers with a point, '0.0', '1.0'"),
+        (GOOD | {"label": [1, -1, 1]}, GOOD, "no value in 1 of 3.*the label -1 stands for a missing one, as in GLUE"),
+        (GOOD | {"label": ["1", "-1", "1"]}, GOOD, "the label -1 stands for a missing one, as in GLUE"),
+        (GOOD | {"label": ["0.2", "n/a", "1.5"]}, GOOD, "'n/a'.*--do_regression false"),
         (GOOD | {"label": [0.5, None, 1.5]}, GOOD, "split 'train': column 'label' has no value"),
         (GOOD | {"label": [[0], [1], [0]]}, GOOD, "column 'label' holds List"),
         (GOOD | {"label": ["x", "x", "x"]}, GOOD, "'x' alone"),
-        (GOOD | {"text": [1, 2, 3]}, GOOD, "no column with sentences"),
+        ({"id": ["a1", "b2", "c3"], "label": GOOD["label"]}, GOOD, "no column with sentences.*--sentence1_column"),
         (GOOD | {"text": ["a", None, "b"]}, GOOD, "split 'train': column 'text' has no value"),
-        (GOOD, GOOD | {"text": [1, 2, 3]}, "split 'validation': column 'text' holds int64"),
         (GOOD, GOOD | {"text": ["a", "b", None]}, "split 'validation': column 'text' has no value"),
         (GOOD, GOOD | {"text": [["a"], ["b"], ["c"]]}, "split 'validation': column 'text' holds List"),
-        (GOOD, GOOD | {"label": [True, False, True]}, "labels 'False', 'True'; allowed are those of training"),
+        (GOOD, GOOD | {"label": [True, False, True]}, "labels 'False', 'True'; they must be among those of training"),
     ],
 )
 def test_what_is_missing_or_of_another_kind_is_refused(tmp_path, train, validation, says):
@@ -247,3 +249,173 @@ def test_data_that_changed_are_read_again(tmp_path, overwrite_cache):
         arguments = GlueDataArguments(task_name="sst2", dataset_name=folder, overwrite_cache=overwrite_cache)
         task = load_glue_task(arguments, **options)
         assert len(task.evaluation[""]) == len(prepared(task).evaluation[""]) == count
+
+
+def columns_of(tmp_path: Path, table: dict[str, list], **given: object) -> tuple[str, ...]:
+    path = str(write_table(tmp_path / "own.csv", table))
+    arguments = GlueDataArguments(train_file=path, validation_file=path, **given)
+    return load_glue_task(arguments, predict=False, seed=0).sentence_columns
+
+
+WORDS, LABEL = ["good", "bad", "so so"], {"label": ["x", "y", "x"]}
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ({"id": ["a1", "a2", "a3"], "text": WORDS}, ("text",)),
+        ({"text": WORDS, "annotator": ["Ann", "Bob", "Ann"]}, ("text",)),
+        ({"annotator": ["Ann", "Bob", "Ann"], "Content": WORDS}, ("Content",)),
+        ({"sentence": WORDS, "label_text": ["x", "y", "x"]}, ("sentence",)),
+        ({"Sentence 1": WORDS, "Sentence 2": WORDS, "note": WORDS}, ("Sentence 1", "Sentence 2")),
+        ({"premise": WORDS, "hypothesis": WORDS}, ("premise", "hypothesis")),
+        ({"userId": ["u1", "u2", "u3"], "date": ["2024-01-01"] * 3, "words": WORDS}, ("words",)),
+        ({"Unnamed: 0": [0, 1, 2], "score": [1.5, 2, 3], "words": WORDS, "spam": [True, False, True]}, ("words",)),
+        ({"text": ["1.50", "2", "03"], "note": WORDS}, ("text",)),
+        ({"text": [True, False, True]}, ("text",)),
+    ],
+)
+def test_columns_of_sentences_go_by_their_names(tmp_path, others, expected):
+    assert columns_of(tmp_path, others | LABEL) == expected
+    assert columns_of(tmp_path, LABEL | others) == expected
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"words": WORDS, "annotator": ["Ann", "Bob", "Ann"]},
+        {"text": WORDS, "review": WORDS},
+        {"sentence1": WORDS, "sentence2": WORDS, "text": WORDS},
+        {"id": ["a1", "a2", "a3"]},
+        {"number": [1, 2, 3]},
+    ],
+)
+def test_columns_that_are_not_certain_are_asked_for(tmp_path, others):
+    with pytest.raises(BadInput, match=r"own\.csv: .*--sentence1_column"):
+        columns_of(tmp_path, others | LABEL)
+    first, *rest = others
+    given = {"sentence1_column": first} | ({"sentence2_column": rest[0]} if rest else {})
+    assert columns_of(tmp_path, others | LABEL, **given) == (first, *rest[:1])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"sentence1_column": "nowhere"}, "--sentence1_column nowhere: .*choose from 'label', 'text'"),
+        ({"sentence1_column": "text", "sentence2_column": "label"}, "--sentence2_column label"),
+        ({"sentence2_column": "text"}, "--sentence2_column text: use --sentence1_column"),
+        ({"sentence1_column": "text", "sentence2_column": "text"}, "--sentence2_column text"),
+    ],
+)
+def test_names_of_columns_that_cannot_be_meant(tmp_path, given, says):
+    with pytest.raises(BadInput, match=f"^{says}"):
+        columns_of(tmp_path, {"text": WORDS} | LABEL, **given)
+
+
+@pytest.mark.parametrize("name", ["sentence1_column", "sentence2_column", "do_regression"])
+def test_a_task_of_glue_has_its_own_columns(name):
+    with pytest.raises(BadInput, match=f"^--{name} .*--task_name rte"):
+        GlueDataArguments(task_name="rte", **{name: "x"})
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet"])
+def test_text_of_numbers_is_read_as_it_is_spelled(tmp_path, ending):
+    words = ["1.50", "007", "2024-01-05"]
+    path = str(write_table(tmp_path / f"own.{ending}", {"text": words} | LABEL))
+    task = load_glue_task(GlueDataArguments(train_file=path, validation_file=path), predict=False, seed=0)
+    assert task.train["text"] == words
+
+
+def test_numbers_of_a_table_are_text_where_its_name_says_so(tmp_path):
+    task = own(tmp_path, {"text": [1, 2, 3]} | LABEL, validation={"text": [4, 5, 6]} | LABEL)
+    assert (task.train["text"], task.evaluation[""]["text"]) == (["1", "2", "3"], ["4", "5", "6"])
+
+
+def test_a_folder_and_its_files_give_the_same(tmp_path):
+    """With a column of the index, words that pandas takes for nothing, and classes that are numbers in words."""
+    lines = [f"{index},{word},{index % 12:02}" for index, word in enumerate(["None", "NA", "null", "a"] * 6)]
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.csv").write_text("\n".join([",text,Label", *lines]) + "\n")
+    files = {f"{name}_file": str(tmp_path / f"{name}.csv") for name in ("train", "validation")}
+    of_files = load_glue_task(GlueDataArguments(**files), predict=False, seed=0)
+    of_folder = load_glue_task(GlueDataArguments(dataset_name=str(tmp_path)), predict=False, seed=0)
+    assert of_files.labels == of_folder.labels == [f"{index:02}" for index in range(12)]
+    assert of_files.train[:] == of_folder.train[:]
+    assert of_files.train["text"][:3] == ["None", "NA", "null"]
+
+
+def test_numbers_in_words_meet_the_labels_of_the_checkpoint_by_value(tmp_path):
+    table = {"text": list("abcdefghijkl"), "label": [str(index) for index in range(12)]}
+    task = own(tmp_path, table, validation=table)
+    config = with_labels(config_for(task), [f"LABEL_{index}" for index in range(12)])
+    sight = task.prepared(config, PerceiverTokenizer(), 0)
+    assert [example["labels"] for example in sight.train] == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "expected"),
+    [
+        (["0.2", "1.0", "2.5"], None, []),
+        (["1", "2", "3"], True, []),
+        (["0.2", "1.0", "2.5"], False, ["0.2", "1.0", "2.5"]),
+        ([1.0, 2.0, 3.0], True, []),
+        ([1.0, 2.0, 3.0], False, ["1.0", "2.0", "3.0"]),
+    ],
+)
+def test_whether_labels_are_numbers_can_be_said(tmp_path, labels, given, expected):
+    table = {"text": WORDS, "label": labels}
+    path = str(write_table(tmp_path / "own.jsonl", table))
+    arguments = GlueDataArguments(train_file=path, validation_file=path, do_regression=given)
+    assert load_glue_task(arguments, predict=False, seed=0).labels == expected
+
+
+def test_what_was_read_is_said_in_a_few_lines(tmp_path):
+    path = str(write_table(tmp_path / "own.csv", {"text": WORDS, "annotator": WORDS} | LABEL))
+    task = load_glue_task(GlueDataArguments(train_file=path, validation_file=path), predict=False, seed=0)
+    assert task.read == [
+        f"--train_file {path}: sentence in column 'text', class in column 'label'; not used: 'annotator'",
+        "train: 3 examples, validation: 3 examples",
+        "2 classes, in train: 'x' 2, 'y' 1",
+    ]
+    assert task.first_input(prepared(task)) == "first input, 6 tokens: '[CLS]good[SEP]', 'x'"
+
+
+def test_what_was_read_of_numbers(tmp_path):
+    task = own(tmp_path, {"text": WORDS, "label": [0.5, 1, -2]}, validation={"text": WORDS, "label": [0.5, 1, -2]})
+    assert task.read[-1] == "labels are numbers (regression), in train from -2 to 1"
+    assert task.first_input(prepared(task)) == "first input, 6 tokens: '[CLS]good[SEP]', 0.5"
+
+
+@pytest.mark.parametrize("labels", [["?"] * 3, [0, 0, 0], [-1, -1, -1], ["x", None, "z"], [[1], [2], [3]]])
+def test_labels_of_what_is_only_predicted_do_not_matter(tmp_path, labels):
+    task = own(tmp_path, GOOD, validation=GOOD, test={"text": WORDS, "label": labels}, predict=True)
+    assert task.prediction[""].column_names == ["text"]
+
+
+@pytest.mark.parametrize(("classes", "kind"), [(["bad", "good"], "classification"), ([], "regression")])
+def test_a_checkpoint_predicts_a_file_alone(tmp_path, classes, kind):
+    path = str(write_table(tmp_path / "test.csv", {"id": [1, 2, 3], "text": WORDS, "label": [9, 9, 9]}))
+    task = load_glue_task(GlueDataArguments(test_file=path), True, seed=0, evaluate=False, classes=classes)
+    sight = prepared(task)
+    assert (sight.labels, sight.kind, len(sight.train), len(sight.prediction[""])) == (classes, kind, 0, 3)
+    columns = "sentence in column 'text'; not used: 'id'"
+    assert task.read == [f"--test_file {path}: {columns}", "test (to predict): 3 examples"]
+
+
+def test_a_checkpoint_evaluates_a_file_alone(tmp_path):
+    path = str(write_table(tmp_path / "validation.csv", {"text": WORDS, "label": [1, 10, 2]}))
+    arguments = GlueDataArguments(validation_file=path)
+    names = [f"LABEL_{index}" for index in range(12)]
+    task = load_glue_task(arguments, False, seed=0, classes=names)
+    assert task.evaluation[""]["label"] == [1, 10, 2]
+    with pytest.raises(BadInput, match="has the labels '10', '2'"):
+        load_glue_task(arguments, False, seed=0, classes=["0", "1"])
+
+
+def test_a_folder_that_is_called_as_glue_is_on_the_hub_is_not_read_instead(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_glue(tmp_path / "nyu-mll" / "glue", "rte")
+    with pytest.raises(BadInput, match="--task_name rte: .*--dataset_name ./nyu-mll/glue"):
+        load_glue_task(GlueDataArguments(task_name="rte"), predict=False, seed=0)
+    task = load_glue_task(GlueDataArguments(task_name="rte", dataset_name="./nyu-mll/glue"), predict=False, seed=0)
+    assert task.read[0].startswith("--dataset_name ./nyu-mll/glue (a folder here): ")

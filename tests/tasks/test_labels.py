@@ -67,6 +67,15 @@ def test_three_and_more_classes_too(order):
         (["x", "y"], ["x", "y", "z"], None),
         (["A", "b"], ["a", "A"], None),
         (["1", "2"], ["negative", "positive"], None),
+        (["0", "1"], ["LABEL_1", "LABEL_0"], [1, 0]),
+        ([*map(str, range(12))], [f"LABEL_{index}" for index in range(12)], list(range(12))),
+        (["0", "1", "10", "11", "2"], ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_10", "LABEL_11"], [0, 1, 3, 4, 2]),
+        ([*map(str, range(1, 13))], [*map(str, range(12))], None),
+        (["1", "2"], ["LABEL_0", "LABEL_1"], None),
+        (["01", "2"], ["2", "1"], [1, 0]),
+        (["0.0", "1.0"], ["1", "0"], [1, 0]),
+        (["caf\u00e9", "x"], ["X", "cafe\u0301"], [1, 0]),
+        (["true", "false"], ["False", "True"], [1, 0]),
     ],
 )
 def test_which_label_is_which(data, checkpoint, expected):
@@ -85,8 +94,13 @@ def test_a_config_of_other_labels_is_refused_with_both_sets():
     [
         ([3, 1, 3], ["1", "3"]),
         (["3", "x"], ["3", "x"]),
+        ([str(index) for index in (10, 2, 1, 0)], ["0", "1", "2", "10"]),
+        (["02", "10", "01"], ["01", "02", "10"]),
+        (["v1.5", "v2"], ["v1.5", "v2"]),
+        (["18-25", "26+"], ["18-25", "26+"]),
         ([True, False], ["False", "True"]),
         ([0.5, 1.0], None),
+        (["0.5", "-1", "2e-3"], None),
     ],
 )
 def test_names_of_own_labels(values, names):
@@ -97,9 +111,59 @@ def test_names_of_own_labels(values, names):
         assert [names[index] for index in ids] == list(map(str, values))
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (["0.2", "n/a", "1.5"], "numbers such as '0.2', and 'n/a'.*--do_regression false"),
+        (["2,5", "3"], "'2,5', which may be a number"),
+        (["50%", "60%"], "'50%'"),
+        (["1.0", "2.0", "3.0"], "whole numbers with a point.*--do_regression true"),
+        ([0.0, 1.0, 2.0, None], "whole numbers with a point"),
+        ([*range(100)], "100 whole numbers in 100 examples.*--do_regression true"),
+        (["01", "1", "2"], "one number in two spellings, '01' and '1'"),
+    ],
+)
+def test_labels_that_may_be_numbers_or_classes_are_refused(values, says):
+    with pytest.raises(BadInput, match=f"^here: column 'label' .*{says}"):
+        label_names(Dataset.from_dict({"label": values}), "label", "here")
+
+
+@pytest.mark.parametrize("values", [["0.2", "n/a"], ["2,5", "3,5"], ["1.0", "2.0"], [1.0, 2.0], ["1.1", "1.10"]])
+def test_unless_they_are_called_classes(values):
+    dataset = Dataset.from_dict({"label": values})
+    names = label_names(dataset, "label", "here", regression=False)
+    assert [names[index] for index in with_label_ids(dataset, "label", names, "here")["label"]] == list(
+        map(str, values)
+    )
+
+
+@pytest.mark.parametrize("values", [[1, 2], ["1", "2"], ["1.0", "2"], [1.0, 2.0]])
+def test_or_numbers(values):
+    dataset = Dataset.from_dict({"label": values})
+    assert label_names(dataset, "label", "here", regression=True) is None
+    assert with_numbers(dataset, "label", "here")["label"] == [1.0, 2.0]
+
+
+def test_one_name_in_two_forms_of_unicode_or_with_spaces_is_one_class():
+    dataset = Dataset.from_dict({"label": ["caf\u00e9", "cafe\u0301", "x", "x ", "\u00a0x"]})
+    names = label_names(dataset, "label", "here")
+    assert names == ["caf\u00e9", "x"]
+    assert with_label_ids(dataset, "label", names, "here")["label"] == [0, 0, 1, 1, 1]
+
+
+def test_names_of_different_case_are_two_classes_and_said_to_be(caplog):
+    assert label_names(Dataset.from_dict({"label": ["Good", "good"]}), "label", "here") == ["Good", "good"]
+    assert "'Good' and 'good' as two classes" in caplog.text
+
+
+@pytest.mark.parametrize(("values", "labels"), [(["1", "02"], ["01", "2"]), ([1.0, 2.0], ["1", "2"])])
+def test_numbers_of_another_split_go_by_value(values, labels):
+    assert with_label_ids(Dataset.from_dict({"label": values}), "label", labels, "here")["label"] == [0, 1]
+
+
 @pytest.mark.parametrize("values", [[[1], [2]], [{"a": 1}, {"a": 2}], [None, None], [b"x", b"y"]])
 def test_labels_of_other_kinds_are_refused(values):
-    with pytest.raises(BadInput, match="column 'label' holds .*allowed are a name"):
+    with pytest.raises(BadInput, match="column 'label' holds .*it must hold a name"):
         label_names(Dataset.from_dict({"label": values}), "label", "here")
 
 
@@ -120,7 +184,7 @@ def test_missing_labels_are_counted(value):
         with_label_ids(dataset, "label", ["no", "yes"], "here")
 
 
-@pytest.mark.parametrize("values", [["x", None, ""], [1, -1, -1], ["x", "", None]])
+@pytest.mark.parametrize("values", [["x", None, ""], [1, -1, -1], ["1", "-1", "-1"], ["x", "", None]])
 def test_missing_names_are_counted(values):
     with pytest.raises(BadInput, match="2 of 3 examples, .* example 1"):
         with_label_ids(Dataset.from_dict({"label": values}), "label", ["x", "1"], "here")
@@ -128,7 +192,13 @@ def test_missing_names_are_counted(values):
 
 @pytest.mark.parametrize(
     ("values", "says"),
-    [([0.5, None], "1 of 2"), ([0.5, float("nan")], "1 of 2"), ([0.5, float("inf")], "not finite"), (["x", "y"], "x")],
+    [
+        ([0.5, None], "1 of 2"),
+        ([0.5, float("nan")], "1 of 2"),
+        ([0.5, float("inf")], "no finite number in 1 of 2"),
+        (["x", "y"], "'x' in example 0"),
+        (["1.5", "2,5"], "'2,5' in example 1"),
+    ],
 )
 def test_numbers_are_finite(values, says):
     with pytest.raises(BadInput, match=says):
@@ -136,7 +206,8 @@ def test_numbers_are_finite(values, says):
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"), [([-1, -1], False), ([None], False), ([-1.0], False), ([-1, 0], True), (["", "x"], True)]
+    ("values", "expected"),
+    [([-1, -1], False), (["-1", ""], False), ([None], False), ([-1.0], False), ([-1, 0], True), (["", "x"], True)],
 )
 def test_labels_that_are_kept_back(values, expected):
     assert has_labels(Dataset.from_dict({"label": values}), "label") is expected

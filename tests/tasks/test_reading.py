@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
@@ -76,7 +77,9 @@ def test_a_changed_folder_with_a_card_is_read_again(tmp_path):
         ("a.csv", "text,text,label\na,b,c\n", "'text' twice"),
         ("a.csv", "text,label\nä,b\n".encode("latin-1"), "utf-8"),
         ("a.csv", "text,label\nä,b\n".encode("utf-16"), "utf-8"),
-        ("a.csv", "text,label\na,99999999999999999999999\n", "too large"),
+        ("a.csv", "text,label\na,b\nd\n", "line 3: has fewer fields than its header (1, not 2)"),
+        ("a.csv", 'text,label\n"Great" film,x\n', "line 2: "),
+        ("a.csv", 'text,label\n"never closed,x\na,b\n', "unexpected end of data"),
         ("a.tsv", 'text\tlabel\n"a\tx\nb"\ty\n', "quotation mark"),
         ("a.json", "", "a.json"),
         ("a.json", '[{"text": "a"', "a.json"),
@@ -91,6 +94,59 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, name, content, says):
         read(written(tmp_path / name, content))
     assert "\n" not in str(error.value)
     assert f"--train_file {tmp_path / name}: " in str(error.value) and says in str(error.value), error.value
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("a.csv", "text,label\n007,01\n1.50,1\n", [["007", "01"], ["1.50", "1"]]),
+        ("a.csv", "text,label\n2024-01-05,TRUE\n", [["2024-01-05", "TRUE"]]),
+        ("a.csv", "text,label\nNone,NA\nnull,nan\n", [["None", "NA"], ["null", "nan"]]),
+        ("a.csv", "text;label\na, b;2,5\n", [["a, b", "2,5"]]),
+        ("a.csv", "text\tlabel\r\na;b\tx\r\n", [["a;b", "x"]]),
+        ("a.csv", 'text , label,\r"a\nb",x,\r', [["a\nb", "x"]]),
+        ("a.csv", "text,label\na,x\n\n,\n,\n", [["a", "x"]]),
+        ("a.csv", ",text,label\n0,a,x\n", [["a", "x"]]),
+        ("a.csv", "text,label\n99999999999999999999999,x\n", [["9" * 23, "x"]]),
+        ("a.json", '[{"text": 1.50, "label": "x"}, {"text": true, "label": "y"}]', [["1.50", "x"], ["true", "y"]]),
+        ("a.jsonl", '{"text": "2024-01-05", "label": "x"}\n', [["2024-01-05", "x"]]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_text_is_as_it_is_spelled_in_a_file_and_in_a_folder(tmp_path, name, content, rows, as_folder):
+    path = written(tmp_path / "train" / name, content)
+    data = (
+        read_dataset("--dataset_name x", str(tmp_path / "train"), None, anew=False)["train"]
+        if as_folder
+        else read(path)
+    )
+    assert data.column_names == ["text", "label"]
+    assert [list(row.values()) for row in data] == rows
+
+
+def test_empty_rows_at_the_end_are_said_to_be_left_out(tmp_path, caplog):
+    read(written(tmp_path / "a.csv", "text,label\na,x\n,\n,\n"))
+    assert "2 empty rows at its end are left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("train.csv", "text,text,label\na,b,c\n", "'text' twice"),
+        ("train.tsv", 'text\tlabel\n"a\tx\nb"\ty\n', "quotation"),
+    ],
+)
+def test_a_folder_is_refused_for_what_a_file_is(tmp_path, name, content, says):
+    written(tmp_path / name, content)
+    with pytest.raises(BadInput, match=f"^--dataset_name x: {name}: .*{says}"):
+        read_dataset("--dataset_name x", str(tmp_path), None, anew=False)
+
+
+def test_the_index_of_a_data_frame_is_no_column(tmp_path):
+    frame = pd.DataFrame({"text": list("abc"), "label": list("xyx")}, index=[7, 3, 5])
+    frame.to_parquet(tmp_path / "train.parquet")
+    assert read(str(tmp_path / "train.parquet")).column_names == ["text", "label"]
+    assert read_dataset("--dataset_name x", str(tmp_path), None, anew=False)["train"].column_names == ["text", "label"]
 
 
 def test_a_mark_of_the_byte_order_is_no_part_of_a_name(tmp_path):
