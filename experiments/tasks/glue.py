@@ -81,8 +81,8 @@ class GlueDataArguments(TextDataArguments):
     do_regression: bool | None = field(
         default=None,
         metadata={
-            "help": "Own data: true if labels are numbers to predict, false if they are classes. By default numbers with "
-            "a point are predicted, if not all are whole, and all other labels are classes."
+            "help": "Own data: true if labels are numbers to predict, false if they are classes. By default numbers "
+            "with a point are predicted, if not all are whole, and all other labels are classes."
         },
     )
     task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(sorted(SENTENCES))}."})

@@ -78,9 +78,9 @@ class ImageColumns:
             label = _certain(classes, named, [], others, f"{argument}: labels: --label_column_name")
         _check_named(label, features, "--label_column_name")
         check_none_missing(train[label], label, f"{argument}: split 'train'")
-        labels = label_names(train, label, argument)
-        if labels is None:
+        if getattr(features[label], "dtype", "").startswith("float"):
             raise BadInput(f"{argument}: column '{label}' holds numbers with a point; must be names or integers")
+        labels = label_names(train, label, argument, regression=False) or []
         labels = list(dict.fromkeys(unicodedata.normalize("NFC", name) for name in labels))
         if len(labels) < 2:
             raise BadInput(f"{argument}: column '{label}' has the class {listed(labels)} alone; must have two or more")

@@ -88,7 +88,7 @@ def test_a_validation_folder_of_fewer_classes_goes_by_name(tmp_path):
     task = load(train_dir=str(train), validation_dir=str(validation))
     assert {task.labels[label] for label in task.evaluation[""]["label"]} == {"dark", "middle"}
     (validation / "dark").rename(validation / "black")
-    with pytest.raises(BadInput, match="has the labels 'black'; allowed are those of training"):
+    with pytest.raises(BadInput, match="has the labels 'black'; they must be among those of training"):
         load(train_dir=str(train), validation_dir=str(validation))
 
 
