@@ -88,7 +88,8 @@ def data_mistakes() -> Iterator[BadInputCase]:
 def _train_file(name: str, data: bytes, config: str = "text_config") -> Make:
     def make(inputs: Inputs, folder: Path) -> Command:
         (folder / name).write_bytes(data)
-        good = write_table(folder / f"validation{Path(name).suffix}", GOOD) if Path(name).suffix in TABLES else folder
+        ending = Path(name).suffix.replace(".tsv", ".csv")
+        good = write_table(folder / f"validation{ending}", GOOD) if ending in TABLES else folder
         validation = ("--validation_file", good) if good is not folder else ()
         return ("--config_name", getattr(inputs, config), "--train_file", folder / name, *validation, *TRAINING)
 
