@@ -42,6 +42,7 @@ def main() -> None:
     from experiments.runs.sweep import Sweep, push_sweep
     from experiments.runs.sweep_arguments import SweepArguments
     from experiments.training.model_arguments import ModelArguments
+    from experiments.training.output_folder import lock_folder
     from experiments.training.stage import RetrainArguments, check_sharding, rehearse
     from experiments.training.trainer_arguments import TrainerArguments
 
@@ -55,19 +56,21 @@ def main() -> None:
     check_sharding("--r")
     retraining.check_elastic(None if retraining.retrain_epochs > 0 else "--retrain_epochs")
     repository = check_push(training, model_args.token)
-    loaded = load(partial(load_sweep_task, data, model_args, training.seed), model_args, training)
-    rehearse(loaded.model, loaded.prepared, retraining.stages(training), retraining.trainer_class)
-    sweep = Sweep(
-        model_args=model_args,
-        data=data,
-        sweep_args=sweep_args,
-        retraining=retraining,
-        training=training,
-        loaded=loaded,
-    )
-    sweep.run()
-    if repository is not None and sweep.writes:
-        push_sweep(repository, output_dir, revision)
+    with lock_folder(output_dir):
+        loaded = load(partial(load_sweep_task, data, model_args, training.seed), model_args, training)
+        loaded.check_head(model_args)
+        rehearse(loaded.model, loaded.prepared, retraining.stages(training), retraining.trainer_class)
+        sweep = Sweep(
+            model_args=model_args,
+            data=data,
+            sweep_args=sweep_args,
+            retraining=retraining,
+            training=training,
+            loaded=loaded,
+        )
+        sweep.run()
+        if repository is not None and sweep.writes:
+            push_sweep(repository, output_dir, revision)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,19 @@ The last 500 images are the test split: other people wrote them than the first o
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PilImage
 from sklearn.datasets import load_digits
+
+# A script's own folder is on the path, the repository's root, where the modules are, is not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.errors import exit_on_bad_input
+from experiments.files import check_writable
 
 TEST_IMAGES = 500
 
@@ -21,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for train.parquet and test.parquet")
     output_dir: Path = parser.parse_args().output_dir
+    check_writable(f"--output_dir {output_dir}", output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
     # Grey values are 0 to 16.
@@ -33,4 +41,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

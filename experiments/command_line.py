@@ -180,6 +180,12 @@ def _placeless(word: str) -> str:
 
 
 def _parsed(parser: Parser, words: list[str]) -> tuple[Any, ...]:
+    option = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        option, value = (name, value if equals else "") if word.startswith("--") else (option, word)
+        if re.search(r"[\ud800-\udfff]", word):
+            raise BadInput(f"{option} {value}: must be a name in UTF-8; rename the file or folder")
     parser.refuse_unknown(parser.parse_known_args(words)[1])
     with naming("arguments", OSError, ValueError):
         return parser.parse_args_into_dataclasses(words, look_for_args_file=False)

@@ -1,11 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files whole or not at all."""
+"""Places that a script writes to, checked before its work, and files written whole or not at all."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from experiments.errors import PLACES, BadInput, one_line
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Check that a folder can be made and written to, and note it as one of `PLACES`; nothing is left behind, nor made.
+
+    Args:
+        name: what chose the folder, such as "--output_dir out" or "HF_HOME=/cache".
+        folder: the folder.
+
+    Raises:
+        BadInput: if it cannot.
+    """
+    PLACES.setdefault(name, folder.absolute())
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process, and not another one that finds the folder of the first
+    try:
+        str(folder).encode()  # what caches write is named in UTF-8
+        with made_for_a_while(folder), tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{name}: must be a folder that can be written to ({one_line(error)})") from error
+
+
+@contextmanager
+def made_for_a_while(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; those that were not there and are empty at the end go."""
+    made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -25,8 +64,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    """Write a text file, whole or not at all; of a name that is not UTF-8, a byte is written as \\udcff."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def save_whole(folder: Path, save: Callable[[Path], object]) -> None:

@@ -163,6 +163,9 @@ def test_a_file_that_cannot_be_meant(monkeypatch, tmp_path, name, text, says):
         (["--shares", 1, "inf"], "--shares inf: allowed is a number"),
         (["--flag", "perhaps"], "--flag perhaps: allowed is true or false"),
         (["--strategy", "never"], "--strategy never: allowed are no, steps, epoch"),
+        (["--name", "d\udcff"], "--name d\udcff: must be a name in UTF-8"),
+        (["--name=d\udcff"], "--name d\udcff: must be a name in UTF-8"),
+        (["--size", 1, "--names", "a", "d\udcff"], "--names d\udcff: must be a name in UTF-8"),
     ],
 )
 def test_a_command_line_that_cannot_be_meant_is_one_line(monkeypatch, capsys, words, line):

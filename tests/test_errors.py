@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.errors import BadInput, Stopped, exit_on_bad_input, naming, one_line
+from experiments.errors import PLACES, BadInput, Stopped, exit_on_bad_input, naming, one_line
 from tests.support.script_run import ROOT
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
 
 
 def shown(capsys, error: BaseException) -> tuple[int | str | None, str]:
@@ -64,17 +70,58 @@ def test_a_mistake_that_a_worker_finds_is_one_line(capsys):
     assert capsys.readouterr().err == "error: image 3: Broken: cannot be read\n"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_a_disk_that_cannot_be_written_to_is_one_line(capsys, number):
-    code, line = shown(capsys, OSError(number, os.strerror(number), "out/model.safetensors"))
-    assert code == 2 and line.startswith(f"error: --output_dir: {os.strerror(number)}") and line.count("\n") == 1
-    assert "out/model.safetensors" in line
+def shown_of_places(capsys, error: BaseException) -> str:
+    """The line for an error of a script that writes to three places."""
+    with pytest.raises(SystemExit) as exit_info, exit_on_bad_input():
+        PLACES.update({"HF_HOME=/cache": Path("/cache/datasets"), "--output_dir out": Path("out").absolute()})
+        PLACES["--cache_dir /cache/mine"] = Path("/cache/datasets/mine")
+        raise error
+    line = capsys.readouterr().err
+    assert exit_info.value.code == 2 and line.count("\n") == 1
+    return line
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR])
-def test_a_place_that_cannot_be_used_is_one_line(capsys, number):
-    code, line = shown(capsys, OSError(number, os.strerror(number), "out/x"))
-    assert code == 2 and line.startswith(f"error: out/x: {os.strerror(number)}") and "--output_dir" in line
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR])
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [
+        ("out/model.safetensors", "--output_dir out"),
+        ("/cache/datasets/x.arrow", "HF_HOME=/cache"),
+        ("/cache/datasets/mine/x.arrow", "--cache_dir /cache/mine"),
+        ("/cache", "HF_HOME=/cache"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_named_by_what_chose_it(capsys, number, file, place):
+    line = shown_of_places(capsys, OSError(number, os.strerror(number), file))
+    assert line.startswith(f"error: {place}: ") and os.strerror(number) in line and file in line
+
+
+def test_another_place_is_named_by_itself(capsys):
+    line = shown_of_places(capsys, PermissionError(errno.EACCES, "Permission denied", "/etc/x"))
+    assert line.startswith("error: /etc/x: ")
+
+
+def test_of_a_full_disk_that_no_file_is_named_of_the_places_without_room_are_named(capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9, 9, 0 if path == Path("/") else 10**9))
+    line = shown_of_places(capsys, RuntimeError("I/O error: No space left on device (os error 28)"))
+    assert line.startswith("error: HF_HOME=/cache or --cache_dir /cache/mine: No space left")
+    line = shown_of_places(capsys, OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert line.startswith("error: HF_HOME=/cache or --cache_dir /cache/mine: Disk quota")
+
+
+def test_a_cache_that_cannot_be_written_to_is_not_said_of_the_argument_that_is_read_through_it(monkeypatch):
+    for name in [*PLACES]:
+        monkeypatch.delitem(PLACES, name)
+    monkeypatch.setitem(PLACES, "HF_HOME=/cache", Path("/cache"))
+    monkeypatch.setitem(PLACES, "TMPDIR=/tmp", Path("/tmp"))
+    for argument, file, named in (
+        ("--train_file x", "/cache/datasets", "HF_HOME=/cache"),
+        ("--train_file /cache/x", "/cache/x", "--train_file /cache/x"),
+        ("--dataset_name /cache/data", "/cache/data/x", "--dataset_name /cache/data"),
+        ("--train_file x", "/tmp/x", "--train_file x"),
+    ):
+        with pytest.raises(BadInput, match=rf"^{named}: "), naming(argument, Exception):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", file)
 
 
 @pytest.mark.parametrize(
@@ -141,3 +188,34 @@ def test_a_fault_of_the_program_keeps_its_traceback_and_is_called_one():
     *traceback, last = result.stderr.splitlines()
     assert result.returncode == 1 and traceback[-1] == "ZeroDivisionError: division by zero"
     assert last.startswith("error: this is a fault of the program") and "issue tracker" in last
+
+
+PRINTING = """
+import logging, sys
+from tqdm import tqdm
+from experiments.errors import PLACES, BadInput, exit_on_bad_input
+with exit_on_bad_input():
+    for _ in tqdm(range(3)):
+        print("\u00b1" * 9000)
+        tqdm.write("\u00b1")
+        logging.warning("\u00b1")
+    open(sys.argv[1], "w").write("ended")
+    raise BadInput("--x \u00b1: is bad")
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp866", "latin-1:strict"])
+@pytest.mark.parametrize(
+    "where", ["", "| head -1", "> /dev/full", "2> /dev/full", "> /dev/full 2>&1", ">&-", ">&- 2>&-"]
+)
+def test_no_print_ends_a_script(tmp_path, where, encoding):
+    """A character that the terminal lacks, a pipe whose reader has left, a full disk behind it, a closed stream."""
+    command = shlex.join([sys.executable, "-c", PRINTING, str(tmp_path / "ended")])
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        ["bash", "-c", f"{command} {where}; exit ${{PIPESTATUS[0]}}"], env=environment, capture_output=True, timeout=60
+    )
+    assert run.returncode == 2 and (tmp_path / "ended").read_text() == "ended", run.stderr[-2000:]
+    shown = "2>" in where or b"error: --x" in run.stderr
+    assert shown and b"Traceback" not in run.stderr and b"Exception ignored" not in run.stderr
+    assert (b"warning: standard output: No space left" in run.stderr) == (where == "> /dev/full")

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from experiments.files import save_whole, write_whole
+from experiments.errors import BadInput
+from experiments.files import check_writable, save_whole, write_whole
 
 
 def test_a_stop_in_between_leaves_what_was_there(tmp_path):
@@ -67,3 +70,17 @@ def test_a_stop_while_a_checkpoint_is_saved_leaves_the_one_before(tmp_path, stop
     save("third")
     assert held() == {"config.json": "third", "code/module.py": "third", "results.json": "mine"}
     assert not (folder / ".partial").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(BadInput, match="Permission denied"):
+        check_writable("--output_dir out", tmp_path)
+
+
+def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):
+    check_writable("--output_dir out", tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    check_writable("--output_dir out", tmp_path)
+    assert tmp_path.exists()

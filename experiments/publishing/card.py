@@ -461,7 +461,7 @@ they are."""
 def address_card(folder: Path, repo_id: str) -> None:
     """Make the examples in a folder's card load from a repository, whatever they loaded from so far."""
     path = folder / CARD_FILE
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     addressed = LOADED_FROM.sub(lambda match: f'{match[1]}"{repo_id}"', text)
     if addressed != text:
         write_text(path, addressed)
@@ -476,7 +476,7 @@ def measured_in(folder: Path, split: str, name: str, r: R) -> list[Measured]:
         name, r: of the row.
     """
     path = folder / f"{split}_results.json"
-    return [Measured(name, r, scores(json.loads(path.read_text()), split))] if path.exists() else []
+    return [Measured(name, r, scores(json.loads(path.read_text(encoding="utf-8")), split))] if path.exists() else []
 
 
 def scores(metrics: dict[str, Any], split: str) -> dict[str, float]:

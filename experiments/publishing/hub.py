@@ -168,7 +168,7 @@ def content_to_push(path: Path) -> Path | bytes:
     if path.name not in WITH_PLACES:
         return path
     with naming(f"--output_dir {path.parent}: {path.name}", ValueError):
-        written = json.loads(path.read_text())
+        written = json.loads(path.read_text(encoding="utf-8"))
     pushed = placeless(written)
     return path if pushed == written else (json.dumps(pushed, indent=2) + "\n").encode()
 

@@ -23,6 +23,7 @@ from experiments.tasks.glue import GlueDataArguments
 from experiments.training.evaluation import predict_and_save
 from experiments.training.loading import trained_classes
 from experiments.training.model_arguments import ModelArguments
+from experiments.training.output_folder import lock_folder
 from experiments.training.progress import announce
 from experiments.training.stage import RetrainArguments, check_resume, check_sharding, rehearse
 from experiments.training.trainer_arguments import TrainerArguments
@@ -77,14 +78,22 @@ def run_experiment(experiment: Experiment) -> None:
         BadInput: for what cannot be meant, before any long work.
         PushFailed: when all is done and on disk.
     """
-    training, retraining = experiment.training, experiment.retraining
+    training = experiment.training
     output_dir, revision = Path(training.output_dir), training.hub_revision or "main"
     if experiment.hub.push_only:
         print(push_checkpoint(open_to_push(training, experiment.model.token), output_dir, COMMIT_MESSAGE, revision))
         return
     _check(experiment)
     repository = check_push(training, experiment.model.token)
+    with lock_folder(output_dir):
+        _run(experiment)
+        if repository is not None and training.should_save:
+            print(push_checkpoint(repository, output_dir, COMMIT_MESSAGE, revision))
 
+
+def _run(experiment: Experiment) -> None:
+    """Load, claim the output folder, train, evaluate and predict."""
+    training, retraining = experiment.training, experiment.retraining
     evaluate = training.do_eval or retraining.retrain_epochs > 0 or training.eval_strategy != "no"
     options: dict[str, Any] = experiment.model.dataset_options()
     if isinstance(experiment.data, GlueDataArguments) and not training.do_train and not experiment.merging.has_budget:
@@ -92,6 +101,9 @@ def run_experiment(experiment: Experiment) -> None:
         options["classes"] = trained_classes(experiment.model)
     read = partial(experiment.load_task, experiment.data, training.do_predict, training.seed, evaluate, **options)
     loaded = load(read, experiment.model, training, experiment.merging.config_fields())
+    if not training.do_train:
+        loaded.check_head(experiment.model)
+    _check_groups(experiment, not loaded.has_new_head)
     rehearse(loaded.model, loaded.prepared, retraining.stages(training), retraining.trainer_class)
     run = Run(
         model_args=experiment.model,
@@ -101,8 +113,10 @@ def run_experiment(experiment: Experiment) -> None:
         training=training,
         loaded=loaded,
     )
+    # What another run left is refused before a search, which takes minutes; nothing is written before it.
+    run.claim(write=False)
     run.resolve_merging()
-    run.claim()
+    run.claim(write=True)
     trainer = run.train()
     if training.do_eval:
         run.evaluate(trainer)
@@ -114,11 +128,8 @@ def run_experiment(experiment: Experiment) -> None:
     if experiment.leaves_checkpoint and trainer.is_world_process_zero():
         run.write_card(ending)
     trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        if ending is not None:
-            print(f"\n{ending}")
-        if repository is not None:
-            print(push_checkpoint(repository, output_dir, COMMIT_MESSAGE, revision))
+    if ending is not None and trainer.is_world_process_zero():
+        print(f"\n{ending}")
 
 
 def _check(experiment: Experiment) -> None:
@@ -134,11 +145,7 @@ def _check(experiment: Experiment) -> None:
             f"--retrain_epochs {retraining.retrain_epochs}: allowed only with --do_train, and with --r above 0, "
             "--flops_ratio or --elastic"
         )
-    if experiment.merging.merge_method == GROUPS and not retrain and experiment.model.model_name_or_path is None:
-        raise BadInput(
-            f"--merge_method {GROUPS}: allowed with --model_name_or_path or --retrain_epochs; the latents of a model "
-            "that has learned nothing say nothing of which are alike"
-        )
+    _check_groups(experiment, experiment.model.model_name_or_path is not None)
     retraining.check_elastic(None if training.do_train else "--do_train")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise BadInput("--do_train, --do_eval, --do_predict: none is given; allowed is one of them or more")
@@ -151,3 +158,16 @@ def _check(experiment: Experiment) -> None:
     untrained = "--retrain_epochs" if retrain else None if training.do_train else "--do_eval"
     check_sharding(untrained)
     check_resume(training.resume_from_checkpoint)
+
+
+def _check_groups(experiment: Experiment, has_learned: bool) -> None:
+    """Check that fixed groups are found in a model that has learned something.
+
+    Raises:
+        BadInput: if not.
+    """
+    if experiment.merging.merge_method == GROUPS and not has_learned and experiment.retraining.retrain_epochs == 0:
+        raise BadInput(
+            f"--merge_method {GROUPS}: the latents of a model that has learned nothing do not show which are alike; "
+            "use --retrain_epochs, or a finetuned checkpoint as --model_name_or_path"
+        )

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from budget_tome_perceiver import Merging, undisturbed
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.files import save_whole
+from experiments.files import check_writable, save_whole
 from experiments.merging.arguments import MergeArguments
 from experiments.publishing.card import Card, Measured, WhatMerges, measured_in, shown_r
 from experiments.runs.ending import Ending, cost_and_speed
@@ -42,7 +42,6 @@ from experiments.training.output_folder import (
     note,
     note_content,
     read_note,
-    traces,
 )
 from experiments.training.progress import announce, say
 from experiments.training.stage import (
@@ -96,6 +95,8 @@ class Run:
         self.read = read
         start = {START: weights_fingerprint(self.model)} | read
         self.unmerged: Evaluation | None = None
+        self._resolved: Noted = {}
+        self.chosen: str | None = None
         # Before a budget changes the config. Finetuning in a stage of its own merges nothing.
         self.start, self.unmerged_start = (
             start | {f"{CONFIG}_to_start_from": config_fingerprint(self.model.config, merging=merging)}
@@ -116,8 +117,11 @@ class Run:
         noted = noted_arguments(*groups) | training_fields(self.training)
         return {name: value for name, value in noted.items() if name not in ONLY_PREDICTED}
 
-    def claim(self) -> None:
+    def claim(self, write: bool) -> None:
         """Claim the folder of each stage, or of an evaluation, before anything is written.
+
+        Args:
+            write: whether to note it, once a budget has been resolved; if not, only check that it can be claimed.
 
         Raises:
             BadInput: if another experiment is there, or a part of this one that nobody said what to do with.
@@ -125,26 +129,31 @@ class Run:
         training, resume = self.training, self.training.resume_from_checkpoint
         if self.saves_merged:
             noted = noted_arguments(self.model_args, self.data, self.merging) | evaluation_fields(training)
-            noted |= {CONTENT: self.start | {CONFIG: config_fingerprint(self.model.config)}}
-            claim(self.output_dir, noted | self._resolved, longer=False, write=self.writes)
+            # Before a budget is resolved, the config is not yet the one that comes out.
+            config = {CONFIG: config_fingerprint(self.model.config)} if self._resolved else {}
+            noted |= {CONTENT: self.start | config}
+            claim(self.output_dir, noted | self._resolved, longer=False, write=write and self.writes)
             return
         if not training.do_train:
             contents = {WEIGHTS: self.start[START], CONFIG: config_fingerprint(self.model.config)} | self.predicted
-            contents |= {name: self.read[name] for name in ("evaluation", "inputs")}
-            noted = noted_arguments(self.model_args) | evaluation_fields(training) | {CONTENT: contents}
-            claim_for_evaluation(self.output_dir, noted | self._resolved, self.writes)
+            if self.prepared.evaluation:
+                contents |= {name: self.read[name] for name in ("evaluation", "inputs")}
+            # Of how the model was made, its weights and config are what is left.
+            noted = {"model_name_or_path": self.model_args.model_name_or_path, CONTENT: contents}
+            noted |= evaluation_fields(training)
+            claim_for_evaluation(self.output_dir, noted, write and self.writes)
             return
         stages = {self.finetuned_dir: self.finetuning} if self.retrains else {}
         stages[self.output_dir] = self.whole
         check_disk_space(self.output_dir, self.model, training, models=len(stages))
-        for write in (False, True):
-            for folder, noted in stages.items():
-                # What was retrained began from what finetuning left.
-                longer = resumes(resume) and (folder == self.finetuned_dir or not self.retrains)
-                resolved = self._resolved if folder == self.output_dir else {}
-                claim(folder, noted | resolved, longer=longer, write=write and self.writes)
-                check_resume(stage_resume(resume, folder, self.output_dir) if self.retrains else resume, noted)
-            check_begins(resume, *stages)
+        for folder, noted in stages.items():
+            check_writable(f"--output_dir {self.output_dir}", folder)
+            # What was retrained began from what finetuning left.
+            longer = resumes(resume) and (folder == self.finetuned_dir or not self.retrains)
+            resolved = self._resolved if folder == self.output_dir else {}
+            claim(folder, noted | resolved, longer=longer, write=write and self.writes)
+            check_resume(stage_resume(resume, folder, self.output_dir) if self.retrains else resume, noted)
+        check_begins(resume, *stages)
 
     @property
     def saves_merged(self) -> bool:
@@ -153,8 +162,6 @@ class Run:
 
     def resolve_merging(self) -> None:
         """Turn a budget into what merges, or as long as there is no finetuned model, make sure that it can be kept."""
-        self._resolved: Noted = {}
-        self.chosen: str | None = None
         if not self.merging.has_budget:
             return
         self.model.to(self.training.device)
@@ -172,16 +179,18 @@ class Run:
             self.chosen = earlier["chosen"]
             Merging(**earlier["merging"]).apply(self.model.config)
         else:
-            # What is trained from scratch with merging on has no outputs to keep.
-            trained = self.retrains or self.model_args.model_name_or_path is not None
+            # What has learned nothing has no outputs to keep.
+            new_head = self.loaded.has_new_head
+            trained = self.retrains or self.model_args.model_name_or_path is not None and not new_head
             merging = self.merging if trained else self.merging.without_samples
             if merging is not self.merging:
                 logger.warning(
-                    "a model from scratch has no outputs to keep: it merges by schedule %s", merging.schedule
+                    "%s has learned nothing for a search to keep: it merges by schedule %s; --retrain_epochs N "
+                    "finetunes it unmerged, then searches and trains on with merging",
+                    "a new head" if new_head else "a model from scratch",
+                    merging.schedule,
                 )
-            # Before the folder is claimed, what another experiment left in it is not to change.
-            own = self.retrains or not traces(self.output_dir)
-            self.chosen = self._merge(merging, self.output_dir if self.writes and own else None)
+            self.chosen = self._merge(merging, self.output_dir if self.writes else None)
         merged = asdict(Merging.of(self.model.config))
         self._resolved = {RESOLVED: {"of": of, "chosen": self.chosen, "merging": merged}}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
+from experiments.errors import BadInput
 from experiments.tasks.base import PreparedTask, Task
 from experiments.training.loading import load_model_and_task
 from experiments.training.model_arguments import ModelArguments
@@ -33,6 +34,23 @@ class Loaded:
     prepared: PreparedTask
     model: ToMePerceiverPreTrainedModel
     input_shape: tuple[int, ...]
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether the model is a checkpoint's with a head that began at random: its outputs say nothing yet."""
+        return getattr(self.model, "head_is_new", False)
+
+    def check_head(self, model_args: ModelArguments) -> None:
+        """Check that there is something to evaluate without training.
+
+        Raises:
+            BadInput: for a head that has learned nothing.
+        """
+        if self.has_new_head:
+            raise BadInput(
+                f"--model_name_or_path {model_args.model_name_or_path}: its head for this task is new and has learned "
+                "nothing; finetune it first, with --do_train"
+            )
 
 
 def load(

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
-from experiments.files import save_whole, write_whole
+from experiments.files import check_writable, save_whole, write_whole
 from experiments.measurement import Quartiles, describe_environment, peak_memory_mb, time_interleaved
 from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerges, scores, shown_r
 from experiments.publishing.hub import HubRepository, push_checkpoint
@@ -93,6 +93,10 @@ class Sweep:
             BadInput: if another experiment is there, or for what the config cannot mean.
         """
         self.continued = self.results.take_over(self.output_dir)
+        for folder in (MERGED, PREDICTIONS, *([RETRAINED] if self.retrains else [])):
+            check_writable(f"--output_dir {self.output_dir}", self.output_dir / folder)
+        # Budgets take minutes, and only then all rows are known.
+        check_disk_space(self.output_dir, self.loaded.model, self.training, models=3 if self.retrains else 2)
         if not self.continued:
             self._resolve()
         self.variants = self.results.variants
@@ -391,7 +395,7 @@ def push_sweep(repository: HubRepository, output_dir: Path, revision: str) -> No
     """
     print(push_checkpoint(repository, output_dir, "Sweep over r", revision))
     for folder in sorted((output_dir / RETRAINED).glob("*")):
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         message = "Retrained for every r" if folder.name == ELASTIC else f"Retrained with r = {config['r']}"
         print(push_checkpoint(repository, folder, message, revision=folder.name))
 

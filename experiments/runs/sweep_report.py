@@ -201,7 +201,7 @@ def redraw(folder: Path) -> Path:
     Raises:
         BadInput: if the first row merges, so that nothing is there to compare with.
     """
-    results = json.loads((folder / SWEEP_FILE).read_text())
+    results = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
     if results["rows"][0]["flops_ratio"] != 1:
         raise BadInput(f"{folder}: the first row of its {SWEEP_FILE} merges; allowed are sweeps that begin unmerged")
     metric = results["metric"]

@@ -7,6 +7,7 @@ Letters: B batch.
 from __future__ import annotations
 
 import logging
+import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -120,8 +121,11 @@ class PreparedTask:
         from experiments.tasks.metric import GlueMetric  # takes seconds
 
         predicted, asked = self.predictions(prediction.predictions), self.references(prediction.label_ids)
-        metric = GlueMetric(config_name=self.kind, keep_in_memory=True)
-        return metric.compute(predictions=predicted, references=asked) | standard_errors(self.kind, predicted, asked)
+        # It makes a folder for what it keeps in memory, in a cache of its own.
+        with tempfile.TemporaryDirectory() as folder:
+            metric = GlueMetric(config_name=self.kind, keep_in_memory=True, cache_dir=folder)
+            scored = metric.compute(predictions=predicted, references=asked)
+        return scored | standard_errors(self.kind, predicted, asked)
 
     def predictions(self, logits: np.ndarray) -> np.ndarray:
         """From logits to what is scored: for each example a place in `labels`, a number or a row of tokens."""

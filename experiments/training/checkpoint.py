@@ -67,7 +67,7 @@ def stamp(checkpoint: Path, experiment: Noted, loss_sum: float | None) -> None:
 def read_stamp(checkpoint: Path) -> dict[str, Any]:
     """What `stamp` wrote; nothing if it is not there, as in checkpoints of other programs."""
     try:
-        return json.loads((checkpoint / STAMP_FILE).read_text())
+        return json.loads((checkpoint / STAMP_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -109,7 +109,7 @@ def fault(checkpoint: Path) -> str | None:
     start the optimizer and the learning rate anew, and say nothing.
     """
     try:
-        json.loads((checkpoint / STATE_FILE).read_text())  # written last by Trainer
+        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))  # written last by Trainer
     except (OSError, ValueError):
         return f"it has no whole {STATE_FILE}"
     for pattern in ("rng_state*.pth", "optimizer*", "scheduler.pt"):

@@ -112,6 +112,9 @@ def load_model(
         config: from `load_config`.
         task: says which class.
 
+    Returns:
+        The model; `model.head_is_new` says of a checkpoint's whether its head began at random.
+
     Raises:
         BadInput: for weights that are not there or do not fit.
     """
@@ -131,14 +134,20 @@ def load_model(
         )
     start = requested_config(arguments)
     same_head = model_class.__name__.removeprefix("ToMe") in str(start.architectures)
-    _check_loaded(arguments, loaded, new_head=arguments.ignore_mismatched_sizes or not same_head)
+    may_be_new = arguments.ignore_mismatched_sizes or not same_head
+    model.head_is_new = _check_loaded(arguments, loaded, may_be_new)
     if task.classifies and _is_classifier(start) and _misfit(start, task) is not None:
         _start_head_anew(model)
+        model.head_is_new = True
     return model
 
 
-def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], new_head: bool) -> None:
-    """Check that nothing but a head began at random, and that nothing else was left out: transformers only warns."""
+def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], new_head: bool) -> bool:
+    """Check that nothing but a head began at random, and that nothing else was left out: transformers only warns.
+
+    Returns:
+        Whether the head began at random.
+    """
     mismatched = [entry[0] for entry in loaded["mismatched_keys"]]
     for what, names, new in (
         ("lack", loaded["missing_keys"], new_head),
@@ -153,6 +162,7 @@ def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], new_head: b
                 + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
                 + "; allowed are weights that are whole and those of its config"
             )
+    return any(name.startswith(HEADS) for name in (*loaded["missing_keys"], *mismatched))
 
 
 def _is_classifier(config: ToMePerceiverConfig) -> bool:

@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a folder of results may hold: one experiment, and files that are whole."""
+"""Output folders: each belongs to one run, recorded by fingerprint, and holds no half-written file."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import nn
 from transformers import TrainingArguments
 
 from experiments.errors import BadInput, naming
-from experiments.files import write_text
+from experiments.files import made_for_a_while, write_text
 from experiments.training.checkpoint import LENGTH_FIELDS, checkpoints, difference
 from experiments.training.identity import CONTENT, Noted
 
+logger = logging.getLogger(__name__)
+
 ARGUMENTS_FILE = "arguments.json"
+LOCK_FILE = ".lock"
 TRAINED_FILE = "train_results.json"
 SWEEP_FILE = "sweep_results.json"
 # What only an experiment leaves behind.
@@ -29,6 +37,38 @@ RESOLVED = "resolved_merging"
 NOTES = (RESOLVED, "continued_from")
 # A checkpoint to go on from holds the weights, and two averages of the gradient for each.
 ADAM_COPIES = 3
+
+
+@contextmanager
+def lock_folder(output_dir: Path) -> Iterator[None]:
+    """Keep other runs out of a folder for as long as this one writes there; the lock ends with the process.
+
+    A folder that is empty in the end goes, if it was not there before.
+
+    Raises:
+        BadInput: if another run is writing there.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield  # the first process holds it for all
+        return
+    with made_for_a_while(output_dir):
+        lock = FileLock(output_dir / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise BadInput(
+                f"--output_dir {output_dir}: another run is writing there now; wait for its end or use another "
+                "--output_dir"
+            ) from None
+        except OSError as error:  # of a file system without locks, such as some that clusters share
+            logger.warning("--output_dir %s: cannot be locked (%s); start no other run in it", output_dir, error)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                # Before the release: a file that another run has locked by then is not ours to remove.
+                (output_dir / LOCK_FILE).unlink(missing_ok=True)
+            lock.release()
 
 
 def claim(output_dir: Path, noted: Noted, longer: bool, write: bool) -> None:
@@ -204,7 +244,7 @@ def read_json(path: Path) -> Any:
         BadInput: if it cannot be read.
     """
     with naming(f"--output_dir {path.parent}: {path.name}", OSError, ValueError):
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

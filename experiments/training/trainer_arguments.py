@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from experiments.errors import BadInput, naming
+from experiments.files import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +125,23 @@ class TrainerArguments(TrainingArguments):
         with naming("arguments", Exception):
             super().__post_init__()
         self._check_meant()
-        check_writable(Path(self.output_dir))
+        self._check_places()
         if (self.bf16 or self.bf16_full_eval) and self.device.type == "cpu":
             capabilities = torch.cpu.get_capabilities()
             if not any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS):
                 logger.warning("--bf16: this processor has no instructions for it; float32 is many times faster here")
+
+    def _check_places(self) -> None:
+        """Check every place that training writes to."""
+        check_writable(f"--output_dir {self.output_dir}", Path(self.output_dir))
+        with naming("TMPDIR", OSError):
+            folder = tempfile.gettempdir()
+        check_writable(f"TMPDIR={folder}", Path(folder))
+        written = ["TENSORBOARD_LOGGING_DIR"] if "tensorboard" in self.report_to else []
+        written += ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"] if self.torch_compile else []
+        for name in written:
+            if given := os.environ.get(name):
+                check_writable(f"{name}={given}", Path(given).expanduser())
 
     def _check_given(self) -> None:
         """Check each argument by itself, as it was given."""
@@ -231,23 +243,3 @@ class TrainerArguments(TrainingArguments):
                 num_training_steps=2,
                 scheduler_specific_kwargs=dict(self.lr_scheduler_kwargs or {}),
             )
-
-
-def check_writable(folder: Path) -> None:
-    """Check that a folder can be made and written to; nothing is left behind, nor made.
-
-    Raises:
-        BadInput: if it cannot.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        return  # one process, and not another one that finds the folder of the first
-    made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
-    try:
-        with naming(f"--output_dir {folder}", OSError, ValueError):
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-    finally:
-        for place in made:
-            with suppress(OSError):
-                place.rmdir()

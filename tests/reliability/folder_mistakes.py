@@ -18,6 +18,8 @@ def folder_mistakes() -> Iterator[BadInputCase]:
     for script in SCRIPTS:
         for name, (make, says) in NOT_WRITTEN.items():
             yield BadInputCase(FOLDERS, name, script, _into(script, make), says)
+        for name, place in CACHES.items():
+            yield BadInputCase(FOLDERS, name, script, _usual(script, ("--cache_dir", place)), ("--cache_dir",))
         for name, file in OCCUPIED.items():
             if name == OWN.get(script):
                 continue
@@ -34,6 +36,13 @@ def folder_mistakes() -> Iterator[BadInputCase]:
     for script in ("run_glue.py", "run_image.py", "run_mlm.py"):
         make = _evaluation_into_training(script)
         yield BadInputCase(FOLDERS, "with training of another model, to evaluate in", script, make, ("--output_dir",))
+    for script, words, below in (
+        ("run_glue.py", ("--r", 1, "--retrain_epochs", 1), "finetuned"),
+        ("eval_sweep.py", ("--r", 1, "--retrain_epochs", 1), "retrained"),
+        ("eval_sweep.py", ("--r", 1), "predictions"),
+    ):
+        make = _with_file_below(script, words, below)
+        yield BadInputCase(FOLDERS, f"with a file called {below}", script, make, ("--output_dir", below))
     yield BadInputCase(RESUMED, "of another task", "run_glue.py", _of_another_task, ("--resume_from_checkpoint",))
     yield BadInputCase(RESUMED, "a word", "run_glue.py", _word, ("--resume_from_checkpoint", "newest"))
     for name, (script, words) in DIVERGING.items():
@@ -57,6 +66,17 @@ def _into(script: str, make: Callable[[Inputs, Path], Path]) -> Make:
     return with_folder
 
 
+def _with_file_below(script: str, words: Command, below: str) -> Make:
+    """A good command whose folder has a file in the place of one of the folders in it."""
+
+    def make(inputs: Inputs, folder: Path) -> Command:
+        (folder / OUTPUT).mkdir()
+        (folder / OUTPUT / below).write_text("hello")
+        return (*inputs.usual(script), *words)
+
+    return make
+
+
 def _a_file(inputs: Inputs, folder: Path) -> Path:
     (folder / "file").write_text("hello")
     return folder / "file"
@@ -78,6 +98,11 @@ NOT_WRITTEN: dict[str, tuple[Callable[[Inputs, Path], Path], tuple[str, ...]]] =
     "where nothing can be made": (lambda inputs, folder: Path("/proc/reliability/out"), ("--output_dir", "/proc")),
     "a link to nowhere": (_dangling, ("--output_dir", "link")),
     "with a name that is too long": (lambda inputs, folder: folder / ("x" * 300), ("--output_dir",)),
+}
+CACHES = {
+    "a cache that is a file": __file__,
+    "a cache where nothing can be made": "/proc/reliability/cache",
+    "a cache whose name is not UTF-8": "cache\udcff",
 }
 OCCUPIED = {
     "a checkpoint": "config.json",

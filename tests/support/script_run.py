@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(__file__).resolve().parent / "programs"
 
 
-def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_script(name: str | Path, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run `python NAME ARGUMENTS` as a user does."""
-    command = [sys.executable, name, *map(str, arguments)]
+    command = [sys.executable, str(name), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def call_script(name: str, *arguments: object) -> None:

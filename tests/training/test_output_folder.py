@@ -7,6 +7,9 @@ import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -17,18 +20,21 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from experiments.errors import BadInput
+from experiments.runs.finetune_stages import Run
 from experiments.training.checkpoint import last_checkpoint
 from experiments.training.output_folder import (
     check_disk_space,
     check_no_other_experiment,
     claim,
     claim_for_evaluation,
+    lock_folder,
     note_content,
     read_note,
     save_metrics,
+    traces,
     write_json,
 )
-from tests.support.script_run import bad_input_line, call_script
+from tests.support.script_run import ROOT, bad_input_line, call_script
 from tests.support.tiny_texts import write_glue, write_model_config
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -232,7 +238,7 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays(command, tmp_path, c
     """Where a file should go is a device that is always full."""
     (tmp_path / name).symlink_to("/dev/full")
     line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", tmp_path)
-    assert line.startswith("error: --output_dir: No space left on device")
+    assert "--output_dir" in line and ": No space left on device" in line
     assert "train_loss" in json.loads((tmp_path / "train_results.json").read_text())
     assert (tmp_path / "model.safetensors").stat().st_size > 10_000
     assert not (tmp_path / name.removeprefix(".").removesuffix(".partial")).exists()
@@ -248,7 +254,7 @@ def test_a_disk_that_is_full_as_weights_are_written(command, tmp_path, capsys, m
 
     monkeypatch.setattr(Trainer, "save_model", save)
     line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", tmp_path)
-    assert line.startswith("error: --output_dir: No space left on device")
+    assert "--output_dir" in line and ": No space left on device" in line
     assert json.loads((tmp_path / "arguments.json").read_text())["task_name"] == "sst2"
     assert not (tmp_path / "train_results.json").exists()
 
@@ -267,7 +273,8 @@ def test_a_disk_that_is_full_as_the_optimizer_is_written(command, tmp_path, caps
         with pytest.raises(RuntimeError, match="iostream error"):
             call_script("run_glue.py", *arguments)
     else:
-        assert "error: --output_dir: No space left on device" in bad_input_line(capsys, "run_glue.py", *arguments)
+        line = bad_input_line(capsys, "run_glue.py", *arguments)
+        assert line.startswith(f"error: --output_dir {tmp_path}: No space left on device")
     assert last_checkpoint(tmp_path) is None
 
 
@@ -287,3 +294,50 @@ def test_a_disk_that_is_full_behind_another_error(command, tmp_path, capsys, mon
     code = errno.EIO
     with pytest.raises(RuntimeError, match="writing failed"):
         call_script("run_glue.py", *command, "--output_dir", tmp_path / "broken")
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from experiments.training.output_folder import lock_folder
+with lock_folder(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_second_run_is_refused_while_one_writes_and_not_after_it_was_killed(command, tmp_path, capsys, end):
+    folder = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, folder], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as first:  # fmt: skip
+        assert first.stdout.readline() == "locked\n"
+        line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", folder)
+        assert line.startswith(f"error: --output_dir {folder}: another run is writing there")
+        assert traces(folder) == [] and not (folder / "arguments.json").exists()
+        first.send_signal(end)
+    call_script("run_glue.py", *command, "--output_dir", folder)
+    assert (folder / "eval_results.json").exists() and not (folder / ".lock").exists()
+
+
+def test_a_lock_leaves_nothing_in_a_folder_that_it_made(tmp_path):
+    with pytest.raises(BadInput), lock_folder(tmp_path / "new" / "out"):
+        assert (tmp_path / "new" / "out").exists()
+        raise BadInput("nothing came of it")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with lock_folder(tmp_path / "there"):
+        pass
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_what_another_run_left_is_refused_before_a_search(command, tmp_path, capsys, monkeypatch):
+    call_script("run_glue.py", *command, "--output_dir", tmp_path / "out")
+    monkeypatch.setattr(Run, "resolve_merging", None)
+    model = ("--model_name_or_path", tmp_path / "out", "--flops_ratio", 0.985, "--do_train", "false")
+    before = read_note(tmp_path / "out")
+    line = bad_input_line(capsys, "run_glue.py", *command[2:], *model, "--output_dir", tmp_path / "out")
+    assert "--output_dir" in line and "holds another" in line
+    assert read_note(tmp_path / "out") == before

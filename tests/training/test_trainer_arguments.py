@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import typing
 
@@ -14,7 +13,7 @@ from transformers import TrainingArguments
 
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput
-from experiments.training.trainer_arguments import RANGES, REFUSED, TrainerArguments, check_writable
+from experiments.training.trainer_arguments import RANGES, REFUSED, TrainerArguments
 from tests.support.script_run import call_script
 from tests.support.tiny_texts import write_glue, write_model_config
 
@@ -200,17 +199,3 @@ def test_a_folder_that_cannot_be_made(tmp_path, below):
     with pytest.raises(BadInput, match="^--output_dir "):
         parse("--output_dir", tmp_path / "new" / ".." / below)
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_to(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(BadInput, match="Permission denied"):
-        check_writable(tmp_path)
-
-
-def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):
-    check_writable(tmp_path / "a" / "b")
-    assert list(tmp_path.iterdir()) == []
-    check_writable(tmp_path)
-    assert tmp_path.exists()
