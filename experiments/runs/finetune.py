@@ -20,6 +20,7 @@ from experiments.runs.finetune_stages import Run
 from experiments.runs.start import load
 from experiments.tasks.base import Task
 from experiments.tasks.glue import GlueDataArguments
+from experiments.tasks.images import ImageDataArguments
 from experiments.training.evaluation import predict_and_save
 from experiments.training.loading import trained_classes
 from experiments.training.model_arguments import ModelArguments
@@ -96,7 +97,8 @@ def _run(experiment: Experiment) -> None:
     training, retraining = experiment.training, experiment.retraining
     evaluate = training.do_eval or retraining.retrain_epochs > 0 or training.eval_strategy != "no"
     options: dict[str, Any] = experiment.model.dataset_options()
-    if isinstance(experiment.data, GlueDataArguments) and not training.do_train and not experiment.merging.has_budget:
+    classifies = isinstance(experiment.data, (GlueDataArguments, ImageDataArguments))
+    if classifies and not training.do_train and not experiment.merging.has_budget:
         # No training split is needed then.
         options["classes"] = trained_classes(experiment.model)
     read = partial(experiment.load_task, experiment.data, training.do_predict, training.seed, evaluate, **options)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from datasets import ClassLabel, Dataset, Features, Value
@@ -41,50 +41,27 @@ class ImageColumns:
     labels: list[str]
 
     @classmethod
-    def found(cls, train: Dataset, argument: str, image: str | None, label: str | None) -> ImageColumns:
-        """Find the columns of the training split.
+    def found(
+        cls, split: Dataset, argument: str, image: str | None, label: str | None, classes: Sequence[str] | None
+    ) -> ImageColumns:
+        """Find the columns of a split.
 
         Args:
-            train: the split.
+            split: the training split, or any other if the classes are known.
             argument: that chose the data, with its value, for error messages.
             image, label: columns that the user named, if any.
+            classes: names of the classes, if they are known; then there may be no labels.
 
         Raises:
             BadInput: for columns that are not there, of another kind, or not certain, or fewer than two classes.
         """
-        features = train.features
-        if image is None:
-            images = [name for name in features if isinstance(features[name], ImageFeature)]
-            files = [name for name in features if _holds_files(features, name)]
-            named = _named(files or list(features), IMAGE_NAMES)
-            if not files and not named:
-                raise BadInput(f"{argument}: has no column of images, only {listed(features)}")
-            image = _certain(images, named, files, features, f"{argument}: images: --image_column_name")
-        _check_named(image, features, "--image_column_name")
-        if not _holds_files(features, image):
-            raise BadInput(
-                f"{argument}: column '{image}' holds {_kind(features, image)}; must be images, as datasets.Image or as "
-                "the bytes of image files (paths of files go into the column file_name of a metadata.csv beside them)"
-            )
-        if label is None:
-            classes = [name for name in features if isinstance(features[name], ClassLabel)]
-            others = [name for name in features if name != image]
-            named = _named(others, LABEL_NAMES)
-            if not others:
-                raise BadInput(
-                    f"{argument}: has no labels, only the column '{image}'; put the images of every split into one "
-                    "folder for each class, all as deep, or name their classes in a metadata.csv beside them"
-                )
-            label = _certain(classes, named, [], others, f"{argument}: labels: --label_column_name")
-        _check_named(label, features, "--label_column_name")
-        check_none_missing(train[label], label, f"{argument}: split 'train'")
-        if getattr(features[label], "dtype", "").startswith("float"):
-            raise BadInput(f"{argument}: column '{label}' holds numbers with a point; must be names or integers")
-        labels = label_names(train, label, argument, regression=False) or []
-        labels = list(dict.fromkeys(unicodedata.normalize("NFC", name) for name in labels))
-        if len(labels) < 2:
-            raise BadInput(f"{argument}: column '{label}' has the class {listed(labels)} alone; must have two or more")
-        return cls(image, label, labels)
+        features = split.features
+        image = _image_column(features, argument, image)
+        if classes is None:
+            label = _label_column([name for name in features if name != image], features, argument, label)
+            return cls(image, label, _class_names(split, label, argument))
+        named = _named(features, LABEL_NAMES)
+        return cls(image, label or (named[0] if len(named) == 1 else LABEL), list(classes))
 
     @property
     def described(self) -> str:
@@ -144,6 +121,48 @@ class ImageColumns:
         return split
 
 
+def _image_column(features: Features, argument: str, given: str | None) -> str:
+    if given is None:
+        typed = [name for name in features if isinstance(features[name], ImageFeature)]
+        files = [name for name in features if _holds_files(features, name)]
+        named = _named(files or list(features), IMAGE_NAMES)
+        if not files and not named:
+            raise BadInput(f"{argument}: has no column of images, only {listed(features)}")
+        given = _certain(typed, named, files, features, f"{argument}: images: --image_column_name")
+    _check_there(given, features, "--image_column_name")
+    if not _holds_files(features, given):
+        raise BadInput(
+            f"{argument}: column '{given}' holds {_kind(features, given)}; must be images, as datasets.Image or as the "
+            "bytes of image files (paths of files go into the column file_name of a metadata.csv beside them)"
+        )
+    return given
+
+
+def _label_column(columns: list[str], features: Features, argument: str, given: str | None) -> str:
+    if given is None:
+        if not columns:
+            raise BadInput(
+                f"{argument}: has images and no labels; put the images of every split into one folder for each class, "
+                "all as deep, or name their classes in a metadata.csv beside them"
+            )
+        typed = [name for name in columns if isinstance(features[name], ClassLabel)]
+        named = _named(columns, LABEL_NAMES)
+        given = _certain(typed, named, [], columns, f"{argument}: labels: --label_column_name")
+    _check_there(given, features, "--label_column_name")
+    return given
+
+
+def _class_names(train: Dataset, label: str, argument: str) -> list[str]:
+    check_none_missing(train[label], label, f"{argument}: split 'train'")
+    if _kind(train.features, label).startswith("float"):
+        raise BadInput(f"{argument}: column '{label}' holds numbers with a point; must be names or integers")
+    labels = label_names(train, label, argument, regression=False) or []
+    labels = list(dict.fromkeys(unicodedata.normalize("NFC", name) for name in labels))
+    if len(labels) < 2:
+        raise BadInput(f"{argument}: column '{label}' has the class {listed(labels)} alone; must have two or more")
+    return labels
+
+
 def _named(columns: Collection[str], names: set[str]) -> list[str]:
     return [column for column in columns if column.strip().lower() in names]
 
@@ -168,7 +187,7 @@ def _certain(typed: list[str], named: list[str], fitting: list[str], columns: Co
     return candidates[0]
 
 
-def _check_named(column: str, columns: Collection[str], argument: str) -> None:
+def _check_there(column: str, columns: Collection[str], argument: str) -> None:
     if column not in columns:
         raise BadInput(f"{argument} {column}: there is no such column; choose from {listed(columns)}")
 

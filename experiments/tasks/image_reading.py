@@ -33,7 +33,7 @@ def read_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
 
     Args:
         stored: `bytes`, or `None` and the `path` of a file.
-        where: the image is, for the message; a path says more.
+        where: the image is, for the message, unless it is a file.
 
     Raises:
         BadInput: for a file that is missing, cut or no image, and for one that RGB does not hold as it is.
@@ -45,15 +45,17 @@ def read_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
 @contextmanager
 def _opened(stored: dict[str, Any] | None, where: str) -> Iterator[Image.Image]:
     """Open an image; whatever fails inside is a `BadInput` that names it."""
-    with naming(f"image {(stored or {}).get('path') or where}", Exception):
-        if not stored or (stored["bytes"] is None and stored["path"] is None):
+    data: Any = None if stored is None else stored["bytes"]
+    path: Any = None if stored is None else stored["path"]
+    called = where if path is None else path if data is None else f"{where} ({path})"
+    with naming(f"image {called}", Exception):
+        if data is None and path is None:
             raise ValueError("is missing; every example needs an image")
-        data = stored["bytes"]
-        if data is None and "://" in stored["path"]:
+        if data is None and "://" in path:
             # datasets 5.2 gives such images the class of the archive's folder.
             raise ValueError("is in an archive or elsewhere; unpack it into a folder")
         try:
-            image = Image.open(stored["path"] if data is None else io.BytesIO(data))
+            image = Image.open(path if data is None else io.BytesIO(data))
         except UnidentifiedImageError:
             raise ValueError("is no image that Pillow can read; convert it to JPEG or PNG, or remove it") from None
         with image:

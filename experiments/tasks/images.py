@@ -6,6 +6,7 @@ Letters: B batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -81,13 +82,12 @@ class ImageDataArguments(SampleArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("train_dir", "validation_dir", "test_dir"):
-            folder = getattr(self, name)
-            if folder is not None and not Path(folder).is_dir():
-                raise BadInput(f"--{name} {folder}: there is no such folder")
-            if folder is not None and self.dataset_name is not None:
+        for name, folder in self.folders.items():
+            if not Path(folder).is_dir():
+                raise BadInput(f"--{name}_dir {folder}: there is no such folder")
+            if self.dataset_name is not None:
                 raise BadInput(
-                    f"--{name} {folder}: does not go with --dataset_name {self.dataset_name}; use one of them"
+                    f"--{name}_dir {folder}: does not go with --dataset_name {self.dataset_name}; use one of them"
                 )
         if not 0 < self.train_val_split < 1:
             raise BadInput(f"--train_val_split {self.train_val_split}: allowed is a number between 0 and 1")
@@ -95,6 +95,31 @@ class ImageDataArguments(SampleArguments):
             raise BadInput(f"--crop_scale {self.crop_scale}: allowed is a number above 0, up to 1")
         if not 0 <= self.horizontal_flip <= 1:
             raise BadInput(f"--horizontal_flip {self.horizontal_flip}: allowed is a number from 0 to 1")
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The folders that are given, by their split."""
+        folders = {"train": self.train_dir, "validation": self.validation_dir, "test": self.test_dir}
+        return {split: folder for split, folder in folders.items() if folder is not None}
+
+    @property
+    def chosen(self) -> tuple[str, str]:
+        """The argument that chooses the images, and its value.
+
+        Raises:
+            BadInput: if none is given.
+        """
+        if self.dataset_name is not None:
+            return "dataset_name", self.dataset_name
+        if not self.folders:
+            raise BadInput("--dataset_name: not given; use a Hub id or a folder (or --train_dir FOLDER)")
+        split, folder = next(iter(self.folders.items()))
+        return f"{split}_dir", folder
+
+    @property
+    def predicted(self) -> str | None:
+        """The folder that the names of predicted files are relative to."""
+        return self.folders.get("test", self.dataset_name)
 
 
 @dataclass
@@ -158,7 +183,7 @@ class ImageTask(Task):
             return columns
 
         def read_and_process(batch: dict[str, list]) -> dict[str, Any]:
-            return process(batch | {IMAGE: [read_image(stored, "without a name") for stored in batch[IMAGE]]})
+            return process(batch | {IMAGE: [read_image(stored, "of a batch") for stored in batch[IMAGE]]})
 
         def augmented(example: dict[str, Any], index: int, random: np.random.Generator) -> dict[str, Any]:
             image = self.augmentation(read_image(example[IMAGE], f"{index} of training"), random)
@@ -196,7 +221,8 @@ def _check_processed(task: ImageTask, config: ToMePerceiverConfig, processing_cl
     def processed(image: Image.Image) -> tuple[int, ...]:
         return tuple(processing_class([image], return_tensors="pt")["pixel_values"].shape)
 
-    image = read_image(task.train[0][IMAGE], "0 of split 'train'")
+    splits = [task.train, *task.evaluation.values(), *task.prediction.values()]
+    image = read_image(next(split for split in splits if len(split))[0][IMAGE], "0 of the first split")
     with naming("--image_processor_name", Exception):
         shape = processed(image)
         side = config.image_size
@@ -207,9 +233,9 @@ def _check_processed(task: ImageTask, config: ToMePerceiverConfig, processing_cl
             raise ValueError(f"makes images of {shape[2]} x {shape[3]}; allowed is image_size = {side} of the model")
         if processed(Image.new("RGB", (image.width + 8, image.height + 24))) == shape:
             return
-    for split in (task.train, *task.evaluation.values(), *task.prediction.values()):
+    for split in splits:
         for stored in split.select_columns(IMAGE):
-            other = read_image(stored[IMAGE], "without a name")
+            other = read_image(stored[IMAGE], "of a split")
             if other.size != image.size and processed(other) != shape:
                 raise BadInput(
                     f"--image_processor_name: does not make images of {image.width} x {image.height} and "
@@ -218,7 +244,12 @@ def _check_processed(task: ImageTask, config: ToMePerceiverConfig, processing_cl
 
 
 def load_image_task(
-    arguments: ImageDataArguments, predict: bool, seed: int, evaluate: bool = True, **download: Any
+    arguments: ImageDataArguments,
+    predict: bool,
+    seed: int,
+    evaluate: bool = True,
+    classes: Sequence[str] | None = None,
+    **download: Any,
 ) -> ImageTask:
     """Load the images that the arguments mean.
 
@@ -226,26 +257,15 @@ def load_image_task(
         arguments: which images.
         predict: whether the test split is needed too.
         seed: for a validation split made here and for `max_train_samples`.
-        evaluate: whether anything is evaluated; there always is something.
+        evaluate: whether anything is evaluated; beside images to train on, something always is.
+        classes: those of the checkpoint, for a run that does not train, which then needs no training split.
         download: `cache_dir` and `token` for `datasets.load_dataset`.
 
     Raises:
         BadInput: for a dataset, split or column that is not there, an empty split, labels that are missing or that
             training has not, or an image that cannot be read.
     """
-    splits, argument, dropped = _load_splits(arguments, download)
-    columns = ImageColumns.found(
-        take_split(splits, "train", argument, None), argument, arguments.image_column_name, arguments.label_column_name
-    )
-    splits = DatasetDict({name: columns.stored(split, f"{argument}: split '{name}'") for name, split in splits.items()})
-    folder = arguments.test_dir
-    if arguments.dataset_name is not None and Path(arguments.dataset_name).is_dir():
-        folder = arguments.dataset_name
-        dropped = left_out_of_dataset(argument, folder, splits.values(), columns.labels)
-
-    if "test" in splits and columns.has_other_labels(splits["test"]):
-        splits["test"] = splits["test"].remove_columns(LABEL)
-        dropped.append("the labels of split 'test', none of which is a class of training")
+    splits, columns, argument, dropped = _read(arguments, classes, download)
 
     def taken(name: str, count: int | None, train: Dataset | None = None, may_lack: bool = False) -> Dataset:
         split = take_split(splits, name, argument, count)
@@ -254,60 +274,76 @@ def load_image_task(
     def labelled(split: Dataset) -> bool:
         return has_labels(split, LABEL)
 
-    train = taken("train", None)
-    if "validation" in splits or ("test" in splits and labelled(splits["test"])):
-        name = evaluated_split(splits, argument, labelled)
-        evaluation, where = taken(name, arguments.max_eval_samples, train), f"{argument}: split '{name}'"
+    def checked(split: Dataset, name: str) -> Dataset:
+        return check_images(split, f"{argument}: split '{name}'")
+
+    train = taken("train", None) if "train" in splits else None
+    evaluation, prediction, name, from_split = {}, {}, "test", "train"
+    if train is None or "validation" in splits or ("test" in splits and labelled(splits["test"])):
+        if train is not None or evaluate:
+            name = from_split = evaluated_split(splits, argument, labelled)
+            evaluation[""] = taken(name, arguments.max_eval_samples, train)
     else:
-        name, where = "test", f"{argument}: the images of --train_val_split {arguments.train_val_split}"
-        train, evaluation = _divided(arguments, train, argument, where, seed)
-        where = f"{argument}: split 'train'"
-    prediction = {"": taken("test", arguments.max_predict_samples, train, may_lack=True)} if predict else {}
-    train = first_examples(train.shuffle(seed=seed), arguments.max_train_samples)
-    train = check_images(train, f"{argument}: split 'train'")
-    evaluation = check_images(evaluation, where)
-    prediction = {suffix: check_images(split, f"{argument}: split 'test'") for suffix, split in prediction.items()}
-    counted = {"train": train, "evaluated": evaluation} | {f"predicted{key}": prediction[key] for key in prediction}
-    dataset = arguments.dataset_name or str(arguments.train_dir)
+        train, evaluation[""] = _divided(arguments, train, argument, seed)
+    if predict:
+        prediction[""] = checked(taken("test", arguments.max_predict_samples, train, may_lack=True), "test")
+    if train is not None:
+        train = checked(first_examples(train.shuffle(seed=seed), arguments.max_train_samples), "train")
+    evaluation = {suffix: checked(split, from_split) for suffix, split in evaluation.items()}
+    parts = {"train": train, "evaluated": evaluation.get(""), "predicted": prediction.get("")}
+    read = {part: split for part, split in parts.items() if split is not None}
     return ImageTask(
-        source=Source.of_dataset(dataset, arguments.dataset_config_name, name),
+        source=Source.of_dataset(arguments.chosen[1], arguments.dataset_config_name, name),
         labels=columns.labels,
-        train=train,
-        evaluation={"": evaluation},
+        train=next(iter(read.values())).select([]) if train is None else train,
+        evaluation=evaluation,
         prediction=prediction,
         main_metric="accuracy",
-        read=read_lines(argument, columns.described, counted, LABEL, columns.labels, dropped),
+        read=read_lines(argument, columns.described, read, LABEL, columns.labels, dropped),
         augmentation=Augmentation(arguments.crop_scale, arguments.horizontal_flip),
-        file_names={suffix: relative_names(split, folder) for suffix, split in prediction.items()},
+        file_names={suffix: relative_names(split, arguments.predicted) for suffix, split in prediction.items()},
     )
 
 
-def _divided(
-    arguments: ImageDataArguments, train: Dataset, argument: str, where: str, seed: int
-) -> tuple[Dataset, Dataset]:
+def _divided(arguments: ImageDataArguments, train: Dataset, argument: str, seed: int) -> tuple[Dataset, Dataset]:
     """The images to train on, and those of them that are evaluated on instead, since there are no others."""
     with naming(f"--train_val_split {arguments.train_val_split}", ValueError):
         parts = train.train_test_split(arguments.train_val_split, seed=seed)
     evaluation = take_split(parts, "test", argument, arguments.max_eval_samples)
+    where = f"{argument}: the images of --train_val_split {arguments.train_val_split}"
     check_trained(evaluation, parts["train"], LABEL, where)
     return parts["train"], evaluation
 
 
-def _load_splits(arguments: ImageDataArguments, download: dict[str, Any]) -> tuple[DatasetDict, str, list[str]]:
-    """The splits, the argument that chose them, and lines on the files that were left out."""
-    dataset = arguments.dataset_name
-    if dataset is not None:
-        argument = f"--dataset_name {dataset}"
-        if Path(dataset).is_dir():
-            check_names(argument, Path(dataset))
-        return read_dataset(argument, dataset, arguments.dataset_config_name, anew=False, **download), argument, []
-    if arguments.train_dir is None:
-        raise BadInput("--dataset_name: not given; use a Hub id or a folder (or --train_dir FOLDER)")
-    folders = {"train": arguments.train_dir, "validation": arguments.validation_dir, "test": arguments.test_dir}
-    read = {
-        name: read_image_folder(f"--{name}_dir {folder}", folder, name == "test", **download)
-        for name, folder in folders.items()
-        if folder is not None
-    }
-    splits = DatasetDict({name: split for name, (split, _) in read.items()})
-    return splits, f"--train_dir {arguments.train_dir}", [line for _, dropped in read.values() for line in dropped]
+def _read(
+    arguments: ImageDataArguments, classes: Sequence[str] | None, download: dict[str, Any]
+) -> tuple[DatasetDict, ImageColumns, str, list[str]]:
+    """Return the splits as they are stored, their columns, the argument that chose them, and what was left out."""
+    name, chosen = arguments.chosen
+    argument = f"--{name} {chosen}"
+    if name == "dataset_name":
+        if Path(chosen).is_dir():
+            check_names(argument, Path(chosen))
+        splits, dropped = read_dataset(argument, chosen, arguments.dataset_config_name, anew=False, **download), []
+    else:
+        if name != "train_dir" and classes is None:
+            raise BadInput(f"--train_dir: not given beside {argument}; use one, or a checkpoint that is not trained")
+        read = {
+            split: read_image_folder(f"--{split}_dir {folder}", folder, split == "test", **download)
+            for split, folder in arguments.folders.items()
+        }
+        splits = DatasetDict({split: images for split, (images, _) in read.items()})
+        dropped = [line for _, lines in read.values() for line in lines]
+    needs_train = "train" in splits or classes is None
+    first = take_split(splits, "train" if needs_train else next(iter(splits)), argument, None)
+    named = (arguments.image_column_name, arguments.label_column_name)
+    columns = ImageColumns.found(first, argument, *named, None if needs_train else classes)
+    splits = DatasetDict(
+        {split: columns.stored(images, f"{argument}: split '{split}'") for split, images in splits.items()}
+    )
+    if name == "dataset_name" and Path(chosen).is_dir():
+        dropped = left_out_of_dataset(argument, chosen, splits.values(), columns.labels)
+    if "test" in splits and columns.has_other_labels(splits["test"]):
+        splits["test"] = splits["test"].remove_columns(LABEL)
+        dropped.append("the labels of split 'test', none of which is a class of training")
+    return splits, columns, argument, dropped

@@ -267,9 +267,13 @@ def test_the_pipeline_of_a_checkpoint_predicts_what_the_script_does(tmp_path):
             image.resize((20, 24)).convert(mode).save(tmp_path / "test" / name)
     data = ("--config_name", write_model_config(tmp_path), "--train_dir", train, "--test_dir", tmp_path / "test")
     call_script("run_image.py", *data, *TRAINING, "--do_predict", "--output_dir", tmp_path / "out")
-    with (tmp_path / "out" / "predict_results_images.txt").open(encoding="utf-8", newline="") as file:
+    path = tmp_path / "out" / "predict_results_images.txt"
+    with path.open(encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file, dialect="excel-tab"))
     assert [row["file"] for row in table] == sorted(kinds) and [row["index"] for row in table] == list("01234")
+    alone = ("--model_name_or_path", tmp_path / "out", "--test_dir", tmp_path / "test", "--do_predict", "--use_cpu")
+    call_script("run_image.py", *alone, "--output_dir", tmp_path / "alone")
+    assert (tmp_path / "alone" / "predict_results_test.txt").read_text() == path.read_text()
     pipe = pipeline("image-classification", str(tmp_path / "out"), trust_remote_code=True)
     for row in table:
         assert pipe(str(tmp_path / "test" / row["file"]))[0]["label"] == row["prediction"]

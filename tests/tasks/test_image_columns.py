@@ -95,7 +95,7 @@ def test_an_image_is_found_beside_a_mask(tmp_path):
         ({"left": FILES, "right": FILES, "label": CATS_AND_DOGS}, ("--image_column_name", "'left', 'right'")),
         ({"image": FILES, "species": CATS_AND_DOGS}, ("--label_column_name", "choose from 'species'")),
         ({"image": FILES, "label": CATS_AND_DOGS, "labels": CATS_AND_DOGS}, ("--label_column_name", "'labels'")),
-        ({"image": FILES}, ("no labels, only the column 'image'",)),
+        ({"image": FILES}, ("has images and no labels",)),
         ({"text": CATS_AND_DOGS, "label": CATS_AND_DOGS}, ("no column of images", "'label', 'text'")),
         ({"image": ["a.png"] * COUNT, "label": CATS_AND_DOGS}, ("'image' holds large_string", "metadata.csv")),
         ({"image": [[1, 2]] * COUNT, "label": CATS_AND_DOGS}, ("'image' holds List",)),
@@ -176,7 +176,7 @@ def test_a_class_does_not_vanish_from_a_split(tmp_path):
         load(dataset_name=str(tmp_path))
 
 
-@pytest.mark.parametrize("argument", ["train_dir"])
+@pytest.mark.parametrize("argument", ["train_dir", "dataset_name"])
 def test_classes_of_one_name(tmp_path, argument):
     """macOS writes an accent as a character of its own."""
     composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
@@ -213,6 +213,30 @@ def test_labels_that_stand_for_none_are_ignored(tmp_path, folders):
     write_files(test, "cat/1.png")
     with pytest.raises(BadInput, match=f"split 'test' has the labels '{folders[0]}'"):
         load(True, train_dir=str(train), test_dir=str(test))
+
+
+def test_a_checkpoint_needs_no_images_to_train_on(tmp_path):
+    """Its classes are known, whatever order they have; labels of what is only predicted may be missing."""
+    test, flat = write_files(tmp_path / "test", *grid("cat", "dog")), write_files(tmp_path / "flat", "1.png", "2.png")
+
+    def loaded(predict: bool, evaluate: bool, **given: Path) -> ImageTask:
+        arguments = ImageDataArguments(**{name: str(path) for name, path in given.items()})
+        return load_image_task(arguments, predict, 0, evaluate, classes=["dog", "cow", "cat"])
+
+    task = loaded(True, False, test_dir=flat)
+    assert task.evaluation == {} and len(task.train) == 0 and task.file_names == {"": ["1.png", "2.png"]}
+    assert task.read[1] == "predicted: 2 examples"
+    task = loaded(True, True, validation_dir=test, test_dir=flat)
+    assert task.evaluation[""]["label"] == [2] * 4 + [0] * 4 and task.labels == ["dog", "cow", "cat"]
+    assert loaded(False, True, test_dir=test).evaluation[""]["label"] == [2] * 4 + [0] * 4
+    with pytest.raises(BadInput, match="nothing to evaluate on"):
+        loaded(False, True, test_dir=flat)
+    pd.DataFrame({"img": FILES, "id": range(COUNT)}).to_parquet(flat / "test.parquet")
+    for path in flat.glob("*.png"):
+        path.unlink()
+    assert len(loaded(True, False, dataset_name=flat).prediction[""]) == COUNT
+    with pytest.raises(BadInput, match="--train_dir: not given beside --test_dir"):
+        load(True, test_dir=str(test))
 
 
 def test_predicted_rows_of_a_table_are_named_if_they_have_paths(tmp_path):
