@@ -231,7 +231,8 @@ def with_label_ids(dataset: Dataset, column: str, labels: Sequence[str], where: 
     _check_kind(dataset, column, where)
     values = list(dataset[column])
     if own_names is not None:
-        values = [own_names[v] if v is not None and 0 <= v < len(own_names) else None for v in values]
+        places = dict(enumerate(own_names)) | {NO_LABEL: NO_LABEL}
+        values = [places.get(value) for value in values]
     check_none_missing(values, column, where)
     place = {(same, key): index for same in _SAMENESS for key, index in _unique(map(same, labels)).items()}
     found = {
