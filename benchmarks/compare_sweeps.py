@@ -119,11 +119,11 @@ def points_of(label: str, results: dict[str, Any], stages: Sequence[str]) -> lis
             flops_ratio=row["flops_ratio"],
             self_attention_flops_ratio=row["self_attention_flops_ratio"],
             change=100 * row[stage][change],
-            stderr=100 * row[stage][f"{change}_stderr"],
+            stderr=100 * (row[stage][f"{change}_stderr"] or 0),
         )
         for stage in stages
         for row in results["rows"]
-        if change in row.get(stage, {})
+        if row.get(stage, {}).get(change) is not None
     ]
 
 

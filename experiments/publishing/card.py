@@ -23,8 +23,9 @@ from experiments.files import write_text
 from experiments.measurement import Quartiles, describe_environment, environment_line
 from experiments.merging.arguments import spelled_r
 from experiments.publishing.schedule_picture import draw_schedule
-from experiments.publishing.tables import markdown_table, with_error
+from experiments.publishing.tables import UNDEFINED, markdown_table, with_error
 from experiments.tasks.base import Source
+from experiments.tasks.scores import Figures
 
 R = int | list[int] | str
 
@@ -77,16 +78,22 @@ class Measured:
 
     name: str
     r: R
-    metrics: dict[str, float]
+    metrics: Figures
 
     @property
-    def scores(self) -> dict[str, tuple[float, float]]:
-        """The figures that are no changes, each with its standard error."""
+    def scores(self) -> dict[str, tuple[float | None, float | None]]:
+        """The figures that are no changes, each with its standard error; `None` for what is not defined."""
         return {
             metric: (value, self.metrics[f"{metric}_stderr"])
             for metric, value in self.metrics.items()
             if f"{metric}_stderr" in self.metrics and not metric.endswith("_change")
         }
+
+
+def undefined_note(table: str) -> str:
+    """Say why figures of a table are undefined, if any are."""
+    why = " What is undefined has no value on these examples, whose labels or predictions are all alike."
+    return why if UNDEFINED in table else ""
 
 
 def metric_name(metric: str) -> str:
@@ -111,8 +118,9 @@ def results_table(measured: Sequence[Measured]) -> str:
         for row, cells in zip(measured, columns, strict=True):
             cells.append(with_error(*row.scores[metric], ".4f"))
             if changed:
-                change, error = (row.metrics.get(f"{metric}_change{end}") for end in ("", "_stderr"))
-                cells.append("" if change is None or error is None else with_error(change, error, "+.4f"))
+                change = f"{metric}_change"
+                there = change in row.metrics
+                cells.append(with_error(row.metrics[change], row.metrics[f"{change}_stderr"], "+.4f") if there else "")
     return markdown_table(header, columns)
 
 
@@ -322,6 +330,7 @@ class Card:
             )
             for row in self.measured
             for metric, (value, error) in row.scores.items()
+            if value is not None
         ]
         return ModelCardData(
             license=self.licence,
@@ -405,7 +414,8 @@ they are."""
         """The report, or else the figures, if there are any."""
         if self.report is not None or not self.measured:
             return self.report or ""
-        return f"{results_table(self.measured)}\n\nOn {self.evaluated_on:,} examples, with standard errors."
+        table = results_table(self.measured)
+        return f"{table}\n\nOn {self.evaluated_on:,} examples, with standard errors.{undefined_note(table)}"
 
     @property
     def about_data(self) -> str:
@@ -479,7 +489,7 @@ def measured_in(folder: Path, split: str, name: str, r: R) -> list[Measured]:
     return [Measured(name, r, scores(json.loads(path.read_text(encoding="utf-8")), split))] if path.exists() else []
 
 
-def scores(metrics: dict[str, Any], split: str) -> dict[str, float]:
+def scores(metrics: dict[str, Any], split: str) -> Figures:
     """Of all that an evaluation gave, the figures that have a standard error, with it and without the prefix."""
     plain = {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
     names = [name for name in plain if f"{name}_stderr" in plain]

@@ -34,6 +34,19 @@ def _line(cells: Iterable[object]) -> str:
     return f"| {' | '.join(shown)} |"
 
 
-def with_error(value: float, error: float, form: str = ".2f") -> str:
-    """A figure with its standard error, "81.23 ± 0.40", both in one format; a sign that it asks for is the figure's."""
-    return f"{value:{form}} ± {error:{form.removeprefix('+')}}"
+UNDEFINED = "undefined"
+
+
+def with_error(value: float | None, error: float | None, form: str = ".2f", scale: float = 1) -> str:
+    """A figure with its standard error, "81.23 ± 0.40", both in one format; a sign that it asks for is the figure's.
+
+    Args:
+        value: `None` for a figure that is not defined.
+        error: `None` for a figure that has none, such as that of a single example.
+        form: of both.
+        scale: what both are multiplied by.
+    """
+    if value is None:
+        return UNDEFINED
+    shown = f"{scale * value:{form}}"
+    return shown if error is None else f"{shown} ± {scale * error:{form.removeprefix('+')}}"

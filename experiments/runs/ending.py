@@ -45,11 +45,11 @@ class Ending:
         """Unmerged, merged, retrained; cost; what merges; where it is."""
         lines = []
         for row in self.measured:
-            shown = {name: 100 * value for name, value in row.metrics.items() if name.startswith(self.metric)}
-            value = with_error(shown[self.metric], shown[f"{self.metric}_stderr"])
+            value = with_error(row.metrics[self.metric], row.metrics[f"{self.metric}_stderr"], scale=100)
             line = f"{row.name}: {metric_name(self.metric)} {value}"
-            if (change := f"{self.metric}_change") in shown:
-                line += f", change, paired by example, {with_error(shown[change], shown[f'{change}_stderr'], '+.2f')}"
+            if (change := f"{self.metric}_change") in row.metrics:
+                changed = with_error(row.metrics[change], row.metrics[f"{change}_stderr"], "+.2f", scale=100)
+                line += f", change, paired by example, {changed}"
             lines.append(line)
         slower = "" if self.speedup.median >= 1 else "; slower than unmerged on this machine"
         lines.append(

@@ -26,6 +26,7 @@ from experiments.runs.start import Loaded
 from experiments.runs.sweep_arguments import SweepArguments, Variant, unmerged
 from experiments.runs.sweep_report import PICTURE, Best, write_report
 from experiments.runs.sweep_results import Row, SweepResults, plan_rows
+from experiments.tasks.scores import Figures
 from experiments.training.evaluation import Evaluation, changes, evaluate
 from experiments.training.identity import (
     config_fingerprint,
@@ -190,7 +191,7 @@ class Sweep:
         self.results.spend("timing", start)
         self.results.save(self.output_dir)
 
-    def _change(self, evaluation: Evaluation, stage: str, variant: Variant) -> dict[str, float]:
+    def _change(self, evaluation: Evaluation, stage: str, variant: Variant) -> Figures:
         """What has changed from the unmerged checkpoint, example by example; predictions stay on disk for it."""
         folder = self.output_dir / PREDICTIONS
         compared = stage == "merged" and self._is_unmerged(variant)

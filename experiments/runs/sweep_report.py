@@ -13,7 +13,7 @@ from typing import Any
 from experiments.errors import BadInput
 from experiments.files import write_text
 from experiments.measurement import environment_line
-from experiments.publishing.card import METRIC_NAMES, metric_name
+from experiments.publishing.card import METRIC_NAMES, metric_name, undefined_note
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.runs.sweep_picture import FlatRow, draw_sweep
 from experiments.runs.sweep_results import Row, SweepResults
@@ -34,12 +34,17 @@ CSV_COLUMNS = (
 
 
 def flat_row(row: Row, metric: str) -> FlatRow:
-    """A row of `sweep_results.json` with one number for each of `CSV_COLUMNS`, and its `series`."""
-    flat = {column: row.get(column) for column in CSV_COLUMNS} | {"series": row.get("series", "r")}
+    """A row of `sweep_results.json` with one number for each of `CSV_COLUMNS`, its `series`, and under `undefined` the
+    names of the figures that are not defined."""
+    undefined: list[str] = []
+    flat = {column: row.get(column) for column in CSV_COLUMNS}
+    flat |= {"series": row.get("series", "r"), "undefined": undefined}
     for stage in STAGES:
         measured = row.get(stage, {})
         for ending in ("", "_stderr", "_change", "_change_stderr"):
             flat[f"{stage}{ending}"] = measured.get(f"{metric}{ending}")
+            if f"{metric}{ending}" in measured and flat[f"{stage}{ending}"] is None:
+                undefined.append(f"{stage}{ending}")
     speedup = row.get("speedup", {})
     flat |= {"speedup": speedup.get("median"), "latency_ms": row.get("latency_ms", {}).get("median")}
     return flat | {f"speedup_{end}": speedup.get(end) for end in ("lower", "upper")}
@@ -105,7 +110,7 @@ def _result(row: FlatRow, stage: str, unmerged: float, metric: str) -> str:
     if row["speedup"] is not None:
         slower = "" if row["speedup"] >= 1 else ", slower than unmerged"
         speed = f"{row['speedup']:.2f} times as fast{slower}"
-    after = with_error(100 * row[stage], 100 * (row[f"{stage}_stderr"] or 0), ".1f")
+    after = with_error(row[stage], row[f"{stage}_stderr"], ".1f", scale=100)
     trained = "trained again" if stage == "retrained" else "not trained again"
     named = METRIC_NAMES.get(metric, metric.replace("_", " "))
     return (
@@ -170,12 +175,15 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> tuple
     write_csv(rows, output_dir / "sweep_results.csv")
     best = best_of(rows, metric)
     found = "" if best is None else f"{best.sentence} {BEST_IS}\n\n"
+    if "merged" in rows[0]["undefined"]:
+        found = f"{name} is not defined for the unmerged model on these examples, so no row is called the best.\n\n"
     _draw(rows, metric, title, best, output_dir)
     more = [f"**{metric_name(each)}**\n\n{metric_table(of)}\n\n" for each, of in zip(metrics[1:], others, strict=True)]
-    report = f"""{sweep_table(rows, metric)}
+    table = sweep_table(rows, metric)
+    report = f"""{table}
 
 {name} times 100 with its standard error, on {results.evaluated_on:,} examples of the split '{results.source.split}';
-change: from the unmerged checkpoint, paired example by example. GFLOPs: for one input of shape
+change: from the unmerged checkpoint, paired example by example.{undefined_note(table)} GFLOPs: for one input of shape
 {tuple(results.input_shape[1:])}, with their matching. {_timing_line(results.timing)}
 
 {found}![{name} over the share of the FLOPs, and over the speed if it was measured]({PICTURE})
@@ -235,10 +243,9 @@ def _shares(seconds: dict[str, float]) -> str:
 
 def _percent(row: FlatRow, figure: str) -> str | None:
     """A figure times 100 with its standard error; a change with its sign."""
-    if row[figure] is None:
+    if row[figure] is None and figure not in row["undefined"]:
         return None
-    error = 100 * (row[f"{figure}_stderr"] or 0)
-    return with_error(100 * row[figure], error, "+.2f" if figure.endswith("_change") else ".2f")
+    return with_error(row[figure], row[f"{figure}_stderr"], "+.2f" if figure.endswith("_change") else ".2f", scale=100)
 
 
 def _shown(row: FlatRow, figure: str, form: str) -> str | None:

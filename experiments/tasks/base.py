@@ -116,7 +116,7 @@ class PreparedTask:
     reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
     teacher: Teacher | None = None
 
-    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float | None]:
         """From logits and labels to figures by name, each with its standard error under NAME_stderr."""
         from experiments.tasks.metric import GlueMetric  # takes seconds
 

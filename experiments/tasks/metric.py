@@ -20,9 +20,9 @@ REGRESSION = ("stsb", "regression")
 class GlueMetric(evaluate.Metric):
     """`evaluate.load("glue", TASK)` without a network.
 
-    Modifications: scikit-learn and scipy are called from here (`experiments.tasks.scores`); a correlation with
-    predictions that are all alike is 0 and not NaN; `combined_score` is among the results, as in the official
-    run_glue.py.
+    Modifications: scikit-learn and scipy are called from here (`experiments.tasks.scores`); a figure that is not
+    defined, such as a correlation with predictions that are all alike, is `None`; `combined_score` is among the
+    results, as in the official run_glue.py.
 
     Args:
         config_name: a GLUE task, "classification" or "regression" for other data, or "masked_lm".
@@ -42,5 +42,5 @@ class GlueMetric(evaluate.Metric):
             features=datasets.Features({"predictions": kind, "references": kind}),
         )
 
-    def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
+    def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float | None]:
         return score(self.config_name, np.asarray(predictions), np.asarray(references))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures by which predictions are judged, each with its standard error.
+"""The figures by which predictions are judged, each with its standard error; `None` where one is not defined.
 
 Letters: B examples, K classes, S positions of an example.
 """
@@ -12,7 +12,8 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef, mean_squared_error
 
-Score = Callable[[np.ndarray, np.ndarray], float]
+Figures = dict[str, float | None]
+Score = Callable[[np.ndarray, np.ndarray], float | None]
 
 RESAMPLES = 200
 NOT_ASKED = -100
@@ -40,13 +41,16 @@ def _ratio_stderr(parts: np.ndarray, asked: np.ndarray) -> float:
     return float(np.sqrt(np.sum((parts - parts.sum() / asked.sum() * asked) ** 2)) / asked.sum())
 
 
-def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
-    return float(f1_score(references, predictions, zero_division=0.0))
+def _f1(predictions: np.ndarray, references: np.ndarray) -> float | None:
+    if not (predictions.any() or references.any()):
+        return None  # nothing is to be found, and nothing was
+    return float(f1_score(references, predictions))
 
 
-def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
-    if np.ptp(np.concatenate([predictions, references])) == 0:
-        return 0.0  # what scikit-learn says too, with a warning
+def _matthews(predictions: np.ndarray, references: np.ndarray) -> float | None:
+    """By convention 0 for predictions that are all alike (Chicco and Jurman, 2020)."""
+    if np.ptp(references) == 0:
+        return None
     return float(matthews_corrcoef(references, predictions))
 
 
@@ -55,10 +59,11 @@ def _mse(predictions: np.ndarray, references: np.ndarray) -> float:
 
 
 def _correlation(correlate: Callable) -> Score:
-    def score(predictions: np.ndarray, references: np.ndarray) -> float:
+    def score(predictions: np.ndarray, references: np.ndarray) -> float | None:
         if np.ptp(predictions) == 0 or np.ptp(references) == 0:
-            return 0.0  # undefined: what never changes says nothing of the other
-        return float(correlate(predictions, references).statistic)
+            return None  # what never changes says nothing of the other
+        value = float(correlate(predictions, references).statistic)
+        return value if np.isfinite(value) else None
 
     return score
 
@@ -93,7 +98,7 @@ def numbers(logits: np.ndarray) -> np.ndarray:
     return np.squeeze(logits, axis=-1)
 
 
-def score(kind: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+def score(kind: str, predictions: np.ndarray, references: np.ndarray) -> Figures:
     """Score predictions.
 
     Args:
@@ -102,29 +107,46 @@ def score(kind: str, predictions: np.ndarray, references: np.ndarray) -> dict[st
             references for all that does not count.
 
     Returns:
-        The scores by name; those of a GLUE task with more than one also have their mean, `combined_score`.
+        The scores by name, `None` for one that is not defined; those of a GLUE task with more than one also have their
+        mean, `combined_score`.
     """
-    values = {name: scorer(predictions, references) for name, scorer in SCORES[kind].items()}
+    values: Figures = {name: scorer(predictions, references) for name, scorer in SCORES[kind].items()}
     if len(values) > 1 and kind != "regression":  # correlations and squared errors have no mean
-        values["combined_score"] = float(np.mean(list(values.values())))
+        defined = [value for value in values.values() if value is not None]
+        values["combined_score"] = float(np.mean(defined)) if len(defined) == len(values) else None
     return values
 
 
-def standard_errors(kind: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+def standard_errors(kind: str, predictions: np.ndarray, references: np.ndarray) -> Figures:
     """The standard error of each score under NAME_stderr: an accuracy's in closed form, others' bootstrapped.
 
-    Examples are independent of each other, the S positions of one are not.
+    Examples are independent of each other, the S positions of one are not. A single example has no standard error.
 
     Args:
         kind, predictions, references: as for `score`.
     """
     if list(SCORES[kind]) == ["accuracy"]:
-        return {"accuracy_stderr": _ratio_stderr(*_right(predictions, references))}
+        error = _ratio_stderr(*_right(predictions, references)) if len(references) > 1 else None
+        return {"accuracy_stderr": error}
+    values = score(kind, predictions, references)
     resampled = [score(kind, predictions[rows], references[rows]) for rows in _draws(len(references))]
-    return {f"{name}_stderr": float(np.std([values[name] for values in resampled], ddof=1)) for name in resampled[0]}
+    return {
+        f"{name}_stderr": None if value is None else _spread([draw[name] for draw in resampled], len(references))
+        for name, value in values.items()
+    }
 
 
-def paired_change(kind: str, predictions: np.ndarray, before: np.ndarray, references: np.ndarray) -> dict[str, float]:
+def _spread(values: list[float | None], count: int) -> float | None:
+    """The standard deviation of resampled scores of `count` examples, of the draws in which they are defined."""
+    defined = [value for value in values if value is not None]
+    return float(np.std(defined, ddof=1)) if count > 1 and len(defined) > 1 else None
+
+
+def _difference(after: float | None, before: float | None) -> float | None:
+    return None if after is None or before is None else after - before
+
+
+def paired_change(kind: str, predictions: np.ndarray, before: np.ndarray, references: np.ndarray) -> Figures:
     """What each score has changed from other predictions for the same examples, under NAME_change.
 
     The standard error, NAME_change_stderr, is that of the difference: far smaller than those of the two scores, since
@@ -135,16 +157,20 @@ def paired_change(kind: str, predictions: np.ndarray, before: np.ndarray, refere
         before: of the same shape, the predictions to compare with.
     """
     after_scores, before_scores = score(kind, predictions, references), score(kind, before, references)
-    change = {f"{name}_change": after_scores[name] - before_scores[name] for name in after_scores}
+    count = len(references)
+    change = {f"{name}_change": _difference(after_scores[name], before_scores[name]) for name in after_scores}
     if list(SCORES[kind]) == ["accuracy"]:
         (right, asked), (right_before, _) = (_right(values, references) for values in (predictions, before))
-        return change | {"accuracy_change_stderr": _ratio_stderr(right - right_before, asked)}
-    differences: dict[str, list[float]] = {name: [] for name in after_scores}
-    for rows in _draws(len(references)):
+        return change | {"accuracy_change_stderr": _ratio_stderr(right - right_before, asked) if count > 1 else None}
+    differences: dict[str, list[float | None]] = {name: [] for name in after_scores}
+    for rows in _draws(count):
         after, earlier = (score(kind, values[rows], references[rows]) for values in (predictions, before))
         for name, values in differences.items():
-            values.append(after[name] - earlier[name])
-    return change | {f"{name}_change_stderr": float(np.std(values, ddof=1)) for name, values in differences.items()}
+            values.append(_difference(after[name], earlier[name]))
+    return change | {
+        f"{name}_change_stderr": None if change[f"{name}_change"] is None else _spread(values, count)
+        for name, values in differences.items()
+    }
 
 
 def _draws(count: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from experiments.errors import Stopped
 from experiments.files import write_text
 from experiments.tasks.base import PreparedTask
-from experiments.tasks.scores import paired_change
+from experiments.tasks.scores import Figures, paired_change
 from experiments.training.output_folder import save_metrics
 from experiments.training.trainer import TaskTrainer
 
@@ -64,7 +64,7 @@ def evaluate(trainer: TaskTrainer, task: PreparedTask, split: str) -> Evaluation
     return evaluation
 
 
-def changes(kind: str, after: Evaluation, before: dict[str, np.ndarray]) -> dict[str, float]:
+def changes(kind: str, after: Evaluation, before: dict[str, np.ndarray]) -> Figures:
     """What has changed from other predictions for the same examples, as `experiments.tasks.scores.paired_change`.
 
     Args:

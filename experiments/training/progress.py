@@ -74,16 +74,16 @@ def figures(plain: Mapping[str, Any]) -> str:
     """Scores with their standard errors and, compared example by example, how they have changed, then losses."""
     shown = []
     for name, value in plain.items():
-        if NOT_SHOWN.search(name) or not isinstance(value, (int, float)):
+        if NOT_SHOWN.search(name) or not isinstance(value, (int, float, type(None))):
             continue
-        metric, suffix = re.fullmatch(r"(.+?)(_mm)?", name).groups("")  # type: ignore[union-attr]
-        errors = [plain.get(f"{metric}{change}{suffix}_stderr") for change in ("", "_change")]
-        changed = plain.get(f"{metric}_change{suffix}")
-        text = f"{name.replace('_', ' ')} {value:.4g}"
-        if errors[0] is not None:
+        metric, suffix = re.fullmatch(r"(.+?)(_mm)?", name).groups()  # type: ignore[union-attr]
+        errors = [plain.get(f"{metric}{change}{suffix or ''}_stderr") for change in ("", "_change")]
+        text = f"{name.replace('_', ' ')} {'undefined' if value is None else f'{value:.4g}'}"
+        if value is not None and errors[0] is not None:
             text = f"{name.replace('_', ' ')} {value:.4f} ± {errors[0]:.4f}"
-        if changed is not None:
-            text += f" (change {changed:+.4f} ± {errors[1] or 0.0:.4f})"
+        if (changed := f"{metric}_change{suffix or ''}") in plain:
+            error = "" if errors[1] is None else f" ± {errors[1]:.4f}"
+            text += f" (change {'undefined' if plain[changed] is None else f'{plain[changed]:+.4f}{error}'})"
         shown.append(text)
     return ", ".join(sorted(shown, key=lambda text: "loss" in text or "learning" in text))
 

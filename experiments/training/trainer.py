@@ -34,6 +34,7 @@ class TaskTrainer(Trainer):
     - stamps each checkpoint with the experiment that it is of, see `experiments.training.checkpoint`
     - `train_loss` is the mean over all steps, also after a resume; upstream's is over those since
     - logs no gradient norm that is not finite, which would make `trainer_state.json` unreadable to other parsers
+    - a figure that is not defined is never the best
     - says what a stage came to in one line, see `experiments.training.progress`; counts no FLOPs, which upstream gives
       as 0 for a model that has inputs of another name
 
@@ -81,6 +82,10 @@ class TaskTrainer(Trainer):
     def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
         if self.is_world_process_zero():
             say(results_line(split, metrics))
+
+    def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
+        name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        return metrics.get(name, 0.0) is not None and super()._determine_best_metric(metrics, trial)
 
     def check_weights(self) -> None:
         """Check that the weights are worth saving.

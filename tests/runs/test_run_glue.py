@@ -362,3 +362,22 @@ def test_a_finished_checkpoint_evaluates_a_file_alone(finetuned, tmp_path):
         "--use_cpu", "--output_dir", tmp_path / "out",
     )  # fmt: skip
     assert results(tmp_path / "out", "eval")["eval_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_correlation_that_is_not_defined_is_said_to_be(inputs, tmp_path):
+    """Where all labels are alike: null in JSON, in words for people, and no result for the Hub."""
+    train = write_table(tmp_path / "train.csv", {"text": ["aa", "bb", "cc"], "label": [0.5, 1.5, 2.5]})
+    same = write_table(tmp_path / "validation.csv", {"text": ["aa", "bb"], "label": [1.5, 1.5]})
+    call_script(
+        "run_glue.py", *inputs[:2], *TRAINING, "--train_file", train, "--validation_file", same, "--r", 1,
+        "--retrain_epochs", 1, "--metric_for_best_model", "pearson", "--load_best_model_at_end", "--save_strategy",
+        "epoch", "--eval_strategy", "epoch", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    for split in ("eval", "merged"):
+        measured = results(tmp_path / "out", split)
+        assert measured[f"{split}_pearson"] is measured[f"{split}_spearmanr_stderr"] is None
+        assert measured[f"{split}_mse"] > 0
+    assert results(tmp_path / "out", "merged")["merged_pearson_change"] is None
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert {result.metric_type for result in card.data.eval_results} == {"mse"}
+    assert "| undefined |" in card.text and "What is undefined has no value on these examples" in card.text

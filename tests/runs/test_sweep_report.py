@@ -105,3 +105,12 @@ def test_without_a_row_that_saves_anything_there_is_no_result():
     assert best_of([UNMERGED], "accuracy") is None
     assert best_of([row("r=0", 1.0), row("r=2", 0.8)], "accuracy") is None
     assert best_of([UNMERGED, row("latency=1 search", 1.0, 0.96)], "accuracy") is None
+
+
+def test_a_figure_that_is_not_defined_is_said_to_be(tmp_path):
+    merged = {"pearson": None, "pearson_stderr": None, "pearson_change": None, "pearson_change_stderr": None}
+    rows = [flat_row(each | {"merged": merged}, "pearson") for each in (MEASURED | {"flops_ratio": 1.0}, PLANNED)]
+    assert best_of(rows, "pearson") is None
+    assert sweep_table(rows, "pearson").splitlines()[3].startswith("| r=4 | undefined | undefined | 0.25 |")
+    write_csv(rows, tmp_path / "rows.csv")
+    assert "undefined" not in (tmp_path / "rows.csv").read_text()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -31,9 +33,39 @@ def test_correlations_of_known_predictions():
 
 
 @pytest.mark.parametrize("kind", ["stsb", "regression"])
-def test_predictions_that_are_all_alike_correlate_with_nothing(kind):
-    values = score(kind, np.ones(4), np.arange(4.0))
-    assert values["pearson"] == values["spearmanr"] == 0
+@pytest.mark.parametrize(
+    ("predictions", "references"),
+    [(np.ones(4), np.arange(4.0)), (np.arange(4.0), np.ones(4)), (np.ones(1), np.zeros(1))],
+)
+def test_a_correlation_with_what_is_all_alike_is_not_defined(kind, predictions, references):
+    values = score(kind, predictions, references) | standard_errors(kind, predictions, references)
+    values |= paired_change(kind, predictions, predictions, references)
+    undefined = {name for name, value in values.items() if value is None}
+    names = ("pearson", "spearmanr", *(["combined_score"] if kind == "stsb" else []))
+    expected = {f"{name}{end}" for name in names for end in ("", "_stderr", "_change", "_change_stderr")}
+    single = {"mse_stderr", "mse_change_stderr"} if len(predictions) == 1 and kind == "regression" else set()
+    assert undefined == expected | single
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+
+
+@pytest.mark.parametrize(
+    ("kind", "predictions", "references", "undefined"),
+    [
+        ("mrpc", [0, 0], [0, 0], {"f1", "combined_score"}),
+        ("mrpc", [1, 0], [0, 0], set()),
+        ("cola", [0, 1], [1, 1], {"matthews_correlation"}),
+        ("cola", [0, 0], [0, 1], set()),
+    ],
+)
+def test_classes_of_which_nothing_is_asked_have_no_score(kind, predictions, references, undefined):
+    values = score(kind, np.array(predictions), np.array(references))
+    assert {name for name, value in values.items() if value is None} == undefined
+
+
+def test_one_example_has_no_standard_error():
+    one = np.ones(1, int)
+    assert standard_errors("sst2", one, one) == {"accuracy_stderr": None}
+    assert paired_change("sst2", one, one, one) == {"accuracy_change": 0.0, "accuracy_change_stderr": None}
 
 
 def test_regression_has_its_squared_error():

@@ -121,3 +121,9 @@ def test_every_line_of_a_run_says_something(tmp_path, bars):
         noise in run.stdout + run.stderr for noise in ("USDT", "flos", "***", "{", "shards", "Loading weights")
     )
     assert not bars or "training:" not in run.stderr
+
+
+def test_a_figure_that_is_not_defined_is_said_to_be():
+    metrics = {"eval_pearson": None, "eval_pearson_stderr": None, "eval_pearson_change": None, "eval_mse": 0.5}
+    line = results_line("eval", metrics | {"eval_mse_stderr": None})
+    assert line == "pearson undefined (change undefined), mse 0.5"
