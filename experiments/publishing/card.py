@@ -38,13 +38,13 @@ AUTO_CLASSES = {
     "fill-mask": "AutoModelForMaskedLM",
 }
 PIPELINE_INPUTS = {
-    "text-classification": '"a sentence"',
+    "text-classification": '"a sentence", truncation=True',
     "image-classification": '"picture.png"',
     "fill-mask": 'f"a {pipe.tokenizer.mask_token}."',
 }
 # What makes a model's inputs of such a thing: its Auto class, what it is called, and what it is given.
 PROCESSORS = {
-    "text-classification": ("AutoTokenizer", "tokenizer", '"a sentence"'),
+    "text-classification": ("AutoTokenizer", "tokenizer", '"a sentence", truncation=True'),
     "image-classification": ("AutoImageProcessor", "image_processor", 'Image.open("picture.png").convert("RGB")'),
     "fill-mask": ("AutoTokenizer", "tokenizer", 'f"a {tokenizer.mask_token}."'),
 }

@@ -51,7 +51,11 @@ class TextDataArguments(SampleArguments):
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     test_file: str | None = field(default=None, metadata={"help": "The same, to predict; it needs no labels."})
     max_seq_length: int | None = field(
-        default=None, metadata={"help": "Longer inputs are cut, in tokens. By default: as many as the model can read."}
+        default=None,
+        metadata={
+            "help": "Longer inputs are cut, in tokens; a classifier keeps as many positions. By default: as many as "
+            "the model can read."
+        },
     )
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad to --max_seq_length, and not just to the longest of the batch."}
@@ -109,7 +113,7 @@ class TextTask(Task):
     def tokens(self, config: ToMePerceiverConfig, tokenizer: Any, label_ids: Sequence[int] = ()) -> Tokens:
         """The sentences as tokens, padded only if the arguments say so.
 
-        The tokenizer learns how many positions the model has, so that what is saved cuts to them.
+        The tokenizer learns how long inputs may be, so that what is saved cuts to the same length.
 
         Args:
             config: of the model.
@@ -121,7 +125,7 @@ class TextTask(Task):
         """
         _check_tokenizer(tokenizer, config)
         length = self._length(tokenizer, config)
-        tokenizer.model_max_length = config.max_position_embeddings
+        tokenizer.model_max_length = length
         tokenize = self.tokenizing(tokenizer, length, label_ids)
 
         def tokenized(split: Dataset, description: str) -> Dataset:

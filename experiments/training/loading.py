@@ -79,11 +79,27 @@ def load_model_and_task(
     if arguments.model_name_or_path is None and prepared.teacher is not None:
         start(model, prepared.teacher, prepared.train.examples)
     if task.input_name == "input_ids":
+        if task.classifies:
+            _keep_positions(model, processing_class.model_max_length)
         # Trainer does so when it trains; what is loaded and not trained is to have the same config.
         for name in SPECIAL_TOKENS:
             if getattr(processing_class, name) is not None:
                 setattr(model.config, name, getattr(processing_class, name))
     return model, prepared
+
+
+@torch.no_grad()
+def _keep_positions(model: modeling.ToMePerceiverPreTrainedModel, count: int) -> None:
+    """Keep the first positions of a text classifier, those that its inputs have.
+
+    A pipeline cuts an input only where it is told to; an input that is longer than those of the run is then refused by
+    the model instead of being answered otherwise than in the run.
+    """
+    inputs = model.base_model.input_preprocessor
+    if count < model.config.max_position_embeddings:
+        model.config.max_position_embeddings = inputs.config.max_position_embeddings = count
+        positions = torch.nn.Embedding.from_pretrained(inputs.position_embeddings.weight[:count].clone(), freeze=False)
+        inputs.position_embeddings = positions
 
 
 def load_processing_class(arguments: ModelArguments, config: ToMePerceiverConfig, task: Task) -> Any:

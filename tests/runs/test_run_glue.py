@@ -15,9 +15,12 @@ import yaml
 from datasets import load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoTokenizer, PerceiverTokenizer
+from transformers import AutoTokenizer, PerceiverTokenizer, TrainingArguments, pipeline
 
 from experiments.runs import finetune as experiment
+from experiments.tasks.glue import GlueDataArguments, load_glue_task
+from experiments.training.loading import load_model_and_task
+from experiments.training.model_arguments import ModelArguments
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
 from tests.support.script_run import bad_input_line, call_script, run_script
 from tests.support.tiny_models import stock_model
@@ -381,3 +384,40 @@ def test_a_correlation_that_is_not_defined_is_said_to_be(inputs, tmp_path):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert {result.metric_type for result in card.data.eval_results} == {"mse"}
     assert "| undefined |" in card.text and "What is undefined has no value on these examples" in card.text
+
+
+WORDS = ["a", "bb bb", "ccc " * 30, "\u00e9" * 50, " spaces ", "1.50"]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("length", [None, 20])
+def test_the_pipeline_of_the_checkpoint_reads_the_tokens_that_it_was_trained_on(tmp_path, length, pairs):
+    """Cut to the same length; not cut, a longer input is refused."""
+    columns = {"sentence1": WORDS} | ({"sentence2": WORDS[::-1]} if pairs else {})
+    path = write_table(tmp_path / "own.csv", columns | {"label": ["x", "y"] * 3})
+    cut = () if length is None else ("--max_seq_length", length)
+    call_script(
+        "run_glue.py", "--config_name", write_model_config(tmp_path), "--train_file", path, "--validation_file", path,
+        *TRAINING, "--output_dir", tmp_path / "start",
+    )  # fmt: skip
+    call_script(
+        "run_glue.py", "--model_name_or_path", tmp_path / "start", "--train_file", path, "--validation_file", path,
+        *TRAINING, *cut, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    arguments = GlueDataArguments(train_file=str(path), validation_file=str(path), max_seq_length=length)
+    task = load_glue_task(arguments, predict=False, seed=0)
+    _, prepared = load_model_and_task(
+        ModelArguments(model_name_or_path=str(tmp_path / "start")), {}, task, TrainingArguments(tmp_path / "no")
+    )
+    model = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", config=model.config)
+    pipe = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    assert pipe.model.config.max_position_embeddings == pipe.tokenizer.model_max_length == (length or POSITIONS)
+    for index, example in enumerate(prepared.evaluation[""]):
+        texts = [columns[name][index] for name in columns]
+        given = dict(zip(("text", "text_pair"), texts, strict=False))
+        assert pipe.preprocess(given, truncation=True)["input_ids"].tolist() == [example["input_ids"]]
+        uncut = pipe.preprocess(given)
+        if uncut["input_ids"].tolist() != [example["input_ids"]]:
+            with pytest.raises(ValueError, match="max_position_embeddings"):
+                pipe.forward(uncut)
