@@ -63,10 +63,17 @@ class ImageColumns:
         named = _named(features, LABEL_NAMES)
         return cls(image, label or (named[0] if len(named) == 1 else LABEL), list(classes))
 
-    @property
-    def described(self) -> str:
-        """Which column is what, for a user."""
-        return f"images in column '{self.image}', labels in column '{self.label}'"
+    def described(self, split: Dataset, in_folders: bool) -> str:
+        """Say which column is what, for a user.
+
+        Args:
+            split: as it is stored.
+            in_folders: whether it is of folders, where a class is a folder unless a metadata file names it.
+        """
+        if in_folders and isinstance(split.features.get(LABEL), ClassLabel):
+            return "a class for each folder of images"
+        labels = f"labels in column '{self.label}'" if LABEL in split.features else "no labels"
+        return f"images in column '{self.image}', {labels}"
 
     def stored(self, split: Dataset, where: str) -> Dataset:
         """Return the images as they are stored, in the column `image`, their labels, if any, in `label`, and `row`.

@@ -90,11 +90,11 @@ class ImageDataArguments(SampleArguments):
                     f"--{name}_dir {folder}: does not go with --dataset_name {self.dataset_name}; use one of them"
                 )
         if not 0 < self.train_val_split < 1:
-            raise BadInput(f"--train_val_split {self.train_val_split}: allowed is a number between 0 and 1")
+            raise BadInput(f"--train_val_split {self.train_val_split}: must be a number between 0 and 1")
         if not 0 < self.crop_scale <= 1:
-            raise BadInput(f"--crop_scale {self.crop_scale}: allowed is a number above 0, up to 1")
+            raise BadInput(f"--crop_scale {self.crop_scale}: must be a number above 0, up to 1")
         if not 0 <= self.horizontal_flip <= 1:
-            raise BadInput(f"--horizontal_flip {self.horizontal_flip}: allowed is a number from 0 to 1")
+            raise BadInput(f"--horizontal_flip {self.horizontal_flip}: must be a number from 0 to 1")
 
     @property
     def folders(self) -> dict[str, str]:
@@ -143,7 +143,7 @@ class ImageTask(Task):
         name = name if name.startswith("ToMe") else f"ToMe{name}"
         if name not in MODEL_CLASSES:
             raise BadInput(
-                f"architectures = {config.architectures}: allowed for images are {', '.join(MODEL_CLASSES)} and the "
+                f"architectures = {config.architectures}: choose for images from {', '.join(MODEL_CLASSES)} and the "
                 "stock classes they come from"
             )
         return name
@@ -153,9 +153,7 @@ class ImageTask(Task):
         if name is None:
             side = config.image_size
             if side < 1:
-                raise BadInput(
-                    f"--config_name, --config_overrides: image_size={side}; allowed is an integer of 1 or more"
-                )
+                raise BadInput(f"--config_name, --config_overrides: image_size={side}; must be an integer of 1 or more")
             processor = PerceiverImageProcessorPil(
                 do_center_crop=False,
                 size={"height": side, "width": side},
@@ -227,10 +225,10 @@ def _check_processed(task: ImageTask, config: ToMePerceiverConfig, processing_cl
         shape = processed(image)
         side = config.image_size
         if len(shape) != 4 or shape[1] != 3:
-            raise ValueError(f"makes pixel_values of shape {shape}; allowed is (images, 3, height, width)")
+            raise ValueError(f"makes pixel_values of shape {shape}; must be (images, 3, height, width)")
         # Positions that are learned are those of one size.
         if "Learned" in task.model_class_name(config) and shape[2:] != (side, side):
-            raise ValueError(f"makes images of {shape[2]} x {shape[3]}; allowed is image_size = {side} of the model")
+            raise ValueError(f"makes images of {shape[2]} x {shape[3]}; must be the image_size of the model, {side}")
         if processed(Image.new("RGB", (image.width + 8, image.height + 24))) == shape:
             return
     for split in splits:
@@ -290,6 +288,7 @@ def load_image_task(
     if train is not None:
         train = checked(first_examples(train.shuffle(seed=seed), arguments.max_train_samples), "train")
     evaluation = {suffix: checked(split, from_split) for suffix, split in evaluation.items()}
+    used = columns.described(next(iter(splits.values())), arguments.dataset_name is None)
     parts = {"train": train, "evaluated": evaluation.get(""), "predicted": prediction.get("")}
     read = {part: split for part, split in parts.items() if split is not None}
     return ImageTask(
@@ -299,7 +298,7 @@ def load_image_task(
         evaluation=evaluation,
         prediction=prediction,
         main_metric="accuracy",
-        read=read_lines(argument, columns.described, read, LABEL, columns.labels, dropped),
+        read=read_lines(argument, used, read, LABEL, columns.labels, dropped),
         augmentation=Augmentation(arguments.crop_scale, arguments.horizontal_flip),
         file_names={suffix: relative_names(split, arguments.predicted) for suffix, split in prediction.items()},
     )

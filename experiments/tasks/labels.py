@@ -313,7 +313,8 @@ def check_trained(split: Dataset, train: Dataset, column: str, where: str) -> No
         BadInput: naming the labels that training has not.
     """
     names = train.features[column].names
-    seen, asked = set(train.unique(column)), set(split.unique(column))
+    # Dataset.unique would first copy all columns of a dataset that was shuffled, its images too.
+    seen, asked = set(train[column]), set(split[column])
     if unseen := asked - seen:
         raise BadInput(
             f"{where} has the labels {listed(names[index] for index in unseen)}; they must be among those of training, "

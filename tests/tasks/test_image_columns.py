@@ -164,6 +164,7 @@ def test_a_class_does_not_vanish_from_a_folder(tmp_path, argument):
     write_files(tmp_path, *grid("cat", "dog"), "dog/4.heic")
     task = load(**{argument: str(tmp_path)})
     assert task.labels == ["cat", "dog"]
+    assert ("a class for each folder" in task.read[0]) == (argument == "train_dir")
     assert task.read[-1] == f"left out: files of --{argument} {tmp_path} that are in no example (1 .heic)"
     write_files(tmp_path, "cow/1.heic")
     with pytest.raises(BadInput, match=rf"--{argument} .*: the folder cow has no image that can be read \(1 .heic\)"):
@@ -225,7 +226,7 @@ def test_a_checkpoint_needs_no_images_to_train_on(tmp_path):
 
     task = loaded(True, False, test_dir=flat)
     assert task.evaluation == {} and len(task.train) == 0 and task.file_names == {"": ["1.png", "2.png"]}
-    assert task.read[1] == "predicted: 2 examples"
+    assert task.read == [f"--test_dir {flat}: images in column 'image', no labels", "predicted: 2 examples"]
     task = loaded(True, True, validation_dir=test, test_dir=flat)
     assert task.evaluation[""]["label"] == [2] * 4 + [0] * 4 and task.labels == ["dog", "cow", "cat"]
     assert loaded(False, True, test_dir=test).evaluation[""]["label"] == [2] * 4 + [0] * 4

@@ -128,7 +128,9 @@ def test_an_image_processor_that_does_not_fit_is_named(tmp_path):
     config = ToMePerceiverConfig(**MODEL | {"architectures": ["PerceiverForImageClassificationLearned"]})
     config.id2label = dict(enumerate(task.labels))
     config.label2id = {name: index for index, name in enumerate(task.labels)}
-    with pytest.raises(BadInput, match="--image_processor_name: makes images of 8 x 8; allowed is image_size = 16"):
+    with pytest.raises(
+        BadInput, match="--image_processor_name: makes images of 8 x 8; must be the image_size of the model, 16"
+    ):
         task.prepared(config, PerceiverImageProcessorPil(do_center_crop=False, size={"height": 8, "width": 8}), 0)
 
 
