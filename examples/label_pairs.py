@@ -32,10 +32,11 @@ from tqdm.auto import tqdm
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.errors import exit_on_bad_input
-from experiments.files import write_whole
-from experiments.tasks.mlm import TEXT
+from experiments.errors import BadInput, exit_on_bad_input
+from experiments.files import check_writable, write_whole
+from experiments.tasks.base import take_split
 from experiments.tasks.reading import read_dataset
+from experiments.tasks.sentences import sentence_columns
 from experiments.tasks.teacher import LoadedTeacher, load_teacher
 
 # Characters of a sentence: two of them are to be read at once, and a word or two say little.
@@ -101,20 +102,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42, help="of what is chosen (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for train.csv and validation.csv")
     arguments = parser.parse_args()
+    check_writable(f"--output_dir {arguments.output_dir}", arguments.output_dir)
     teacher = load_teacher(arguments.teacher_name_or_path)
     names = [None] if arguments.task_name is None else arguments.task_name.split(",")
+    argument = f"--dataset_name {arguments.dataset_name}"
     splits = [
-        read_dataset(f"--dataset_name {arguments.dataset_name}", arguments.dataset_name, name, anew=False)["train"]
+        take_split(read_dataset(argument, arguments.dataset_name, name, anew=False), "train", argument, None)
         for name in names
     ]
     found = dict.fromkeys(
         sentence.strip()
         for train in splits
-        for column in ([TEXT] if TEXT in train.features else train.features)
-        if getattr(train.features[column], "dtype", None) == "string"
+        for column in sentence_columns(train, f"{argument}: split 'train'")
         for sentence in train[column]
         if sentence is not None and SHORTEST <= len(sentence) <= LONGEST
     )
+    if len(found) < 2:
+        raise BadInput(f"{argument}: has {len(found)} sentences of {SHORTEST} to {LONGEST} characters; use two or more")
     sentences = list(found)
     random.Random(arguments.seed).shuffle(sentences)
     sentences = sentences[: arguments.max_sentences]
@@ -124,7 +128,7 @@ def main() -> None:
     first = round((1 - VALIDATION) * len(sentences))
 
     def write(path: Path, rows: Sequence[tuple[int, int, float]]) -> None:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(("sentence1", "sentence2", "label"))
             table.writerows((sentences[one], sentences[other], f"{HIGHEST * alike:.3f}") for one, other, alike in rows)

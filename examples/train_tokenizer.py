@@ -19,7 +19,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.errors import BadInput, exit_on_bad_input, naming
-from experiments.tasks.mlm import TEXT
+from experiments.files import check_writable
+from experiments.tasks.base import take_split
 from experiments.tasks.reading import read_dataset
+from experiments.tasks.sentences import sentence_columns
+from experiments.tasks.text import as_text
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -73,8 +76,8 @@ def smaller_tokenizer(teacher: Any, sentences: Iterator[str], vocab_size: int) -
     special = set(teacher.all_special_ids)
     if vocab_size <= len(special):
         raise BadInput(
-            f"--vocab_size {vocab_size}: allowed are {len(special) + 1} or more, of which {len(special)} "
-            "are the teacher's special tokens"
+            f"--vocab_size {vocab_size}: must be {len(special) + 1} or more, of which {len(special)} are the "
+            "teacher's special tokens"
         )
     counts: Counter[int] = Counter()
     while some := list(islice(sentences, COUNTED_AT_ONCE)):
@@ -111,30 +114,41 @@ def main() -> None:
         "--teacher_name_or_path", help="Hub id or folder of a tokenizer: keep its most frequent tokens, train none"
     )
     parser.add_argument("--dataset_name", default="nyu-mll/glue", help="Hub id or folder (default: %(default)s)")
+    parser.add_argument(
+        "--text_column", nargs="+", default=[], help="columns with the sentences, if their names do not say so"
+    )
     parser.add_argument("--vocab_size", type=int, default=8000, help="tokens at most (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the tokenizer")
     arguments = parser.parse_args()
+    if arguments.vocab_size <= len(SPECIAL_TOKENS):
+        raise BadInput(
+            f"--vocab_size {arguments.vocab_size}: must be {len(SPECIAL_TOKENS) + 1} or more, of which "
+            f"{len(SPECIAL_TOKENS)} are special tokens"
+        )
+    check_writable(f"--output_dir {arguments.output_dir}", arguments.output_dir)
     teacher = None
     if arguments.teacher_name_or_path is not None:
         with naming(f"--teacher_name_or_path {arguments.teacher_name_or_path}", Exception):
             teacher = AutoTokenizer.from_pretrained(arguments.teacher_name_or_path)
-    names = [None] if arguments.task_name is None else arguments.task_name.split(",")
-    splits = [
-        read_dataset(f"--dataset_name {arguments.dataset_name}", arguments.dataset_name, name, anew=False)["train"]
-        for name in names
-    ]
-    sentences = (
-        sentence
-        for train in splits
-        for column in ([TEXT] if TEXT in train.features else train.features)
-        if getattr(train.features[column], "dtype", None) == "string"
-        for sentence in train[column]
-        if sentence is not None
-    )
+    argument, columns = f"--dataset_name {arguments.dataset_name}", []
+    for name in [None] if arguments.task_name is None else arguments.task_name.split(","):
+        splits = read_dataset(argument, arguments.dataset_name, name, anew=False, texts=arguments.text_column)
+        train = take_split(splits, "train", argument, None)
+        for column in sentence_columns(train, f"{argument}: split 'train'", arguments.text_column):
+            columns.append(as_text(train, column, argument)[column])
+    sentences = (sentence for column in columns for sentence in column if sentence and sentence.strip())
+    first = list(islice(sentences, 1))
+    if not first:
+        raise BadInput(f"{argument}: has no text in its columns of sentences")
+    sentences = chain(first, sentences)
     if teacher is None:
         tokenizer = train_tokenizer(sentences, arguments.vocab_size)
     else:
         tokenizer = smaller_tokenizer(teacher, sentences, arguments.vocab_size)
+    if len(tokenizer) > arguments.vocab_size:
+        raise BadInput(
+            f"--vocab_size {arguments.vocab_size}: must be {len(tokenizer)} or more, for all characters there are"
+        )
     tokenizer.save_pretrained(arguments.output_dir)
     print(f"{len(tokenizer)} tokens in {arguments.output_dir}")
 

@@ -7,9 +7,7 @@ the vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -18,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification
@@ -30,14 +28,13 @@ from experiments.tasks.labels import listed
 from experiments.tasks.reading import TEXT_FORMATS, read_dataset, read_file
 from experiments.tasks.redrawn_examples import NextEpoch, RedrawnExamples
 from experiments.tasks.scores import NOT_ASKED
+from experiments.tasks.sentences import SENTENCE, Split, check_header, distinct, read_sentences, sentence_columns
 from experiments.tasks.teacher import LoadedTeacher, load_teacher
-from experiments.tasks.text import LABEL, Columns, TextDataArguments, TextTask, Tokens, is_text
+from experiments.tasks.text import Columns, TextDataArguments, TextTask, Tokens
 
 MODEL_CLASS = "ToMePerceiverForMaskedLM"
-SENTENCE = "sentence"
-# The column that is read alone, if there is one of this name, as by the official run_mlm.py.
-TEXT = "text"
-READ_AT_ONCE = 1000
+# Splits whose columns are said.
+MOST_SHOWN = 4
 TRAIN, VALIDATION = "train", "validation"
 # Of the order of evaluated sentences and of what is hidden in them: the same for all models that are compared, whatever
 # they were trained with.
@@ -58,13 +55,17 @@ class MlmDataArguments(TextDataArguments):
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": f"Own data ({', '.join(TEXT_FORMATS)}), also beside --dataset_name: each line, or each text of "
-            "the column 'text' or, without one, of any but 'label', is a sentence."
+            "help": f"Own data ({', '.join(TEXT_FORMATS)}), also beside --dataset_name: each line of a .txt file, or "
+            "each text of the column 'text' or of those whose names mean text, is a sentence."
         },
     )
     test_file: str | None = field(default=None, metadata={"help": f"The same, to predict; {CLASSIFICATION_ONLY}."})
     max_predict_samples: int | None = field(
         default=None, metadata={"help": f"Predict for the first so many only; {CLASSIFICATION_ONLY}."}
+    )
+    text_column: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Masked language modelling: columns with the sentences, if their names do not say so."},
     )
     mlm_probability: float = field(
         default=0.15, metadata={"help": "Masked language modelling: share of the tokens to be found again."}
@@ -316,8 +317,8 @@ def load_mlm_task(
     pools, source = _load_splits(arguments, download)
     lines, places = {}, {}
     for role, pool in pools.items():
-        lines[role] = _lines(pool, arguments)
-        places[role] = _distinct(lines[role])
+        lines[role] = read_sentences(pool, arguments.text_column, not arguments.line_by_line, arguments.overwrite_cache)
+        places[role] = distinct(lines[role])
     train, evaluated = places[TRAIN], places[VALIDATION]
     if not pools[VALIDATION]:
         lines[VALIDATION] = lines[TRAIN]
@@ -345,9 +346,24 @@ def load_mlm_task(
         evaluation={"": selected[VALIDATION]},
         prediction={},
         main_metric="accuracy",
+        read=_read_lines(pools, selected, arguments.text_column),
         arguments=arguments,
         sentence_columns=(SENTENCE,),
     )
+
+
+def _read_lines(pools: dict[str, list[Split]], selected: dict[str, Dataset], named: Sequence[str]) -> list[str]:
+    """Lines that say which columns of what are sentences, and how many of these there are."""
+    lines = []
+    for argument, examples in pools[TRAIN]:
+        columns = sentence_columns(examples, argument, named)
+        others = [name for name in examples.column_names if name not in columns]
+        lines.append(
+            f"{argument}: sentences from {listed(columns, ordered=True)}"
+            + (f", not {listed(others, ordered=True)}" if others else "")
+        )
+    counts = ", ".join(f"{name}: {len(split):,} sentences" for name, split in selected.items())
+    return [*dict.fromkeys(lines)][:MOST_SHOWN] + [f"{counts}, without repetitions"]
 
 
 def load_taught_mlm_task(
@@ -363,79 +379,38 @@ def load_taught_mlm_task(
     return replace(load_mlm_task(arguments, predict, seed, evaluate, **download), teacher=teacher)
 
 
-def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple[dict[str, list[Dataset]], Source]:
+def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple[dict[str, list[Split]], Source]:
     """The splits to train on and those to evaluate on, which may be none."""
     configs, anew = arguments.dataset_config_name, arguments.overwrite_cache
-    pools: dict[str, list[Dataset]] = {TRAIN: [], VALIDATION: []}
+    pools: dict[str, list[Split]] = {TRAIN: [], VALIDATION: []}
     sources = []
     if arguments.dataset_name is not None:
         source = Source.of_dataset(arguments.dataset_name, configs, VALIDATION)
         sources.append(source)
         for config in [None] if configs is None else configs.split(","):
-            splits = read_dataset(source.argument, arguments.dataset_name, config, anew, **download)
+            splits = read_dataset(
+                source.argument, arguments.dataset_name, config, anew, arguments.text_column, **download
+            )
             if TRAIN not in splits:
                 raise BadInput(f"{source.argument}: has no split '{TRAIN}', only {listed(splits)}")
             for role, pool in pools.items():
                 # MNLI has two to validate on.
-                pool += [split for name, split in splits.items() if name.partition("_")[0] == role]
+                pool += [
+                    Split(f"{source.argument}: split '{name}'", split)
+                    for name, split in splits.items()
+                    if name.partition("_")[0] == role
+                ]
     if arguments.train_file is not None:
         sources.append(Source(f"--train_file {arguments.train_file}", Path(arguments.train_file).stem))
     if not sources:
         raise BadInput("--train_file: not given; allowed are --dataset_name, a file of one's own, or both")
     for role, path in ((TRAIN, arguments.train_file), (VALIDATION, arguments.validation_file)):
         if path is not None:
-            pools[role].append(read_file(f"--{role}_file {path}", path, anew, **download))
+            argument = f"--{role}_file {path}"
+            check_header(argument, path, arguments.text_column)
+            read = read_file(argument, path, anew, arguments.text_column, **download)
+            pools[role].append(Split(argument, read))
     return pools, sources[0]
-
-
-def _lines(splits: list[Dataset], arguments: MlmDataArguments) -> Dataset:
-    """All text as `datasets` keeps it on disk, in the column `sentence`: a sentence in each row, those of one column
-    after those of another; for lines to be joined, the list of the sentences of each row of the splits."""
-    joined, found = not arguments.line_by_line, []
-    for split in splits:
-        columns = [name for name in split.column_names if name != LABEL and is_text(split, name)]
-        if TEXT in columns:
-            columns = [TEXT]
-        for read in [columns] if joined else [[name] for name in columns]:
-            found.append(
-                split.map(
-                    _reading(read, joined),
-                    batched=True,
-                    remove_columns=split.column_names,
-                    features=Features({SENTENCE: List(Value("string")) if joined else Value("string")}),
-                    load_from_cache_file=not arguments.overwrite_cache,
-                    desc="Reading sentences",
-                )
-            )
-    return concatenate_datasets(found) if found else Dataset.from_dict({SENTENCE: []})
-
-
-def _reading(columns: list[str], joined: bool) -> Callable[[dict[str, list]], dict[str, list]]:
-    """From a batch of rows to one of those that have any text in these columns, see `_lines`."""
-
-    def read(batch: dict[str, list]) -> dict[str, list]:
-        rows = (
-            [sentence.strip() for sentence in row if sentence is not None and sentence.strip()]
-            for row in zip(*(batch[name] for name in columns), strict=True)
-        )
-        return {"sentence": [row if joined else row[0] for row in rows if row]}
-
-    return read
-
-
-def _distinct(lines: Dataset) -> dict[tuple[bytes, ...], int]:
-    """Where a line stands, by what tells its sentences apart: a digest of their letters and digits, in any case.
-
-    Of several alike, the place of the last, in the order of the first.
-    """
-    batches = lines.iter(READ_AT_ONCE) if len(lines) else ()
-    read = ([line] if isinstance(line, str) else line for batch in batches for line in batch[SENTENCE])
-    return {tuple(map(_letters, sentences)): place for place, sentences in enumerate(read)}
-
-
-def _letters(sentence: str) -> bytes:
-    letters = re.sub(r"\W+", "", sentence).casefold() or sentence
-    return hashlib.blake2b(letters.encode(errors="surrogatepass"), digest_size=8).digest()
 
 
 def first_shuffled(examples: Dataset, count: int | None, seed: int) -> Dataset:

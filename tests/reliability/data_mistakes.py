@@ -66,12 +66,25 @@ LABEL_PAIRS: dict[str, tuple[list, list, tuple[str, ...]]] = {
 }
 
 
+# Without a column whose name means text; the first ones have a sentence in each line.
+NOT_OF_TEXT = {
+    "lines.csv": b"The cat sat, and left.\nA dog came, and stayed.\n",
+    "short_lines.csv": b"The cat sat.\nA dog came.\n",
+    "lines.tsv": b"The cat sat.\nA dog came.\n",
+    "identities.csv": b"id,label,annotator\na1,good,some one\na2,bad,some one\n",
+    "identities.json": b'[{"id": "a1", "label": "good"}, {"id": "a2", "label": "bad"}]',
+}
+
+
 def data_mistakes() -> Iterator[BadInputCase]:
     for name, (data, says) in TRAIN_FILES.items():
         yield BadInputCase(FILES, name, "run_glue.py", _train_file(name, data), says)
     for name in ("empty.csv", "header.csv", "latin1.csv", "broken.json", "garbage.parquet"):
         data = TRAIN_FILES[name][0]
         yield BadInputCase(FILES, name, "run_mlm.py", _train_file(name, data, "mlm_config"), (name,))
+    for name, data in NOT_OF_TEXT.items():
+        make = _train_file(name, data, "mlm_config")
+        yield BadInputCase(FILES, name, "run_mlm.py", make, (name, "--text_column", ".txt"))
     yield BadInputCase(
         FILES, "blank.txt", "run_mlm.py", _train_file("blank.txt", b"\n \n", "mlm_config"), ("blank.txt",)
     )

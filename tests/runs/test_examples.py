@@ -93,7 +93,47 @@ def test_a_tokenizer_of_the_most_frequent_tokens_of_a_teachers(tmp_path):
     pair = tokenizer.convert_ids_to_tokens(tokenizer(kept[5].upper(), "zzz")["input_ids"])
     assert pair == ["[CLS]", kept[5], "[SEP]", "[UNK]", "[SEP]"] and tokenizer.mask_token == "[MASK]"
     result = run_script(*given, "--vocab_size", 5)
-    assert result.returncode == 2 and "--vocab_size 5: allowed are 6 or more" in result.stderr
+    assert result.returncode == 2 and "--vocab_size 5: must be 6 or more" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--vocab_size", -5), "--vocab_size -5: must be 6 or more"),
+        (("--vocab_size", 6), "--vocab_size 6: must be "),
+        (("--output_dir", "FILE"), "--output_dir FILE: must be a folder"),
+        (("--dataset_name", "NO_TRAIN"), "--dataset_name NO_TRAIN: has no split 'train'"),
+        (("--dataset_name", "NO_TEXT"), "--dataset_name NO_TEXT: split 'train': no name of a column means text"),
+        (("--text_column", "other"), "--text_column other: is no column of "),
+        (("--text_column", "empty"), "--dataset_name DATA: has no text"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_trained(tmp_path, monkeypatch, given, says):
+    """One line and exit code 2, and nothing is written."""
+    for name, file, text in (
+        ("DATA", "train.csv", "id,text,empty\na1,some text,\na2,more text,\n"),
+        ("NO_TRAIN", "test.csv", "text\nsome text\n"),
+        ("NO_TEXT", "train.csv", "number,id\n1,a\n2,b\n"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(text)
+    (tmp_path / "FILE").write_text("mine")
+    given = ("--dataset_name", "DATA", "--output_dir", "out", *given)
+    result = run_script(ROOT / "examples/train_tokenizer.py", *given, cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"error: {says}")
+    assert not (tmp_path / "out").exists() and (tmp_path / "FILE").read_text() == "mine"
+
+
+def test_a_tokenizer_is_trained_on_a_table_of_ones_own(tmp_path):
+    """On its text alone, not on identities and labels, whatever kind of text the reader makes of it."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("id,text,label\nqqq1,aaa bbb,zzz\nqqq2,bbb aaa,zzz\n")
+    given = ("--dataset_name", tmp_path / "data", "--vocab_size", 40, "--output_dir", tmp_path / "tokenizer")
+    result = run_script("examples/train_tokenizer.py", *given)
+    assert result.returncode == 0, result.stderr
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "tokenizer").get_vocab()
+    assert {"aaa", "bbb"} <= set(vocabulary) and not any(letter in "".join(vocabulary) for letter in "qz")
 
 
 def test_pairs_are_labelled(tmp_path):

@@ -37,7 +37,7 @@ def loaded(folder: str, **given: object) -> MlmTask:
 
 
 def files(tmp_path, **splits: list[str]) -> MlmTask:
-    paths = {f"{name}_file": str(write_table(tmp_path / f"{name}.csv", {"t": t})) for name, t in splits.items()}
+    paths = {f"{name}_file": str(write_table(tmp_path / f"{name}.csv", {"text": t})) for name, t in splits.items()}
     return load_mlm_task(MlmDataArguments(**paths), predict=False, seed=0)
 
 
@@ -54,11 +54,60 @@ def test_configurations_are_one_pool_and_what_is_evaluated_is_not_trained_on(fol
     assert {sentence[0] for sentence in train | evaluation} == {"a", "b", "c"}
 
 
-def test_every_column_of_text_is_read(tmp_path):
-    path = str(write_table(tmp_path / "own.csv", {"first": ["aa", "bb"], "second": ["cc", " "], "label": ["x", "y"]}))
-    task = load_mlm_task(MlmDataArguments(train_file=path, validation_split_percentage=40), predict=False, seed=0)
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        (("premise", "hypothesis"), []),
+        (("Sentence 1", "sentence_2"), []),
+        (("content", "review"), []),
+        (("first", "second"), ["first", "second"]),
+    ],
+)
+def test_every_column_of_text_is_read(tmp_path, columns, named):
+    """By its name or because it is named; identities, indices, labels and notes are not."""
+    first, second = columns
+    others = {name: ["some words", "x"] for name in ("id", "Unnamed: 0", "label", "label_text", "annotator", "note")}
+    path = str(write_table(tmp_path / "own.csv", others | {first: ["aa", "bb"], second: ["cc", " "]}))
+    given = {"train_file": path, "text_column": named, "validation_split_percentage": 40}
+    task = load_mlm_task(MlmDataArguments(**given), predict=False, seed=0)
+    assert f"sentences from '{first}', '{second}'" in task.read[0] and "annotator" in task.read[0]
     assert sorted([*task.train["sentence"], *task.evaluation[""]["sentence"]]) == ["aa", "bb", "cc"]
     assert len(task.evaluation[""]) == 1
+
+
+LINES = "The cat sat, and then it left.\nA dog came, and it stayed.\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "given", "says"),
+    [
+        ("a.csv", LINES, {}, ["--train_file", "no name of a column means text ('The cat sat', 'and then", ".txt file"]),
+        ("a.csv", LINES.replace(",", ""), {}, ["no name of a column means text", "--text_column", ".txt file"]),
+        ("a.tsv", LINES, {}, ["no name of a column means text", ".txt file"]),
+        ("a.csv", "id,label,caption\na,b,c d\n", {}, ["('id', 'label', 'caption')", "--text_column"]),
+        ("a.jsonl", '{"id": "a", "annotator": "some one"}\n', {}, ["('id', 'annotator')", "--text_column"]),
+        ("a.csv", "id,text\na,b\n", {"text_column": ["body"]}, ["--text_column body: is no column", "'id', 'text'"]),
+    ],
+)
+def test_a_file_without_a_column_that_means_text_is_refused(tmp_path, name, text, given, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput) as error:
+        load_mlm_task(MlmDataArguments(train_file=str(tmp_path / name), **given), predict=False, seed=0)
+    assert all(part in str(error.value) for part in says) and "\n" not in str(error.value), error.value
+
+
+def test_a_folder_of_lines_in_tables_is_refused_as_a_file_is(tmp_path):
+    (tmp_path / "train.csv").write_text(LINES.replace(",", ""))
+    with pytest.raises(BadInput, match=r"--dataset_name .*no name of a column means text .*\.txt file"):
+        load_mlm_task(MlmDataArguments(dataset_name=str(tmp_path)), predict=False, seed=0)
+
+
+def test_numbers_in_a_column_of_text_are_text_as_it_is_spelled(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n01\n1.50\n2024-01-02\nnull\n")
+    (tmp_path / "b.csv").write_text("text\nx\n")
+    given = {"train_file": str(tmp_path / "a.csv"), "validation_file": str(tmp_path / "b.csv")}
+    task = load_mlm_task(MlmDataArguments(**given), predict=False, seed=0)
+    assert set(task.train["sentence"]) == {"01", "1.50", "2024-01-02", "null"}
 
 
 def test_lines_of_a_text_file_are_sentences(tmp_path):
@@ -202,7 +251,9 @@ def test_a_column_of_the_name_text_is_read_alone(tmp_path):
 
 
 def test_a_dataset_and_files_beside_it_are_one_pool(folder, tmp_path):
-    own = {role: str(write_table(tmp_path / f"{role}.csv", {"t": [f"own {role}"]})) for role in ("train", "validation")}
+    own = {
+        role: str(write_table(tmp_path / f"{role}.csv", {"text": [f"own {role}"]})) for role in ("train", "validation")
+    }
     task = loaded(folder, **{f"{role}_file": path for role, path in own.items()})
     assert "own train" in task.train["sentence"] and "own validation" in task.evaluation[""]["sentence"]
     assert len(task.train) == 111 - 38 + 1 and task.source.dataset == Path(folder).name
@@ -210,8 +261,8 @@ def test_a_dataset_and_files_beside_it_are_one_pool(folder, tmp_path):
 
 def joined(tmp_path, length: int = 10, **given: object) -> MlmTask:
     columns = {
-        "train": {"first": ["ab", "cde", None, "ab", "f"], "second": ["xy", " ", "z", "xy", "held"]},
-        "validation": {"first": ["held", "out"], "second": ["ghijk", "lmno"]},
+        "train": {"premise": ["ab", "cde", None, "ab", "f"], "hypothesis": ["xy", " ", "z", "xy", "held"]},
+        "validation": {"premise": ["held", "out"], "hypothesis": ["ghijk", "lmno"]},
     }
     paths = {f"{role}_file": str(write_table(tmp_path / f"{role}.parquet", columns[role])) for role in columns}
     arguments = MlmDataArguments(**paths, line_by_line=False, max_seq_length=length, **given)
