@@ -102,8 +102,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42, help="of what is chosen (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for train.csv and validation.csv")
     arguments = parser.parse_args()
+    for name in ("max_sentences", "pairs_per_sentence"):
+        if (value := getattr(arguments, name)) < 1:
+            raise BadInput(f"--{name} {value}: must be 1 or more")
     check_writable(f"--output_dir {arguments.output_dir}", arguments.output_dir)
-    teacher = load_teacher(arguments.teacher_name_or_path)
     names = [None] if arguments.task_name is None else arguments.task_name.split(",")
     argument = f"--dataset_name {arguments.dataset_name}"
     splits = [
@@ -122,7 +124,7 @@ def main() -> None:
     sentences = list(found)
     random.Random(arguments.seed).shuffle(sentences)
     sentences = sentences[: arguments.max_sentences]
-    means = encode(teacher, sentences)
+    means = encode(load_teacher(arguments.teacher_name_or_path), sentences)
 
     pairs = list(pairs_of(means, arguments.pairs_per_sentence, arguments.seed))
     first = round((1 - VALIDATION) * len(sentences))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+import string
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
@@ -24,6 +25,7 @@ SHOWN_NAMES = 20
 # people: 2,5 or 1 000 or 50%.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE | re.ASCII)
 _INTEGER = re.compile(r"(?:LABEL_)?([-+]?\d+)(?:\.0*)?", re.ASCII)
+_MISSING_WORDS = {"n/a", "na", "#n/a", "nan", "none", "null", "nil", "-", "--", "?", "unknown", "missing", "."}
 _LIKE_A_NUMBER = re.compile(r"[-+\u2212]?[\d.][\d.,'\s\u2019]*%?")
 
 
@@ -40,8 +42,8 @@ def spelling(name: object) -> str:
 
 
 def _composed(name: object) -> str:
-    """A name without spaces around it, in the one form of Unicode: macOS writes "é" as two characters."""
-    return unicodedata.normalize("NFC", str(name)).strip()
+    """A name without spaces around it, shown or not, in the one form of Unicode: macOS writes "é" as two characters."""
+    return unicodedata.normalize("NFC", str(name)).strip(f"{string.whitespace}\xa0\u200b\u2060\ufeff")
 
 
 def _identity(name: object) -> str | int:
@@ -159,19 +161,21 @@ def _are_numbers(values: list[str], count: int, column: str, where: str) -> bool
     values = [value.strip() for value in values]
     numbers = [value for value in values if _NUMBER.fullmatch(value)]
     whole = [value for value in numbers if _INTEGER.fullmatch(value)]
-    if with_point := [value for value in numbers if not value.lstrip("+-").isdigit()]:
-        if others := sorted(set(values) - set(numbers)):
-            raise BadInput(
-                f"{where}: column '{column}' holds numbers such as '{with_point[0]}', and {listed(others)}, which are "
-                "none; remove or mend these rows, or use --do_regression false if all are names of classes"
-            )
+    others = sorted(set(values) - set(numbers))
+    with_point = [value for value in numbers if not value.lstrip("+-").isdigit()]
+    if others and (with_point or numbers and {other.casefold() for other in others} <= _MISSING_WORDS):
+        raise BadInput(
+            f"{where}: column '{column}' holds numbers such as '{(with_point or numbers)[0]}', and {listed(others)}, "
+            "which are none; remove or mend these rows, or use --do_regression false if all are names of classes"
+        )
+    if with_point:
         if len(whole) == len(numbers):
             raise BadInput(
                 f"{where}: column '{column}' holds whole numbers with a point, {listed(numbers)}, as pandas writes "
                 f"classes where some are missing; {remedy}"
             )
         return True
-    if values and len(numbers) < len(values) and all(map(_LIKE_A_NUMBER.fullmatch, values)):
+    if others and all(map(_LIKE_A_NUMBER.fullmatch, values)):
         other = next(value for value in values if not _NUMBER.fullmatch(value))
         raise BadInput(
             f"{where}: column '{column}' holds '{other}', which may be a number; write numbers to predict as 1234.5, "

@@ -23,6 +23,7 @@ from datasets import (
     DatasetDict,
     DownloadMode,
     Features,
+    Json,
     List,
     Value,
     VerificationMode,
@@ -250,7 +251,8 @@ def _with_spellings(dataset: Dataset, path: str, texts: Collection[str]) -> Data
     columns = [
         name
         for name, feature in dataset.features.items()
-        if getattr(feature, "dtype", "").startswith(("timestamp", "date", "time"))
+        if isinstance(feature, Json)
+        or str(getattr(feature, "dtype", "")).startswith(("timestamp", "date", "time"))
         or ((name in texts or means_text(name)) and not is_string(feature) and not isinstance(feature, (dict, List)))
     ]
     if not columns:

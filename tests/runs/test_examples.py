@@ -7,10 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import concatenate_datasets, load_dataset
 from transformers import (
     AutoTokenizer,
     BertTokenizer,
@@ -35,7 +36,7 @@ from tests.support.script_run import ROOT, call_script, run_script
 from tests.support.tiny_images import write_images
 from tests.support.tiny_models import stock_model
 from tests.support.tiny_teachers import write_teacher
-from tests.support.tiny_texts import POSITIONS, write_glue
+from tests.support.tiny_texts import POSITIONS, write_glue, write_table
 
 EXAMPLES = ROOT / "examples"
 ARGUMENT_FILES = sorted(path for path in EXAMPLES.rglob("*.yaml") if not path.name.startswith("accelerate"))
@@ -139,8 +140,10 @@ def test_a_tokenizer_is_trained_on_a_table_of_ones_own(tmp_path):
 def test_pairs_are_labelled(tmp_path):
     """By the cosine of the teacher's mean states, and none with itself."""
     sentences = [f"{letter} {word} {letter * 9} {word * 3}" for letter in "abc" for word in ("az", "zz", "ba", "cz")]
-    table = Dataset.from_dict({"sentence1": sentences, "sentence2": ["a b"] * len(sentences)})
+    ids = [f"an identity of its own {index}" for index in range(len(sentences))]
     (tmp_path / "data").mkdir()
+    # As pandas writes it: strings of a type of their own, and a column of its index.
+    table = pd.DataFrame({"id": ids, "sentence1": sentences, "sentence2": ["a b"] * len(sentences)}, index=ids)
     table.to_parquet(tmp_path / "data" / "train.parquet")
     teacher = write_teacher(tmp_path / "teacher")
     given = (
@@ -165,6 +168,23 @@ def test_pairs_are_labelled(tmp_path):
         assert pair["label"] == pytest.approx(5 * float(alike), abs=2e-3)
     assert run_script(*given, "--output_dir", tmp_path / "again").returncode == 0
     assert (tmp_path / "again/train.csv").read_bytes() == (tmp_path / "pairs/train.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--pairs_per_sentence", -1), "--pairs_per_sentence -1: must be 1 or more"),
+        (("--max_sentences", 0), "--max_sentences 0: must be 1 or more"),
+        (("--output_dir", "{folder}/test.csv"), "test.csv: must be a folder"),
+        ((), "has no split 'train'"),
+    ],
+)
+def test_pairs_of_what_cannot_be_meant_are_refused(tmp_path, given, says):
+    write_table(tmp_path / "test.csv", {"text": ["a sentence of twenty letters"] * 3})
+    arguments = ("--dataset_name", tmp_path, "--teacher_name_or_path", tmp_path, "--output_dir", tmp_path / "pairs")
+    given = tuple(str(word).format(folder=tmp_path) for word in given)
+    result = run_script("examples/label_pairs.py", *arguments, *given)
+    assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("path", ARGUMENT_FILES, ids=lambda path: path.name)

@@ -115,6 +115,7 @@ def test_names_of_own_labels(values, names):
     ("values", "says"),
     [
         (["0.2", "n/a", "1.5"], "numbers such as '0.2', and 'n/a'.*--do_regression false"),
+        (["0", "1", "n/a"], "numbers such as '0', and 'n/a'"),
         (["2,5", "3"], "'2,5', which may be a number"),
         (["50%", "60%"], "'50%'"),
         (["1.0", "2.0", "3.0"], "whole numbers with a point.*--do_regression true"),
@@ -145,7 +146,7 @@ def test_or_numbers(values):
 
 
 def test_one_name_in_two_forms_of_unicode_or_with_spaces_is_one_class():
-    dataset = Dataset.from_dict({"label": ["caf\u00e9", "cafe\u0301", "x", "x ", "\u00a0x"]})
+    dataset = Dataset.from_dict({"label": ["caf\u00e9", "cafe\u0301", "x", "x ", "\u00a0x\u200b"]})
     names = label_names(dataset, "label", "here")
     assert names == ["caf\u00e9", "x"]
     assert with_label_ids(dataset, "label", names, "here")["label"] == [0, 0, 1, 1, 1]

@@ -110,6 +110,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, name, content, says):
         ("a.csv", "text,label\n99999999999999999999999,x\n", [["9" * 23, "x"]]),
         ("a.json", '[{"text": 1.50, "label": "x"}, {"text": true, "label": "y"}]', [["1.50", "x"], ["true", "y"]]),
         ("a.jsonl", '{"text": "2024-01-05", "label": "x"}\n', [["2024-01-05", "x"]]),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": 2, "label": "0"}\n', [["a", "1"], ["2", "0"]]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("as_folder", [False, True])
