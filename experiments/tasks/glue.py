@@ -306,7 +306,7 @@ def _own_files(arguments: GlueDataArguments, predict: bool, evaluate: bool, trai
     needed = {"train"} if train else set()
     if predict:
         needed.add("test")
-    if (evaluate or not predict) and arguments.validation_file is None and arguments.test_file is None:
+    if evaluate and arguments.validation_file is None and arguments.test_file is None:
         needed.add("validation")
     if missing := [name for name in paths if name in needed and paths[name] is None]:
         raise BadInput(

@@ -243,9 +243,8 @@ def with_label_ids(dataset: Dataset, column: str, labels: Sequence[str], where: 
         value: [place[same, same(value)] for same in _SAMENESS if (same, same(value)) in place] for value in set(values)
     }
     if unknown := [value for value, indices in found.items() if not indices]:
-        raise BadInput(
-            f"{where} has the labels {listed(unknown)}; they must be among those of training, {listed(labels)}"
-        )
+        known = listed(labels, ordered=True)
+        raise BadInput(f"{where} has the labels {listed(unknown)}; they must be among those of training, {known}")
     ids = [found[value][0] for value in values]
     if own_names == list(labels):
         return dataset

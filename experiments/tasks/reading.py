@@ -95,6 +95,8 @@ def read_dataset(
         endings = {ending(file) for paths in files.values() for file in paths}
         if is_local and builder.name in ("csv", "json") and endings <= {"csv", "tsv", "json", "jsonl"}:
             return _read_files(argument, files, builder.info.features, anew, texts, **download)
+        if is_local and builder.name == "csv":
+            raise BadInput(f"{argument}: holds {', '.join(sorted(endings))} files; unpack them to .csv or .tsv files")
         if builder.name == "csv":
             options |= _ONLY_EMPTY_IS_MISSING
         if anew:
@@ -208,8 +210,13 @@ def _check_table(argument: str, path: str) -> _Table:
             header = [name.strip() for name in next(filter(None, lines), [])]
             if twice := {name for name in header if name and header.count(name) > 1}:
                 raise BadInput(f"{argument}: has the column '{min(twice)}' twice; give each column a name of its own")
-            rows = empty = 0
-            for fields in filter(None, lines):
+            rows = empty = blank = 0
+            for fields in lines:
+                if not fields:
+                    blank = lines.line_num
+                    continue
+                if blank and len(header) == 1:
+                    raise BadInput(f"{argument}: line {blank} is empty; remove it, or write a text there")
                 rows += 1
                 empty = 0 if any(fields) else empty + 1
                 _check_fields(f"{argument}: line {lines.line_num}", fields, len(header), separator)
@@ -222,6 +229,8 @@ def _check_table(argument: str, path: str) -> _Table:
             f"{argument}: line {lines.line_num}: {error}; put a field with a quotation mark in quotation marks, and "
             "double those inside"
         ) from error
+    if header and rows == empty:
+        raise BadInput(f"{argument}: has no example below its header; there must be one or more")
     names = [name or _UNNAMED.format(place) for place, name in enumerate(header)]
     return _Table(separator, names, rows, empty)
 

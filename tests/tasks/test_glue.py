@@ -210,6 +210,7 @@ def test_where_nothing_is_evaluated_there_need_not_be_anything(tmp_path):
     task = own(tmp_path, GOOD, test={"text": ["aa"]}, predict=True, evaluate=False)
     assert not task.evaluation and len(task.prediction[""]) == 1
     assert prepared(task).batch(4)["input_ids"].shape[0] == 1
+    assert not own(tmp_path, GOOD, evaluate=False).evaluation
     with pytest.raises(BadInput, match="nothing to evaluate on"):
         own(tmp_path, GOOD, test={"text": ["aa"]}, predict=True)
 

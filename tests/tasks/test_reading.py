@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -79,6 +80,8 @@ def test_a_changed_folder_with_a_card_is_read_again(tmp_path):
         ("a.csv", "text,label\nä,b\n".encode("utf-16"), "utf-8"),
         ("a.csv", "text,label\na,b\nd\n", "line 3: has fewer fields than its header (1, not 2)"),
         ("a.csv", 'text,label\n"Great" film,x\n', "line 2: "),
+        ("a.csv", "text\na\n\nb\n", "line 3 is empty"),
+        ("a.csv", "text,label\n,\n", "no example below its header"),
         ("a.csv", 'text,label\n"never closed,x\na,b\n', "unexpected end of data"),
         ("a.tsv", 'text\tlabel\n"a\tx\nb"\ty\n', "quotation mark"),
         ("a.json", "", "a.json"),
@@ -169,3 +172,9 @@ def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
     write_glue(tmp_path / "glue1", "sst2")
     with pytest.raises(BadInput, match=r"--dataset_name .*without \*"):
         read_dataset(f"--dataset_name {folder}", str(folder), "sst2", anew=False)
+
+
+def test_packed_files_in_a_folder_are_refused(tmp_path):
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(b"text,label\na,01\n"))
+    with pytest.raises(BadInput, match="^--dataset_name x: holds gz files; unpack them"):
+        read_dataset("--dataset_name x", str(tmp_path), None, anew=False)
