@@ -55,13 +55,10 @@ settings.load_profile("tome")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark what is slow, before `-m` chooses, and what searches on the few samples that tiny data have."""
+    """Mark what is slow, before `-m` chooses."""
     for item in items:
-        name = item.nodeid.removeprefix("tests/")
-        if name.startswith(SLOW):
+        if item.nodeid.removeprefix("tests/").startswith(SLOW):
             item.add_marker(pytest.mark.slow)
-        if name.startswith("runs/"):
-            item.add_marker(pytest.mark.filterwarnings(r"ignore:samples. \d+ rows; a choice on fewer:UserWarning"))
 
 
 @pytest.fixture(autouse=True, scope="session")
