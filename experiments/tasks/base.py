@@ -251,7 +251,7 @@ def read_lines(
         name, values = counted[0], list(counted[1])
         if labels:
             counts = Counter(values)
-            shown = [f"'{each}' {counts[index]:,}" for index, each in enumerate(labels[:CLASSES_SHOWN])]
+            shown = [f"{each!r} {counts[index]:,}" for index, each in enumerate(labels[:CLASSES_SHOWN])]
             more = f" and {len(labels) - CLASSES_SHOWN} more" if len(labels) > CLASSES_SHOWN else ""
             lines.append(f"{len(labels)} classes, in {name}: {', '.join(shown)}{more}")
         elif values:

@@ -30,8 +30,11 @@ _LIKE_A_NUMBER = re.compile(r"[-+\u2212]?[\d.][\d.,'\s\u2019]*%?")
 
 
 def listed(names: Iterable[object], ordered: bool = False) -> str:
-    """Names in quotes, sorted unless their order says something; of many, the first few."""
-    quoted = [f"'{name}'" for name in (map(str, names) if ordered else sorted(map(str, names)))]
+    """Names in quotes, on one line, sorted unless their order says something; of many, the first few."""
+    quoted = [
+        f"'{name}'" if name.isprintable() else repr(name)
+        for name in (map(str, names) if ordered else sorted(map(str, names)))
+    ]
     more = len(quoted) - SHOWN_NAMES
     return ", ".join(quoted[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 

@@ -381,6 +381,13 @@ def test_what_was_read_is_said_in_a_few_lines(tmp_path):
     assert task.first_input(prepared(task)) == "first input, 6 tokens: '[CLS]good[SEP]', 'x'"
 
 
+def test_what_was_read_takes_few_lines_whatever_classes_are_called(tmp_path):
+    task = own(
+        tmp_path, {"text": WORDS, "label": ["a\nb", "c\td", "e"]}, validation={"text": WORDS, "label": ["e"] * 3}
+    )
+    assert task.read[-1] == r"3 classes, in train: 'a\nb' 1, 'c\td' 1, 'e' 1"
+
+
 def test_what_was_read_of_numbers(tmp_path):
     task = own(tmp_path, {"text": WORDS, "label": [0.5, 1, -2]}, validation={"text": WORDS, "label": [0.5, 1, -2]})
     assert task.read[-1] == "labels are numbers (regression), in train from -2 to 1"

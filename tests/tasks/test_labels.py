@@ -13,7 +13,7 @@ from transformers import EvalPrediction
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
 from experiments.tasks.base import PreparedTask
-from experiments.tasks.labels import has_labels, label_ids, label_names, matched, with_label_ids, with_numbers
+from experiments.tasks.labels import has_labels, label_ids, label_names, listed, matched, with_label_ids, with_numbers
 from experiments.tasks.scores import classes
 
 
@@ -213,3 +213,7 @@ def test_numbers_are_finite(values, says):
 def test_labels_that_are_kept_back(values, expected):
     assert has_labels(Dataset.from_dict({"label": values}), "label") is expected
     assert has_labels(Dataset.from_dict({"other": values}), "label") is False
+
+
+def test_names_with_a_line_break_are_listed_on_one_line():
+    assert listed(["b", "a\nb", "caf\u00e9"]) == "'a\\nb', 'b', 'caf\u00e9'"
