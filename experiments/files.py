@@ -34,6 +34,19 @@ def check_writable(name: str, folder: Path) -> None:
         raise BadInput(f"{name}: must be a folder that can be written to ({one_line(error)})") from error
 
 
+def cache_name(own: str, folder: Path) -> str:
+    """Return the variable that put a cache of the Hub's libraries where it is, with its value.
+
+    Args:
+        own: the variable for this cache alone.
+        folder: the cache.
+    """
+    for name in (own, "HF_HOME", "XDG_CACHE_HOME"):
+        if os.environ.get(name):
+            return f"{name}={os.environ[name]}"
+    return f"HF_HOME, not set, so {folder.parent}"
+
+
 @contextmanager
 def made_for_a_while(folder: Path) -> Iterator[None]:
     """Make a folder and its parents; those that were not there and are empty at the end go."""

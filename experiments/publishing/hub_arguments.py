@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from huggingface_hub.constants import HF_HUB_DISABLE_XET, HF_XET_CACHE
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from experiments.errors import BadInput
+from experiments.files import cache_name, check_writable
 from experiments.publishing.hub import HubRepository, open_repository
 
 BRANCH = r"(?!.*\.\.)\w[\w./-]*(?<![./])"
@@ -57,5 +59,8 @@ def open_to_push(training: TrainingArguments, token: str | None) -> HubRepositor
         raise BadInput(
             f"--hub_revision {revision}: allowed is the name of a branch: letters, digits, '.', '_', '-', '/'"
         )
+    if not HF_HUB_DISABLE_XET:
+        # What is pushed is cut into pieces there.
+        check_writable(cache_name("HF_XET_CACHE", Path(HF_XET_CACHE)), Path(HF_XET_CACHE))
     output_dir = Path(training.output_dir)
     return open_repository(training.hub_model_id, output_dir, training.hub_token or token, training.hub_private_repo)

@@ -37,8 +37,9 @@ def check_header(argument: str, path: str, named: Sequence[str]) -> None:
     if ending(path) not in ("csv", "tsv"):
         return
     with suppress(UnicodeError, OSError), Path(path).open(encoding="utf-8-sig") as file:
-        names = [name.strip().strip('"') for name in re.split(r"[,;\t]", next(filter(str.strip, file), ""))]
-        if not (set(named) & set(names) or _text_columns(names)):
+        header = next(filter(str.strip, file), "")
+        names = [name.strip().strip('"') for name in re.split(r"[,;\t]", header)]
+        if header and not (set(named) & set(names) or _text_columns(names)):
             raise BadInput(_no_text(argument, names))
 
 

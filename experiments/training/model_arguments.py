@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +11,7 @@ from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from experiments.errors import PLACES
-from experiments.files import check_writable
+from experiments.files import cache_name, check_writable
 
 
 @dataclass
@@ -60,11 +59,11 @@ class ModelArguments:
     def __post_init__(self) -> None:
         """Check the place of whatever is read, and note where downloads go, which may be a place to read alone."""
         hub, datasets = Path(HF_HUB_CACHE), Path(HF_DATASETS_CACHE)
-        PLACES[_chosen_by("HF_HUB_CACHE", hub)] = hub.absolute()
+        PLACES[cache_name("HF_HUB_CACHE", hub)] = hub.absolute()
         if self.cache_dir is not None:
             check_writable(f"--cache_dir {self.cache_dir}", Path(self.cache_dir))
         else:
-            check_writable(_chosen_by("HF_DATASETS_CACHE", datasets), datasets)
+            check_writable(cache_name("HF_DATASETS_CACHE", datasets), datasets)
 
     def download_options(self) -> dict[str, Any]:
         """What every `from_pretrained` takes."""
@@ -73,11 +72,3 @@ class ModelArguments:
     def dataset_options(self) -> dict[str, Any]:
         """What `datasets.load_dataset` takes."""
         return {"cache_dir": self.cache_dir, "token": self.token}
-
-
-def _chosen_by(own: str, folder: Path) -> str:
-    """The variable that put a cache where it is, with its value."""
-    for name in (own, "HF_HOME", "XDG_CACHE_HOME"):
-        if os.environ.get(name):
-            return f"{name}={os.environ[name]}"
-    return f"HF_HOME, not set, so {folder.parent}"

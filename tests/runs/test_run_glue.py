@@ -320,6 +320,25 @@ def test_a_push_without_a_token_is_refused_before_training(inputs, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", ["HF_DATASETS_CACHE", "HF_XET_CACHE", "TENSORBOARD_LOGGING_DIR"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_training(inputs, tmp_path, capsys, monkeypatch, place):
+    """Of the caches, that of data, and that of what is pushed; each is named by the variable that chose it."""
+    (tmp_path / "file").write_text("mine")
+    below = tmp_path / "file" / "cache"
+    monkeypatch.setenv(place, str(below))
+    monkeypatch.setattr("experiments.training.model_arguments.HF_DATASETS_CACHE", os.environ["HF_DATASETS_CACHE"])
+    if place == "HF_XET_CACHE":
+        monkeypatch.setattr("experiments.publishing.hub_arguments.HF_XET_CACHE", str(below))
+    if place == "TENSORBOARD_LOGGING_DIR":
+        available = "experiments.training.trainer_arguments.get_available_reporting_integrations"
+        monkeypatch.setattr(available, lambda: ["tensorboard"])
+    pushed = ("--push_to_hub", "--report_to", "tensorboard" if "LOGGING" in place else "none")
+    given = (*inputs, "--task_name", "sst2", *TRAINING, *pushed, "--output_dir", tmp_path / "out")
+    line = bad_input_line(capsys, "run_glue.py", *given)
+    assert line.startswith(f"error: {place}={below}: must be a folder that can be written to")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("script", "given", "named"),
     [
