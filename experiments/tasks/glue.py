@@ -34,7 +34,7 @@ from experiments.tasks.labels import (
     with_label_ids,
     with_numbers,
 )
-from experiments.tasks.reading import TABLE_FORMATS, column_key, read_dataset, read_file
+from experiments.tasks.reading import TABLE_FORMATS, column_key, ending, means_text, read_dataset, read_file
 from experiments.tasks.scores import classes, numbers
 from experiments.tasks.text import LABEL, TextDataArguments, TextTask, as_text, sentence_columns
 
@@ -180,15 +180,24 @@ def load_glue_task(
     has_train = "train" in splits or classes is None
     first_name = "train" if has_train else next(iter((evaluated or predicted).values()))
     first = take_split(splits, first_name, argument, None)
+    if (has_train or evaluated) and LABEL not in first.features:
+        raise BadInput(
+            f"{argument}: has no column '{LABEL}', only {listed(first.column_names)}; give the column with the labels "
+            "this name (in the first line of a csv or tsv file)"
+        )
     sentences = SENTENCES.get(arguments.task_name or "") or sentence_columns(
         first, argument, arguments.sentence1_column, arguments.sentence2_column
     )
+    if not has_train and not evaluated and arguments.sentence1_column is None and ending(argument) in ("csv", "tsv"):
+        _check_header(first, sentences, argument)
     columns = _Columns(sentences, _labels(arguments, first, argument) if has_train else list(classes or ()))
     train = columns.checked(first, f"{argument}: split 'train'") if has_train else None
 
     def taken(name: str, count: int | None, is_predicted: bool = False) -> Dataset:
         split = take_split(splits, name, argument, count)
-        return columns.checked(split, f"{argument}: split '{name}'", train, is_predicted)
+        path = getattr(arguments, f"{name}_file", None) if ending(argument) in TABLE_FORMATS else None
+        where = argument if path is None else f"--{name}_file {path}"
+        return columns.checked(split, f"{where}: split '{name}'", train, is_predicted)
 
     evaluation = {suffix: taken(name, arguments.max_eval_samples) for suffix, name in evaluated.items()}
     prediction = {suffix: taken(name, arguments.max_predict_samples, True) for suffix, name in predicted.items()}
@@ -347,10 +356,18 @@ def _with_text(split: Dataset, columns: tuple[str, ...], where: str) -> Dataset:
     return split
 
 
+def _check_header(split: Dataset, sentences: tuple[str, ...], argument: str) -> None:
+    """Refuse a file to predict whose first line may be an example, which would be taken for the names of columns."""
+    names = split.column_names
+    if not any(map(means_text, sentences)) and (len(names) == 1 or any(name.isdecimal() for name in names)):
+        raise BadInput(
+            f"{argument}: its first line may be an example, {listed(names)}; put a line with the names of the columns "
+            "above it, such as 'text', or if it is one, use --sentence1_column"
+        )
+
+
 def _labels(arguments: GlueDataArguments, train: Dataset, argument: str) -> list[str]:
     """Names of the classes, in the order in which they are scored; none where labels are numbers."""
-    if LABEL not in train.features:
-        raise BadInput(f"{argument}: has no column '{LABEL}', only {listed(train.column_names)}")
     task = arguments.task_name
     if task == REGRESSION:
         return []

@@ -121,7 +121,7 @@ class ImageColumns:
         if may_lack and not has_labels(split, LABEL):
             return split.select_columns([IMAGE, ROW])
         if LABEL not in split.column_names:
-            raise BadInput(f"{where} has no column '{self.label}'")
+            raise BadInput(f"{where} has no column '{self.label}'; name that of the labels with --label_column_name")
         split = with_label_ids(split, LABEL, self.labels, where)
         if train is not None:
             check_trained(split, train, LABEL, where)
@@ -150,7 +150,8 @@ def _label_column(columns: list[str], features: Features, argument: str, given: 
         if not columns:
             raise BadInput(
                 f"{argument}: has images and no labels; put the images of every split into one folder for each class, "
-                "all as deep, or name their classes in a metadata.csv beside them"
+                "all as deep, or name their classes in a metadata.csv beside them; those without labels go into "
+                "--test_dir, beside --train_dir"
             )
         typed = [name for name in columns if isinstance(features[name], ClassLabel)]
         named = _named(columns, LABEL_NAMES)

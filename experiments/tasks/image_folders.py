@@ -59,7 +59,8 @@ def read_image_folder(
         )
     if not images:
         raise BadInput(
-            f"{argument}: has no image that can be read ({_counted(files)}); put images into one folder for each class"
+            f"{argument}: has no image that can be read ({_counted(files)}); put JPEG or PNG files into "
+            + ("it" if unlabelled else "one folder for each class")
         )
     for name in [] if flat else classes:
         if not any(path.parts[0] == name for path in labelled):

@@ -267,7 +267,8 @@ def load_image_task(
 
     def taken(name: str, count: int | None, train: Dataset | None = None, may_lack: bool = False) -> Dataset:
         split = take_split(splits, name, argument, count)
-        return columns.with_classes(split, f"{argument}: split '{name}'", train, may_lack)
+        where = f"--{name}_dir {arguments.folders[name]}" if name in arguments.folders else argument
+        return columns.with_classes(split, f"{where}: split '{name}'", train, may_lack)
 
     def labelled(split: Dataset) -> bool:
         return has_labels(split, LABEL)
@@ -289,7 +290,8 @@ def load_image_task(
         train = checked(first_examples(train.shuffle(seed=seed), arguments.max_train_samples), "train")
     evaluation = {suffix: checked(split, from_split) for suffix, split in evaluation.items()}
     used = columns.described(next(iter(splits.values())), arguments.dataset_name is None)
-    parts = {"train": train, "evaluated": evaluation.get(""), "predicted": prediction.get("")}
+    evaluated = "evaluated (held out of train)" if from_split == "train" else "evaluated"
+    parts = {"train": train, evaluated: evaluation.get(""), "predicted": prediction.get("")}
     read = {part: split for part, split in parts.items() if split is not None}
     return ImageTask(
         source=Source.of_dataset(arguments.chosen[1], arguments.dataset_config_name, name),
@@ -326,7 +328,9 @@ def _read(
         splits, dropped = read_dataset(argument, chosen, arguments.dataset_config_name, anew=False, **download), []
     else:
         if name != "train_dir" and classes is None:
-            raise BadInput(f"--train_dir: not given beside {argument}; use one, or a checkpoint that is not trained")
+            raise BadInput(
+                f"--train_dir: not given beside {argument}; give it, or only evaluate or predict, without a budget"
+            )
         read = {
             split: read_image_folder(f"--{split}_dir {folder}", folder, split == "test", **download)
             for split, folder in arguments.folders.items()

@@ -247,7 +247,7 @@ def with_label_ids(dataset: Dataset, column: str, labels: Sequence[str], where: 
     }
     if unknown := [value for value, indices in found.items() if not indices]:
         known = listed(labels, ordered=True)
-        raise BadInput(f"{where} has the labels {listed(unknown)}; they must be among those of training, {known}")
+        raise BadInput(f"{where} has the labels {listed(unknown)}; they must be among {known}")
     ids = [found[value][0] for value in values]
     if own_names == list(labels):
         return dataset

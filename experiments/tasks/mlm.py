@@ -332,6 +332,10 @@ def load_mlm_task(
         (TRAIN, trained, arguments.max_train_samples, seed),
         (VALIDATION, evaluated, arguments.max_eval_samples, EVALUATION_SEED),
     ):
+        if not chosen_places and role == TRAIN and train:
+            raise BadInput(
+                f"{source.argument}: has no sentences for '{role}' but duplicates of evaluated ones; use others"
+            )
         if not chosen_places:
             raise BadInput(
                 f"{source.argument}: has no sentences for '{role}'; allowed is text, and not only duplicates of it"

@@ -48,6 +48,8 @@ TEXT_FORMATS = (*TABLE_FORMATS, "txt")
 # The index of a data frame, which pandas stores as a column.
 _INDEX = re.compile(r"__index_level_\d+__")
 _UNNAMED = "__unnamed_{}__"
+# Names of splits that `datasets` knows in lower case only; files of any other name are its training split.
+_HELD_OUT = re.compile(r"(?i)(.*[-._ 0-9/])?(val|valid|validation|dev|eval|evaluation|test|testing)([-._ 0-9/].*)?")
 _TEXT_NAMES = (
     "sentence", "sentences", "sentence1", "text", "texts", "content", "body", "review", "reviewtext", "reviewbody",
     "tweet", "tweettext", "comment", "commenttext", "message", "post", "utterance", "document", "article",
@@ -93,6 +95,12 @@ def read_dataset(
         builder = load_dataset_builder(dataset, config, **download)
         files = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
         endings = {ending(file) for paths in files.values() for file in paths}
+        of_images = builder.name == "imagefolder"
+        if is_local and list(files) == ["train"] and "data_files" not in download:
+            _check_split_names(argument, Path(dataset), files["train"], of_images)
+        for file in (file for paths in files.values() for file in paths if is_local and of_images):
+            if Path(file).name == "metadata.csv":
+                _check_metadata(f"{argument}: metadata.csv", file)
         if is_local and builder.name in ("csv", "json") and endings <= {"csv", "tsv", "json", "jsonl"}:
             return _read_files(argument, files, builder.info.features, anew, texts, **download)
         if is_local and builder.name == "csv":
@@ -141,6 +149,9 @@ def read_file(argument: str, path: str, anew: bool, texts: Collection[str] = (),
     """
     kind, options = _READERS[ending(path)], dict(download)
     table = _check_table(argument, path) if kind == "csv" else None
+    if kind in ("json", "text"):
+        with naming(argument, OSError):
+            _check_text(argument, path)
     if table is not None:
         columns = Features({name: Value("string") for name in table.names})
         options |= _ONLY_EMPTY_IS_MISSING
@@ -223,16 +234,53 @@ def _check_table(argument: str, path: str) -> _Table:
     except OSError as error:
         raise BadInput(f"{argument}: {one_line(error)}") from error
     except UnicodeDecodeError as error:
-        raise BadInput(f"{argument}: {error}; save it as UTF-8 (in Excel: CSV UTF-8)") from error
+        raise _not_utf8(argument, error) from error
     except csv.Error as error:
         raise BadInput(
             f"{argument}: line {lines.line_num}: {error}; put a field with a quotation mark in quotation marks, and "
             "double those inside"
         ) from error
-    if header and rows == empty:
+    if rows == empty:
         raise BadInput(f"{argument}: has no example below its header; there must be one or more")
     names = [name or _UNNAMED.format(place) for place, name in enumerate(header)]
     return _Table(separator, names, rows, empty)
+
+
+def _check_text(argument: str, path: str) -> None:
+    """Check that a file is UTF-8 and not empty; pyarrow reads other text and fails where it is used."""
+    try:
+        with Path(path).open(encoding="utf-8-sig") as file:
+            if not sum(bool(part.strip()) for part in iter(partial(file.read, 2**20), "")):
+                raise BadInput(f"{argument}: is empty; there must be one example or more")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(argument, error) from error
+
+
+def _not_utf8(argument: str, error: UnicodeDecodeError) -> BadInput:
+    return BadInput(f"{argument}: {error}; save it as UTF-8 (in Excel: CSV UTF-8)")
+
+
+def _check_split_names(argument: str, folder: Path, files: Iterable[str], of_images: bool) -> None:
+    """Refuse files that would be trained on, and whose names say that they are held out: Test.csv, Testing/cat/1.png.
+
+    Above an image is the folder of its class, whatever that is called.
+    """
+    for file in sorted(files):
+        relative = Path(os.path.relpath(file, folder.absolute()))
+        if _HELD_OUT.fullmatch(str(relative.parent.parent if of_images else relative.with_suffix(""))):
+            raise BadInput(
+                f"{argument}: {relative} would be read as a part of split 'train'; name files and folders in lower "
+                "case by their splits, train, validation and test"
+            )
+
+
+def _check_metadata(argument: str, path: str) -> None:
+    """Check that a metadata.csv is one that `datasets` can read."""
+    table = _check_table(argument, path)
+    if table.separator != ",":
+        raise BadInput(f"{argument}: has {table.separator!r} between its columns; it must be ','")
+    if not any(re.fullmatch(r"(.*_)?file_names?", name) for name in table.names):
+        raise BadInput(f"{argument}: has no column 'file_name', only {', '.join(map(repr, table.names))}; add it")
 
 
 def _known_names(header: str, separator: str) -> tuple[int, bool]:

@@ -232,7 +232,7 @@ def test_where_nothing_is_evaluated_there_need_not_be_anything(tmp_path):
         (GOOD | {"text": ["a", None, "b"]}, GOOD, "split 'train': column 'text' has no value"),
         (GOOD, GOOD | {"text": ["a", "b", None]}, "split 'validation': column 'text' has no value"),
         (GOOD, GOOD | {"text": [["a"], ["b"], ["c"]]}, "split 'validation': column 'text' holds List"),
-        (GOOD, GOOD | {"label": [True, False, True]}, "labels 'False', 'True'; they must be among those of training"),
+        (GOOD, GOOD | {"label": [True, False, True]}, "labels 'False', 'True'; they must be among 'x', 'y'"),
     ],
 )
 def test_what_is_missing_or_of_another_kind_is_refused(tmp_path, train, validation, says):
@@ -398,6 +398,27 @@ def test_what_was_read_of_numbers(tmp_path):
 def test_labels_of_what_is_only_predicted_do_not_matter(tmp_path, labels):
     task = own(tmp_path, GOOD, validation=GOOD, test={"text": WORDS, "label": labels}, predict=True)
     assert task.prediction[""].column_names == ["text"]
+
+
+@pytest.mark.parametrize("content", ["so good\nso bad\n", "1;so good\n2;so bad\n"])
+def test_a_first_line_that_may_be_an_example_is_not_taken_for_a_header(tmp_path, content):
+    path = tmp_path / "test.csv"
+    path.write_text(content)
+
+    def load(**named: str) -> GlueTask:
+        arguments = GlueDataArguments(test_file=str(path), **named)
+        return load_glue_task(arguments, True, seed=0, evaluate=False, classes=["bad", "good"])
+
+    with pytest.raises(BadInput, match="its first line may be an example, .*'so good'; put a line with the names"):
+        load()
+    assert len(load(sentence1_column="so good").prediction[""]) == 1
+
+
+def test_a_message_names_the_file_that_is_wrong(tmp_path):
+    with pytest.raises(BadInput, match=r"^--validation_file .*validation.jsonl: split 'validation' has the labels 'z'"):
+        own(tmp_path, GOOD, validation=GOOD | {"label": ["x", "y", "z"]})
+    with pytest.raises(BadInput, match="has no column 'label', only 'target', 'text'; give the column"):
+        own(tmp_path, {"text": WORDS, "target": WORDS}, validation=GOOD)
 
 
 @pytest.mark.parametrize(("classes", "kind"), [(["bad", "good"], "classification"), ([], "regression")])

@@ -104,7 +104,7 @@ def test_images_elsewhere_are_named(tmp_path, names):
     for name in names:
         save(tmp_path / name)
     for unlabelled in (False, True):
-        with pytest.raises(BadInput, match="--train_dir .* put images into one folder for each class"):
+        with pytest.raises(BadInput, match="--train_dir .* put (images|JPEG or PNG files) into "):
             read_image_folder(f"--train_dir {tmp_path}", str(tmp_path), unlabelled)
 
 
@@ -114,3 +114,24 @@ def test_a_link_to_nothing_is_an_image_that_cannot_be_read(tmp_path):
     (tmp_path / "dog" / "1.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(BadInput, match="image .*dog/1.png: .*No such file"):
         read_image(read_image_folder("--train_dir", str(tmp_path))[0][1]["image"], "1")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("file_name;label\n1.png;cat\n", "metadata.csv: has ';' between its columns; it must be ','"),
+        ("filename,label\n1.png,cat\n", "metadata.csv: has no column 'file_name', only 'filename', 'label'"),
+        ("file_name,label\n1.png,k\xe4se\n", "metadata.csv: .*save it as UTF-8"),
+    ],
+)
+def test_a_metadata_file_that_is_none(tmp_path, content, says):
+    save(tmp_path / "1.png")
+    (tmp_path / "metadata.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(BadInput, match=f"^--test_dir x: {says}"):
+        read_image_folder("--test_dir x", str(tmp_path))
+
+
+def test_a_flat_folder_without_readable_images_needs_other_files_and_no_folders(tmp_path):
+    write(tmp_path / "1.heic")
+    with pytest.raises(BadInput, match=r"no image that can be read \(1 .heic\); put JPEG or PNG files into it$"):
+        read_image_folder("--test_dir x", str(tmp_path), unlabelled=True)

@@ -63,6 +63,7 @@ def test_validation_before_test(tmp_path, splits, evaluated):
 def test_a_share_of_the_training_images_where_there_is_nothing_else(tmp_path):
     task = load(dataset_name=str(write_images(tmp_path, {"train": 20})), train_val_split=0.25)
     assert (len(task.train), len(task.evaluation[""])) == (15, 5)
+    assert task.read[1] == "train: 15 examples, evaluated (held out of train): 5 examples"
 
 
 def test_folders_of_images(tmp_path):
@@ -88,7 +89,7 @@ def test_a_validation_folder_of_fewer_classes_goes_by_name(tmp_path):
     task = load(train_dir=str(train), validation_dir=str(validation))
     assert {task.labels[label] for label in task.evaluation[""]["label"]} == {"dark", "middle"}
     (validation / "dark").rename(validation / "black")
-    with pytest.raises(BadInput, match="has the labels 'black'; they must be among those of training"):
+    with pytest.raises(BadInput, match="has the labels 'black'; they must be among 'bright', 'dark'"):
         load(train_dir=str(train), validation_dir=str(validation))
 
 
@@ -185,3 +186,18 @@ def test_accuracy_and_its_standard_error(tmp_path):
     logits = np.eye(3)[[0, 1, 2, 0]]
     metrics = sight.metrics(EvalPrediction(predictions=logits, label_ids=np.array([0, 1, 2, 1])))
     assert metrics == {"accuracy": 0.75, "accuracy_stderr": pytest.approx((0.75 * 0.25 / 4) ** 0.5)}
+
+
+def test_folders_of_splits_in_capitals_are_not_trained_on_together(tmp_path):
+    for split in ("Training", "Testing"):
+        write_image_folders(tmp_path / split, 2)
+    with pytest.raises(
+        BadInput, match=r"^--dataset_name .*: Testing/bright/0.png would be read as a part of .*'train'"
+    ):
+        load(dataset_name=str(tmp_path))
+
+
+def test_a_class_may_be_called_test(tmp_path):
+    for name in ("Test", "Control"):
+        shutil.copytree(write_image_folders(tmp_path / f"of {name}", 4) / "dark", tmp_path / "images" / name)
+    assert load(dataset_name=str(tmp_path / "images"), train_val_split=0.5).labels == ["Control", "Test"]

@@ -72,7 +72,7 @@ def test_a_changed_folder_with_a_card_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.csv", "", "No columns"),
+        ("a.csv", "", "no example below its header"),
         ("a.csv", "text,label\na,b,c\nd,e,f\n", "more fields than its header"),
         ("a.csv", "text,label\na,b\nd,e,f\n", "line 3"),
         ("a.csv", "text,text,label\na,b,c\n", "'text' twice"),
@@ -84,7 +84,12 @@ def test_a_changed_folder_with_a_card_is_read_again(tmp_path):
         ("a.csv", "text,label\n,\n", "no example below its header"),
         ("a.csv", 'text,label\n"never closed,x\na,b\n', "unexpected end of data"),
         ("a.tsv", 'text\tlabel\n"a\tx\nb"\ty\n', "quotation mark"),
-        ("a.json", "", "a.json"),
+        ("a.json", "", "is empty"),
+        ("a.jsonl", "\n", "is empty"),
+        ("a.txt", "", "is empty"),
+        ("a.jsonl", '{"text": "ä"}'.encode("latin-1"), "save it as UTF-8"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "save it as UTF-8"),
+        ("a.txt", "ä".encode("latin-1"), "save it as UTF-8"),
         ("a.json", '[{"text": "a"', "a.json"),
         ("a.jsonl", '{"text": "a", "text": "b"}\n', "twice"),
         ("a.parquet", b"", "0 bytes"),
@@ -177,4 +182,16 @@ def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
 def test_packed_files_in_a_folder_are_refused(tmp_path):
     (tmp_path / "train.csv.gz").write_bytes(gzip.compress(b"text,label\na,01\n"))
     with pytest.raises(BadInput, match="^--dataset_name x: holds gz files; unpack them"):
+        read_dataset("--dataset_name x", str(tmp_path), None, anew=False)
+
+
+@pytest.mark.parametrize("names", [("Train.csv", "Test.csv"), ("reviews_train.csv", "reviews_Validation.csv")])
+def test_held_out_files_are_not_trained_on_because_of_capitals(tmp_path, names):
+    """`datasets` knows splits in lower case, and takes all other files for training."""
+    for name in names:
+        table(tmp_path / name)
+    if "train" in names[0]:
+        assert read_dataset("--dataset_name x", str(tmp_path), None, anew=False)["train"].to_list() == ROWS
+        return
+    with pytest.raises(BadInput, match=r"^--dataset_name x: Test.csv would be read as a part of split 'train'; name"):
         read_dataset("--dataset_name x", str(tmp_path), None, anew=False)
