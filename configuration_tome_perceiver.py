@@ -6,6 +6,8 @@ Letters: L self-attention layers (``num_blocks * num_self_attends_per_block``), 
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -30,7 +32,16 @@ MERGING_FIELDS = (
     "merge_metric",
     "merge_groups",
     "latent_groups",
+    "merge_frontier",
 )
+
+# Fields that a row of a frontier may set, and how many rows it may have: a config is read from the internet.
+FRONTIER_SETTINGS = {"r", "merge_method", "merge_metric", "merge_groups", "latent_groups", "num_blocks"}
+MOST_ROWS = 100
+FRONTIER_CONTENTS = {"num_blocks": int, "input_shape": list, "searched": int, "held_out": int, "weights": list}
+FRONTIER_WHO = {"samples", "groups", "worst_tenth"}
+# What every row of a frontier has beside its merging settings.
+FRONTIER_FIGURES = ("flops_ratio", "divergence", "changed", "changed_bound")
 
 # Upstream's fields that the shape of a Perceiver is made of.
 SHAPE_FIELDS = (
@@ -51,7 +62,7 @@ SHAPE_FIELDS = (
 class ToMePerceiverConfig(PerceiverConfig):
     r"""Upstream's `PerceiverConfig` with the merging settings of Bolya et al. (2023), "Token Merging".
 
-    Modifications: eight fields, their validation and that of the shape, and what they mean for each layer. Every field
+    Modifications: nine fields, their validation and that of the shape, and what they mean for each layer. Every field
     of [`~transformers.PerceiverConfig`] keeps its name and its default.
 
     Args:
@@ -79,6 +90,9 @@ class ToMePerceiverConfig(PerceiverConfig):
             The group (0, 1, ..., M - 1) that each of the N learned latents joins before they read the inputs, so that
             M latents reach the first layer. The parameters stay N. Together with `r` or `merge_groups`, which merge
             what is left.
+        merge_frontier (`dict`, *optional*):
+            The frontier that `model.calibrate` measured: `rows` from mild to strong, each with its `merging` settings
+            and figures, and what they were measured on. `model.merge_to` chooses among them.
 
     Raises:
         ValueError: for a value out of its range, in one line naming the field, the value and what is allowed.
@@ -94,6 +108,7 @@ class ToMePerceiverConfig(PerceiverConfig):
     merge_metric: str = "key"
     merge_groups: list[list[int] | None] | None = None
     latent_groups: list[int] | None = None
+    merge_frontier: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_misspelt(kwargs)
@@ -246,6 +261,58 @@ class ToMePerceiverConfig(PerceiverConfig):
             self._check_groups("latent_groups", self.latent_groups, self.num_latents)
         if self.merge_groups is not None:
             self._check_merge_groups()
+        if self.merge_frontier is not None:
+            self._check_frontier()
+
+    def _check_frontier(self) -> None:
+        frontier = self.merge_frontier if isinstance(self.merge_frontier, dict) else {}
+        rows = frontier.get("rows")
+        if not isinstance(rows, list) or not 1 <= len(rows) <= MOST_ROWS:
+            raise ValueError(f"merge_frontier: must be a dict with 1 to {MOST_ROWS} rows, as model.calibrate leaves it")
+        for number, row in enumerate(rows):
+            merging = row.get("merging") if isinstance(row, dict) else None
+            if not isinstance(merging, dict) or not set(merging) <= FRONTIER_SETTINGS:
+                raise ValueError(f"merge_frontier: row {number} must have merging settings of this config")
+            if not all(_is_figure(row.get(name)) for name in FRONTIER_FIGURES) or row.get("flops_ratio") is None:
+                raise ValueError(f"merge_frontier: row {number} must have a number for {', '.join(FRONTIER_FIGURES)}")
+            who = row.get("who", {})
+            if not isinstance(who, dict) or (row.get("changed") is not None and set(who) != FRONTIER_WHO):
+                raise ValueError(f"merge_frontier: row {number} must have who, with {', '.join(sorted(FRONTIER_WHO))}")
+            try:
+                self.merged_as(row).check_merging()
+            except ValueError as error:
+                raise ValueError(f"merge_frontier: row {number}: {error}") from error
+        for name, kind in FRONTIER_CONTENTS.items():
+            if not isinstance(frontier.get(name), kind):
+                raise ValueError(
+                    f"merge_frontier: {name} must be of type {kind.__name__}, as model.calibrate leaves it"
+                )
+
+    def merged_as(self, row: dict[str, Any]) -> ToMePerceiverConfig:
+        """Return a copy of this config that merges as a row of its frontier does, and has no frontier."""
+        asked = copy.copy(self)
+        unset = {"r": 0, "r_inflection": 0.0, "merge_groups": None, "latent_groups": None, "merge_frontier": None}
+        for name, value in (unset | row["merging"]).items():
+            setattr(asked, name, value)
+        return asked
+
+    def frontier_row(self, flops_ratio: float) -> dict[str, Any]:
+        """Return the row of the frontier that changes the outputs least within a share of the FLOPs.
+
+        Raises:
+            ValueError: for a share that is no number above 0 up to 1 or below the frontier's least, or no frontier.
+        """
+        check_share("flops_ratio", flops_ratio)
+        if self.merge_frontier is None:
+            raise ValueError(
+                f"flops_ratio={flops_ratio}: the model has no frontier; call model.calibrate(samples) first"
+            )
+        rows = self.merge_frontier["rows"]
+        within = [row for row in rows if row["flops_ratio"] <= flops_ratio]
+        if not within:
+            least = min(row["flops_ratio"] for row in rows)
+            raise ValueError(f"flops_ratio={flops_ratio} is out of reach: the frontier reaches {least:.3f} at best")
+        return min(within, key=lambda row: (row["divergence"] or 0.0, -row["flops_ratio"]))
 
     def check_settings(self) -> None:
         """Check the merging fields that every layer follows, whatever its r.
@@ -387,6 +454,20 @@ def _check_as_written(config_dict: dict[str, Any]) -> None:
     indices = list(map(str, (config_dict.get("label2id") or {}).values()))
     if twice := {index for index in indices if indices.count(index) > 1}:
         raise ValueError(f"label2id: has two names for the output {min(twice)}; allowed is one name for each")
+
+
+def check_share(name: str, value: object) -> None:
+    """Check that an argument is a number above 0, up to 1.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{name}={value!r}: must be a number above 0, up to 1")
+
+
+def _is_figure(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf)
 
 
 def _is_integer(value: object) -> bool:

@@ -1,49 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLOPs of a forward pass in closed form, from a config and the shape of the inputs; no model is built.
+"""Merging settings of a model, and their cost: FLOPs in closed form, schedules that meet a share of them, time.
 
-Counted are matrix products and convolutions, 2 FLOPs for each multiply-add, as `torch.utils.flop_counter` counts them;
-norms, activations, softmax, embeddings, sorting and the merge itself are not products and count nothing. Channel
-counts follow the constructors of `transformers.models.perceiver.modeling_perceiver` (Jaegle et al., 2022).
+No model is built to count. Matrix products and convolutions count, 2 FLOPs for each multiply-add, as in
+`torch.utils.flop_counter`; norms, activations, softmax, embeddings, sorting and the merge itself do not. Channel counts
+follow the constructors of `transformers.models.perceiver.modeling_perceiver` (Jaegle et al., 2022).
 
 Letters: B batch, S inputs of the encoder, L self-attention layers, N latents that reach a layer, M latents that leave
 it, Q decoder queries, T frames, A audio samples, K labels. All figures but those of `ForwardCost` are for one row.
 """
 
+# mypy: disable-error-code="import-not-found"
+
 from __future__ import annotations
 
+import copy
+import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 # As in the module of the layers, which says why.
 try:
-    from .configuration_tome_perceiver import ToMePerceiverConfig  # type: ignore[import-not-found]
-    from .merging_tome_perceiver import matching_flops, product_flops  # type: ignore[import-not-found]
+    from .configuration_tome_perceiver import ToMePerceiverConfig
+    from .merging_tome_perceiver import check_merge_method, matching_flops, product_flops
 except ImportError:
     if __package__:
         raise
     from configuration_tome_perceiver import ToMePerceiverConfig
-    from merging_tome_perceiver import matching_flops, product_flops
+    from merging_tome_perceiver import check_merge_method, matching_flops, product_flops
 
-RGB_CHANNELS = 3
-# Perceiver IO's image models (upstream's constructors of the heads).
-LEARNED_IMAGE_CHANNELS = LEARNED_POSITION_CHANNELS = 256
-CONV_CHANNELS, CONV_KERNEL, CONV_STRIDE = 64, 7, 2
-POOL_KERNEL, POOL_STRIDE = 3, 2
-IMAGE_BANDS = 64
-# Masked language model.
-MASKED_LM_QK_CHANNELS = 8 * 32
-# Optical flow: 3 x 3 patches of two RGB frames.
-FLOW_PATCH_CHANNELS, FLOW_INPUT_CHANNELS, FLOW_OUTPUT_CHANNELS = 54, 64, 2
-# Multimodal autoencoding.
-VIDEO_BANDS, VIDEO_BLOCK, AUDIO_BANDS = 32, 4, 192
-INPUT_PADDING, QUERY_PADDING = 4, 2
+MULTIMODAL = "PerceiverForMultimodalAutoencoding"
+ARCHITECTURES = (
+    "PerceiverModel",
+    "PerceiverForSequenceClassification",
+    "PerceiverForMaskedLM",
+    "PerceiverForImageClassificationLearned",
+    "PerceiverForImageClassificationFourier",
+    "PerceiverForImageClassificationConvProcessing",
+    "PerceiverForOpticalFlow",
+    MULTIMODAL,
+)
+# Widths that upstream's constructors set, as are the numbers of the functions below: the queries and keys of the masked
+# language model's decoder, and the Fourier positions of images (`_fourier_channels` of 64 bands, 2 dimensions).
+RGB_CHANNELS, MASKED_LM_QK_CHANNELS, IMAGE_POSITIONS = 3, 8 * 32, 2 * (2 * 64 + 1)
+
+InputShape = Sequence[int] | Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -85,14 +94,14 @@ class ForwardCost:
 
 def forward_cost(
     config: ToMePerceiverConfig,
-    input_shape: Sequence[int] | Mapping[str, Sequence[int]],
+    input_shape: InputShape,
     architecture: str | None = None,
     output_points: Mapping[str, int] | None = None,
 ) -> ForwardCost:
     """FLOPs of one forward pass.
 
     Args:
-        config: a model's, with its merging settings; `merge_schedule` says how many latents reach each layer.
+        config: a model's, with its merging settings.
         input_shape: of the model's `inputs`: text (B, S), images (B, 3, height, width), optical flow
             (B, 2, 27, height, width), base model (B, S, d_model); for multimodal autoencoding by modality: `"audio"`
             (B, A, 1), `"image"` (B, T, 3, height, width) and `"label"` (B, K).
@@ -104,229 +113,168 @@ def forward_cost(
         ValueError: for an architecture, an input shape or a merging method that is not known here, in one line naming
             the value and what is allowed.
     """
-    name = _architecture_name(config, architecture)
-    if name == MULTIMODAL:
-        batch, ends = _multimodal_ends(config, input_shape, output_points)
-    else:
-        if isinstance(input_shape, Mapping):
-            raise ValueError(f"input_shape: shapes by modality are for {MULTIMODAL} only, not for {name}")
-        batch, ends = _ENDS[name](config, input_shape)
-
+    ends = _ends(config, input_shape, architecture, output_points)
     reaching = [config.latents_at_start, *config.latents_per_layer]
     layers = list(pairwise(reaching))
-    cross_attention = cross_attention_layer_flops(
-        config,
-        queries=reaching[0],
-        keys=ends.inputs,
-        query_channels=config.d_latents,
-        key_channels=ends.input_channels,
-        qk_channels=config.qk_channels,
-        v_channels=config.v_channels,
-        widening_factor=config.cross_attention_widening_factor,
-    )
-    decoder = 0 if ends.decoder is None else decoder_flops(config, ends.decoder, keys=reaching[-1])
+    method = None if config.merge_groups is not None else config.merge_method
     return ForwardCost(
-        preprocessing=batch * ends.preprocessing,
-        cross_attention=batch * cross_attention,
-        self_attention=tuple(batch * self_attention_layer_flops(config, before, after) for before, after in layers),
-        matching=tuple(batch * layer_matching_flops(config, before, after) for before, after in layers),
-        decoder=batch * decoder,
+        preprocessing=ends.batch * ends.preprocessing,
+        cross_attention=ends.batch * _encoder_flops(config, ends, reaching[0]),
+        self_attention=tuple(ends.batch * self_attention_layer_flops(config, *layer) for layer in layers),
+        matching=tuple(ends.batch * _matching_flops(config, *layer, method, config.merge_metric) for layer in layers),
+        decoder=ends.batch * _decoder_flops(config, ends, reaching[-1]),
     )
 
 
-def convolution_flops(positions: int, kernel_size: int, in_channels: int, out_channels: int) -> int:
-    """A convolution with a square kernel: at each output position a product with the whole kernel."""
-    return product_flops(positions, kernel_size**2 * in_channels, out_channels)
+class Queries(NamedTuple):
+    """Queries of a cross-attention layer; `None` for upstream's default width."""
 
-
-def attention_flops(
-    queries: int, keys: int, query_channels: int, key_channels: int, qk_channels: int, v_channels: int
-) -> int:
-    """Multi-head attention with its output projection. Heads divide the channels and so leave the count as it is."""
-    projections = (
-        product_flops(queries, query_channels, qk_channels)
-        + product_flops(keys, key_channels, qk_channels)
-        + product_flops(keys, key_channels, v_channels)
-    )
-    scores = product_flops(queries, qk_channels, keys)
-    weighted_values = product_flops(queries, keys, v_channels)
-    return projections + scores + weighted_values + product_flops(queries, v_channels, query_channels)
-
-
-def mlp_flops(rows: int, channels: int, widening_factor: int) -> int:
-    """The two linear layers after attention."""
-    hidden = widening_factor * channels
-    return product_flops(rows, channels, hidden) + product_flops(rows, hidden, channels)
-
-
-def self_attention_layer_flops(config: ToMePerceiverConfig, before: int, after: int) -> int:
-    """A layer that N = `before` latents reach and M = `after` leave: they merge between attention and the MLP."""
-    channels = config.d_latents
-    qk_channels, v_channels = _attention_channels(config.qk_channels, config.v_channels, channels)
-    attention = attention_flops(before, before, channels, channels, qk_channels, v_channels)
-    return attention + mlp_flops(after, channels, config.self_attention_widening_factor)
-
-
-def cross_attention_layer_flops(
-    config: ToMePerceiverConfig,
-    queries: int,
-    keys: int,
-    query_channels: int,
-    key_channels: int,
-    qk_channels: int | None,
-    v_channels: int | None,
-    widening_factor: int,
-) -> int:
-    """A layer whose queries attend to something else, in the encoder or in a decoder."""
-    # Upstream lets the config choose the default width only where nothing else does.
-    like_keys = config.cross_attention_shape_for_attention == "kv"
-    qk_channels, v_channels = _attention_channels(
-        qk_channels, v_channels, default=key_channels if like_keys else query_channels
-    )
-    attention = attention_flops(queries, keys, query_channels, key_channels, qk_channels, v_channels)
-    return attention + mlp_flops(queries, query_channels, widening_factor)
-
-
-def layer_matching_flops(config: ToMePerceiverConfig, before: int, after: int) -> int:
-    """What a layer spends on finding what merges.
-
-    Raises:
-        ValueError: if the FLOPs of `config.merge_method` are not known.
-    """
-    if before == after or config.merge_groups is not None:
-        return 0
-    return matching_flops(config.merge_method, before, metric_channels(config))
-
-
-def metric_channels(config: ToMePerceiverConfig) -> int:
-    """Channels of what the matching compares: of one head's keys or values, or of a latent."""
-    qk_channels, v_channels = _attention_channels(config.qk_channels, config.v_channels, config.d_latents)
-    heads = config.num_self_attention_heads
-    return {"key": qk_channels // heads, "value": v_channels // heads, "hidden": config.d_latents}[config.merge_metric]
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A decoder's cross-attention layer.
-
-    Attributes:
-        queries, query_channels: Q and their width.
-        after: FLOPs of what follows the layer.
-        qk_channels, v_channels: as upstream's constructor takes them.
-    """
-
-    queries: int
-    query_channels: int
-    after: int
+    number: int
+    channels: int
     qk_channels: int | None = None
     v_channels: int | None = None
 
 
-@dataclass(frozen=True)
-class Ends:
-    """What an architecture has before and after the latents, for one row of the batch.
+class Ends(NamedTuple):
+    """What an architecture has before and after the latents: B, S inputs as wide as the encoder sees them, FLOPs before
+    the encoder, the decoder's queries (`None` without a decoder), and FLOPs after the decoder's layer."""
 
-    Attributes:
-        inputs, input_channels: S and their width, as the encoder sees them.
-        preprocessing: FLOPs before the encoder.
-        decoder: `None` if there is none.
-    """
-
+    batch: int
     inputs: int
     input_channels: int
     preprocessing: int = 0
-    decoder: Decoder | None = None
+    decoder: Queries | None = None
+    after: int = 0
 
 
-def decoder_flops(config: ToMePerceiverConfig, decoder: Decoder, keys: int) -> int:
-    """A decoder that attends to `keys` latents, and what follows it."""
-    layer = cross_attention_layer_flops(
-        config,
-        queries=decoder.queries,
-        keys=keys,
-        query_channels=decoder.query_channels,
-        key_channels=config.d_latents,
-        qk_channels=decoder.qk_channels,
-        v_channels=decoder.v_channels,
-        widening_factor=1,
-    )
-    return layer + decoder.after
+def self_attention_layer_flops(config: ToMePerceiverConfig, before: int, after: int) -> int:
+    """A layer that N = `before` latents reach and M = `after` leave: they merge between attention and the MLP."""
+    channels, widths = config.d_latents, _attention_channels(config.qk_channels, config.v_channels, config.d_latents)
+    attention = _attention_flops(before, before, channels, channels, *widths)
+    return attention + _mlp_flops(after, channels, config.self_attention_widening_factor)
 
 
-def _base_ends(config: ToMePerceiverConfig, shape: Sequence[int]) -> tuple[int, Ends]:
-    batch, inputs, _ = _sizes(shape, "B", "S", config.d_model)
-    return batch, Ends(inputs, config.d_model)
+def _encoder_flops(config: ToMePerceiverConfig, ends: Ends, latents: int) -> int:
+    queries = Queries(latents, config.d_latents, config.qk_channels, config.v_channels)
+    widening_factor = config.cross_attention_widening_factor
+    return _cross_attention_flops(config, queries, ends.inputs, ends.input_channels, widening_factor)
 
 
-def _sequence_classification_ends(config: ToMePerceiverConfig, shape: Sequence[int]) -> tuple[int, Ends]:
+def _decoder_flops(config: ToMePerceiverConfig, ends: Ends, latents: int) -> int:
+    """The decoder and what follows it."""
+    if ends.decoder is None:
+        return 0
+    return _cross_attention_flops(config, ends.decoder, latents, config.d_latents, 1) + ends.after
+
+
+def _cross_attention_flops(
+    config: ToMePerceiverConfig, queries: Queries, keys: int, key_channels: int, widening_factor: int
+) -> int:
+    """A layer whose queries attend to something else, in the encoder or in a decoder."""
+    # Upstream lets the config choose the default width only where nothing else does.
+    default = key_channels if config.cross_attention_shape_for_attention == "kv" else queries.channels
+    widths = _attention_channels(queries.qk_channels, queries.v_channels, default)
+    attention = _attention_flops(queries.number, keys, queries.channels, key_channels, *widths)
+    return attention + _mlp_flops(queries.number, queries.channels, widening_factor)
+
+
+def _attention_flops(
+    queries: int, keys: int, query_channels: int, key_channels: int, qk_channels: int, v_channels: int
+) -> int:
+    """Multi-head attention with its output projection. Heads divide the channels and so leave the count as it is."""
+    projections = product_flops(queries, query_channels, qk_channels)
+    projections += product_flops(keys, key_channels, qk_channels + v_channels)
+    scores, weighted_values = product_flops(queries, qk_channels, keys), product_flops(queries, keys, v_channels)
+    return projections + scores + weighted_values + product_flops(queries, v_channels, query_channels)
+
+
+def _mlp_flops(rows: int, channels: int, widening_factor: int) -> int:
+    return 2 * product_flops(rows, channels, widening_factor * channels)
+
+
+def _matching_flops(config: ToMePerceiverConfig, before: int, after: int, method: str | None, metric: str) -> int:
+    """The matching of one layer; 0 where nothing merges, or for fixed groups (`None` as the method)."""
+    if method is None or before == after:
+        return 0
+    qk_channels, v_channels = _attention_channels(config.qk_channels, config.v_channels, config.d_latents)
+    heads = config.num_self_attention_heads
+    # The keys or values of one head, or the latents.
+    channels = {"key": qk_channels // heads, "value": v_channels // heads, "hidden": config.d_latents}
+    return matching_flops(method, before, channels[metric])
+
+
+def _attention_channels(qk_channels: int | None, v_channels: int | None, default: int) -> tuple[int, int]:
+    """Upstream's defaults: keys are as wide as told or as `default`, values as told or as the keys."""
+    qk_channels = default if qk_channels is None else qk_channels
+    return qk_channels, qk_channels if v_channels is None else v_channels
+
+
+def _ends(
+    config: ToMePerceiverConfig, shape: InputShape, architecture: str | None, points: Mapping[str, int] | None = None
+) -> Ends:
+    if architecture is None:
+        if not config.architectures:
+            raise ValueError("architecture = None: config.architectures names none either; give a model class's name")
+        architecture = config.architectures[0]
+    # Our classes are called as the stock ones, with a prefix.
+    name = architecture.removeprefix("ToMe")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture = {architecture!r}: allowed are {', '.join(ARCHITECTURES)}")
+    if name == MULTIMODAL:
+        return _multimodal_ends(config, shape, points)
+    if isinstance(shape, Mapping):
+        raise ValueError(f"input_shape: shapes by modality are for {MULTIMODAL} only, not for {name}")
+    if name == "PerceiverForOpticalFlow":
+        return _optical_flow_ends(shape)
+    ends = _image_ends(name, shape) if "Image" in name else _text_ends(config, name, shape)
+    if "Classification" in name:
+        # One query, projected to the labels.
+        after = product_flops(1, config.d_latents, _num_labels(config))
+        return ends._replace(decoder=Queries(1, config.d_latents), after=after)
+    return ends
+
+
+def _text_ends(config: ToMePerceiverConfig, name: str, shape: Sequence[int]) -> Ends:
+    channels = config.d_model
+    if name == "PerceiverModel":
+        batch, inputs, _ = _sizes(shape, "B", "S", channels)
+        return Ends(batch, inputs, channels)
     batch, inputs = _sizes(shape, "B", "S")
-    return batch, Ends(inputs, config.d_model, decoder=_classification_decoder(config))
-
-
-def _masked_lm_ends(config: ToMePerceiverConfig, shape: Sequence[int]) -> tuple[int, Ends]:
-    batch, inputs = _sizes(shape, "B", "S")
+    if name == "PerceiverForSequenceClassification":
+        return Ends(batch, inputs, channels)
     # Every position is decoded, whatever the length of the text.
-    queries = config.max_position_embeddings
-    decoder = Decoder(
-        queries,
-        query_channels=config.d_model,
-        qk_channels=MASKED_LM_QK_CHANNELS,
-        v_channels=config.d_model,
-        after=product_flops(queries, config.d_model, config.vocab_size),
-    )
-    return batch, Ends(inputs, config.d_model, decoder=decoder)
+    queries = Queries(config.max_position_embeddings, channels, MASKED_LM_QK_CHANNELS, channels)
+    after = product_flops(queries.number, channels, config.vocab_size)
+    return Ends(batch, inputs, channels, decoder=queries, after=after)
 
 
-def _learned_ends(config: ToMePerceiverConfig, shape: Sequence[int]) -> tuple[int, Ends]:
+def _image_ends(name: str, shape: Sequence[int]) -> Ends:
     batch, _, height, width = _sizes(shape, "B", RGB_CHANNELS, "height", "width")
-    inputs = height * width
-    return batch, Ends(
-        inputs,
-        LEARNED_IMAGE_CHANNELS + LEARNED_POSITION_CHANNELS,
-        preprocessing=convolution_flops(inputs, 1, RGB_CHANNELS, LEARNED_IMAGE_CHANNELS)
-        + product_flops(inputs, LEARNED_IMAGE_CHANNELS, LEARNED_POSITION_CHANNELS),
-        decoder=_classification_decoder(config),
-    )
+    pixels = height * width
+    if name == "PerceiverForImageClassificationFourier":
+        return Ends(batch, pixels, RGB_CHANNELS + IMAGE_POSITIONS)
+    if name == "PerceiverForImageClassificationLearned":
+        channels, positions = 256, 256
+        preprocessing = product_flops(pixels, RGB_CHANNELS, channels) + product_flops(pixels, channels, positions)
+        return Ends(batch, pixels, channels + positions, preprocessing)
+    # A 7 x 7 convolution, padded so that only its stride of 2 shrinks the image; then 3 x 3 pooling without padding.
+    channels, convolved = 64, [math.ceil(side / 2) for side in (height, width)]
+    pooled = [(side - 3) // 2 + 1 for side in convolved]
+    preprocessing = product_flops(math.prod(convolved), 7**2 * RGB_CHANNELS, channels)
+    return Ends(batch, math.prod(pooled), channels + IMAGE_POSITIONS, preprocessing)
 
 
-def _fourier_ends(config: ToMePerceiverConfig, shape: Sequence[int]) -> tuple[int, Ends]:
-    batch, _, height, width = _sizes(shape, "B", RGB_CHANNELS, "height", "width")
-    channels = RGB_CHANNELS + _fourier_channels(IMAGE_BANDS, dimensions=2)
-    return batch, Ends(height * width, channels, decoder=_classification_decoder(config))
+def _optical_flow_ends(shape: Sequence[int]) -> Ends:
+    # Two RGB frames in patches of 3 x 3 pixels, projected to 64 channels.
+    frames, patch_channels, projected = 2, 9 * RGB_CHANNELS, 64
+    batch, _, _, height, width = _sizes(shape, "B", frames, patch_channels, "height", "width")
+    inputs, channels = height * width, projected + IMAGE_POSITIONS
+    preprocessing = product_flops(inputs, frames * patch_channels, projected)
+    # The encoder's inputs are the decoder's queries; each is projected to the two components of the flow.
+    return Ends(batch, inputs, channels, preprocessing, Queries(inputs, channels), product_flops(inputs, channels, 2))
 
 
-def _conv_ends(config: ToMePerceiverConfig, shape: Sequence[int]) -> tuple[int, Ends]:
-    batch, _, *image = _sizes(shape, "B", RGB_CHANNELS, "height", "width")
-    # The convolution is padded so that only its stride shrinks the image; the pooling is not padded.
-    convolved = [math.ceil(side / CONV_STRIDE) for side in image]
-    pooled = [(side - POOL_KERNEL) // POOL_STRIDE + 1 for side in convolved]
-    return batch, Ends(
-        math.prod(pooled),
-        CONV_CHANNELS + _fourier_channels(IMAGE_BANDS, dimensions=2),
-        preprocessing=convolution_flops(math.prod(convolved), CONV_KERNEL, RGB_CHANNELS, CONV_CHANNELS),
-        decoder=_classification_decoder(config),
-    )
-
-
-def _optical_flow_ends(config: ToMePerceiverConfig, shape: Sequence[int]) -> tuple[int, Ends]:
-    frames = 2
-    batch, _, _, height, width = _sizes(shape, "B", frames, FLOW_PATCH_CHANNELS // frames, "height", "width")
-    inputs = height * width
-    channels = FLOW_INPUT_CHANNELS + _fourier_channels(IMAGE_BANDS, dimensions=2)
-    return batch, Ends(
-        inputs,
-        channels,
-        preprocessing=product_flops(inputs, FLOW_PATCH_CHANNELS, FLOW_INPUT_CHANNELS),
-        # The decoder asks with the encoder's inputs.
-        decoder=Decoder(inputs, channels, after=product_flops(inputs, channels, FLOW_OUTPUT_CHANNELS)),
-    )
-
-
-def _multimodal_ends(
-    config: ToMePerceiverConfig,
-    shapes: Sequence[int] | Mapping[str, Sequence[int]],
-    output_points: Mapping[str, int] | None,
-) -> tuple[int, Ends]:
+def _multimodal_ends(config: ToMePerceiverConfig, shapes: InputShape, output_points: Mapping[str, int] | None) -> Ends:
     if not isinstance(shapes, Mapping) or set(shapes) != {"audio", "image", "label"}:
         raise ValueError(f"input_shape = {shapes!r}: {MULTIMODAL} takes a shape for 'audio', 'image' and 'label'")
     if output_points is None or set(output_points) != {"audio", "image"}:
@@ -335,43 +283,21 @@ def _multimodal_ends(
     _, frames, _, height, width = _sizes(shapes["image"], batch, "T", RGB_CHANNELS, "height", "width")
     _, labels = _sizes(shapes["label"], batch, _num_labels(config))
 
-    audio_positions = _fourier_channels(AUDIO_BANDS, dimensions=1)
-    video_positions = _fourier_channels(VIDEO_BANDS, dimensions=3)
-    input_channels = max(
-        config.samples_per_patch + audio_positions, RGB_CHANNELS * VIDEO_BLOCK**2 + video_positions, labels
-    )
-    inputs = samples // config.samples_per_patch + frames * (height // VIDEO_BLOCK) * (width // VIDEO_BLOCK) + 1
+    # Video comes in blocks of 4 x 4 pixels. Modalities are padded to the widest of them and `padding` channels more.
+    block, input_padding, query_padding = 4, 4, 2
+    audio_positions, video_positions = _fourier_channels(192, dimensions=1), _fourier_channels(32, dimensions=3)
+    patch = config.samples_per_patch
+    input_channels = max(patch + audio_positions, RGB_CHANNELS * block**2 + video_positions, labels) + input_padding
+    inputs = samples // patch + frames * (height // block) * (width // block) + 1
 
     audio, video, label = output_points["audio"], output_points["image"], 1
-    queries = audio + video + label
-    query_channels = QUERY_PADDING + max(audio_positions, video_positions, config._label_trainable_num_channels)
-    outputs = config.output_num_channels
-    after = (
-        product_flops(queries, query_channels, outputs)
-        + product_flops(audio, outputs, config.samples_per_patch)
-        + product_flops(video, outputs, RGB_CHANNELS)
-        + product_flops(label, outputs, labels)
+    query_channels = max(audio_positions, video_positions, config._label_trainable_num_channels) + query_padding
+    queries, outputs = Queries(audio + video + label, query_channels), config.output_num_channels
+    after = product_flops(queries.number, query_channels, outputs) + sum(
+        product_flops(points, outputs, channels)
+        for points, channels in ((audio, patch), (video, RGB_CHANNELS), (label, labels))
     )
-    return batch, Ends(inputs, INPUT_PADDING + input_channels, decoder=Decoder(queries, query_channels, after))
-
-
-MULTIMODAL = "PerceiverForMultimodalAutoencoding"
-
-_ENDS: dict[str, Callable[[ToMePerceiverConfig, Sequence[int]], tuple[int, Ends]]] = {
-    "PerceiverModel": _base_ends,
-    "PerceiverForSequenceClassification": _sequence_classification_ends,
-    "PerceiverForMaskedLM": _masked_lm_ends,
-    "PerceiverForImageClassificationLearned": _learned_ends,
-    "PerceiverForImageClassificationFourier": _fourier_ends,
-    "PerceiverForImageClassificationConvProcessing": _conv_ends,
-    "PerceiverForOpticalFlow": _optical_flow_ends,
-}
-"""For each stock architecture: B and what it has around the latents, from a config and the shape of the inputs."""
-
-
-def _classification_decoder(config: ToMePerceiverConfig) -> Decoder:
-    """One query, projected to the labels."""
-    return Decoder(1, config.d_latents, after=product_flops(1, config.d_latents, _num_labels(config)))
+    return Ends(batch, inputs, input_channels, decoder=queries, after=after)
 
 
 def _num_labels(config: ToMePerceiverConfig) -> int:
@@ -383,30 +309,11 @@ def _fourier_channels(bands: int, dimensions: int) -> int:
     return (2 * bands + 1) * dimensions
 
 
-def _attention_channels(qk_channels: int | None, v_channels: int | None, default: int) -> tuple[int, int]:
-    """Upstream's defaults: keys are as wide as told or as `default`, values as told or as the keys."""
-    qk_channels = default if qk_channels is None else qk_channels
-    return qk_channels, qk_channels if v_channels is None else v_channels
-
-
-def _architecture_name(config: ToMePerceiverConfig, architecture: str | None) -> str:
-    """The stock name of an architecture: ours differ by their prefix alone."""
-    if architecture is None:
-        if not config.architectures:
-            raise ValueError("architecture = None: config.architectures names none either; give a model class's name")
-        architecture = config.architectures[0]
-    name = architecture.removeprefix("ToMe")
-    if name not in (*_ENDS, MULTIMODAL):
-        raise ValueError(f"architecture = {architecture!r}: allowed are {', '.join((*_ENDS, MULTIMODAL))}")
-    return name
-
-
 def _sizes(shape: Sequence[int], *allowed: int | str) -> tuple[int, ...]:
-    """`shape` once it is found to have the sizes that are given as numbers and as many as there are letters."""
-    fits = len(shape) == len(allowed) and all(
-        isinstance(wanted, str) or size == wanted for size, wanted in zip(shape, allowed, strict=True)
-    )
-    if not fits:
+    """Return `shape`, if it has as many sizes as are allowed, and those that are given as numbers."""
+    if len(shape) != len(allowed) or any(
+        isinstance(wanted, int) and size != wanted for size, wanted in zip(shape, allowed, strict=True)
+    ):
         raise ValueError(f"input_shape = {tuple(shape)}: allowed is ({', '.join(map(str, allowed))})")
     return tuple(shape)
 
@@ -424,15 +331,17 @@ def interleaved_seconds(
         rounds: that are counted.
         bar: is updated after each round.
     """
+    # Kernels on a GPU run after the call that starts them.
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds = []
     for round_index in range(rounds + 1):
         taken = [0.0] * len(variants)
         for offset in range(len(variants)):
             index = (round_index + offset) % len(variants)
-            _wait_for_device()
+            wait()
             start = time.perf_counter()
             run(variants[index])
-            _wait_for_device()
+            wait()
             taken[index] = time.perf_counter() - start
         seconds.append(taken)
         if bar is not None:
@@ -440,6 +349,244 @@ def interleaved_seconds(
     return seconds[1:]
 
 
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+@dataclass(frozen=True)
+class Merging:
+    """Merging settings of a model, with the number of weight-shared blocks it runs; each a field of its config."""
+
+    r: int | list[int]
+    r_inflection: float
+    min_latents: int
+    proportional_attention: bool
+    merge_method: str
+    merge_metric: str
+    merge_groups: list[list[int] | None] | None
+    latent_groups: list[int] | None
+    num_blocks: int
+
+    @classmethod
+    def of(cls, config: ToMePerceiverConfig) -> Merging:
+        """Return the settings of a config."""
+        return cls(**{field.name: copy.deepcopy(getattr(config, field.name)) for field in fields(cls)})
+
+    @classmethod
+    def none(cls, config: ToMePerceiverConfig) -> Merging:
+        """Return settings with which nothing merges and all blocks of the config run."""
+        return cls.of(config).by(0)
+
+    def by(self, r: int | list[int], **changed: Any) -> Merging:
+        """Return the same settings with another r, no groups, and other fields where `changed` names them."""
+        return replace(self, **{"r": r, "r_inflection": 0.0, "merge_groups": None, "latent_groups": None} | changed)
+
+    def apply(self, config: ToMePerceiverConfig) -> None:
+        """Set the fields on a config.
+
+        Raises:
+            ValueError: naming the field and its value; the config stays as it was.
+        """
+        before = {field.name: getattr(config, field.name) for field in fields(self)}
+        try:
+            for name, value in asdict(self).items():
+                setattr(config, name, value)
+            config.check_merging()
+            check_merge_method(config.merge_method)
+        except ValueError:
+            for name, value in before.items():
+                setattr(config, name, value)
+            raise
+
+    @contextmanager
+    def applied(self, config: ToMePerceiverConfig) -> Iterator[None]:
+        """Set the fields inside the block, as `apply` does, and restore them after it."""
+        before = Merging.of(config)
+        self.apply(config)
+        try:
+            yield
+        finally:
+            before.apply(config)
+
+    def asked_of(self, config: ToMePerceiverConfig) -> ToMePerceiverConfig:
+        """Return a copy of a config with these settings, which `apply` sets."""
+        asked = copy.copy(config)
+        self.apply(asked)
+        return asked
+
+    def merges(self, config: ToMePerceiverConfig) -> bool:
+        """Return whether a model that runs all blocks of `config` changes with these settings."""
+        latents_left = self.asked_of(config).latents_per_layer[-1]
+        return self.num_blocks != config.num_blocks or latents_left < config.num_latents
+
+    @property
+    def key(self) -> str:
+        """The settings as a string, for files and caches."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Run the block in evaluation mode without gradients, then restore the merging and the mode of each module."""
+    before = Merging.of(model.config)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        before.apply(model.config)
+        for module, mode in modes:
+            module.training = mode
+
+
+class FlopsShare:
+    """FLOPs of the whole forward pass with its matching, as a share of the unmerged model's.
+
+    Args:
+        config: of the unmerged model; its merging settings have no effect.
+        input_shape: as `forward_cost` takes it.
+        architecture: name of the model class.
+    """
+
+    def __init__(self, config: ToMePerceiverConfig, input_shape: InputShape, architecture: str) -> None:
+        self.config, self.input_shape = Merging.none(config).asked_of(config), input_shape
+        ends = _ends(config, input_shape, architecture)
+        # A search asks for few numbers of latents, many times each.
+        self._preprocessing, self._encoder = ends.preprocessing, cache(partial(_encoder_flops, self.config, ends))
+        self._layer = cache(partial(self_attention_layer_flops, self.config))
+        self._decoder = cache(partial(_decoder_flops, self.config, ends))
+        self.unmerged_flops = self._flops([config.num_latents] * (config.num_self_attention_layers + 1), None, "key")
+
+    def __call__(self, merging: Merging) -> float:
+        """Return the share of one setting."""
+        asked, method = (
+            merging.asked_of(self.config),
+            None if merging.merge_groups is not None else merging.merge_method,
+        )
+        return self.of([asked.latents_at_start, *asked.latents_per_layer], method, merging.merge_metric)
+
+    def of(self, reaching: Sequence[int], method: str | None, metric: str) -> float:
+        """Return the share for given numbers of latents.
+
+        Args:
+            reaching: L + 1 numbers: latents that read the inputs, then those left after each layer that runs.
+            method, metric: of matching; `None` as the method for fixed groups, which match nothing.
+
+        Raises:
+            ValueError: if the FLOPs of the method are not known.
+        """
+        return self._flops(reaching, method, metric) / self.unmerged_flops
+
+    def _flops(self, reaching: Sequence[int], method: str | None, metric: str) -> int:
+        layers = sum(
+            self._layer(before, after) + _matching_flops(self.config, before, after, method, metric)
+            for before, after in pairwise(reaching)
+        )
+        return self._preprocessing + self._encoder(reaching[0]) + layers + self._decoder(reaching[-1])
+
+
+def _linear(latents: int, layers: int, strength: float) -> list[float]:
+    """Merge 2r latents in the first layer, falling to none in the last (Bolya et al., 2023, appendix D)."""
+    r = strength * latents / 2
+    falling = [2 * r * (1 - layer / max(layers - 1, 1)) for layer in range(layers)]
+    return [latents - sum(falling[: layer + 1]) for layer in range(layers)]
+
+
+DEFAULT_SCHEDULE = "floor"
+SCHEDULES: dict[str, Callable[[int, int, float], list[float]]] = {
+    # The same number in every layer, as in the source paper.
+    "constant": lambda n, layers, strength: [n - strength * n / 2 * (layer + 1) for layer in range(layers)],
+    "linear": _linear,
+    # As many as possible from the first layer on, down to a number that then stays.
+    "floor": lambda n, layers, strength: [n ** (1 - strength)] * layers,
+    # The same share of the remaining latents in every layer.
+    "geometric": lambda n, layers, strength: [n * (1 - strength / 2) ** (layer + 1) for layer in range(layers)],
+    # The same share at the first layer and after each third of the others: three matchings only.
+    "staged": lambda n, layers, strength: [
+        n * (1 - strength / 2) ** (1 + layer * 3 // layers) for layer in range(layers)
+    ],
+}
+"""From N, L and a strength in [0, 1] to the latents left after each of the L layers, not yet whole numbers."""
+SKIP_BLOCKS = "skip_blocks"
+"""A control: nothing merges, and weight-shared blocks run fewer times."""
+
+
+def latents_left(config: ToMePerceiverConfig, name: str, strength: float) -> Sequence[float]:
+    """Return the latents left after each layer that runs, by a schedule of `SCHEDULES` or `SKIP_BLOCKS`."""
+    if name != SKIP_BLOCKS:
+        return SCHEDULES[name](config.num_latents, config.num_self_attention_layers, strength)
+    num_blocks = max(1, round(config.num_blocks * (1 - strength)))
+    return [config.num_latents] * (num_blocks * config.num_self_attends_per_block)
+
+
+def whole_schedule(latents: int, left_after: Sequence[float], min_latents: int = 1) -> list[int]:
+    """Return the latents to remove in each layer so that about `left_after` are left.
+
+    At least `min_latents` are left, and at least half of what reaches a layer.
+    """
+    removed, left = [], latents
+    for wanted in left_after:
+        removed.append(max(0, min(left - max(min_latents, round(wanted)), left // 2)))
+        left -= removed[-1]
+    return removed
+
+
+def named_family(config: ToMePerceiverConfig, name: str, base: Merging | None = None) -> Callable[[float], Merging]:
+    """Return a schedule of `SCHEDULES` or `SKIP_BLOCKS` as merging settings by their strength in [0, 1].
+
+    At 0 nothing merges, at 1 as much as the schedule allows.
+
+    Args:
+        config: of the model; its own merging has no effect.
+        name: of the schedule.
+        base: the other settings; by default those of the config.
+    """
+    settings = base or Merging.none(config)
+
+    def family(strength: float) -> Merging:
+        left = latents_left(config, name, strength)
+        removed = whole_schedule(config.num_latents, left, settings.min_latents)
+        return settings.by(removed, num_blocks=len(left) // config.num_self_attends_per_block)
+
+    return family
+
+
+def weakest(of_strength: Callable[[float], Any], ratio: float, share: Callable[[Any], float]) -> Any:
+    """Return the weakest member of a family that costs at most `ratio`; `None` if the strongest costs more.
+
+    Args:
+        of_strength: the family by strength in [0, 1]; the cost falls as the strength rises.
+        ratio: share of the unmerged model's cost.
+        share: of a member.
+    """
+    if share(of_strength(0.0)) <= ratio:
+        return of_strength(0.0)
+    if share(of_strength(1.0)) > ratio:
+        return None
+    weak, strong = 0.0, 1.0
+    # Fine enough to tell two numbers of latents apart.
+    for _ in range(20):
+        middle = (weak + strong) / 2
+        weak, strong = (weak, middle) if share(of_strength(middle)) <= ratio else (middle, strong)
+    return of_strength(strong)
+
+
+def scheduled(
+    config: ToMePerceiverConfig, name: str, flops_ratio: float, share: FlopsShare, base: Merging | None = None
+) -> Merging:
+    """Return the weakest member of the schedule called `name` within a share of the FLOPs.
+
+    Args:
+        config, name, base: as for `named_family`.
+        flops_ratio, share: of the unmerged model's FLOPs.
+
+    Raises:
+        ValueError: in one line, if the schedule does not reach it.
+    """
+    family = named_family(config, name, base)
+    found = weakest(family, flops_ratio, share)
+    if found is None:
+        raise out_of_reach(flops_ratio, share(family(1.0)), f"schedule {name}")
+    return found
+
+
+def out_of_reach(flops_ratio: float, least: float, what: str) -> ValueError:
+    """Return the error for a share of the FLOPs below the `least` that something reaches."""
+    return ValueError(f"flops_ratio={flops_ratio} is out of reach: {what} reaches {least:.3f} at best")

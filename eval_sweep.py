@@ -57,7 +57,8 @@ def main() -> None:
     retraining.check_elastic(None if retraining.retrain_epochs > 0 else "--retrain_epochs")
     repository = check_push(training, model_args.token)
     with lock_folder(output_dir):
-        loaded = load(partial(load_sweep_task, data, model_args, training.seed), model_args, training)
+        load_task = partial(load_sweep_task, data, model_args, training.seed, sweep_args.most_samples)
+        loaded = load(load_task, model_args, training)
         loaded.check_head(model_args)
         rehearse(loaded.model, loaded.prepared, retraining.stages(training), retraining.trainer_class)
         sweep = Sweep(

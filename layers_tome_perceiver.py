@@ -295,7 +295,7 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         output_latent_sources: bool = False,
-        r: int | list[int] | None = None,
+        plan: MergePlan | None = None,
     ) -> ToMePerceiverEncoderOutput:
         """
         Args:
@@ -303,30 +303,28 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
             inputs: (B, S, C'), preprocessed.
             bias: (B, 1, 1, S), the padding mask as scores.
             output_attentions, output_hidden_states, output_latent_sources: return them too.
-            r: what merges in this call; `None` for what the config says.
+            plan: what merges in this call; `None` for what the config says.
 
         Raises:
             ValueError: for a setting out of its range, or a config that is of another shape than the model by now.
         """
         self._check_shape(hidden_states.shape[1])
+        self.config.check_settings()
+        plan = merge_plan(self.config) if plan is None else plan
         all_hidden_states, all_attentions = [], []
         batch, num_latents = hidden_states.shape[:2]
         # Where each of the first latents stands now.
         positions = torch.arange(num_latents, device=hidden_states.device).expand(batch, -1)
-        sizes = None
-        if r is None and self.config.latent_groups is not None:
-            match = match_groups(self.config.latent_groups, hidden_states.device)
-            merged, size = merge_latents(_repeated_row(hidden_states), None, match)
-            hidden_states, sizes = merged.expand(batch, -1, -1), size.expand(batch, -1)
-            positions = follow_latents(positions, match)
-        layer = call_layer(self.cross_attention, hidden_states, None, None, inputs, bias, output_attentions)
-        hidden_states, cross_attention_weights = layer.hidden_states, layer.attention_weights
+        layer = self.read(hidden_states, inputs, bias, plan, output_attentions)
+        hidden_states, sizes, cross_attention_weights = layer.hidden_states, layer.sizes, layer.attention_weights
+        if layer.match is not None:
+            positions = follow_latents(positions, layer.match)
         bias = latent_bias(self.config, sizes, hidden_states.dtype)
-        for index, match_latents in enumerate(layer_matchers(self.config, hidden_states.device, r)):
+        for index, match_latents in enumerate(layer_matchers(plan, hidden_states.device)):
             # Only if asked for: held any longer, a layer's latents could not be reused for the next one's.
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            if layer.match is not None:
+            if layer.match is not None and index > 0:
                 bias = latent_bias(self.config, sizes, hidden_states.dtype)
             module = self.self_attends[index % len(self.self_attends)]
             layer = call_layer(module, hidden_states, sizes, match_latents, None, bias, output_attentions)
@@ -346,42 +344,81 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
             latent_sources=source_matrix(positions, hidden_states.shape[1]) if output_latent_sources else None,
         )
 
+    def read(
+        self, latents: Tensor, inputs: Tensor, bias: Tensor | None, plan: MergePlan, output_attentions: bool = False
+    ) -> LayerOutput:
+        """Let the learned latents (B, N, C) read the inputs (B, S, C'), merged in fixed groups if the plan has any."""
+        sizes, match, batch = None, None, latents.shape[0]
+        if plan.latent_groups is not None:
+            match = match_groups(plan.latent_groups, latents.device)
+            merged, size = merge_latents(_repeated_row(latents), None, match)
+            latents, sizes = merged.expand(batch, -1, -1), size.expand(batch, -1)
+        layer = call_layer(self.cross_attention, latents, None, None, inputs, bias, output_attentions)
+        return layer._replace(sizes=sizes, match=match)
+
     def _check_shape(self, num_latents: int) -> None:
         """The schedule is the config's, so a number changed in it later would merge other layers or latents."""
         for name, built in (("num_self_attends_per_block", len(self.self_attends)), ("num_latents", num_latents)):
             if getattr(self.config, name) != built:
-                raise ValueError(f"{name} = {getattr(self.config, name)}: allowed is {built}, as the model was built")
+                raise ValueError(f"{name}={getattr(self.config, name)}: must be {built}, as the model was built")
 
 
 def latent_bias(config: ToMePerceiverConfig, sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the scores wherever latents are keys, (B, 1, 1, M): `None` before anything merged, or without
-    `proportional_attention`."""
+    """Return what is added to the scores wherever latents are keys, (B, 1, 1, M).
+
+    `None` before anything merged, or without `proportional_attention`.
+    """
     return None if sizes is None or not config.proportional_attention else log_size_bias(sizes, dtype)
 
 
-def layer_matchers(
-    config: ToMePerceiverConfig, device: torch.device, r: int | list[int] | None = None
-) -> list[MatchLatents | None]:
-    """For each of the L layers what decides its merge, `None` for none.
+class MergePlan(NamedTuple):
+    """What one forward pass merges.
 
-    Matching at run time (`r`, else `config.r`) and fixed groups (`config.merge_groups`) meet here and are one from here
-    on.
+    Attributes:
+        schedule: latents removed in each layer that runs.
+        merge_groups: fixed groups for each layer, in place of matching; `None` to match.
+        latent_groups: groups of the learned latents before they read the inputs; `None` for none.
+        merge_method, merge_metric: as in the config.
+    """
+
+    schedule: list[int]
+    merge_groups: list[list[int] | None] | None
+    latent_groups: list[int] | None
+    merge_method: str
+    merge_metric: str
+
+
+def merge_plan(config: ToMePerceiverConfig, r: int | list[int] | None = None) -> MergePlan:
+    """Return what a config merges.
+
+    Args:
+        config: of the model.
+        r: in the place of the config's `r`, `r_inflection` and groups.
 
     Raises:
         ValueError: for a setting out of its range, in one line.
     """
-    config.check_settings()
     check_merge_method(config.merge_method)
-    schedule = config.merge_schedule if r is None else config.schedule_of(r)
-    if r is None and config.merge_groups is not None:
+    method, metric = config.merge_method, config.merge_metric
+    if r is not None:
+        return MergePlan(config.schedule_of(r), None, None, method, metric)
+    return MergePlan(config.merge_schedule, config.merge_groups, config.latent_groups, method, metric)
+
+
+def layer_matchers(plan: MergePlan, device: torch.device) -> list[MatchLatents | None]:
+    """Return for each layer what decides its merge, `None` for none.
+
+    Matching at run time and fixed groups meet here and are one from here on.
+    """
+    if plan.merge_groups is not None:
         # As tensors from here on: a compiled layer would take lists for constants, and be compiled for each.
         return [
             None if groups is None else partial(_match_fixed, match=match_groups(groups, device))
-            for groups in config.merge_groups
+            for groups in plan.merge_groups
         ]
-    matching = partial(_match_by_metric, method=MERGE_METHODS[config.merge_method], metric=METRICS[config.merge_metric])
-    layers = len(schedule)
-    return [partial(matching, r=r, depth=index / layers) if r else None for index, r in enumerate(schedule)]
+    matching = partial(_match_by_metric, method=MERGE_METHODS[plan.merge_method], metric=METRICS[plan.merge_metric])
+    layers = len(plan.schedule)
+    return [partial(matching, r=r, depth=index / layers) if r else None for index, r in enumerate(plan.schedule)]
 
 
 def _match_by_metric(
@@ -462,13 +499,13 @@ class ToMePerceiverFourierPositionEncoding(upstream.PerceiverFourierPositionEnco
         dtype: torch.dtype,
         pos: Tensor | None = None,
     ) -> Tensor:
-        if pos is None:
-            pos = upstream.build_linear_positions(index_dims, device=device).flatten(0, -2).expand(batch_size, -1, -1)
+        # Positions are the same in every row of the batch, which may have none.
+        shared = upstream.build_linear_positions(index_dims, device=device).flatten(0, -2) if pos is None else pos[0]
+        pos = shared.expand(batch_size, -1, -1) if pos is None else pos
         bands = torch.stack(
             [torch.linspace(1.0, size / 2, self.num_bands, device=pos.device) for size in self.max_resolution]
         )
-        # Positions are the same in every row of the batch.
-        phase = math.pi * (pos[0, :, :, None] * bands).flatten(1)
+        phase = math.pi * (shared[:, :, None] * bands).flatten(1)
         features = phase.sin() if self.sine_only else torch.cat([phase.sin(), phase.cos()], dim=-1)
         features = features.expand(batch_size, -1, -1)
         return (torch.cat([pos, features], dim=-1) if self.concat_pos else features).to(dtype)

@@ -360,7 +360,8 @@ def _cosine_similarity(metric: Tensor, rows: slice = EVERY, columns: slice = EVE
     metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(SHORTEST)
     # Under autocast the product would run in half precision and the schedule of merges would depend on it.
-    autocast = torch.is_autocast_enabled(metric.device.type)
+    # The meta device has no autocast to ask about.
+    autocast = metric.device.type != "meta" and torch.is_autocast_enabled(metric.device.type)
     with torch.autocast(metric.device.type, enabled=False) if autocast else nullcontext():
         return torch.bmm(metric[:, rows], metric[:, columns].transpose(1, 2))
 
@@ -423,7 +424,9 @@ def merge_latents(latents: Tensor, sizes: Tensor | None, match: Match) -> tuple[
         # The mean as a step from the latent that stays towards those that merge: it touches R rows and leaves the rest.
         steps = latents.index_select(0, merged).to(dtype) - means.index_select(0, into)
         means.index_add_(0, into, steps * weight.unsqueeze(-1))
-    return means.to(latents.dtype).view(batch, -1, channels), total.view(batch, -1)
+    # By numbers rather than -1, which a batch of no rows leaves open.
+    left = match.kept.shape[1]
+    return means.to(latents.dtype).view(batch, left, channels), total.view(batch, left)
 
 
 def log_size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -493,7 +496,7 @@ def _take_rows(latents: Tensor, positions: Tensor) -> Tensor:
     """(B, K, C): the latents (B, N, C) at positions (B, K). Whole rows are copied, unlike with `gather`."""
     batch, num_latents, channels = latents.shape
     rows = latents.flatten(0, 1).index_select(0, _flat_rows(positions, batch, num_latents))
-    return rows.view(batch, -1, channels)
+    return rows.view(batch, positions.shape[1], channels)
 
 
 def _take_pairs(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

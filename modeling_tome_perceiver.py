@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +26,31 @@ from transformers.models.perceiver import modeling_perceiver as upstream
 
 # As in the module of the layers, which says why.
 try:
-    from .budget_tome_perceiver import Merging  # type: ignore[import-not-found]
     from .configuration_tome_perceiver import ToMePerceiverConfig  # type: ignore[import-not-found]
-    from .layers_tome_perceiver import latent_bias, take_tome_classes  # type: ignore[import-not-found]
+    from .layers_tome_perceiver import (  # type: ignore[import-not-found]
+        MergePlan,
+        ToMePerceiverEncoderOutput,
+        latent_bias,
+        merge_plan,
+        take_tome_classes,
+    )
     from .merging_tome_perceiver import check_merge_method  # type: ignore[import-not-found]
-    from .search_tome_perceiver import Choice, choose_merging  # type: ignore[import-not-found]
 except ImportError:
     if __package__:
         raise
-    from budget_tome_perceiver import Merging
     from configuration_tome_perceiver import ToMePerceiverConfig
-    from layers_tome_perceiver import latent_bias, take_tome_classes
+    from layers_tome_perceiver import (
+        MergePlan,
+        ToMePerceiverEncoderOutput,
+        latent_bias,
+        merge_plan,
+        take_tome_classes,
+    )
     from merging_tome_perceiver import check_merge_method
-    from search_tome_perceiver import Choice, choose_merging
+
+if TYPE_CHECKING:
+    from .cost_tome_perceiver import Merging  # type: ignore[import-not-found]
+    from .frontier_tome_perceiver import Choice, Frontier  # type: ignore[import-not-found]
 
 # More than all layers of a model could need, each for itself.
 COMPILED_GRAPHS = 256
@@ -65,7 +79,8 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
 
     Modifications:
     - upstream's parts take the classes of `layers_tome_perceiver.py`
-    - `r`, settable at any time, and an `r` of each call's own; `merge_to`, which chooses what merges within a budget
+    - `r`, settable at any time, and an `r` or a `flops_ratio` of each call's own
+    - `calibrate`, which measures cost against quality, and `merge_to` and `merged`, which choose from what it measured
     - a keyword that `forward` does not know is an error
     - a checkpoint loads by `AutoModel` too, as the head that it is: upstream's bare model takes no text and no images
     - the input embeddings of a text model are its tokens', and can be resized
@@ -148,43 +163,91 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
             self.config.r = before
             raise
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, flops_ratio: float | None = None, **kwargs: Any) -> Any:
+        """Upstream's, with a share of the FLOPs to merge to, as `merge_to` takes it."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        if flops_ratio is not None:
+            # With `output_loading_info` it is a pair.
+            (loaded[0] if isinstance(loaded, tuple) else loaded).merge_to(flops_ratio=flops_ratio)
+        return loaded
+
     @property
     def unmerged(self) -> Merging:
-        """What shares of the cost are of: nothing merges, and as many blocks run as the model was built with."""
-        return Merging.of(self.config).by(0, num_blocks=self._built_num_blocks)
+        """The baseline of every share: nothing merges, and as many blocks run as before any budget."""
+        num_blocks = (self.config.merge_frontier or {}).get("num_blocks", self._built_num_blocks)
+        return _cost().Merging.of(self.config).by(0, num_blocks=num_blocks)
+
+    def calibrate(
+        self,
+        samples: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]],
+        seconds: float | None = None,
+        **options: Any,
+    ) -> Frontier:
+        """Measure how much merging changes the outputs at each cost, and keep the result in `config.merge_frontier`.
+
+        Args:
+            samples: a few hundred inputs without labels that the model was not trained on: what `forward` takes, a
+                batch or several. A quarter of them chooses what merges; the others measure it.
+            seconds: ends the search after about this time with the best it has; the result then depends on the clock.
+            options: `flops_ratios`, `schedules`, `merge_methods`, `merge_metrics`, `input_shape`, `log_file`, as
+                `frontier_tome_perceiver.calibrate` takes them.
+
+        Returns:
+            The frontier; `print` shows its rows. What the model merges stays as it is.
+
+        Raises:
+            ValueError: in one line, for samples or options that cannot be searched with.
+            FloatingPointError: for outputs that are not finite.
+        """
+        return _frontier().calibrate(self, samples, seconds=seconds, **options)
 
     def merge_to(
         self,
         flops_ratio: float | None = None,
         latency_ratio: float | None = None,
+        max_changed: float | None = None,
         samples: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]] | None = None,
         **options: Any,
     ) -> Choice:
-        """Merge so that a forward pass keeps to a share of what it costs unmerged; `save_pretrained` keeps it.
+        """Merge by the frontier's best row within one budget, of cost or of quality; `save_pretrained` keeps it.
 
-        With a few hundred samples, without labels, it merges so that their outputs change least: among schedules,
-        methods, metrics, fixed groups of latents and fewer runs of blocks that share weights. Without samples it merges
-        early, the latents whose keys are most alike (`leader`).
+        Without a frontier it calibrates on `samples` first; without both, a share of the FLOPs is met by a schedule
+        that needs no data (`floor`, by `leader` on keys).
 
         Args:
-            flops_ratio: share of the FLOPs, above 0 to 1; the matching counts.
-            latency_ratio: in its place a share of the time on this machine, of the first batch of samples.
-            samples: what `forward` takes, a batch or several.
-            options: `input_shape`, `schedules`, `merge_methods`, `merge_metrics`, `log_file`, as
-                `search_tome_perceiver.choose_merging` takes them.
+            flops_ratio: largest share of the unmerged model's FLOPs, above 0 up to 1, with the matching.
+            latency_ratio: largest share of its time on this machine, for the first batch of `samples`.
+            max_changed: largest share of inputs whose answer merging may change, at 95 % confidence for inputs like
+                the samples.
+            samples: as `calibrate` takes them.
+            options: of `calibrate`.
 
         Returns:
-            What was chosen and on what grounds; `print` shows the candidates.
+            What was chosen and on what grounds.
 
         Raises:
-            ValueError: in one line, for a share that cannot be kept to, or a model or samples that cannot be searched
-                with; what merges stays.
+            ValueError: in one line, for a budget that cannot be met; what merges stays.
             FloatingPointError: for outputs that are not finite.
         """
-        with self.unmerged.applied(self.config):
-            choice = choose_merging(self, flops_ratio, latency_ratio, samples, **options)
+        choice = _frontier().choose(self, flops_ratio, latency_ratio, max_changed, samples, **options)
         choice.chosen.merging.apply(self.config)
         return choice
+
+    @contextmanager
+    def merged(self, **budget: Any) -> Iterator[Choice]:
+        """Merge inside a `with` block as `merge_to` does, and restore the merging after it.
+
+        It sets the config, which threads share; `model(**inputs, flops_ratio=0.5)` merges in one call alone.
+
+        Args:
+            budget: as `merge_to` takes it.
+        """
+        before = _cost().Merging.of(self.config)
+        try:
+            yield self.merge_to(**budget)
+        finally:
+            before.apply(self.config)
 
     def compile_repeated_blocks(self, **kwargs: Any) -> None:
         """Compile the self-attention layers, in place: one graph serves all of them, with any number of latents.
@@ -207,43 +270,102 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
             layer.compile(**kwargs)
 
 
-class _CalledWithR:
-    """A module as one call sees it: everything is the module's own, but calling it says r.
+def _cost() -> Any:
+    """Import the module of costs when it is first needed: loading and running a checkpoint does without it."""
+    try:
+        from .cost_tome_perceiver import Merging
+    except ImportError:
+        if __package__:
+            raise
+        from cost_tome_perceiver import Merging
+    return sys.modules[Merging.__module__]
 
-    Upstream's heads hand none of their keywords to their base model. Each call has a view of its own, so threads that
-    call one model with different r do not meet.
+
+def _frontier() -> Any:
+    """Import the module of frontiers when it is first needed."""
+    try:
+        from .frontier_tome_perceiver import Frontier
+    except ImportError:
+        if __package__:
+            raise
+        from frontier_tome_perceiver import Frontier
+    return sys.modules[Frontier.__module__]
+
+
+class EncodedInputs(NamedTuple):
+    """Inputs that were encoded before, so that a call only decodes them.
+
+    Attributes:
+        preprocessed: (B, S, C'), the sizes of the modalities, and the inputs without positions.
+        latents, sizes: (B, M, C) and (B, M), or `None` for 1 each.
+        positions: (B, P) of the decoder's queries that are answered; `None` for all of them.
     """
 
-    def __init__(self, module: nn.Module, r: int | list[int]) -> None:
-        self._module, self._r = module, r
+    preprocessed: tuple[Tensor, Any, Any]
+    latents: Tensor
+    sizes: Tensor | None
+    positions: Tensor | None
+
+
+class _CalledWith:
+    """A view of a head for one call: it behaves as the head, and hands its base model more arguments.
+
+    Upstream's heads hand none of their keywords to their base model. Each call has a view of its own, so threads that
+    call one model with different arguments do not meet.
+    """
+
+    def __init__(self, module: nn.Module, **arguments: Any) -> None:
+        self._module, self._arguments = module, arguments
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
-        return _CalledWithR(value, self._r) if name == "perceiver" else value
+        return _CalledWith(value, **self._arguments) if name == "perceiver" else value
 
     def __call__(self, **kwargs: Any) -> Any:
-        return self._module(**kwargs, r=self._r)
+        return self._module(**kwargs, **self._arguments)
 
 
-def _with_r(forward: Callable[..., Any]) -> Callable[..., Any]:
+def decode_encoded(head: nn.Module, encoded: EncodedInputs, inputs: Mapping[str, Tensor]) -> Any:
+    """Return a head's output for inputs that were encoded before."""
+    upstream_forward = inspect.unwrap(type(head).forward)
+    return upstream_forward(_CalledWith(head, encoded=encoded), **inputs)
+
+
+def _merging_in_each_call(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The `forward` of an upstream head.
 
-    Modifications: `r` (`int` or `list[int]`) merges so in this call, in the place of the config's `r`, `r_inflection`,
-    `merge_groups` and `latent_groups`, and leaves the config alone; a keyword that is not known is a TypeError.
+    Modifications: two arguments merge in this call alone and leave the config as it is: `r` (`int` or `list[int]`), in
+    the place of the config's `r`, `r_inflection`, `merge_groups` and `latent_groups`, or `flops_ratio` (`float`), by
+    the best row of `config.merge_frontier` within it. An unknown keyword is a TypeError.
     """
     parameters = dict(inspect.signature(forward).parameters)
     others = parameters.pop("kwargs")
-    own = inspect.Parameter("r", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | list[int] | None")
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in (("r", "int | list[int] | None"), ("flops_ratio", "float | None"))
+    ]
     known = frozenset(parameters)
 
     @wraps(forward)
-    def forward_with_r(self: Any, *args: Any, r: int | list[int] | None = None, **kwargs: Any) -> Any:
+    def forward_and_merge(
+        self: Any, *args: Any, r: int | list[int] | None = None, flops_ratio: float | None = None, **kwargs: Any
+    ) -> Any:
         _check_keywords(self, kwargs, known)
-        return forward(self if r is None else _CalledWithR(self, r), *args, **kwargs)
+        given = {name: value for name, value in (("r", r), ("flops_ratio", flops_ratio)) if value is not None}
+        return forward(_CalledWith(self, **given) if given else self, *args, **kwargs)
 
     # What Trainer, pipelines and torch.export read.
-    forward_with_r.__signature__ = inspect.Signature([*parameters.values(), own, others])  # type: ignore[attr-defined]
-    return forward_with_r
+    signature = inspect.Signature([*parameters.values(), *own, others])
+    forward_and_merge.__signature__ = signature  # type: ignore[attr-defined]
+    return forward_and_merge
+
+
+def _plan_of_call(config: ToMePerceiverConfig, r: int | list[int] | None, flops_ratio: float | None) -> MergePlan:
+    if r is not None and flops_ratio is not None:
+        raise ValueError(f"r={r}, flops_ratio={flops_ratio}: use one of them")
+    if flops_ratio is not None:
+        return merge_plan(config.merged_as(config.frontier_row(flops_ratio)))
+    return merge_plan(config, r)
 
 
 def _check_keywords(model: nn.Module, keywords: dict[str, Any], known: frozenset[str] = frozenset()) -> None:
@@ -271,6 +393,8 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
         return_dict: bool | None = None,
         output_latent_sources: bool = False,
         r: int | list[int] | None = None,
+        flops_ratio: float | None = None,
+        encoded: EncodedInputs | None = None,
         **kwargs: Any,
     ) -> tuple | ToMePerceiverModelOutput:
         """
@@ -283,6 +407,8 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
             output_latent_sources: return `latent_sources` too.
             r: merges so in this call, in the place of the config's `r`, `r_inflection`, `merge_groups` and
                 `latent_groups`.
+            flops_ratio: merges in this call by the best row of `config.merge_frontier` within this share.
+            encoded: decode these and run no encoder.
 
         Raises:
             ValueError: for inputs longer or larger than the model's positions, a mask of another shape, or an r out of
@@ -295,23 +421,30 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
 
-        inputs, modality_sizes, inputs_without_pos = self._preprocess(inputs, interpolate_pos_encoding)
-        encoded = self.encoder(
-            self.embeddings(batch_size=inputs.shape[0]),
-            inputs=inputs,
-            bias=None if attention_mask is None else padding_bias(attention_mask, inputs),
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            output_latent_sources=output_latent_sources,
-            r=r,
-        )
-        latents, sizes = encoded.last_hidden_state, encoded.latent_sizes
+        if encoded is None:
+            preprocessed = self.preprocess(inputs, interpolate_pos_encoding)
+            result = self.encoder(
+                self.embeddings(batch_size=preprocessed[0].shape[0]),
+                inputs=preprocessed[0],
+                bias=None if attention_mask is None else padding_bias(attention_mask, preprocessed[0]),
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                output_latent_sources=output_latent_sources,
+                plan=_plan_of_call(config, r, flops_ratio),
+            )
+            latents, sizes = result.last_hidden_state, result.latent_sizes
+        else:
+            preprocessed, latents, sizes = encoded.preprocessed, encoded.latents, encoded.sizes
+            result = ToMePerceiverEncoderOutput(last_hidden_state=latents, latent_sizes=sizes)
+        inputs, modality_sizes, inputs_without_pos = preprocessed
 
         logits, decoder_attentions = None, ()
         if self.decoder is not None:
             query = self.decoder.decoder_query(
                 inputs, modality_sizes, inputs_without_pos, subsampled_points=subsampled_output_points
             )
+            if encoded is not None and encoded.positions is not None:
+                query = query.gather(1, encoded.positions[..., None].expand(-1, -1, query.shape[-1]))
             bias = latent_bias(config, sizes, latents.dtype)
             decoded = self.decoder(query, latents, bias, output_attentions)
             logits = decoded.logits
@@ -327,20 +460,20 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
 
         if not return_dict:
             # Upstream's tuple: its heads, and whoever counts its places, know nothing of sizes.
-            outputs = (logits, latents, encoded.hidden_states, encoded.attentions, encoded.cross_attentions)
+            outputs = (logits, latents, result.hidden_states, result.attentions, result.cross_attentions)
             return tuple(output for output in outputs if output is not None) + decoder_attentions
         return ToMePerceiverModelOutput(
             logits=logits,
             last_hidden_state=latents,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            cross_attentions=encoded.cross_attentions + decoder_attentions if output_attentions else None,
+            hidden_states=result.hidden_states,
+            attentions=result.attentions,
+            cross_attentions=result.cross_attentions + decoder_attentions if output_attentions else None,
             latent_sizes=latents.new_ones(latents.shape[:2], dtype=torch.float32) if sizes is None else sizes,
-            latent_sources=encoded.latent_sources,
+            latent_sources=result.latent_sources,
         )
 
-    def _preprocess(self, inputs: Any, interpolate_pos_encoding: bool) -> tuple[Tensor, Any, Any]:
-        """The encoder's inputs (B, S, C'), the sizes of the modalities, and the inputs without positions."""
+    def preprocess(self, inputs: Any, interpolate_pos_encoding: bool = False) -> tuple[Tensor, Any, Any]:
+        """Return the encoder's inputs (B, S, C'), the sizes of the modalities, and the inputs without positions."""
         if self.input_preprocessor is None:
             if inputs.shape[-1] != self.config.d_model:
                 raise ValueError(
@@ -391,14 +524,32 @@ class ToMePerceiverForSequenceClassification(ToMePerceiverPreTrainedModel, upstr
     """Upstream's text classification. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
     auto_class = "AutoModelForSequenceClassification"
-    forward = _with_r(upstream.PerceiverForSequenceClassification.forward)
+    forward = _merging_in_each_call(upstream.PerceiverForSequenceClassification.forward)
+
+
+def _naming_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `forward` of a masked language model. Modifications: labels of another length are refused in one line."""
+
+    @wraps(forward)
+    def forward_naming_labels(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        try:
+            return forward(self, *args, labels=labels, **kwargs)
+        except ValueError as error:
+            if labels is None or "target batch_size" not in str(error):
+                raise
+            raise ValueError(
+                f"labels: of shape {tuple(labels.shape)}; must have a label for each of the model's "
+                f"{self.config.max_position_embeddings} positions, -100 where nothing is asked"
+            ) from error
+
+    return forward_naming_labels
 
 
 class ToMePerceiverForMaskedLM(ToMePerceiverPreTrainedModel, upstream.PerceiverForMaskedLM):
     """Upstream's masked language model. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
     auto_class = "AutoModelForMaskedLM"
-    forward = _with_r(upstream.PerceiverForMaskedLM.forward)
+    forward = _merging_in_each_call(_naming_labels(upstream.PerceiverForMaskedLM.forward))
 
     def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Upstream's, with the output's bias, which is 0 for a new token as it is at first for any."""
@@ -418,7 +569,7 @@ class ToMePerceiverForImageClassificationLearned(
     """Upstream's image classification with learned positions. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
     auto_class = "AutoModelForImageClassification"
-    forward = _with_r(upstream.PerceiverForImageClassificationLearned.forward)
+    forward = _merging_in_each_call(upstream.PerceiverForImageClassificationLearned.forward)
 
 
 class ToMePerceiverForImageClassificationFourier(
@@ -427,7 +578,7 @@ class ToMePerceiverForImageClassificationFourier(
     """Upstream's image classification with Fourier positions. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
     auto_class = "AutoModelForImageClassification"
-    forward = _with_r(upstream.PerceiverForImageClassificationFourier.forward)
+    forward = _merging_in_each_call(upstream.PerceiverForImageClassificationFourier.forward)
 
 
 class ToMePerceiverForImageClassificationConvProcessing(
@@ -436,19 +587,19 @@ class ToMePerceiverForImageClassificationConvProcessing(
     """Upstream's image classification with a convolution first. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
     auto_class = "AutoModelForImageClassification"
-    forward = _with_r(upstream.PerceiverForImageClassificationConvProcessing.forward)
+    forward = _merging_in_each_call(upstream.PerceiverForImageClassificationConvProcessing.forward)
 
 
 class ToMePerceiverForOpticalFlow(ToMePerceiverPreTrainedModel, upstream.PerceiverForOpticalFlow):
     """Upstream's optical flow. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
-    forward = _with_r(upstream.PerceiverForOpticalFlow.forward)
+    forward = _merging_in_each_call(upstream.PerceiverForOpticalFlow.forward)
 
 
 class ToMePerceiverForMultimodalAutoencoding(ToMePerceiverPreTrainedModel, upstream.PerceiverForMultimodalAutoencoding):
     """Upstream's multimodal autoencoding. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
-    forward = _with_r(upstream.PerceiverForMultimodalAutoencoding.forward)
+    forward = _merging_in_each_call(upstream.PerceiverForMultimodalAutoencoding.forward)
 
 
 for _model_class in (

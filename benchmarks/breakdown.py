@@ -38,8 +38,7 @@ import layers_tome_perceiver
 import modeling_tome_perceiver
 from benchmarks.published_models import DTYPES
 from benchmarks.speed_rows import Cell, Fields, SpeedArguments, write_results
-from budget_tome_perceiver import Merging
-from cost_tome_perceiver import forward_cost
+from cost_tome_perceiver import Merging, forward_cost
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
 from experiments.measurement import Quartiles, time_interleaved

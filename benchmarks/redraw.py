@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pictures of results drawn anew from the figures beside them, as the code draws them now; nothing is measured.
 
-Every sweep.png, scaling.png, starts.png and throughput.png below the folders that are given. The picture of
-compare_sweeps.py comes from its own command, which measures nothing either.
+Every sweep.png, scaling.png and throughput.png below the folders that are given.
 
     python benchmarks/redraw.py docs/results/budgets docs/results/scaling
 """
@@ -17,14 +16,13 @@ from pathlib import Path
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import scaling, starts, throughput
+from benchmarks import scaling, throughput
 from experiments.errors import BadInput, exit_on_bad_input
 from experiments.runs import sweep_report
 
 DRAW = {
     sweep_report.PICTURE: sweep_report.redraw,
     scaling.PICTURE: scaling.redraw,
-    starts.PICTURE: starts.redraw,
     throughput.PICTURE: throughput.redraw,
 }
 """What draws a picture, by its name."""

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from benchmarks.published_models import DTYPES, PUBLISHED_MODELS, PublishedModel
-from budget_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, flops_ratios, scheduled
 from configuration_tome_perceiver import ToMePerceiverConfig
+from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, FlopsShare, scheduled
 from experiments.command_line import shown_command
 from experiments.errors import BadInput, naming
 from experiments.files import write_text
@@ -148,10 +148,10 @@ class SpeedArguments:
         assert self.r is not None and self.flops_ratio is not None
         config = self.model.config()
         settings: dict[str, Fields] = {f"r = {r}": {"r": r} for r in self.r}
-        cost_ratio = flops_ratios(config, input_shape, self.model.architecture)
+        share = FlopsShare(config, input_shape, self.model.architecture)
         for schedule, ratio in product(self.schedule, self.flops_ratio):
             with naming_arguments():
-                fields = asdict(scheduled(config, schedule, ratio, cost_ratio))
+                fields = asdict(scheduled(config, schedule, ratio, share))
             settings[f"{schedule} {ratio}"] = fields
             settings[f"{schedule} {ratio}, fixed groups"] = consecutive_groups(self.model.config(**fields))
         return settings

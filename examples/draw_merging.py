@@ -45,9 +45,9 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
 from experiments.files import write_whole
-from experiments.merging.arguments import MergeArguments, apply_fields
+from experiments.merging.arguments import MergeArguments, Samples, apply_fields
 from experiments.tasks.reading import read_dataset
-from search_tome_perceiver import GROUPS
+from frontier_tome_perceiver import GROUPS
 from space.merging_picture import Example, draw_merging, image_example, shortened, text_example
 
 TEXT_CLASSES = ("ToMePerceiverForSequenceClassification", "ToMePerceiverForMaskedLM")
@@ -58,8 +58,6 @@ IMAGE_CLASSES = (
 )
 # Where examples come from if --split is not given, as far as the dataset has it.
 SPLITS = ("validation", "test", "train")
-# Inputs that a search runs at once.
-BATCH_SIZE = 32
 
 Encode = Callable[[list[Any]], dict[str, Tensor]]
 """From a few texts or images to a batch."""
@@ -175,21 +173,26 @@ def choose_merging(
         count: of those, the first, that are drawn, and that FLOPs are for.
 
     Raises:
-        BadInput: if the budget cannot be kept to, or fixed groups cannot be searched for.
+        BadInput: if the budget cannot be kept to, or the inputs are too few to search on.
     """
     if not merging.has_budget:
         return
     shapes = [batch_shape(encode([given])) for given in inputs[:count]]
 
-    def samples(wanted: int) -> list[dict[str, Tensor]]:
+    def take(wanted: int, batch_size: int) -> list[dict[str, Tensor]]:
         chosen = inputs[:wanted]
-        return [encode(chosen[start : start + BATCH_SIZE]) for start in range(0, len(chosen), BATCH_SIZE)]
+        return [encode(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
 
-    few = len(inputs) <= count
-    if few and merging.merge_method == GROUPS:
-        raise BadInput(f"--merge_method {GROUPS}: allowed with --dataset_name, of more examples than are drawn")
-    choice = (merging.without_samples if few else merging).resolve(model, samples, max(shapes))
-    print(choice, file=sys.stderr)
+    samples = Samples(take, len(inputs), "examples of the dataset", unseen=True)
+    if len(inputs) <= count:
+        for name in ("merge_method", "max_changed"):
+            if (value := getattr(merging, name)) is not None and (name == "max_changed" or value == GROUPS):
+                raise BadInput(f"--{name} {value}: needs --dataset_name, with more examples than are drawn")
+        merging = merging.without_samples
+    if merging.searches:
+        sampled = merging.sample_count(model, samples, max(shapes))
+        merging.calibrate(model, samples, sampled, max(shapes))
+    print(merging.choose(model, samples, max(shapes)), file=sys.stderr)
 
 
 def batch_shape(batch: dict[str, Tensor]) -> tuple[int, ...]:

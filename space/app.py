@@ -28,7 +28,8 @@ from PIL import Image as PilImage
 from transformers.image_utils import load_image
 
 BESIDE = Path(__file__).resolve().parent / "checkpoint"
-BY_BUDGET, BY_R, AS_SAVED = "Share of the computation", "Latents per layer", "As it was saved"
+BY_BUDGET, BY_FRONTIER = "Share of the computation", "Along the frontier"
+BY_R, AS_SAVED = "Latents per layer", "As it was saved"
 # Digits that no model of the demo was trained on: the last 500 of scikit-learn's are its test split.
 DIGITS = range(-8, 0)
 SENTENCES = {
@@ -122,23 +123,28 @@ def build_page(checkpoint: Checkpoint, examples: list[str] | None, name: str) ->
     first = read_example(checkpoint, examples[0])
     config = checkpoint.model.config
     layers, latents = len(config.merge_schedule), config.num_latents
-    least = checkpoint.smallest_budget(first)
-    # Where reading the input is nearly all that a pass costs, merging cannot come down to any of the budgets.
-    ways = [*([BY_BUDGET] if least < 1 else []), BY_R, *([AS_SAVED] if checkpoint.saved is not None else [])]
+    # A frontier says how many answers change; without one, a schedule keeps to a share of the computation. Where
+    # reading the input is nearly all that a pass costs, merging cannot come down to any of the budgets.
+    rows = len(checkpoint.rows)
+    least = 1.0 if rows else checkpoint.smallest_budget(first)
+    by_cost = [BY_FRONTIER] if rows else [BY_BUDGET] if least < 1 else []
+    ways = [*by_cost, BY_R, *([AS_SAVED] if checkpoint.saved is not None else [])]
     most_r = max(1, latents // layers * 2)
 
-    def merging(way: str, share: float, r: float, given: Any) -> Any:
+    def merging(way: str, share: float, r: float, row: float, given: Any) -> Any:
         if way == AS_SAVED and checkpoint.saved is not None:
             return checkpoint.saved
+        if way == BY_FRONTIER:
+            return checkpoint.row(int(row)).merging
         return checkpoint.by(int(r)) if way == BY_R else checkpoint.within(share, given)
 
-    def show(given: Any, way: str, share: float, r: float) -> Iterator[tuple[Any, Any]]:
+    def show(given: Any, way: str, share: float, r: float, row: float) -> Iterator[tuple[Any, Any]]:
         """The comparison first, the picture when it is drawn."""
         if given is None:
             yield note("Choose or upload an image."), None
             return
         try:
-            chosen = merging(way, share, r, given)
+            chosen = merging(way, share, r, row, given)
             result = comparison_html(checkpoint.compare(given, chosen))
             yield result, gr.skip()
             yield result, checkpoint.picture(given, chosen)
@@ -164,6 +170,11 @@ def build_page(checkpoint: Checkpoint, examples: list[str] | None, name: str) ->
                     given = gr.Textbox(first, label=label, lines=2, max_lines=2, submit_btn=True, elem_id="text")
                 gr.Examples([[example] for example in examples], [given], label="Examples", examples_per_page=12)
                 way = gr.Radio(ways, value=ways[0], label="How much is merged", elem_id="way")
+                row = gr.Slider(
+                    1, max(2, rows), value=max(1, rows // 2), step=1, elem_id="row", visible=rows > 0,
+                    label="Row of the frontier, from mild to strong",
+                )  # fmt: skip
+                row_line = gr.Markdown(checkpoint.row_line(rows // 2) if rows else "", visible=rows > 0)
                 share = gr.Slider(
                     min(least, 1 - BUDGET_STEP), 1.0, value=max(least, 0.6), step=BUDGET_STEP, elem_id="share",
                     visible=ways[0] == BY_BUDGET,
@@ -182,15 +193,20 @@ def build_page(checkpoint: Checkpoint, examples: list[str] | None, name: str) ->
                 picture = gr.Image(
                     show_label=False, interactive=False, elem_id="picture", buttons=["fullscreen"], format="png"
                 )
-        inputs, outputs = [given, way, share, r], [result, picture]
+        inputs, outputs = [given, way, share, r, row], [result, picture]
         way.change(
-            lambda chosen: (gr.update(visible=chosen == BY_BUDGET), gr.update(visible=chosen == BY_R)),
-            [way], [share, r], show_progress="hidden", api_visibility="private",
+            lambda chosen: [gr.update(visible=chosen == each) for each in (BY_FRONTIER, BY_FRONTIER, BY_BUDGET, BY_R)],
+            [way], [row, row_line, share, r], show_progress="hidden", api_visibility="private",
         )  # fmt: skip
+        if rows:
+            row.change(
+                lambda number: checkpoint.row_line(int(number)),
+                [row], [row_line], show_progress="hidden", api_visibility="private",
+            )  # fmt: skip
         triggers = [page.load, given.change if checkpoint.kind == IMAGE else given.submit]
         if checkpoint.kind != IMAGE:
             triggers.append(given.blur)
-        triggers += [way.change, share.change, r.change]
+        triggers += [way.change, row.change, share.change, r.change]
         # While one runs, only the last of the changes since then is waited for.
         gr.on(triggers, show, inputs, outputs, trigger_mode="always_last", show_progress="hidden", api_name="compare")
     return page

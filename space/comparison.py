@@ -93,6 +93,7 @@ class Checkpoint:
     Attributes:
         kind: `IMAGE`, `TEXT` or `MASKED`.
         saved: the merging that it was saved with; `None` if it merges nothing.
+        rows: of its frontier, from mild to strong; none if it has no frontier.
     """
 
     def __init__(self, name: str) -> None:
@@ -109,11 +110,14 @@ class Checkpoint:
             else:
                 # With the config at hand, so that nobody is asked about the checkpoint's code a second time.
                 self.processor = AutoTokenizer.from_pretrained(name, config=self.model.config, trust_remote_code=True)
-            self._cost, self._budget = (_module_beside(self.model, part) for part in ("cost", "budget"))
+            self._cost = _module_beside(self.model, "cost")
+            self.rows: list[Any] = []
+            if self.model.config.merge_frontier is not None:
+                self.rows = _module_beside(self.model, "frontier").Frontier.of(self.model.config).rows
         except (NotFitting, OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise NotFitting(f"--model_name_or_path {name}: {lines[0]}") from error
-        saved = self._budget.Merging.of(self.model.config)
+        saved = self._cost.Merging.of(self.model.config)
         self.saved = saved if saved.merges(self.model.unmerged.asked_of(self.model.config)) else None
         # The config says what merges, so one input runs at a time; what is timed wants to be alone, too.
         self._lock = threading.Lock()
@@ -140,7 +144,7 @@ class Checkpoint:
         Raises:
             NotFitting: for a share that merging alone cannot come down to.
         """
-        with self._lock, self._budget.Merging.of(self.model.config).applied(self.model.config):
+        with self._lock, self._cost.Merging.of(self.model.config).applied(self.model.config):
             if share >= 1:
                 return self.model.unmerged
             try:
@@ -150,6 +154,19 @@ class Checkpoint:
                 raise NotFitting(
                     f"Merging cannot bring this input down to {share:.0%} of the computation; a larger share can."
                 ) from error
+
+    def row(self, number: int) -> Any:
+        """A row of the frontier, counted from 1."""
+        return self.rows[min(max(number, 1), len(self.rows)) - 1]
+
+    def row_line(self, number: int) -> str:
+        """What a row of the frontier costs and how many answers it changes, in a sentence."""
+        row = self.row(number)
+        cost = f"{row.flops_ratio:.0%} of the computation for the longest input"
+        if row.changed is None:
+            return f"{cost}; how many answers change was not measured."
+        bound = "" if row.changed_bound is None else f", at most {row.changed_bound:.2%} with 95 % confidence"
+        return f"{cost}; of {row.who['samples']:,} inputs, {row.changed:.2%} of the answers changed{bound}."
 
     def by(self, r: int) -> Any:
         """What merges, a `Merging`, if r latents do in each layer."""
@@ -198,12 +215,13 @@ class Checkpoint:
             first = sum(self._cost.interleaved_seconds(run, variants, 1)[0])
             rounds = int(min(max(TIMED_SECONDS / first, LEAST_ROUNDS), MOST_ROUNDS))
             seconds = self._cost.interleaved_seconds(run, variants, rounds)
-            costs = self._budget.flops_ratios(self.model.unmerged.asked_of(config), _shape(inputs), self._class_name)
+            unmerged = self.model.unmerged.asked_of(config)
+            share = self._cost.FlopsShare(unmerged, _shape(inputs), type(self.model).__name__)
             sides = [
                 Side(
                     self._predictions(logits[index], inputs),
                     1000 * median(taken[index] for taken in seconds),
-                    costs(variant),
+                    share(variant),
                     variant.asked_of(config).latents_per_layer[-1],
                 )
                 for index, variant in enumerate(variants)
@@ -224,10 +242,6 @@ class Checkpoint:
         file = io.BytesIO()
         draw_merging(title, left, [example]).savefig(file, dpi=100, format="png")
         return PilImage.open(file)
-
-    @property
-    def _class_name(self) -> str:
-        return type(self.model).__name__
 
     def _predictions(self, logits: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[tuple[str, float | None]]:
         """Of one row: the likeliest classes; the likeliest tokens for one gap, or the likeliest for each of several."""

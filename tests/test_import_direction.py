@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,15 @@ def test_an_import_is_seen_wherever_it_stands(tmp_path):
         "try:\n    from .a.b import c\nexcept ImportError:\n    import d.e as f\ndef g():\n    from . import h\n"
     )
     assert imported(tmp_path / "module.py") == {"a", "d", "h"}
+
+
+def test_a_model_runs_without_the_modules_of_cost_and_frontier():
+    """They are read when a budget is first asked for, and not by whoever only loads and runs a checkpoint."""
+    run = (
+        "import sys, torch, tests.support.tiny_models as tiny\n"
+        "tiny.tiny_model('ForSequenceClassification', r=2)(**tiny.tiny_inputs('ForSequenceClassification'))\n"
+        "print(sorted(name for name in sys.modules if name.endswith('_tome_perceiver')))"
+    )
+    shown = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = ("configuration", "layers", "merging", "modeling")
+    assert shown.stdout.strip() == str([f"{name}_tome_perceiver" for name in names])

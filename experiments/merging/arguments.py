@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments that say what merges, and what they come to for a model."""
+"""Arguments that say what merges, and what they choose for a model."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -12,23 +13,47 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from budget_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, SKIP_BLOCKS, Merging
 from configuration_tome_perceiver import MERGE_METRICS, ToMePerceiverConfig
+from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, SKIP_BLOCKS, FlopsShare, Merging
 from experiments.errors import BadInput, Stopped
-from groups_tome_perceiver import Batch
+from frontier_tome_perceiver import GROUPS, UNSEEN_METHOD, UNSEEN_METRIC, Batch, Choice
 from merging_tome_perceiver import MERGE_METHODS
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
-from search_tome_perceiver import GROUPS, SEARCH, UNSEEN_METHOD, UNSEEN_METRIC, Choice
 
+logger = logging.getLogger(__name__)
+
+SEARCH = "search"
 SCHEDULE_NAMES = (*SCHEDULES, SKIP_BLOCKS, SEARCH)
 SEARCH_LOG = "schedule_search.json"
-# The arguments that say how much merges, of which one is given at most.
-MEANS = ("r", "flops_ratio", "latency_ratio")
-# Fields of the config that say how; a search finds the first two, unless they are given.
+BUDGETS = ("flops_ratio", "latency_ratio", "max_changed")
+# Arguments that say how much merges; at most one of them is given.
+AMOUNTS = ("r", *BUDGETS)
+# Config fields that say how latents merge; a search finds the first two unless they are given.
 WAYS = ("merge_method", "merge_metric", "proportional_attention")
+# Batches that samples come in at least, and rows of one at most. Every fourth batch searches, so that at least this
+# share of the samples measures the frontier.
+BATCHES, ROWS, MEASURING = 16, 32, 11 / 16
+# Samples to calibrate on by default: as many as cost about a few minutes on two cores, measured at six unmerged passes
+# for each sample (the rows of a frontier, at 0.4 of the FLOPs in the mean).
+MOST_SAMPLES, LEAST_SAMPLES = 1024, 64
+MEASURING_FLOPS, PASSES = 2e13, 6
 
-Samples = Callable[[int], Sequence[Batch]]
-"""From a number to so many unlabelled samples, in batches as large as those that are timed."""
+
+@dataclass(frozen=True)
+class Samples:
+    """Unlabelled samples that a frontier is measured on.
+
+    Attributes:
+        take: returns the first n of them, in batches of B.
+        available: number of samples.
+        name: what they are, for messages.
+        unseen: whether the model was not trained on them, so that figures hold for other inputs.
+    """
+
+    take: Callable[[int, int], Sequence[Batch]]
+    available: int
+    name: str
+    unseen: bool
 
 
 @dataclass
@@ -44,24 +69,37 @@ class MergeArguments:
     flops_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Instead of --r: a share of the unmerged model's FLOPs. What merges then is what changes the "
-            "outputs least on some training samples."
+            "help": "Instead of --r: largest share of the unmerged model's FLOPs. What merges then is what changes the "
+            "outputs least on unlabelled samples."
         },
     )
     latency_ratio: float | None = field(
-        default=None, metadata={"help": "The same of the unmerged model's time, measured on this machine."}
+        default=None,
+        metadata={"help": "Instead of --r: largest share of the unmerged model's time, measured on this machine."},
+    )
+    max_changed: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of --r: largest share of inputs whose answer merging may change (95 percent confidence). "
+            "Needs samples that the model was not trained on: a test split, or --calibration_samples with --do_train."
+        },
     )
     schedule: str = field(
         default=SEARCH,
         metadata={
-            "help": f"How such a share is spread over the layers. '{SEARCH}' finds that, with the method, the metric "
+            "help": f"How such a budget is spread over the layers. '{SEARCH}' finds that, with the method, the metric "
             f"or fixed groups of latents; {', '.join(sorted(SCHEDULE_NAMES[:-1]))} are taken as they are, and merge by "
             f"'{UNSEEN_METHOD}' on {UNSEEN_METRIC}s, unless a method or a metric is given. A model that is trained "
             f"from scratch with merging on takes '{DEFAULT_SCHEDULE}'."
         },
     )
-    calibration_samples: int = field(
-        default=1024, metadata={"help": f"Training samples, without labels, that --schedule {SEARCH} looks at."}
+    calibration_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Unlabelled samples that a search looks at: of the test split if there is one that is not "
+            "evaluated on; otherwise, with --do_train, held out from training. By default as many as take a few "
+            f"minutes, at most {MOST_SAMPLES}, and training samples where there is no test split."
+        },
     )
     r_inflection: float | None = field(
         default=None, metadata={"help": "-1: merge early (2r falling to 0), 0: constant, 1: merge late."}
@@ -78,38 +116,32 @@ class MergeArguments:
         default=None, metadata={"help": "What of the latents is compared: key, value or hidden."}
     )
     proportional_attention: bool | None = field(
-        default=None, metadata={"help": "Whether a merged latent counts as often as it stands for (the default)."}
+        default=None, metadata={"help": "Weight merged latents by their size in attention (the default)."}
     )
 
     def __post_init__(self) -> None:
         if self.r is not None:
             self.r = spelled_r(self.r)
-        check_merging(
-            r=self.r,
-            flops_ratio=self.flops_ratio,
-            latency_ratio=self.latency_ratio,
-            r_inflection=self.r_inflection,
-            min_latents=self.min_latents,
-            merge_method=self.merge_method,
-            merge_metric=self.merge_metric,
-        )
+        check_merging(**{name: getattr(self, name) for name in (*AMOUNTS, "r_inflection", "min_latents", *WAYS[:2])})
         check_schedule(self.schedule, self.has_budget)
-        check_groups([self.merge_method], self.searches)
-        if self.calibration_samples < 1:
-            raise BadInput(f"--calibration_samples {self.calibration_samples}: allowed is an integer of 1 or more")
-        given = [f"--{name} {value}" for name in MEANS if (value := getattr(self, name)) is not None]
-        if len(given) > 1:
-            raise BadInput(f"{given[1]}: allowed is one of --{', --'.join(MEANS)}, and {given[0]} is given")
+        check_groups([self.merge_method], self.has_budget and self.schedule == SEARCH)
+        if len(given := self._given) > 1:
+            raise BadInput(f"{given[1]}: use one of --{', --'.join(AMOUNTS)}; {given[0]} is given")
+        check_samples(self.calibration_samples, self.searches)
+
+    @property
+    def _given(self) -> list[str]:
+        return [f"--{name} {value}" for name in AMOUNTS if (value := getattr(self, name)) is not None]
 
     @property
     def has_budget(self) -> bool:
         """Whether a budget says what merges."""
-        return self.flops_ratio is not None or self.latency_ratio is not None
+        return any(getattr(self, name) is not None for name in BUDGETS)
 
     @property
     def searches(self) -> bool:
-        """Whether what merges is searched for."""
-        return self.has_budget and self.schedule == SEARCH
+        """Whether a frontier is measured on samples."""
+        return self.has_budget and (self.schedule == SEARCH or self.max_changed is not None)
 
     @property
     def merges(self) -> bool:
@@ -121,6 +153,8 @@ class MergeArguments:
         """The budget in words, for a card; `None` without one."""
         if not self.has_budget:
             return None
+        if self.max_changed is not None:
+            return f"at most {self.max_changed:g} of the answers changed, schedule {self.schedule}"
         kind, ratio = ("FLOPs", self.flops_ratio) if self.latency_ratio is None else ("time", self.latency_ratio)
         return f"at most {ratio:g} of the unmerged model's {kind}, schedule {self.schedule}"
 
@@ -130,7 +164,21 @@ class MergeArguments:
         if not self.searches:
             return self
         method = None if self.merge_method == GROUPS else self.merge_method
-        return replace(self, schedule=DEFAULT_SCHEDULE, merge_method=method)
+        return replace(self, schedule=DEFAULT_SCHEDULE, merge_method=method, calibration_samples=None)
+
+    @property
+    def most_samples(self) -> int:
+        """Number of samples that are read at most; 0 if nothing is calibrated."""
+        if not self.searches:
+            return 0
+        return self.calibration_samples or max(MOST_SAMPLES, self._promising_samples)
+
+    @property
+    def _promising_samples(self) -> int:
+        """Number of samples from which `max_changed` can be promised if none of the answers changes."""
+        if self.max_changed is None or self.max_changed == 1:
+            return 0
+        return math.ceil(math.ceil(math.log(0.05) / math.log1p(-self.max_changed)) / MEASURING)
 
     def config_fields(self) -> dict[str, Any]:
         """The fields that were given, as the config takes them."""
@@ -142,42 +190,103 @@ class MergeArguments:
             given["r"] = parse_r(self.r)
         return {name: value for name, value in given.items() if value is not None}
 
-    def resolve(
+    def sample_count(self, model: ToMePerceiverPreTrainedModel, samples: Samples, input_shape: tuple[int, ...]) -> int:
+        """Return the number of samples to calibrate on: as given, or what takes a few minutes.
+
+        Raises:
+            BadInput: if they cannot promise `max_changed`.
+        """
+        flops = FlopsShare(model.unmerged.asked_of(model.config), input_shape, type(model).__name__).unmerged_flops
+        affordable = min(MOST_SAMPLES, max(LEAST_SAMPLES, int(MEASURING_FLOPS / (PASSES * flops))))
+        count = self.calibration_samples or max(affordable, self._promising_samples)
+        count = min(count, samples.available)
+        if count == 0:
+            raise BadInput(f"{self._given[0]}: needs samples; give a test split or a training split")
+        if self.max_changed is not None:
+            given = f"--max_changed {self.max_changed}"
+            if not samples.unseen:
+                raise BadInput(
+                    f"{given}: the model was trained on the only samples there are, so nothing can be promised; give a "
+                    "test split (--test_file, --test_dir), or --calibration_samples with --do_train"
+                )
+            if count < self._promising_samples:
+                raise BadInput(
+                    f"{given}: {count} {samples.name} cannot promise it at 95 % confidence; use "
+                    f"{self._promising_samples} or more, or a larger --max_changed"
+                )
+        return count
+
+    def calibrate(
         self,
         model: ToMePerceiverPreTrainedModel,
         samples: Samples,
+        count: int,
         input_shape: tuple[int, ...],
         log_dir: Path | None = None,
-    ) -> Choice | None:
-        """With a budget, choose what merges within it, and set it in place of whatever merged; otherwise `None`.
+        flops_ratios: Sequence[float] | None = None,
+    ) -> None:
+        """Measure the frontier of a model and keep it in its config, in place of one that is there.
 
         Args:
-            model: whose config it is; a search runs it, and so does a budget of time.
-            samples: that a search looks at, and that are timed.
+            model: that is run.
+            samples: to measure on. Of those that the model was trained on, no figure of changed answers is kept.
+            count: number of them, as `sample_count` gives it.
             input_shape: of one input, that the FLOPs are for.
             log_dir: where a search keeps what it has found; `None`: nowhere.
+            flops_ratios: shares to have rows for; by default that of the budget.
 
         Raises:
             BadInput: if the budget cannot be kept to.
             Stopped: if the model's outputs are not finite.
         """
+        options: dict[str, Any] = {f"{name}s": [value] for name in WAYS[:2] if (value := getattr(self, name))}
+        if self.schedule != SEARCH:
+            options = {"merge_methods": [UNSEEN_METHOD], "merge_metrics": [UNSEEN_METRIC]} | options
+            options["schedules"] = [self.schedule]
+        if flops_ratios is None:
+            flops_ratios = [] if self.flops_ratio is None else [self.flops_ratio]
+        if log_dir is not None:
+            options["log_file"] = log_dir / SEARCH_LOG
+        batches = samples.take(count, min(ROWS, max(1, count // BATCHES)))
+        with naming_arguments():
+            model.calibrate(batches, flops_ratios=flops_ratios, input_shape=input_shape, **options)
+        if not samples.unseen:
+            logger.warning(
+                "calibrated on %s, whose answers change less than those of other inputs, so no share of changed "
+                "answers is kept; give a test split (--test_file, --test_dir) or --calibration_samples with --do_train",
+                samples.name,
+            )
+            for row in model.config.merge_frontier["rows"]:
+                row |= {"changed": None, "changed_bound": None, "who": {}}
+
+    def choose(
+        self,
+        model: ToMePerceiverPreTrainedModel,
+        samples: Samples,
+        input_shape: tuple[int, ...],
+        timed: int = ROWS,
+    ) -> Choice | None:
+        """With a budget, set what merges within it; from the frontier in the config if the schedule is searched for.
+
+        Args:
+            model, samples, input_shape: as for `calibrate`.
+            timed: inputs in the batch that a budget of time is for.
+
+        Raises:
+            BadInput: if the budget cannot be kept to.
+        """
         if not self.has_budget:
             return None
-        if self.latency_ratio is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise BadInput("--latency_ratio: allowed in one process only, since several do not measure the same time")
-        options: dict[str, Any] = {"input_shape": input_shape}
-        options |= {f"{name}s": [value] for name in WAYS[:2] if (value := getattr(self, name)) is not None}
-        if self.searches:
-            options |= {"samples": samples(self.calibration_samples)}
-            options |= {} if log_dir is None else {"log_file": log_dir / SEARCH_LOG}
-        else:
-            options["schedules"] = [self.schedule]
-            if self.latency_ratio is not None:
-                # For its time alone, so the way to match is that of a budget without samples.
-                options = {"merge_methods": [UNSEEN_METHOD], "merge_metrics": [UNSEEN_METRIC]} | options
-                options["samples"] = samples(1)
+        options: dict[str, Any] = {}
+        if self.latency_ratio is not None:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise BadInput("--latency_ratio: use one process; several do not measure the same time")
+            options["samples"] = samples.take(timed, timed)
+        if not self.searches:
+            options |= {f"{name}s": [value] for name in WAYS[:2] if (value := getattr(self, name))}
+            options |= {"schedules": [self.schedule], "input_shape": input_shape}
         with naming_arguments():
-            return model.merge_to(self.flops_ratio, self.latency_ratio, **options)
+            return model.merge_to(**{name: getattr(self, name) for name in BUDGETS}, **options)
 
 
 @contextmanager
@@ -193,16 +302,15 @@ def naming_arguments() -> Iterator[None]:
     except FloatingPointError as error:
         raise Stopped(f"--schedule {SEARCH}: {error}") from error
     except ValueError as error:
-        given = re.match(rf"({'|'.join((*MEANS[1:], *WAYS))}) = (\S+): (.*)", str(error))
-        line = f"merging: {error}" if given is None else f"--{given[1]} {given[2]}: {given[3]}"
-        raise BadInput(line) from error
+        named, found = re.subn(rf"^({'|'.join((*BUDGETS, *WAYS))})( = |=|(?=:))", r"--\1 ", str(error))
+        raise BadInput(named if found else f"merging: {error}") from error
 
 
 def apply_fields(config: ToMePerceiverConfig, fields: dict[str, Any]) -> None:
     """Set merging fields on a config and check what they mean together.
 
     Raises:
-        BadInput: naming the field, the value and what is allowed.
+        BadInput: naming the field, the value and what is wrong.
     """
     with naming_arguments():
         replace(Merging.of(config), **fields).apply(config)
@@ -212,12 +320,27 @@ def check_schedule(name: str, has_budget: bool) -> None:
     """Check the name of a schedule.
 
     Raises:
-        BadInput: for one that is not there, or that has no budget to spread.
+        BadInput: for an unknown one, or one that has no budget to spread.
     """
     if name not in SCHEDULE_NAMES:
-        raise BadInput(f"--schedule {name}: allowed are {', '.join(sorted(SCHEDULE_NAMES))}")
+        raise BadInput(f"--schedule {name}: choose from {', '.join(sorted(SCHEDULE_NAMES))}")
     if name != SEARCH and not has_budget:
-        raise BadInput(f"--schedule {name}: allowed with a budget only, --flops_ratio or --latency_ratio")
+        raise BadInput(f"--schedule {name}: needs a budget, --{', --'.join(BUDGETS)}")
+
+
+def check_samples(count: int | None, searches: bool) -> None:
+    """Check `--calibration_samples`.
+
+    Raises:
+        BadInput: for a number below 1, or if nothing is searched for.
+    """
+    if count is not None and count < 1:
+        raise BadInput(f"--calibration_samples {count}: must be 1 or more")
+    if count is not None and not searches:
+        raise BadInput(
+            f"--calibration_samples {count}: has no effect without a budget (--{', --'.join(BUDGETS)}) and --schedule "
+            f"{SEARCH}"
+        )
 
 
 def check_groups(methods: Sequence[str | None], searches: bool) -> None:
@@ -228,8 +351,8 @@ def check_groups(methods: Sequence[str | None], searches: bool) -> None:
     """
     if GROUPS in methods and not searches:
         raise BadInput(
-            f"--merge_method {GROUPS}: allowed with --flops_ratio or --latency_ratio and --schedule {SEARCH}, which "
-            "finds them; without --r and other schedules"
+            f"--merge_method {GROUPS}: needs a budget (--{', --'.join(BUDGETS)}) and --schedule {SEARCH}, which finds "
+            "them; leave out --r and other schedules"
         )
 
 
@@ -244,19 +367,17 @@ def check_merging(**given: Any) -> None:
     """
     if given.get("r") is not None:
         parse_r(given["r"])
-    for names, lowest, highest in (
-        (("flops_ratio", "latency_ratio"), 0, 1), (("r_inflection",), -1, 1), (("min_latents",), 1, math.inf),
-    ):  # fmt: skip
-        for name in names:
-            value = given.get(name)
-            if value is not None and (not lowest <= value <= highest or value == 0 and "ratio" in name):
-                above = "above 0 to 1" if "ratio" in name else f"from {lowest} to {highest}"
-                allowed = "of 1 or more" if highest == math.inf else above
-                raise BadInput(f"--{name} {value}: allowed is a number {allowed}")
+    for name in BUDGETS:
+        if (value := given.get(name)) is not None and not 0 < value <= 1:
+            raise BadInput(f"--{name} {value}: must be a number above 0, up to 1")
+    if (value := given.get("r_inflection")) is not None and not -1 <= value <= 1:
+        raise BadInput(f"--r_inflection {value}: must be a number from -1 to 1")
+    if (value := given.get("min_latents")) is not None and value < 1:
+        raise BadInput(f"--min_latents {value}: must be 1 or more")
     for name, known in (("merge_method", (*MERGE_METHODS, GROUPS)), ("merge_metric", MERGE_METRICS)):
         value = given.get(name)
         if value is not None and value not in known:
-            raise BadInput(f"--{name} {value}: allowed are {', '.join(sorted(known))}")
+            raise BadInput(f"--{name} {value}: choose from {', '.join(sorted(known))}")
 
 
 def spelled_r(r: object) -> str:
@@ -276,6 +397,6 @@ def parse_r(text: str) -> int | list[int]:
             raise ValueError("a negative number")
     except ValueError:
         raise BadInput(
-            f"--r {text}: allowed is an integer of 0 or more, or a comma-separated list of them, one a layer"
+            f"--r {text}: must be an integer of 0 or more, or a comma-separated list of them, one a layer"
         ) from None
     return entries if "," in text else entries[0]

@@ -16,16 +16,17 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from yaml import YAMLError
 
-from budget_tome_perceiver import Merging
 from configuration_tome_perceiver import ToMePerceiverConfig
-from cost_tome_perceiver import ForwardCost, forward_cost
+from cost_tome_perceiver import ForwardCost, Merging, forward_cost
 from experiments.files import write_text
 from experiments.measurement import Quartiles, describe_environment, environment_line
 from experiments.merging.arguments import spelled_r
+from experiments.publishing.frontier_section import FRONTIER_FILE, draw_frontier, example_share, frontier_section
 from experiments.publishing.schedule_picture import draw_schedule
 from experiments.publishing.tables import UNDEFINED, markdown_table, with_error
 from experiments.tasks.base import Source
 from experiments.tasks.scores import Figures
+from frontier_tome_perceiver import Frontier
 
 R = int | list[int] | str
 
@@ -251,6 +252,7 @@ class Card:
         base_model: what the checkpoint was made from; `None` is from scratch.
         what: it is, after "A Perceiver IO"; by default, that it merges and what it was trained on.
         merging: what merges in it, if anything does before somebody sets it.
+        frontier: of the checkpoint, from which others choose what merges.
         measured: the figures; r stands in each one's name and arguments, since the Hub keys results by these.
         evaluated_on: number of examples behind them.
         report: what stands under "Results"; by default a table of `measured`.
@@ -270,6 +272,7 @@ class Card:
     base_model: str | None
     what: str | None = None
     merging: WhatMerges | None = None
+    frontier: Frontier | None = None
     measured: Sequence[Measured] = ()
     evaluated_on: int = 0
     report: str | None = None
@@ -281,9 +284,11 @@ class Card:
     environment: Mapping[str, Any] = field(default_factory=describe_environment)
 
     def write(self, output_dir: Path) -> None:
-        """Write the card and its picture, last of all files in the folder: Trainer may have written a card too."""
+        """Write the card and its pictures, last of all files in the folder: Trainer may have written a card too."""
         if self.merging is not None and self.merging.merges:
             self.merging.draw(output_dir / SCHEDULE_FILE)
+        if self.frontier is not None:
+            draw_frontier(self.frontier, output_dir / FRONTIER_FILE)
         write_text(output_dir / CARD_FILE, str(ModelCard(f"---\n{self.data.to_yaml()}\n---\n\n{self.text}")))
 
     @property
@@ -354,6 +359,7 @@ class Card:
         sections = {
             "Use it": self.usage,
             "What merges": "" if self.merging is None else self.merging.section(),
+            "Frontier": "" if self.frontier is None else frontier_section(self.frontier),
             "Results": self.results,
             "Data": self.about_data,
             **trainings,
@@ -389,6 +395,9 @@ A [Perceiver IO](https://arxiv.org/abs/2107.14795) {self.what or self._made}
         where = f'"{self.address}"{revision}, trust_remote_code=True'
         images = "from PIL import Image\n" if "Image.open" in given else ""
         config = None if self.merging is None else self.merging.config
+        budget, how = 0.9, "with samples=[inputs, ...] it is searched for what changes least"
+        if self.frontier is not None:
+            budget, how = example_share(self.frontier), "the best row of the frontier below within it"
         grouped = config is not None and (config.merge_groups or config.latent_groups)
         return f"""```python
 {images}from transformers import {auto_class}, {processor_class}, pipeline
@@ -401,7 +410,7 @@ model = {auto_class}.from_pretrained({where})
 inputs = {processor}({given}, return_tensors="pt")
 logits = model(**inputs).logits
 
-model.merge_to(flops_ratio=0.9)  # another budget; with samples=[inputs, ...] it is searched for what changes least
+model.merge_to(flops_ratio={budget})  # another budget; {how}
 {DROP_GROUPS if grouped else SET_R}
 ```
 

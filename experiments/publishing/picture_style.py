@@ -27,7 +27,7 @@ MARKERS = "osD^vP*X<>hp8d"
 # A schedule that merges nothing, and methods that do not look at the latents or drop them.
 CONTROLS = frozenset({"skip_blocks", "random", "prune"})
 POINTS: dict[str, Any] = {"markersize": 6, "linewidth": 1.5, "elinewidth": 1, "capsize": 3}
-SERIES = {"r": "r as given", "search": "as a search found it"}
+SERIES = {"r": "r as given", "search": "as a search found it", "frontier": "rows of the frontier"}
 
 
 def shades(kind: Colormap, count: int) -> list[tuple[float, ...]]:

@@ -56,8 +56,11 @@ class SweepDataArguments(MlmDataArguments, GlueDataArguments, ImageDataArguments
         return kind.arguments(**{each.name: getattr(self, each.name) for each in fields(kind.arguments)})
 
 
-def load_sweep_task(data: SweepDataArguments, model: ModelArguments, seed: int) -> Task:
+def load_sweep_task(data: SweepDataArguments, model: ModelArguments, seed: int, calibration_samples: int = 0) -> Task:
     """Load what the checkpoint was trained for: labelled sentences, sentences to be masked, or images.
+
+    Args:
+        calibration_samples: number of unlabelled examples of the test split to take at most.
 
     Raises:
         BadInput: for a checkpoint or data that are not there or do not fit.
@@ -77,4 +80,5 @@ def load_sweep_task(data: SweepDataArguments, model: ModelArguments, seed: int) 
             f"--task_name {data.task_name}: allowed for a finetuned text classifier only, and {name}, "
             f"architectures = {architectures}, {kind.does}"
         )
-    return kind.load(data.of(kind), predict=False, seed=seed, **model.dataset_options())
+    options = {"calibration_samples": calibration_samples, **model.dataset_options()}
+    return kind.load(data.of(kind), predict=False, seed=seed, **options)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from torch import inference_mode
 
-from budget_tome_perceiver import Merging, undisturbed
-from cost_tome_perceiver import forward_cost
+from cost_tome_perceiver import FlopsShare, Merging, undisturbed
 from experiments.measurement import Quartiles, time_interleaved
 from experiments.publishing.card import Measured, metric_name
 from experiments.publishing.tables import with_error
@@ -30,6 +29,7 @@ class Ending:
         speedup: times as fast as unmerged on this machine.
         batch_size: of what was timed.
         chosen: what merges, in words.
+        changes: lines that say whose answers change.
         saved: where it is.
     """
 
@@ -39,6 +39,7 @@ class Ending:
     speedup: Quartiles
     batch_size: int
     chosen: str
+    changes: Sequence[str]
     saved: str
 
     def __str__(self) -> str:
@@ -56,7 +57,7 @@ class Ending:
             f"cost: {self.flops_ratio:.3f} of the FLOPs, {self.speedup.median:.2f} times as fast as unmerged "
             f"({self.speedup.lower:.2f} to {self.speedup.upper:.2f}, batch {self.batch_size}){slower}"
         )
-        return "\n".join([*lines, f"merges: {self.chosen}", f"saved: {self.saved}"])
+        return "\n".join([*lines, f"merges: {self.chosen}", *self.changes, f"saved: {self.saved}"])
 
 
 def cost_and_speed(
@@ -71,10 +72,7 @@ def cost_and_speed(
     """
     merged, unmerged = Merging.of(model.config), model.unmerged
     inputs = {name: value.to(model.device) for name, value in batch.items()}
-    flops = [
-        forward_cost(merging.asked_of(model.config), input_shape, type(model).__name__).total_with_matching
-        for merging in (merged, unmerged)
-    ]
+    share = FlopsShare(unmerged.asked_of(model.config), input_shape, type(model).__name__)
 
     def forward(merging: Merging) -> None:
         with merging.applied(model.config), inference_mode():
@@ -82,4 +80,4 @@ def cost_and_speed(
 
     with undisturbed(model):
         (timing,) = time_interleaved(forward, [merged], unmerged, ROUNDS, desc="timing")
-    return flops[0] / flops[1], timing.speedup
+    return share(merged), timing.speedup

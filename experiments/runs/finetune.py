@@ -18,7 +18,7 @@ from experiments.publishing.hub import push_checkpoint
 from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
 from experiments.runs.finetune_stages import Run
 from experiments.runs.start import load
-from experiments.tasks.base import Task
+from experiments.tasks.base import Task, hold_out
 from experiments.tasks.glue import GlueDataArguments
 from experiments.tasks.images import ImageDataArguments
 from experiments.training.evaluation import predict_and_save
@@ -28,7 +28,7 @@ from experiments.training.output_folder import lock_folder
 from experiments.training.progress import announce
 from experiments.training.stage import RetrainArguments, check_resume, check_sharding, rehearse
 from experiments.training.trainer_arguments import TrainerArguments
-from search_tome_perceiver import GROUPS
+from frontier_tome_perceiver import GROUPS
 
 COMMIT_MESSAGE = "Checkpoint with merged latents"
 
@@ -95,14 +95,7 @@ def run_experiment(experiment: Experiment) -> None:
 def _run(experiment: Experiment) -> None:
     """Load, claim the output folder, train, evaluate and predict."""
     training, retraining = experiment.training, experiment.retraining
-    evaluate = training.do_eval or retraining.retrain_epochs > 0 or training.eval_strategy != "no"
-    options: dict[str, Any] = experiment.model.dataset_options()
-    classifies = isinstance(experiment.data, (GlueDataArguments, ImageDataArguments))
-    if classifies and not training.do_train and not experiment.merging.has_budget:
-        # No training split is needed then.
-        options["classes"] = trained_classes(experiment.model)
-    read = partial(experiment.load_task, experiment.data, training.do_predict, training.seed, evaluate, **options)
-    loaded = load(read, experiment.model, training, experiment.merging.config_fields())
+    loaded = load(partial(_read_task, experiment), experiment.model, training, experiment.merging.config_fields())
     if not training.do_train:
         loaded.check_head(experiment.model)
     _check_groups(experiment, not loaded.has_new_head)
@@ -134,6 +127,21 @@ def _run(experiment: Experiment) -> None:
         print(f"\n{ending}")
 
 
+def _read_task(experiment: Experiment) -> Task:
+    """Read the data, with samples to calibrate on that the model is not trained on, as far as there are any."""
+    training, merging = experiment.training, experiment.merging
+    evaluate = training.do_eval or experiment.retraining.retrain_epochs > 0 or training.eval_strategy != "no"
+    options: dict[str, Any] = experiment.model.dataset_options() | {"calibration_samples": merging.most_samples}
+    classifies = isinstance(experiment.data, (GlueDataArguments, ImageDataArguments))
+    if classifies and not training.do_train:
+        # No training split is needed then.
+        options["classes"] = trained_classes(experiment.model)
+    task = experiment.load_task(experiment.data, training.do_predict, training.seed, evaluate, **options)
+    if task.calibration is None and merging.calibration_samples is not None and training.do_train:
+        hold_out(task, merging.calibration_samples)
+    return task
+
+
 def _check(experiment: Experiment) -> None:
     """Check what the arguments of several groups say together.
 
@@ -145,19 +153,23 @@ def _check(experiment: Experiment) -> None:
     if retrain and not (training.do_train and (experiment.merging.merges or retraining.elastic)):
         raise BadInput(
             f"--retrain_epochs {retraining.retrain_epochs}: allowed only with --do_train, and with --r above 0, "
-            "--flops_ratio or --elastic"
+            "a budget or --elastic"
         )
     _check_groups(experiment, experiment.model.model_name_or_path is not None)
     retraining.check_elastic(None if training.do_train else "--do_train")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise BadInput("--do_train, --do_eval, --do_predict: none is given; allowed is one of them or more")
     if experiment.merging.has_budget and not training.do_train and not training.do_eval:
-        raise BadInput("--flops_ratio, --latency_ratio: allowed with --do_train or --do_eval, which save a checkpoint")
+        raise BadInput(
+            "--flops_ratio, --latency_ratio, --max_changed: use --do_train or --do_eval, which save a checkpoint"
+        )
     if training.push_to_hub and not experiment.leaves_checkpoint and not (output_dir / "config.json").exists():
         raise BadInput(
             f"--push_to_hub: --output_dir {output_dir} holds no checkpoint, and without --do_train none comes"
         )
     untrained = "--retrain_epochs" if retrain else None if training.do_train else "--do_eval"
+    if experiment.merging.max_changed is not None:
+        untrained = "--max_changed"
     check_sharding(untrained)
     check_resume(training.resume_from_checkpoint)
 

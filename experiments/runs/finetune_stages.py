@@ -5,21 +5,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from budget_tome_perceiver import Merging, undisturbed
 from configuration_tome_perceiver import ToMePerceiverConfig
+from cost_tome_perceiver import Merging, undisturbed
 from experiments.files import check_writable, save_whole
-from experiments.merging.arguments import MergeArguments
+from experiments.merging.arguments import MergeArguments, naming_arguments
 from experiments.publishing.card import Card, Measured, WhatMerges, measured_in, shown_r
 from experiments.runs.ending import Ending, cost_and_speed
 from experiments.runs.start import Loaded
 from experiments.training.evaluation import Evaluation, evaluate_and_save
 from experiments.training.identity import (
+    CALIBRATION,
     CONTENT,
     Noted,
     config_fingerprint,
@@ -42,6 +43,7 @@ from experiments.training.output_folder import (
     note,
     note_content,
     read_note,
+    save_metrics,
 )
 from experiments.training.progress import announce, say
 from experiments.training.stage import (
@@ -54,12 +56,13 @@ from experiments.training.stage import (
     train_and_save,
 )
 from experiments.training.trainer import TaskTrainer
+from frontier_tome_perceiver import Frontier, FrontierRow, check_reach
 
 logger = logging.getLogger(__name__)
 
 FINETUNED = "finetuned"
-# Of a budget of time it is the time for so many inputs.
-TIMED_INPUTS = 32
+# What is recorded of the chosen row of a frontier.
+FIGURES = ("flops_ratio", "divergence", "changed", "changed_bound", "who")
 # How fast a run ends up is measured with so many.
 SPEED_INPUTS = 8
 # Of the data arguments, what decides predictions and no training.
@@ -89,19 +92,21 @@ class Run:
         self.finetuned_dir = self.output_dir / FINETUNED
         self.retrains = self.retraining.retrain_epochs > 0
         self.writes = self.training.should_save
-        read = content(self.task, self.prepared, train=self.training.do_train or self.merging.searches)
+        read = content(self.task, self.prepared, train=self.training.do_train, calibrates=self.merging.searches)
         # Predictions are of other data than training and its figures.
         self.predicted = {name: read.pop(name) for name in ("prediction",) if name in read}
+        calibrated = {name: read.pop(name) for name in (CALIBRATION,) if name in read}
         self.read = read
         start = {START: weights_fingerprint(self.model)} | read
         self.unmerged: Evaluation | None = None
         self._resolved: Noted = {}
-        self.chosen: str | None = None
+        self.choice: FrontierRow | None = None
         # Before a budget changes the config. Finetuning in a stage of its own merges nothing.
         self.start, self.unmerged_start = (
             start | {f"{CONFIG}_to_start_from": config_fingerprint(self.model.config, merging=merging)}
             for merging in (True, False)
         )
+        self.start |= calibrated
 
     @cached_property
     def finetuning(self) -> Noted:
@@ -160,24 +165,37 @@ class Run:
         """Whether the checkpoint, merged to a budget and not trained, is what is to come out."""
         return self.merging.has_budget and not self.training.do_train
 
+    @property
+    def chooses_last(self) -> bool:
+        """Whether the trained weights decide what merges: a share of changed answers is promised of them alone."""
+        return self.training.do_train and self.merging.max_changed is not None
+
     def resolve_merging(self) -> None:
         """Turn a budget into what merges, or as long as there is no finetuned model, make sure that it can be kept."""
         if not self.merging.has_budget:
             return
         self.model.to(self.training.device)
-        if self.retrains:
+        if self.merging.searches:
+            self.sample_count = self.merging.sample_count(self.model, self.loaded.samples, self.input_shape)
+        if self.chooses_last:
+            return
+        if self.retrains and self.merging.searches and self.merging.flops_ratio is not None:
+            with naming_arguments():
+                check_reach(self.model, self.merging.flops_ratio, self.input_shape)
+        elif self.retrains:
             with undisturbed(self.model):
-                self._merge(self.merging.without_samples, None)
+                self.merging.without_samples.choose(self.model, self.loaded.samples, self.input_shape)
         else:
             self._resolve()
 
     def _resolve(self) -> None:
         """Resolve a budget, or take over what it came to here before: time is not measured the same twice."""
         of = noted_arguments(self.merging) | {CONTENT: self.start | {START: weights_fingerprint(self.model)}}
-        earlier = read_note(self.output_dir).get(RESOLVED) or {}
+        earlier, config = read_note(self.output_dir).get(RESOLVED) or {}, self.model.config
         if earlier.get("of") == of:
-            self.chosen = earlier["chosen"]
-            Merging(**earlier["merging"]).apply(self.model.config)
+            self.choice = FrontierRow(**earlier["chosen"] | {"merging": Merging(**earlier["chosen"]["merging"])})
+            self.choice.merging.apply(config)
+            config.merge_frontier = earlier["frontier"]
         else:
             # What has learned nothing has no outputs to keep.
             new_head = self.loaded.has_new_head
@@ -190,20 +208,46 @@ class Run:
                     "a new head" if new_head else "a model from scratch",
                     merging.schedule,
                 )
-            self.chosen = self._merge(merging, self.output_dir if self.writes else None)
-        merged = asdict(Merging.of(self.model.config))
-        self._resolved = {RESOLVED: {"of": of, "chosen": self.chosen, "merging": merged}}
+            self._merge(merging, self.output_dir if self.writes else None)
+        assert self.choice is not None
+        self._resolved = {RESOLVED: {"of": of, "chosen": asdict(self.choice), "frontier": config.merge_frontier}}
 
-    def _merge(self, merging: MergeArguments, log_dir: Path | None) -> str:
+    def _merge(self, merging: MergeArguments, log_dir: Path | None) -> None:
         """Merge to the budget, and say by what."""
-        if log_dir is not None:
-            announce(f"choosing what merges: {merging.budget_line}")
-        samples = partial(self.prepared.samples, batch_size=TIMED_INPUTS)
-        choice = merging.resolve(self.model, samples, self.input_shape, log_dir)
+        announce(f"choosing what merges: {merging.budget_line}")
+        self._calibrate(merging, log_dir)
+        choice = merging.choose(self.model, self.loaded.samples, self.input_shape)
         assert choice is not None
-        if log_dir is not None:
-            say(f"chosen: {choice.chosen.name}")
-        return choice.chosen.name
+        self.choice = choice.chosen
+        say(f"chosen: {self.choice.name}")
+
+    def _calibrate(self, merging: MergeArguments, log_dir: Path | None) -> None:
+        """Measure the frontier of the weights as they are, if anything is searched for."""
+        if merging.searches:
+            say(f"calibrating on {self._samples}")
+            merging.calibrate(self.model, self.loaded.samples, self.sample_count, self.input_shape, log_dir)
+
+    @property
+    def _samples(self) -> str:
+        return f"{self.sample_count:,} {self.loaded.samples.name}, without labels"
+
+    def _finish(self, trainer: TaskTrainer) -> None:
+        """Give the trained checkpoint a frontier of its own weights, from which `--max_changed` chooses."""
+        # Sharded weights run by the trainer alone.
+        if not self.merging.searches or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            return
+        log_dir = self.output_dir if self.writes else None
+        if self.chooses_last:
+            self._merge(self.merging, log_dir)
+        else:
+            announce("measuring the frontier of the trained weights")
+            self._calibrate(self.merging, log_dir)
+        if self.writes:
+            # Weights that were loaded where training had ended leave the rest of the config as it began.
+            saved = ToMePerceiverConfig.from_pretrained(self.output_dir)
+            saved.merge_frontier = self.model.config.merge_frontier
+            Merging.of(self.model.config).apply(saved)
+            save_whole(self.output_dir, saved.save_pretrained)
 
     def train(self) -> TaskTrainer:
         """Train as asked, if at all; the trainer has the model as it is to be evaluated."""
@@ -216,6 +260,7 @@ class Run:
                 elastic = ", for every r" if self.retraining.elastic else ""
                 announce(f"training{elastic or self._merged}")
                 train_and_save(trainer, resume)
+                self._finish(trainer)
             return trainer
         with Merging.of(self.model.config).by(0).applied(self.model.config):
             finetuning = task_trainer(
@@ -238,11 +283,12 @@ class Run:
             evaluate_and_save(trainer, self.prepared, "merged", self.unmerged)
         announce("retraining, for every r" if self.retraining.elastic else f"retraining{self._merged}")
         train_and_save(trainer, stage_resume(resume, self.output_dir, self.output_dir))
+        self._finish(trainer)
         return trainer
 
     def evaluate(self, trainer: TaskTrainer) -> None:
         """Evaluate what came out; with a budget and no training, unmerged too, and save it."""
-        if self.saves_merged:
+        if self.saves_merged or self.chooses_last and not self.retrains:
             announce("evaluating, unmerged")
             with self.model.unmerged.applied(self.model.config):
                 self.unmerged = evaluate_and_save(trainer, self.prepared, "unmerged")
@@ -270,7 +316,7 @@ class Run:
                 ("merged", "merged without retraining", self.output_dir, r),
                 *stages,
             ]
-        elif self.saves_merged:
+        elif self.saves_merged or self.chooses_last:
             stages = [
                 ("unmerged", "unmerged", self.output_dir, 0),
                 ("eval", "merged without training", self.output_dir, r),
@@ -289,9 +335,11 @@ class Run:
             return None
         batch = self.prepared.batch(SPEED_INPUTS)
         share, speedup = cost_and_speed(self.model, batch, self.input_shape)
-        how = f"{sum(config.merge_schedule)} of {config.num_latents} latents in layers, r = {config.merge_schedule}"
-        if config.latent_groups is not None:
-            how = f"learned latents in {config.latents_at_start} fixed groups, then {how}"
+        removed, start = sum(config.merge_schedule), config.latents_at_start
+        how = f"{removed} of {start} latents in layers, r = {config.merge_schedule}" if removed else "none in layers"
+        # What was chosen names its groups itself.
+        if config.latent_groups is not None and self.choice is None:
+            how = f"learned latents in {start} fixed groups, then {how}"
         fixed = "fixed groups" if config.merge_groups else f"{config.merge_method} {config.merge_metric}"
         return Ending(
             measured=[row for row in self.measured if not row.name.endswith("_mm")],
@@ -299,16 +347,29 @@ class Run:
             flops_ratio=share,
             speedup=speedup,
             batch_size=len(next(iter(batch.values()))),
-            chosen=f"{how}, {fixed}" if self.chosen is None else f"{self.chosen}; {how}",
+            chosen=f"{how}, {fixed}" if self.choice is None else f"{self.choice.name}; {how}",
+            changes=self._changes,
             saved=str(self.output_dir),
         )
+
+    @property
+    def _changes(self) -> list[str]:
+        """Whose answers change by what was chosen, on the weights that it was chosen on."""
+        if self.choice is None:
+            return []
+        current = self.saves_merged or self.chooses_last
+        when = "" if current else "before retraining, " if self.retrains else "before training, "
+        return [f"{when}{line}" for line in self.choice.lines()]
 
     def write_card(self, ending: Ending | None) -> None:
         """Write the card of the checkpoint that the run left, and note its config, which is what is evaluated."""
         note_content(self.output_dir, CONFIG, config_fingerprint(self.model.config))
         budget = self.merging.budget_line
-        if budget is not None and self.merging.searches and self.chosen is not None:
-            budget += f", on {self.merging.calibration_samples} training samples without labels"
+        if self.choice is not None:
+            searched = "" if self.choice.divergence is None else f", calibrated on {self._samples}"
+            budget = "; ".join([f"{budget}{searched}: {self.choice.name}", *self._changes])
+            figures = {f"merging_{name}": value for name, value in asdict(self.choice).items() if name in FIGURES}
+            save_metrics(self.output_dir, "merging", figures)
         card = Card(
             model_id=str(self.output_dir),
             source=self.task.source,
@@ -317,11 +378,12 @@ class Run:
             merging=WhatMerges(
                 self.model.config,
                 self.input_shape,
-                budget if self.chosen is None else f"{budget}; chosen: {self.chosen}",
+                budget,
                 start=self._unmerged_config,
                 speedup=None if ending is None else ending.speedup,
                 batch_size=0 if ending is None else ending.batch_size,
             ),
+            frontier=Frontier.of(self.model.config),
             measured=self.measured,
             evaluated_on=len(self.prepared.evaluation.get("", ())),
             steps=self._steps,

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 
 from experiments.errors import BadInput
+from experiments.merging.arguments import Samples
 from experiments.tasks.base import PreparedTask, Task
 from experiments.training.loading import load_model_and_task
 from experiments.training.model_arguments import ModelArguments
@@ -51,6 +52,14 @@ class Loaded:
                 f"--model_name_or_path {model_args.model_name_or_path}: its head for this task is new and has learned "
                 "nothing; finetune it first, with --do_train"
             )
+
+    @property
+    def samples(self) -> Samples:
+        """Unlabelled samples to calibrate on: training samples only where there are no others."""
+        prepared, unseen = self.prepared, self.prepared.calibration is not None
+        available = len(prepared.calibration if unseen else prepared.train)
+        name = self.task.calibration_name if unseen else "training samples"
+        return Samples(prepared.samples, available, name, unseen)
 
 
 def load(

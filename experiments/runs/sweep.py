@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from experiments.training.identity import (
     config_fingerprint,
     content,
     data_fields,
+    digest_of,
     noted_arguments,
     training_fields,
     weights_fingerprint,
@@ -41,15 +42,17 @@ from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import CONFIG, START, check_disk_space, claim
 from experiments.training.progress import announce, results_line, say
 from experiments.training.stage import RetrainArguments, task_trainer, train_and_save
+from frontier_tome_perceiver import Frontier
 
 MERGED = "merged"
 PREDICTIONS = "predictions"
 RETRAINED = "retrained"
 # Folder below it, and branch, of the one checkpoint for all rows.
 ELASTIC = "elastic"
-WHAT = """and what merging its latents ({merging}) does to it on {source}. In a row "r", so many latents go in every \
-self-attention layer; in a row "flops", a schedule keeps to that share of the FLOPs. The checkpoint here merges \
-nothing until `model.r` is set."""
+WHAT = """and what merging its latents ({merging}) does to it on {source}. A row "r" merges that many latents in every \
+self-attention layer; a row "flops" keeps to that share of the FLOPs, and a row "changed" to that share of changed \
+answers; a row "frontier" is one of the checkpoint's own. The checkpoint here merges nothing until `model.merge_to` is \
+called or `model.r` is set."""
 
 
 @dataclass(kw_only=True)
@@ -72,9 +75,11 @@ class Sweep:
         task, model = self.loaded.task, self.loaded.model
         self.output_dir, self.writes = Path(self.training.output_dir), self.training.should_save
         self.retrains = self.retraining.retrain_epochs > 0
-        self.baseline = unmerged(model.config)
+        self.baseline = unmerged(model)
         noted = noted_arguments(self.model_args, self.data, self.sweep_args, self.retraining)
-        read = content(task, self.loaded.prepared, train=self.retrains or self.sweep_args.searches)
+        read = content(task, self.loaded.prepared, train=self.retrains, calibrates=self.sweep_args.searches)
+        if self.sweep_args.frontier and model.config.merge_frontier is not None:
+            read["frontier"] = digest_of(model.config.merge_frontier)
         self.results = SweepResults(
             arguments=noted | training_fields(self.training),
             content={START: weights_fingerprint(model), CONFIG: config_fingerprint(model.config)} | read,
@@ -98,7 +103,9 @@ class Sweep:
             check_writable(f"--output_dir {self.output_dir}", self.output_dir / folder)
         # Budgets take minutes, and only then all rows are known.
         check_disk_space(self.output_dir, self.loaded.model, self.training, models=3 if self.retrains else 2)
-        if not self.continued:
+        if self.continued:
+            self.loaded.model.config.merge_frontier = self.results.frontier
+        else:
             self._resolve()
         self.variants = self.results.variants
         retrained = 1 if self.retraining.elastic else len(self.variants)
@@ -114,10 +121,12 @@ class Sweep:
     def _resolve(self) -> None:
         start = time.perf_counter()
         model = self.loaded.model.to(self.training.device)
-        samples = partial(self.loaded.prepared.samples, batch_size=self.sweep_args.timing_batch_size)
-        log_dir = self.output_dir if self.writes else None
-        variants = self.sweep_args.variants(model, samples, self.loaded.input_shape, log_dir)
-        self.results.rows = plan_rows(model, variants, self.baseline, self.loaded.input_shape)
+        samples, input_shape = self.loaded.samples, self.loaded.input_shape
+        if count := self.sweep_args.sample_count(model, samples, input_shape):
+            say(f"calibrating on {count:,} {samples.name}, without labels")
+        variants = self.sweep_args.variants(model, samples, input_shape, self.output_dir if self.writes else None)
+        self.results.frontier = model.config.merge_frontier
+        self.results.rows = plan_rows(model, variants, self.baseline, input_shape)
         self.results.spend("resolving budgets", start)
 
     def _evaluate(self) -> None:
@@ -297,6 +306,7 @@ class Sweep:
             hub_task=self.loaded.task.hub_task,
             base_model=self.model_args.model_name_or_path,
             merging=WhatMerges(config, self.results.input_shape, budget_line, unmerged, *(timed or ())),
+            frontier=Frontier.of(config),
             measured=measured,
             evaluated_on=self.results.evaluated_on,
             labels=self.loaded.prepared.labels,
@@ -359,6 +369,7 @@ class Sweep:
             hub_task=self.loaded.task.hub_task,
             base_model=self.model_args.model_name_or_path,
             what=WHAT.format(merging=TOKEN_MERGING, source=self.loaded.task.source.name),
+            frontier=Frontier.of(self.loaded.model.config),
             measured=self._measured(*self._stage_names),
             evaluated_on=self.results.evaluated_on,
             labels=self.loaded.prepared.labels,

@@ -10,27 +10,32 @@ from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
-from budget_tome_perceiver import Merging
-from configuration_tome_perceiver import ToMePerceiverConfig
+from cost_tome_perceiver import Merging
 from experiments.errors import BadInput
 from experiments.merging.arguments import (
-    MEANS,
+    AMOUNTS,
+    BUDGETS,
+    MOST_SAMPLES,
     SCHEDULE_NAMES,
+    SEARCH,
     WAYS,
     MergeArguments,
     Samples,
     apply_fields,
     check_groups,
     check_merging,
+    check_samples,
     check_schedule,
     spelled_r,
 )
+from frontier_tome_perceiver import GROUPS, Frontier
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
-from search_tome_perceiver import GROUPS, SEARCH
 
 # Of rounds and samples: more would only be a slip of the finger.
 MOST = 10**6
 BOOLEANS = {"true": True, "false": False}
+# Method, metric, attention and least number of latents as the checkpoint has them, or a search finds them.
+ANY_WAY = dict.fromkeys((*WAYS, "min_latents"))
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,18 @@ class SweepArguments:
     )
     latency_ratio: list[float] = field(
         default_factory=list,
-        metadata={"help": "The same of the unmerged model's time for a timed batch, measured on this machine."},
+        metadata={"help": "Each a share of the unmerged model's time for a timed batch, measured on this machine."},
+    )
+    max_changed: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Each a share of inputs whose answer merging may change, at 95 percent confidence. Needs a test "
+            "split that is not evaluated on."
+        },
+    )
+    frontier: bool = field(
+        default=False,
+        metadata={"help": "A row for each row of the checkpoint's frontier, which is measured first if it has none."},
     )
     schedule: list[str] = field(
         default_factory=lambda: [SEARCH],
@@ -81,9 +97,13 @@ class SweepArguments:
             "finds that, with the method and the metric if they are not given."
         },
     )
-    calibration_samples: int = field(
-        default=1024,
-        metadata={"help": "Training samples, without labels, on which --schedule search compares outputs."},
+    calibration_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Unlabelled samples that --schedule {SEARCH} looks at, of the test split if there is one that is "
+            "not evaluated on, otherwise of the training split. By default as many as take a few minutes, at most "
+            f"{MOST_SAMPLES}."
+        },
     )
     merge_method: list[str] = field(
         default_factory=list,
@@ -98,7 +118,7 @@ class SweepArguments:
     )
     proportional_attention: list[str] = field(
         default_factory=list,
-        metadata={"help": "Whether a merged latent counts as often as it stands for: true, false, or both in turn."},
+        metadata={"help": "Weight merged latents by their size in attention: true, false, or both in turn."},
     )
     r_inflection: float | None = field(default=None, metadata={"help": "Shape of the schedule of an integer r."})
     min_latents: int | None = field(default=None, metadata={"help": "Never merge below this many latents."})
@@ -108,31 +128,53 @@ class SweepArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, smallest in (("timing_rounds", 0), ("timing_batch_size", 1), ("calibration_samples", 1)):
+        for name, smallest in (("timing_rounds", 0), ("timing_batch_size", 1)):
             if not smallest <= getattr(self, name) <= MOST:
-                raise BadInput(f"--{name} {getattr(self, name)}: allowed is an integer from {smallest} to {MOST}")
-        budgets = self.flops_ratio or self.latency_ratio
+                raise BadInput(f"--{name} {getattr(self, name)}: must be an integer from {smallest} to {MOST}")
+        budgets = any(getattr(self, name) for name in BUDGETS)
         self.proportional_attention = [str(value).lower() for value in self.proportional_attention]
         for value in self.proportional_attention:
             if value not in BOOLEANS:
-                raise BadInput(f"--proportional_attention {value}: allowed are {', '.join(BOOLEANS)}")
+                raise BadInput(f"--proportional_attention {value}: choose from {', '.join(BOOLEANS)}")
         self.r = [spelled_r(r) for r in self.r]
-        for name in ("r", "flops_ratio", "latency_ratio", "schedule", *WAYS):
+        for name in (*AMOUNTS, "schedule", *WAYS):
             values = getattr(self, name)
             for value in values:
                 check_merging(**{name: value})
             if repeated := {value for value in values if values.count(value) > 1}:
-                raise BadInput(f"--{name} {min(repeated)}: stands there twice; allowed is each once")
+                raise BadInput(f"--{name} {min(repeated)}: is given twice; give each once")
         check_merging(r_inflection=self.r_inflection, min_latents=self.min_latents)
         for name in self.schedule:
-            check_schedule(name, bool(budgets))
+            check_schedule(name, budgets)
         only_searches = self.schedule == [SEARCH] and set(self.r) <= {"0"}
         check_groups(self.merge_method, self.searches and only_searches)
+        check_samples(self.calibration_samples, self.searches)
 
     @property
     def searches(self) -> bool:
-        """Whether any row is searched for."""
-        return SEARCH in self.schedule and bool(self.flops_ratio or self.latency_ratio)
+        """Whether a frontier may be measured on samples."""
+        budgets = any(getattr(self, name) for name in BUDGETS)
+        return self.frontier or bool(self.max_changed) or SEARCH in self.schedule and budgets
+
+    @property
+    def most_samples(self) -> int:
+        """Number of samples that are read at most; 0 if nothing is calibrated."""
+        return max((arguments.most_samples for arguments in self._searching), default=0)
+
+    def sample_count(self, model: ToMePerceiverPreTrainedModel, samples: Samples, input_shape: tuple[int, ...]) -> int:
+        """Return the number of samples that all budgets are calibrated on; 0 if nothing is searched for.
+
+        Raises:
+            BadInput: if they cannot promise the least `--max_changed`.
+        """
+        carried = self.frontier and model.config.merge_frontier is not None
+        searching = self._searching[:-1] if carried else self._searching
+        return max((each.sample_count(model, samples, input_shape) for each in searching), default=0)
+
+    @property
+    def _searching(self) -> list[MergeArguments]:
+        rows = [arguments for *_, arguments in self._rows(next(self._ways())) if arguments.searches]
+        return [*rows, *([self._for_frontier] if self.frontier else [])]
 
     def variants(
         self,
@@ -144,24 +186,40 @@ class SweepArguments:
         """What each row merges: nothing, then in every way every r, and every budget with every schedule.
 
         Args:
-            model: whose merging it is; a search runs it, and so does a budget of time. Afterwards it merges nothing.
-            samples: as for `MergeArguments.resolve`.
+            model: whose merging it is; a search runs it, and so does a budget of time. Afterwards it merges nothing,
+                and has its frontier: the one that it came with, or the one that was measured for it here, if any.
+            samples: as for `MergeArguments.calibrate`.
             input_shape: of one input, (1, S) or (1, 3, height, width); a share of the FLOPs is for it.
             log_dir: where a search keeps what it has found; `None`: nowhere.
 
         Raises:
             BadInput: for what the config cannot mean.
         """
-        config = model.config
-        baseline = unmerged(config)
+        config, carried = model.config, model.config.merge_frontier
+        baseline = unmerged(model)
+        count = self.sample_count(model, samples, input_shape)
         rows = [(way, *row) for way in self._ways() for row in self._rows(way)]
         merging: dict[int, Merging] = {}
-        # What cannot be kept to is refused before anything is searched for, and the least budget is the first to be.
-        for place in sorted(range(len(rows)), key=lambda place: _effort(rows[place][-1])):
-            arguments = rows[place][-1]
+        # By way and schedule: one frontier serves all budgets.
+        calibrated: dict[str, dict[str, Any] | None] = {}
+
+        def prepare(way: dict[str, Any], arguments: MergeArguments) -> None:
             baseline.merging.apply(config)
             apply_fields(config, arguments.config_fields())
-            arguments.resolve(model, samples, input_shape, log_dir)
+            key = repr((way, arguments.schedule))
+            if arguments.searches and key not in calibrated:
+                shares = self.flops_ratio if arguments.schedule == SEARCH else []
+                # Divergences of other attention are no part of the log.
+                log = log_dir if way["proportional_attention"] is None else None
+                arguments.calibrate(model, samples, count, input_shape, log, shares)
+                calibrated[key] = config.merge_frontier
+            config.merge_frontier = calibrated.get(key, carried)
+
+        # What cannot be kept to is refused before anything is searched for, and the least budget is the first to be.
+        for place in sorted(range(len(rows)), key=lambda place: _effort(rows[place][-1])):
+            way, *_, arguments = rows[place]
+            prepare(way, arguments)
+            arguments.choose(model, samples, input_shape, self.timing_batch_size)
             merging[place] = Merging.of(config)
         found = [baseline]
         for place, (way, name, series, _) in enumerate(rows):
@@ -171,8 +229,13 @@ class SweepArguments:
             elif name not in (variant.name for variant in found):
                 # How it would merge makes no difference, so there is one of it.
                 found.append(Variant(name, series, merging[place]))
+        if self.frontier and carried is None:
+            prepare(ANY_WAY, self._for_frontier)
+        else:
+            # Rows of another attention or least number of latents are not what the checkpoint would do.
+            config.merge_frontier = carried or calibrated.get(repr((ANY_WAY, SEARCH)))
         baseline.merging.apply(config)
-        return found
+        return found + (frontier_variants(model) if self.frontier else [])
 
     def _ways(self) -> Iterator[dict[str, Any]]:
         """Every combination of what is given of method, metric and attention."""
@@ -187,21 +250,42 @@ class SweepArguments:
         for r in self.r if way["merge_method"] != GROUPS else ():
             yield f"r={r}", "r", MergeArguments(r=r, r_inflection=self.r_inflection, **way)
         for schedule in self.schedule:
-            for budget in MEANS[1:]:
+            for budget in BUDGETS:
                 for ratio in getattr(self, budget):
                     given: dict[str, Any] = {budget: ratio, "schedule": schedule} | way
-                    arguments = MergeArguments(calibration_samples=self.calibration_samples, **given)
-                    yield f"{budget.removesuffix('_ratio')}={ratio:g} {schedule}", schedule, arguments
+                    if schedule == SEARCH or budget == "max_changed":
+                        given["calibration_samples"] = self.calibration_samples
+                    name = budget.removesuffix("_ratio").removeprefix("max_")
+                    yield f"{name}={ratio:g} {schedule}", schedule, MergeArguments(**given)
+
+    @property
+    def _for_frontier(self) -> MergeArguments:
+        """Arguments that measure the checkpoint's frontier, of which every row counts and no budget."""
+        return MergeArguments(flops_ratio=1.0, calibration_samples=self.calibration_samples)
 
 
-def unmerged(config: ToMePerceiverConfig) -> Variant:
+def unmerged(model: ToMePerceiverPreTrainedModel) -> Variant:
     """The row that merges nothing, for this model."""
-    return Variant("r=0", "r", Merging.none(config))
+    return Variant("r=0", "r", model.unmerged)
+
+
+def frontier_variants(model: ToMePerceiverPreTrainedModel) -> list[Variant]:
+    """Return a row for each row of a model's frontier that merges anything, from mild to strong."""
+    frontier = Frontier.of(model.config)
+    assert frontier is not None
+    start = model.unmerged.asked_of(model.config)
+    merging = {row.merging.key: row for row in frontier.rows if row.merging.merges(start)}
+    found: dict[str, Variant] = {}
+    for row in merging.values():
+        short = f"frontier={row.flops_ratio:.3f}"
+        name = short if short not in found else f"frontier={row.flops_ratio:.6f}"
+        found[name] = Variant(name, "frontier", row.merging)
+    return list(found.values())
 
 
 def _effort(arguments: MergeArguments) -> tuple[bool, bool, float]:
     """What is resolved at once comes before what is timed or searched for, and less before more."""
-    share = arguments.flops_ratio or arguments.latency_ratio or 0.0
+    share = arguments.flops_ratio or arguments.latency_ratio or arguments.max_changed or 0.0
     return arguments.searches, arguments.latency_ratio is not None, share
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from budget_tome_perceiver import Merging
-from cost_tome_perceiver import forward_cost
+from cost_tome_perceiver import Merging, forward_cost
 from experiments.errors import BadInput
 from experiments.merging.arguments import WAYS
 from experiments.runs.sweep_arguments import Variant
@@ -24,7 +23,7 @@ from experiments.training.output_folder import (
     read_json,
     write_json,
 )
-from search_tome_perceiver import GROUPS
+from frontier_tome_perceiver import GROUPS
 
 # Timing may be left out at first, or be repeated with more rounds.
 NOT_COMPARED = ("timing_rounds",)
@@ -89,6 +88,7 @@ class SweepResults:
         rows: one for each r.
         seconds: what went by, by what it was spent on; of every run that filled cells.
         timing: how the rows were timed, and where if that is another environment; `None` if they were not.
+        frontier: of the checkpoint, as its config holds it; `None` if it has none.
     """
 
     arguments: dict[str, Any]
@@ -101,6 +101,7 @@ class SweepResults:
     rows: list[Row] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     timing: dict[str, Any] | None = None
+    frontier: dict[str, Any] | None = None
 
     @property
     def noted(self) -> Noted:
@@ -142,7 +143,7 @@ class SweepResults:
         noted = earlier["arguments"] | {CONTENT: earlier["content"]}
         check_same_experiment(output_dir, noted, self.noted, NOT_COMPARED)
         self.environment, self.rows, self.seconds = earlier["environment"], earlier["rows"], earlier["seconds"]
-        self.timing = earlier.get("timing")
+        self.timing, self.frontier = earlier.get("timing"), earlier.get("frontier")
         return True
 
     def spend(self, what: str, since: float) -> None:

@@ -10,7 +10,7 @@ import logging
 import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,6 +88,8 @@ class PreparedTask:
     Attributes:
         train: examples that `collate` takes.
         evaluation, prediction: the same, by the suffix that their results carry: "" and, for MNLI, "_mm".
+        calibration: examples that are neither trained nor evaluated on, to measure what merging changes; `None` where
+            only training examples can be.
         processing_class: the tokenizer or image processor that made them.
         collate: from examples to a batch.
         predicted: from logits, the task's classes in their order, to a class or number for each example, or to a row of
@@ -115,6 +117,7 @@ class PreparedTask:
     file_names: dict[str, list[str]] = field(default_factory=dict)
     reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
     teacher: Teacher | None = None
+    calibration: Any = None
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float | None]:
         """From logits and labels to figures by name, each with its standard error under NAME_stderr."""
@@ -150,22 +153,25 @@ class PreparedTask:
         return batch
 
     def samples(self, count: int, batch_size: int) -> list[Batch]:
-        """Training samples without their labels, spread evenly over the training split.
+        """Return samples without their labels, spread evenly over those to calibrate on, or else to train on.
 
         Args:
-            count: how many, or all if there are fewer.
+            count: number of samples, or all if there are fewer.
             batch_size: B.
         """
-        available = len(self.train)
-        chosen = range(0, available, max(1, available // count))[:count]
+        examples = self.train if self.calibration is None else self.calibration
         # Held, since what augmentation makes of an image is another every time.
-        return list(self.unlabelled(Subset(self.train, list(chosen)), batch_size))
+        return list(self.unlabelled(Subset(examples, spread(len(examples), count)), batch_size))
 
     def unlabelled(self, examples: Any, batch_size: int) -> DataLoader:
-        """Batches of examples without their labels, which can be gone through again."""
+        """Batches of examples without their labels, which can be gone through again.
+
+        The labels of masked tokens, which come from the text itself, stay: they say which positions are asked for.
+        """
+        dropped = () if self.kind == "masked_lm" else (LABELS,)
 
         def collate(batch: list[dict[str, Any]]) -> Batch:
-            return dict(self.collate([{name: each[name] for name in each if name != LABELS} for each in batch]))
+            return dict(self.collate([{name: each[name] for name in each if name not in dropped} for each in batch]))
 
         return DataLoader(examples, batch_size, collate_fn=collate)
 
@@ -178,9 +184,10 @@ class Task(ABC):
         source: where it is from.
         labels: names of the classes, in the order in which they are scored; empty for regression, and where nothing is
             classified.
-        train, evaluation, prediction: examples, as in `PreparedTask`.
+        train, evaluation, prediction, calibration: examples, as in `PreparedTask`.
         main_metric: the figure that tables and pictures show.
         read: lines that say what was read, as `read_lines` gives them.
+        calibration_name: what the examples of `calibration` are, for messages.
     """
 
     source: Source
@@ -190,6 +197,8 @@ class Task(ABC):
     prediction: dict[str, Dataset]
     main_metric: str
     read: list[str] = field(default_factory=list, kw_only=True)
+    calibration: Dataset | None = field(default=None, kw_only=True)
+    calibration_name: str = field(default="inputs of the test split", kw_only=True)
 
     hub_task: ClassVar[str]
     """The Hub's name for such a task, such as "text-classification"."""
@@ -282,6 +291,42 @@ def take_split(splits: DatasetDict, name: str, argument: str, count: int | None)
 def first_examples(dataset: Dataset, count: int | None) -> Dataset:
     """As many of a dataset's first examples, or all if there are fewer or `count` is `None`."""
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+
+
+def spread(available: int, count: int) -> list[int]:
+    """Return the places of at most `count` examples, spread evenly over all."""
+    return [place * available // count for place in range(count)] if count < available else list(range(available))
+
+
+def unseen_split(splits: Mapping[str, Dataset], name: str, evaluated: Collection[str], count: int) -> Dataset | None:
+    """Return examples of the test split to calibrate on, spread evenly; `None` if none are wanted or there are none.
+
+    Args:
+        splits: all there are.
+        name: of the test split.
+        evaluated: splits that are evaluated on.
+        count: number of examples at most; 0 for none.
+    """
+    if count == 0 or name in evaluated or not len(splits.get(name, ())):
+        return None
+    return splits[name].select(spread(len(splits[name]), count))
+
+
+def hold_out(task: Task, count: int) -> None:
+    """Move examples from training to calibration, drawn at random but the same in every run.
+
+    Raises:
+        BadInput: if that is more than half of them.
+    """
+    available = len(task.train)
+    if 2 * count > available:
+        raise BadInput(
+            f"--calibration_samples {count}: would hold out more than half of the {available:,} training samples; use "
+            f"at most {available // 2}, or give a test split"
+        )
+    order = np.random.default_rng(0).permutation(available)
+    task.calibration, task.calibration_name = task.train.select(np.sort(order[:count])), "held-out training samples"
+    task.train = task.train.select(np.sort(order[count:]))
 
 
 def evaluated_split(splits: DatasetDict, argument: str, labelled: Callable[[Dataset], bool]) -> str:

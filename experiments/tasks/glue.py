@@ -21,6 +21,7 @@ from experiments.tasks.base import (
     first_examples,
     read_lines,
     take_split,
+    unseen_split,
 )
 from experiments.tasks.labels import (
     check_none_missing,
@@ -140,6 +141,7 @@ class GlueTask(TextTask):
             train=tokens.train,
             evaluation=tokens.evaluation,
             prediction=tokens.prediction,
+            calibration=tokens.calibration,
             processing_class=processing_class,
             collate=DataCollatorWithPadding(processing_class),
             predicted=classes if self.labels else numbers,
@@ -155,6 +157,7 @@ def load_glue_task(
     seed: int,
     evaluate: bool = True,
     classes: Sequence[str] | None = None,
+    calibration_samples: int = 0,
     **download: Any,
 ) -> GlueTask:
     """Load the sentences that the arguments mean.
@@ -166,13 +169,14 @@ def load_glue_task(
         evaluate: whether anything is evaluated; if not, there may be nothing to evaluate on.
         classes: those of the checkpoint, for a run that does not train, which then needs no training split; empty for
             regression.
+        calibration_samples: number of unlabelled examples of the test split to take at most.
         download: `cache_dir` and `token` for `datasets.load_dataset`.
 
     Raises:
         BadInput: for a dataset, split or column that is not there, an empty split, text or labels that are missing or
             no text and no labels, or labels that are not among those of the training split.
     """
-    splits, source = _load_splits(arguments, predict, evaluate, classes, download)
+    splits, source = _load_splits(arguments, predict, evaluate, classes, calibration_samples > 0, download)
     argument = source.argument
     evaluated = _evaluated_names(arguments, splits, argument, evaluate)
     ends = _split_ends(arguments.task_name) if predict else {}
@@ -201,6 +205,11 @@ def load_glue_task(
 
     evaluation = {suffix: taken(name, arguments.max_eval_samples) for suffix, name in evaluated.items()}
     prediction = {suffix: taken(name, arguments.max_predict_samples, True) for suffix, name in predicted.items()}
+    unseen = f"test{_split_ends(arguments.task_name)['']}"
+    calibration = unseen_split(splits, unseen, evaluated.values(), calibration_samples)
+    if calibration is not None:
+        unlabelled = calibration.select_columns([name for name in calibration.column_names if name != LABEL])
+        calibration = columns.checked(unlabelled, f"{argument}: split '{unseen}'", None, True)
     read = {evaluated[suffix]: split for suffix, split in evaluation.items()}
     read |= {f"{predicted[suffix]} (to predict)": split for suffix, split in prediction.items()}
     if train is None:
@@ -215,6 +224,7 @@ def load_glue_task(
         train=train,
         evaluation=evaluation,
         prediction=prediction,
+        calibration=calibration,
         main_metric=MAIN_METRIC.get(arguments.task_name or "", "accuracy" if columns.labels else "pearson"),
         read=columns.read(arguments, argument, first, read),
         arguments=arguments,
@@ -273,7 +283,12 @@ class _Columns:
 
 
 def _load_splits(
-    arguments: GlueDataArguments, predict: bool, evaluate: bool, classes: Sequence[str] | None, download: dict[str, Any]
+    arguments: GlueDataArguments,
+    predict: bool,
+    evaluate: bool,
+    classes: Sequence[str] | None,
+    calibrate: bool,
+    download: dict[str, Any],
 ) -> tuple[DatasetDict, Source]:
     task, dataset, anew = arguments.task_name, arguments.dataset_name, arguments.overwrite_cache
     if task is not None:
@@ -291,7 +306,7 @@ def _load_splits(
         source = Source.of_dataset(dataset, config, "validation")
         splits = read_dataset(source.argument, dataset, config, anew, arguments.texts, **download)
     else:
-        files = _own_files(arguments, predict, evaluate, classes is None)
+        files = _own_files(arguments, predict, evaluate, classes is None, calibrate)
         name, path = next(iter(files.items()))
         source = Source(f"--{name}_file {path}", Path(path).stem)
         splits = DatasetDict(
@@ -309,7 +324,9 @@ def _with_label(split: Dataset) -> Dataset:
     return split.rename_column(found[0], LABEL) if len(found) == 1 and found != [LABEL] else split
 
 
-def _own_files(arguments: GlueDataArguments, predict: bool, evaluate: bool, train: bool) -> dict[str, str]:
+def _own_files(
+    arguments: GlueDataArguments, predict: bool, evaluate: bool, train: bool, calibrate: bool
+) -> dict[str, str]:
     """The files to read, by their split."""
     paths = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
     needed = {"train"} if train else set()
@@ -322,7 +339,7 @@ def _own_files(arguments: GlueDataArguments, predict: bool, evaluate: bool, trai
             f"--{missing[0]}_file: not given; use --task_name, --dataset_name, or files of your own: --train_file to "
             "train on, --validation_file to evaluate on, --test_file for --do_predict"
         )
-    if not predict and arguments.validation_file is not None:
+    if not (predict or calibrate) and arguments.validation_file is not None:
         del paths["test"]
     if not evaluate and not train:
         paths = {"test": paths["test"]}

@@ -31,6 +31,7 @@ from experiments.tasks.base import (
     first_examples,
     read_lines,
     take_split,
+    unseen_split,
 )
 from experiments.tasks.image_columns import ImageColumns
 from experiments.tasks.image_folders import check_names, left_out_of_dataset, read_image_folder, relative_names
@@ -192,6 +193,7 @@ class ImageTask(Task):
         train = RedrawnExamples(self.train, augmented, seed)
         return PreparedTask(
             train=train,
+            calibration=None if self.calibration is None else self.calibration.with_transform(read_and_process),
             evaluation={suffix: split.with_transform(read_and_process) for suffix, split in self.evaluation.items()},
             prediction={suffix: split.with_transform(read_and_process) for suffix, split in self.prediction.items()},
             processing_class=processing_class,
@@ -247,6 +249,7 @@ def load_image_task(
     seed: int,
     evaluate: bool = True,
     classes: Sequence[str] | None = None,
+    calibration_samples: int = 0,
     **download: Any,
 ) -> ImageTask:
     """Load the images that the arguments mean.
@@ -257,6 +260,7 @@ def load_image_task(
         seed: for a validation split made here and for `max_train_samples`.
         evaluate: whether anything is evaluated; beside images to train on, something always is.
         classes: those of the checkpoint, for a run that does not train, which then needs no training split.
+        calibration_samples: number of unlabelled images of the test split to take at most.
         download: `cache_dir` and `token` for `datasets.load_dataset`.
 
     Raises:
@@ -286,6 +290,10 @@ def load_image_task(
         train, evaluation[""] = _divided(arguments, train, argument, seed)
     if predict:
         prediction[""] = checked(taken("test", arguments.max_predict_samples, train, may_lack=True), "test")
+    calibration = unseen_split(splits, "test", [from_split], calibration_samples)
+    if calibration is not None:
+        unlabelled = calibration.select_columns([name for name in calibration.column_names if name != LABEL])
+        calibration = checked(unlabelled, "test")
     if train is not None:
         train = checked(first_examples(train.shuffle(seed=seed), arguments.max_train_samples), "train")
     evaluation = {suffix: checked(split, from_split) for suffix, split in evaluation.items()}
@@ -299,6 +307,7 @@ def load_image_task(
         train=next(iter(read.values())).select([]) if train is None else train,
         evaluation=evaluation,
         prediction=prediction,
+        calibration=calibration,
         main_metric="accuracy",
         read=read_lines(argument, used, read, LABEL, columns.labels, dropped),
         augmentation=Augmentation(arguments.crop_scale, arguments.horizontal_flip),

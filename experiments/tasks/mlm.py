@@ -23,7 +23,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenCl
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
-from experiments.tasks.base import Batch, PreparedTask, Source
+from experiments.tasks.base import Batch, PreparedTask, Source, unseen_split
 from experiments.tasks.labels import listed
 from experiments.tasks.reading import TEXT_FORMATS, read_dataset, read_file
 from experiments.tasks.redrawn_examples import NextEpoch, RedrawnExamples
@@ -35,7 +35,7 @@ from experiments.tasks.text import Columns, TextDataArguments, TextTask, Tokens
 MODEL_CLASS = "ToMePerceiverForMaskedLM"
 # Splits whose columns are said.
 MOST_SHOWN = 4
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # Of the order of evaluated sentences and of what is hidden in them: the same for all models that are compared, whatever
 # they were trained with.
 EVALUATION_SEED = 0
@@ -178,6 +178,7 @@ class MlmTask(TextTask):
             train=train,
             evaluation={suffix: masked_once(split, once) for suffix, split in tokens.evaluation.items()},
             prediction=tokens.prediction,
+            calibration=masked_once(tokens.calibration, once) if tokens.calibration else None,
             processing_class=processing_class,
             collate=MaskedCollate(processing_class, config.max_position_embeddings),
             predicted=lambda predictions: predictions,
@@ -290,7 +291,12 @@ def likeliest_tokens(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def load_mlm_task(
-    arguments: MlmDataArguments, predict: bool, seed: int, evaluate: bool = True, **download: Any
+    arguments: MlmDataArguments,
+    predict: bool,
+    seed: int,
+    evaluate: bool = True,
+    calibration_samples: int = 0,
+    **download: Any,
 ) -> MlmTask:
     """Load the sentences that the arguments mean, of several configurations as one.
 
@@ -301,6 +307,7 @@ def load_mlm_task(
         predict: whether predictions are asked for; there are none.
         seed: of the order in which training sentences are cut off by `max_train_samples`.
         evaluate: whether anything is evaluated; there always is something.
+        calibration_samples: number of sentences of the dataset's test split to take at most.
         download: `cache_dir` and `token` for `datasets.load_dataset`.
 
     Raises:
@@ -315,6 +322,8 @@ def load_mlm_task(
                 f"evaluated on --{instead}"
             )
     pools, source = _load_splits(arguments, download)
+    if not calibration_samples:
+        pools[TEST] = []
     lines, places = {}, {}
     for role, pool in pools.items():
         lines[role] = read_sentences(pool, arguments.text_column, not arguments.line_by_line, arguments.overwrite_cache)
@@ -343,12 +352,15 @@ def load_mlm_task(
         selected[role] = lines[role].select(list(chosen_places.values()))
         if arguments.line_by_line:
             selected[role] = first_shuffled(selected[role], count, drawn)
+    known = {sentence for line in (*train, *evaluated) for sentence in line}
+    unseen = [place for line, place in places[TEST].items() if known.isdisjoint(line)]
     return MlmTask(
         source=source,
         labels=[],
         train=selected[TRAIN],
         evaluation={"": selected[VALIDATION]},
         prediction={},
+        calibration=unseen_split({TEST: lines[TEST].select(unseen)}, TEST, (), calibration_samples),
         main_metric="accuracy",
         read=_read_lines(pools, selected, arguments.text_column),
         arguments=arguments,
@@ -370,23 +382,21 @@ def _read_lines(pools: dict[str, list[Split]], selected: dict[str, Dataset], nam
     return [*dict.fromkeys(lines)][:MOST_SHOWN] + [f"{counts}, without repetitions"]
 
 
-def load_taught_mlm_task(
-    arguments: TaughtMlmArguments, predict: bool, seed: int, evaluate: bool = True, **download: Any
-) -> MlmTask:
+def load_taught_mlm_task(arguments: TaughtMlmArguments, *options: Any, **named: Any) -> MlmTask:
     """The same with its teacher, if there is one, which is loaded first.
 
     Raises:
         BadInput: also for a teacher that is not there or is no encoder.
     """
-    name = arguments.teacher_name_or_path
+    name, download = arguments.teacher_name_or_path, {key: named.get(key) for key in ("cache_dir", "token")}
     teacher = None if name is None else load_teacher(name, **download)
-    return replace(load_mlm_task(arguments, predict, seed, evaluate, **download), teacher=teacher)
+    return replace(load_mlm_task(arguments, *options, **named), teacher=teacher)
 
 
 def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple[dict[str, list[Split]], Source]:
-    """The splits to train on and those to evaluate on, which may be none."""
+    """The splits to train on, to evaluate on and to calibrate on; of the last two there may be none."""
     configs, anew = arguments.dataset_config_name, arguments.overwrite_cache
-    pools: dict[str, list[Split]] = {TRAIN: [], VALIDATION: []}
+    pools: dict[str, list[Split]] = {TRAIN: [], VALIDATION: [], TEST: []}
     sources = []
     if arguments.dataset_name is not None:
         source = Source.of_dataset(arguments.dataset_name, configs, VALIDATION)

@@ -83,6 +83,7 @@ class Tokens:
     train: Dataset
     evaluation: dict[str, Dataset]
     prediction: dict[str, Dataset]
+    calibration: Dataset | None
 
 
 @dataclass
@@ -141,6 +142,7 @@ class TextTask(Task):
             train=tokenized(self.train, "train"),
             evaluation={suffix: tokenized(split, f"eval{suffix}") for suffix, split in self.evaluation.items()},
             prediction={suffix: tokenized(split, f"predict{suffix}") for suffix, split in self.prediction.items()},
+            calibration=None if self.calibration is None else tokenized(self.calibration, "calibration"),
         )
 
     def tokenizing(self, tokenizer: Any, length: int, label_ids: Sequence[int]) -> Callable[[Columns], Columns]:

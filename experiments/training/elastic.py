@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from budget_tome_perceiver import SCHEDULES, Merging, named_family
 from configuration_tome_perceiver import ToMePerceiverConfig
-from cost_tome_perceiver import self_attention_layer_flops
+from cost_tome_perceiver import SCHEDULES, Merging, named_family, self_attention_layer_flops
 from experiments.training.trainer import TaskTrainer
-from search_tome_perceiver import output_divergence
+from frontier_tome_perceiver import output_divergence
 
 LEAST_SHARE = 1 / 8
 """Of the self-attention layers' FLOPs, what is left at the strongest merging that is drawn."""
@@ -32,7 +31,7 @@ UNLABELLED = -100
 class MergingDraw:
     """The merging of each training step: a schedule of any shape, within a budget drawn log-uniformly.
 
-    The shapes are `budget_tome_perceiver.SCHEDULES`, so constant numbers down to one latent left, as in the
+    The shapes are `cost_tome_perceiver.SCHEDULES`, so constant numbers down to one latent left, as in the
     source paper, are among them. The budget is a share of the FLOPs of the self-attention layers, without the matching,
     from `LEAST_SHARE`, or the least that the shape comes down to, up to 1; log-uniform, since what is hard to learn
     lies at the lower end.

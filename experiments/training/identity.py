@@ -59,16 +59,18 @@ MERGING = (
     "r", "r_inflection", "min_latents", "proportional_attention", "merge_method", "merge_metric", "merge_groups",
     "latent_groups",
 )  # fmt: skip
-# Of a config, what says where it was and who wrote it.
-NO_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "auto_map", "model_type", "dtype")
+# Of a config, what says where it was and who wrote it, and what could merge.
+NO_SETTINGS = (
+    "_name_or_path", "transformers_version", "architectures", "auto_map", "model_type", "dtype", "merge_frontier",
+)  # fmt: skip
 READ_AT_ONCE = 256
 FIRST_INPUTS = 8
 
 Noted = dict[str, Any]
 """Arguments by name, and under `CONTENT` what was read, each by its fingerprint."""
 CONTENT = "content"
-# Of the contents, those that may be there or not: what is trained on, and who teaches.
-TRAIN, TEACHER = "train", "teacher"
+# Of the contents, those that may be there or not: what is trained on, who teaches, and what is calibrated on.
+TRAIN, TEACHER, CALIBRATION = "train", "teacher", "calibration"
 
 
 def noted_arguments(*groups: Any) -> Noted:
@@ -104,28 +106,31 @@ def evaluation_fields(arguments: TrainingArguments) -> Noted:
     return {name: _plain(getattr(arguments, name)) for name in EVALUATION}
 
 
-def content(task: Task, prepared: PreparedTask, *, train: bool) -> dict[str, str]:
+def content(task: Task, prepared: PreparedTask, *, train: bool, calibrates: bool) -> dict[str, str]:
     """What was read, by name: the examples, and the first inputs as the model gets them.
 
     Args:
         task: the data as they are.
         prepared: the same as a model sees them.
         train: whether training examples matter.
+        calibrates: whether a frontier is measured, on training examples if there are no others.
     """
 
     def fingerprint(splits: Mapping[str, Any], desc: str) -> str:
         return data_fingerprint(splits, desc, task.labels)
 
     read = {"evaluation": fingerprint(prepared.evaluation, "evaluated examples")}
-    if train:
+    if calibrates and prepared.calibration is not None:
+        read[CALIBRATION] = fingerprint({"": prepared.calibration}, "samples to calibrate on")
+    if train or calibrates and prepared.calibration is None:
         examples = prepared.train.examples if isinstance(prepared.train, RedrawnExamples) else prepared.train
         read[TRAIN] = fingerprint({"": examples}, "training examples")
         if prepared.teacher is not None:
-            read[TEACHER] = _digest([weights_fingerprint(prepared.teacher.model), prepared.teacher.ids])
+            read[TEACHER] = digest_of([weights_fingerprint(prepared.teacher.model), prepared.teacher.ids])
     if prepared.prediction:
         read["prediction"] = fingerprint(prepared.prediction, "examples to predict")
     # A tokenizer or image processor counts by what it makes: its files also say how it was called last.
-    return read | {"inputs": _digest(prepared.batch(FIRST_INPUTS))}
+    return read | {"inputs": digest_of(prepared.batch(FIRST_INPUTS))}
 
 
 def weights_fingerprint(weights: PreTrainedModel | Path) -> str:
@@ -149,7 +154,7 @@ def config_fingerprint(config: ToMePerceiverConfig, *, merging: bool = True) -> 
         merging: whether what merges counts.
     """
     left_out = NO_SETTINGS if merging else (*NO_SETTINGS, *MERGING)
-    return _digest(sorted((name, repr(value)) for name, value in config.to_dict().items() if name not in left_out))
+    return digest_of(sorted((name, repr(value)) for name, value in config.to_dict().items() if name not in left_out))
 
 
 def data_fingerprint(splits: Mapping[str, Any], desc: str, labels: Iterable[str]) -> str:
@@ -216,7 +221,8 @@ def file_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """Return the fingerprint of JSON's types and tensors; the order of a dictionary's keys does not count."""
     digest = hashlib.sha256()
     _update(digest, value)
     return digest.hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 import modeling_tome_perceiver as modeling
-from budget_tome_perceiver import undisturbed
 from configuration_tome_perceiver import ToMePerceiverConfig
+from cost_tome_perceiver import undisturbed
 from experiments.errors import BadInput, naming
 from experiments.merging.arguments import apply_fields
 from experiments.tasks.base import PreparedTask, Task
@@ -32,10 +31,6 @@ logger = logging.getLogger(__name__)
 HEADS = ("perceiver.decoder.", "embedding_decoder.")
 UNIMPORTANT = "num_batches_tracked"
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-
-
-Start = Callable[[modeling.ToMePerceiverForMaskedLM, Teacher, Dataset], None]
-"""Gives a model from scratch the weights with which it begins to learn from a teacher, beside training examples."""
 
 
 def start_taught(model: modeling.ToMePerceiverForMaskedLM, teacher: Teacher, examples: Dataset) -> None:
@@ -57,14 +52,12 @@ def load_model_and_task(
     merging: dict[str, Any],
     task: Task,
     training: TrainingArguments,
-    start: Start = start_taught,
 ) -> tuple[modeling.ToMePerceiverPreTrainedModel, PreparedTask]:
     """The model that the arguments mean, and the task as it sees it.
 
     Args:
         arguments, merging, task: as for `load_config`.
         training: its seed, and which of several processes prepares the data for the others.
-        start: of a model from scratch with a teacher.
 
     Raises:
         BadInput: for whatever is not there or does not fit, before the weights are read.
@@ -77,7 +70,7 @@ def load_model_and_task(
         prepared = task.prepared(config, processing_class, training.seed)
     model = load_model(arguments, config, task)
     if arguments.model_name_or_path is None and prepared.teacher is not None:
-        start(model, prepared.teacher, prepared.train.examples)
+        start_taught(model, prepared.teacher, prepared.train.examples)
     if task.input_name == "input_ids":
         if task.classifies:
             _keep_positions(model, processing_class.model_max_length)

@@ -301,6 +301,8 @@ def train_and_save(trainer: TaskTrainer, resume_from_checkpoint: str | None = No
         Stopped: if the weights that an ended training left have changed since.
     """
     folder, writes = Path(trainer.args.output_dir), trainer.is_world_process_zero()
+    # A frontier is of the weights that it was measured on.
+    trainer.model.config.merge_frontier = None
     resume = resume_from_checkpoint if resumes(resume_from_checkpoint) else None
     if resume is not None and resume.lower() in LAST:
         if _has_ended(trainer):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from budget_tome_perceiver import undisturbed
+from cost_tome_perceiver import undisturbed
 from experiments.errors import BadInput
 from experiments.tasks.base import LABELS, Batch
 from experiments.tasks.scores import NOT_ASKED

@@ -96,14 +96,14 @@ def test_texts_of_a_dataset_are_drawn(inputs, tmp_path):
 def test_a_budget_decides_what_is_drawn(inputs, tmp_path, script, monkeypatch, capsys, head, searched):
     """With a dataset by a search on its rows, not on those alone that are drawn; for inputs of one's own by 'floor'."""
     titles, sampled = [], []
-    draw, resolve = script.draw_merging, script.MergeArguments.resolve
+    draw, choose = script.draw_merging, script.MergeArguments.choose
 
-    def resolved(merging, model, samples, shape):
-        sampled.append(sum(script.batch_shape(batch)[0] for batch in samples(3)))
+    def chosen(merging, model, samples, shape):
+        sampled.append(sum(script.batch_shape(batch)[0] for batch in samples.take(3, 2)))
         sampled.append(merging.schedule)
-        return resolve(merging, model, samples, shape)
+        return choose(merging, model, samples, shape)
 
-    monkeypatch.setattr(script.MergeArguments, "resolve", resolved)
+    monkeypatch.setattr(script.MergeArguments, "choose", chosen)
     monkeypatch.setattr(
         script, "draw_merging", lambda title, *rest: titles.append((title, rest[0])) or draw(title, *rest)
     )
@@ -122,7 +122,7 @@ def test_a_budget_decides_what_is_drawn(inputs, tmp_path, script, monkeypatch, c
     assert min(latents) < latents[0] and "0 of" not in title
     assert sampled == ([2 if head == "ForMaskedLM" else 3, "search"] if searched else [1, "floor"])
     out = capsys.readouterr()
-    assert out.out == f"{tmp_path / 'picture.png'}\n" and "chosen" in out.err
+    assert out.out == f"{tmp_path / 'picture.png'}\n" and "of the FLOPs" in out.err
 
 
 IMAGE_MODEL, TEXT_MODEL = "ForImageClassificationConvProcessing", "ForSequenceClassification"
@@ -138,11 +138,12 @@ IMAGE_MODEL, TEXT_MODEL = "ForImageClassificationConvProcessing", "ForSequenceCl
         (TEXT_MODEL, ("--texts", ""), "allowed is a text that is not empty"),
         (TEXT_MODEL, ("--texts", "a", "--max_length", "2"), "--max_length 2: allowed"),
         (TEXT_MODEL, ("--texts", "a", "--split", "test"), "--split test: allowed only with --dataset_name"),
-        (TEXT_MODEL, ("--texts", "a", "--r", "-1"), "--r -1: allowed"),
+        (TEXT_MODEL, ("--texts", "a", "--r", "-1"), "--r -1: must be"),
         (TEXT_MODEL, ("--texts", "a", "--r", "1,2"), "one entry for each of the 6 self-attention layers"),
-        (TEXT_MODEL, ("--texts", "a", "--r", "many"), "--r many: allowed"),
-        (TEXT_MODEL, ("--texts", "a", "--flops_ratio", "0.001"), "--flops_ratio 0.001: "),
+        (TEXT_MODEL, ("--texts", "a", "--r", "many"), "--r many: must be"),
+        (TEXT_MODEL, ("--texts", "a", "--flops_ratio", "0.001"), "--flops_ratio 0.001 is out of reach"),
         (TEXT_MODEL, ("--texts", "a", "--flops_ratio", "0.9", "--merge_method", "groups"), "--merge_method groups: "),
+        (TEXT_MODEL, ("--texts", "a", "--max_changed", "0.1"), "--max_changed 0.1: needs --dataset_name"),
         (TEXT_MODEL, ("--texts", "a", "--output_file", "picture.jpg"), "--output_file picture.jpg: allowed"),
         ("nowhere", ("--texts", "a"), "--model_name_or_path nowhere: "),
         ("bare", ("--texts", "a"), "tokenizer of --model_name_or_path bare: "),

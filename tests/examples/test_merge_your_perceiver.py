@@ -17,7 +17,7 @@ def test_every_cell_runs(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    parameters.source = "EPOCHS, TRAIN_IMAGES, FLOPS_RATIO = 1, 64, 0.6"
+    parameters.source = "EPOCHS, TRAIN_IMAGES, MAX_CHANGED = 1, 64, 1.0"
     folder = {"metadata": {"path": str(NOTEBOOK.parent)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=folder).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))

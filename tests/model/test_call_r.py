@@ -141,20 +141,20 @@ def test_compiled_layers_and_a_compiled_model_take_it():
 def test_an_unknown_keyword_is_one_line(head):
     """Upstream swallows it; what tokenizers and Trainer hand to any model is let through."""
     model, inputs = tiny_model(head), tiny_inputs(head)
-    for name, value in (("rr", 8), ("flops_ratio", 0.5), ("inputs_embeds", torch.zeros(1))):
+    for name, value in (("rr", 8), ("max_changed", 0.5), ("inputs_embeds", torch.zeros(1))):
         with pytest.raises(TypeError, match=rf"^{name}: no argument of ToMePerceiver{head}; [^\n]*$"):
             model(**inputs, **{name: value})
     run(model, inputs, num_items_in_batch=2, token_type_ids=torch.zeros(2, 9), inputs_embeds=None)
 
 
 @every_head
-def test_signature_is_upstreams_and_r(head):
+def test_signature_is_upstreams_and_what_merges(head):
     """Trainer and pipelines read it, and torch.export."""
     model = tiny_model(head)
     if head != "Model":
         stock = inspect.signature(type(model).__mro__[2].forward).parameters
         ours = list(inspect.signature(type(model).forward).parameters)
-        assert ours == [name for name in stock if name != "kwargs"] + ["r", "kwargs"]
+        assert ours == [name for name in stock if name != "kwargs"] + ["r", "flops_ratio", "kwargs"]
     assert inspect.signature(model.forward).parameters["r"].default is None
 
 

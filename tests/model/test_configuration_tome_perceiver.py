@@ -22,6 +22,7 @@ MERGING_FIELDS = [
     "merge_metric",
     "merge_groups",
     "latent_groups",
+    "merge_frontier",
 ]
 
 

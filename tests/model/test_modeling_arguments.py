@@ -280,3 +280,26 @@ def test_a_model_without_tokens_says_so_in_one_line(head):
     for call in (lambda m: m.get_input_embeddings(), lambda m: m.resize_token_embeddings(270)):
         with pytest.raises(NotImplementedError, match=rf"^input embeddings: ToMePerceiver{head} has none; [^\n]*$"):
             call(tiny_model(head))
+
+
+def test_masked_language_labels_of_another_length_are_one_line():
+    model = tiny_model("ForMaskedLM")
+    with pytest.raises(ValueError, match=r"^labels: of shape \(2, 9\); must have a label for each of .* 20 positions"):
+        model(**tiny_inputs("ForMaskedLM"), labels=torch.zeros(2, 9, dtype=torch.int64))
+
+
+# Inputs at the edge
+
+
+@pytest.mark.parametrize("merge", [{}, *MERGES.values(), dict(r=R_LIST, merge_method="ward")])
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "ForMultimodalAutoencoding"])
+def test_what_runs_unmerged_runs_merged_on_the_meta_device_and_on_no_rows(head, merge):
+    model = tiny_model(head, **merge)
+    inputs = {name: value for name, value in tiny_inputs(head).items() if isinstance(value, torch.Tensor)}
+    with torch.no_grad():
+        several = model(**inputs)
+        none = model(**{name: value[:0] for name, value in inputs.items()})
+        abstract = model.to("meta")(**{name: value.to("meta") for name, value in inputs.items()})
+    field = "last_hidden_state" if head == "Model" else "logits"
+    assert getattr(none, field).shape == (0, *getattr(several, field).shape[1:])
+    assert getattr(abstract, field).shape == getattr(several, field).shape

@@ -28,14 +28,12 @@ from tests.support.tiny_models import HEADS, IMAGE_HEADS, flat_logits, tiny_inpu
 
 REPOSITORY = Path(tome.__file__).resolve().parent
 MODULES = [
-    "budget_tome_perceiver",
     "configuration_tome_perceiver",
     "cost_tome_perceiver",
-    "groups_tome_perceiver",
+    "frontier_tome_perceiver",
     "layers_tome_perceiver",
     "merging_tome_perceiver",
     "modeling_tome_perceiver",
-    "search_tome_perceiver",
 ]
 AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",

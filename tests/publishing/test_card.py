@@ -17,8 +17,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from PIL import Image
 from transformers import PerceiverTokenizer, TrainingArguments
 
-from budget_tome_perceiver import Merging
 from configuration_tome_perceiver import ToMePerceiverConfig
+from cost_tome_perceiver import Merging
 from experiments.measurement import Quartiles, describe_environment
 from experiments.publishing.card import (
     AUTO_CLASSES,

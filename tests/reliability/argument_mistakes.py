@@ -59,7 +59,12 @@ MISTAKES: dict[str, dict[str, str]] = {
             --flops_ratio 1.5
             --flops_ratio inf
             --latency_ratio nan
+            --max_changed nan
+            --max_changed 0
+            --max_changed 1.5
+            --max_changed -0.01
             --flops_ratio 0.9 --calibration_samples 0 =>> --calibration_samples 0
+            --flops_ratio 0.9 --calibration_samples -1 =>> --calibration_samples -1
             --r -1
             --r 1,-2,0,0
             --r_inflection nan --r 1
@@ -107,6 +112,8 @@ MISTAKES: dict[str, dict[str, str]] = {
             --flops_ratio 0.01
             --latency_ratio nan
             --latency_ratio -1
+            --max_changed nan
+            --max_changed 2
             --r 1 --max_eval_samples 0 =>> --max_eval_samples 0
             --r 1 --per_device_eval_batch_size 0 =>> --per_device_eval_batch_size 0
         """,
@@ -149,6 +156,7 @@ MISTAKES: dict[str, dict[str, str]] = {
             --r 1 --proportional_attention maybe =>> --proportional_attention maybe
             --r 1 --timing_rounds 1.5 =>> --timing_rounds 1.5
             --flops_ratio half
+            --max_changed few
         """,
     },
     "names that are not there": {
@@ -227,6 +235,10 @@ MISTAKES: dict[str, dict[str, str]] = {
         GLUE: """
             --flops_ratio 0.9 --r 1
             --latency_ratio 0.9 --flops_ratio 0.9 => --flops_ratio
+            --max_changed 0.1 --flops_ratio 0.9 => --flops_ratio
+            --max_changed 0.1 --r 1 => --r
+            --calibration_samples 8 --r 1
+            --calibration_samples 8 --flops_ratio 0.9 --schedule floor
             --schedule geometric
             --merge_method groups => --flops_ratio
             --merge_method groups --r 1
@@ -260,6 +272,8 @@ MISTAKES: dict[str, dict[str, str]] = {
             --merge_method groups bipartite --r 1 --flops_ratio 0.9
             --merge_method groups --flops_ratio 0.9 --schedule search floor
             --flops_ratio 0.9 0.9
+            --max_changed 0.9 0.9
+            --calibration_samples 8 --r 1
             --task_name mrpc --r 1
             --schedule floor skip_blocks
             --config_name x.json --r 1

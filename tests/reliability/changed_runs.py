@@ -99,7 +99,7 @@ OWN: dict[str, tuple[str, ...]] = {
         "--per_device_eval_batch_size 3", "--ignore_mismatched_sizes", "--retrain_epochs 0",
     ),
     "sweep of budgets": (
-        "--flops_ratio 0.98", "--schedule floor", "--schedule search floor", "--calibration_samples 5",
+        "--flops_ratio 0.98", "--schedule search", "--schedule search floor", "--calibration_samples 5", "--frontier",
         "--schedule search --merge_method groups",
         "--merge_method prune", "--merge_method bipartite prune", "--merge_metric hidden", "--min_latents 4",
         "--proportional_attention false", "--max_eval_samples 5", "--max_train_samples 12", "--seed 7", "--r 0 1",

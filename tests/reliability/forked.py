@@ -27,8 +27,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import search_tome_perceiver
-
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 90.0
 POLL = 0.005
@@ -190,8 +188,6 @@ def _child(
         faulthandler.register(signal.SIGUSR1, file=files[2], all_threads=False)
         # What data collators ask whether they are in a worker of their own.
         multiprocessing.current_process().name = "MainProcess"
-        # A search lets the clock decide between what is level; two runs that are compared have to decide alike.
-        search_tome_perceiver.interleaved_seconds = lambda run, variants, rounds, bar=None: [[1.0] * len(variants)]
         _own_lock(tqdm)
         os.chdir(cwd)
         _count_steps(steps)

@@ -65,6 +65,10 @@ SCENARIOS = (
     Scenario(
         "a searched schedule, retrained", "run_glue.py", "text_training", (*SEARCHED, "--retrain_epochs", 1), LAST,
     ),
+    Scenario(
+        "a share of changed answers", "run_glue.py", "text_training",
+        ("--max_changed", 1), LAST,
+    ),
     Scenario("the best checkpoint", "run_glue.py", "text_training", BEST, LAST),
     Scenario("evaluation and prediction", "run_glue.py", "text_evaluation", ("--do_predict",)),
     Scenario("two stages, augmented", "run_image.py", "image_training", (*RETRAINED, *AUGMENTED), LAST),
@@ -104,7 +108,7 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("writing a card or report", ("write_card", "_write_retrained_card", "write_report")),
     ("training", ("_inner_training_loop", "train_and_save")),
     ("timing", ("time_interleaved", "peak_memory_mb")),
-    ("searching for what merges", ("choose_merging",)),
+    ("searching for what merges", ("calibrate", "choose")),
     ("evaluating", ("predict", "evaluation_loop", "evaluate")),
     ("preparing data", ("prepared", "map")),
     ("loading data", ("load_dataset", "load_glue_task", "load_image_task", "load_mlm_task", "load_sweep_task")),

@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PerceiverImageProcessorPil, PerceiverTokenizer
 
-from budget_tome_perceiver import Merging
+import frontier_tome_perceiver
 from configuration_tome_perceiver import ToMePerceiverConfig
+from cost_tome_perceiver import Merging
 from experiments.merging.arguments import MergeArguments
 from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
 from tests.support.script_run import bad_input_line, call_script, run_script
@@ -203,7 +204,7 @@ def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, caps
         (("--r", "1", "--timing_batch_size", "0"), ("--timing_batch_size 0", "from 1")),
         (("--r", "1", "--merge_method", "glue"), ("--merge_method glue", "bipartite")),
         (("--r", "1", "--min_latents", "99"), ("min_latents = 99", "8")),
-        (("--flops_ratio", "0.01"), ("--flops_ratio 0.01", "where merging ends")),
+        (("--flops_ratio", "0.01"), ("--flops_ratio 0.01 is out of reach", "merging reaches")),
         (("--flops_ratio", "1.5"), ("--flops_ratio 1.5", "to 1")),
         (("--flops_ratio", "0.9", "--schedule", "steep"), ("--schedule steep", "geometric")),
         (("--schedule", "geometric"), ("--schedule geometric", "--flops_ratio")),
@@ -221,7 +222,11 @@ def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, caps
             ("--flops_ratio", "0.9", "--merge_method", "groups", "--schedule", "search", "floor"),
             ("--merge_method groups", "other schedules"),
         ),
-        (("--r", "1", "--calibration_samples", "0"), ("--calibration_samples 0", "from 1")),
+        (("--r", "1", "--calibration_samples", "0"), ("--calibration_samples 0", "1 or more")),
+        (("--r", "1", "--calibration_samples", "9"), ("--calibration_samples 9", "without a budget")),
+        (("--max_changed", "2"), ("--max_changed 2.0", "up to 1")),
+        # They are evaluated on the test split, and have no other.
+        (("--max_changed", "0.5", "0.2"), ("--max_changed 0.5", "a test split (--test_file, --test_dir)")),
         (("--r", "1", "--merge_metric", "query"), ("--merge_metric query", "key")),
         (("--r", "1", "--proportional_attention", "true", "true"), ("--proportional_attention true", "twice")),
     ],
@@ -290,19 +295,13 @@ def test_controls_searches_and_ablations_are_rows(inputs, tmp_path):
     assert (skipping["merge_metric"], skipping["proportional_attention"]) == ("hidden", False)
     assert "accuracy_change" in skipping["merged"]
     assert all(row["flops_ratio"] <= 0.99 for name, row in rows.items() if "search" in name)
-    searched = json.loads((tmp_path / "sweep" / "schedule_search.json").read_text())
-    # For each variant by itself.
-    tried = [json.loads(json.loads(name)[0]) for name in searched["divergences"]]
-    variants = {
-        (merging["merge_metric"], merging["proportional_attention"]) for merging in tried if any([merging["r"]])
-    }
-    assert variants == {(metric, attention) for metric in ("key", "hidden") for attention in (True, False)}
     # Continued, nothing is searched for again: the rows are what they were.
-    (tmp_path / "sweep" / "schedule_search.json").unlink()
-    call_script("eval_sweep.py", *given)
-    assert searched["divergences"] and not (tmp_path / "sweep" / "schedule_search.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MergeArguments, "calibrate", None)
+        call_script("eval_sweep.py", *given)
     model = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(tmp_path / "sweep")
-    assert model.config.num_blocks == 2 and model.r == 0
+    # None of the frontiers is of the checkpoint as it is: each was held to a metric and an attention.
+    assert model.config.num_blocks == 2 and model.r == 0 and model.config.merge_frontier is None
 
 
 def test_fixed_groups_are_rows_beside_matching(inputs, tmp_path):
@@ -321,12 +320,13 @@ def test_fixed_groups_are_rows_beside_matching(inputs, tmp_path):
 def test_learned_latents_that_merge_before_the_layers_are_compared_with_none(inputs, tmp_path, monkeypatch):
     """Such a row merges nothing in the layers, and is not what others are compared with."""
 
-    def resolve(arguments, model, *rest):
+    def choose(arguments, model, *rest):
         if arguments.has_budget:
             groups = [0, 0, *range(1, model.config.num_latents - 1)]
             Merging.of(model.config).by(0, latent_groups=groups).apply(model.config)
 
-    monkeypatch.setattr(MergeArguments, "resolve", resolve)
+    monkeypatch.setattr(MergeArguments, "calibrate", lambda *rest: None)
+    monkeypatch.setattr(MergeArguments, "choose", choose)
     call_script(
         "eval_sweep.py", *inputs, "--r", 1, "--flops_ratio", 0.99, "--merge_metric", "key", "hidden",
         "--timing_rounds", 0, "--output_dir", tmp_path / "sweep",
@@ -340,13 +340,69 @@ def test_learned_latents_that_merge_before_the_layers_are_compared_with_none(inp
     assert (predicted / "unmerged.npy").read_bytes() == (predicted / "merged_r0.npy").read_bytes()
 
 
-def test_a_share_of_the_time_is_a_row(inputs, tmp_path):
+def test_a_share_of_the_time_is_a_row(inputs, tmp_path, monkeypatch):
+    """Of a clock by which each stronger row takes a tenth less."""
+
+    def seconds(run, variants, rounds, bar=None):
+        return [[0.9**index for index in range(len(variants))]] * rounds
+
+    monkeypatch.setattr(frontier_tome_perceiver, "interleaved_seconds", seconds)
     call_script(
-        "eval_sweep.py", *inputs, "--latency_ratio", 1.0, "--timing_rounds", 0, "--output_dir", tmp_path / "sweep",
+        "eval_sweep.py", *inputs, "--latency_ratio", 0.95, "--timing_rounds", 0, "--output_dir", tmp_path / "sweep",
     )  # fmt: skip
     unmerged, row = read(tmp_path / "sweep")["rows"]
-    assert unmerged["name"] == "r=0"
-    assert row["name"] == "latency=1 search" and sum(row["r"]) == 0
+    assert (unmerged["name"], row["name"]) == ("r=0", "latency=0.95 search") and row["flops_ratio"] < 1
+
+
+@pytest.fixture(scope="module")
+def along(inputs, tmp_path_factory) -> tuple[Path, tuple[object, ...]]:
+    """A sweep along the frontier of a checkpoint that has none, with unlabelled images to measure it on; its inputs."""
+    folder = tmp_path_factory.mktemp("along")
+    images = write_images(folder / "images", {"train": 24, "validation": 20, "test": 64})
+    given = (*inputs[:3], images, *inputs[4:6], 0, *inputs[7:])
+    call_script(
+        "eval_sweep.py", *given, "--r", 1, "--max_changed", 0.9, "--flops_ratio", 0.98, 0.99, "--frontier",
+        "--output_dir", folder / "sweep",
+    )  # fmt: skip
+    return folder / "sweep", given
+
+
+def test_all_budgets_come_from_one_frontier(along):
+    """Rows of quality and of cost, and every row of the frontier, measured on labelled images in one table."""
+    folder, _ = along
+    rows = {row["name"]: row for row in read(folder)["rows"]}
+    shares = [float(name.removeprefix("frontier=")) for name in rows if name.startswith("frontier=")]
+    assert list(rows)[:5] == ["r=0", "r=1", "flops=0.98 search", "flops=0.99 search", "changed=0.9 search"]
+    assert len(shares) >= 2 and shares == sorted(shares, reverse=True)
+    config = json.loads((folder / "config.json").read_text())
+    frontier = config["merge_frontier"]
+    assert config["r"] == 0 and frontier == read(folder)["frontier"]
+    measured = {round(row["flops_ratio"], 3): row for row in frontier["rows"]}
+    assert set(shares) <= set(measured) and all("accuracy" in row["merged"] for row in rows.values())
+    # A quarter of the 64 images of the test split chose the rows.
+    assert (frontier["searched"], frontier["held_out"]) == (16, 48)
+    within = [row for row in frontier["rows"] if row["flops_ratio"] <= 0.98]
+    best = min(within, key=lambda row: (row["divergence"], -row["flops_ratio"]))
+    assert rows["flops=0.98 search"]["flops_ratio"] == pytest.approx(best["flops_ratio"])
+    card = (folder / "README.md").read_text()
+    assert "## Frontier" in card and "frontier.png" in card and f"| {shares[-1]:.3f} |" in card
+    assert (folder / "frontier.png").exists() and "rows of the frontier" not in card
+
+
+def test_a_checkpoint_is_swept_along_the_frontier_that_it_carries(along, tmp_path, monkeypatch):
+    """Nothing is measured again; with another frontier it is another sweep."""
+    folder, given = along
+    monkeypatch.setattr(MergeArguments, "calibrate", None)
+    shutil.copytree(folder, tmp_path / "model")
+    given = (given[0], tmp_path / "model", *given[2:], "--frontier", "--output_dir", tmp_path / "sweep")
+    call_script("eval_sweep.py", *given)
+    names = [row["name"] for row in read(folder)["rows"] if row["series"] == "frontier"]
+    assert [row["name"] for row in read(tmp_path / "sweep")["rows"]] == ["r=0", *names]
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["merge_frontier"]["rows"][0]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        call_script("eval_sweep.py", *given)
 
 
 def test_it_ends_with_its_best_row_and_saves_that(inputs, tmp_path, capsys):

@@ -10,8 +10,8 @@ import torch
 from transformers import PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.merging.arguments import SEARCH
 from modeling_tome_perceiver import ToMePerceiverForMaskedLM, ToMePerceiverForSequenceClassification
-from search_tome_perceiver import SEARCH
 from tests.support.script_run import bad_input_line, call_script
 from tests.support.tiny_models import spread_weights
 from tests.support.tiny_texts import LABELS, MODEL, write_glue
@@ -57,13 +57,14 @@ def test_a_sweep_needs_a_finetuned_checkpoint(inputs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("model", ["masked language model", "other labels"])
-def test_a_budget_without_retraining_takes_a_schedule(inputs, tmp_path, capsys, caplog, monkeypatch, model):
-    """Nothing is searched for, and a line says so."""
-    monkeypatch.setattr("search_tome_perceiver.Search", None)
+def test_a_budget_without_retraining_takes_a_schedule(inputs, tmp_path, capsys, caplog, model):
+    """Nothing is searched for before training, and a line says so."""
     call_script("run_glue.py", *inputs[model], *TRAINING, *BUDGET, "--output_dir", tmp_path / "out")
     (said,) = [record.getMessage() for record in caplog.records if "new head" in record.getMessage()]
     assert "schedule" in said and "--retrain_epochs" in said and "\n" not in said
-    assert SEARCH not in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("chosen"))
+    before, _, after = capsys.readouterr().out.partition("-- training")
+    assert SEARCH not in next(line for line in before.splitlines() if line.startswith("chosen"))
+    assert "calibrating on" not in before and "calibrating on" in after
 
 
 def test_with_retraining_the_search_comes_after_finetuning(inputs, tmp_path, capsys, caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,13 +97,14 @@ def test_fixed_groups_within_a_budget(finetuned, grouped):
         ToMePerceiverForImageClassificationConvProcessing.from_pretrained(folder)
         for folder in (grouped, finetuned / "finetuned")
     )
-    assert model.config.merge_groups is not None and model.config.latents_per_layer[-1] < 8 and model.r == 0
+    config = model.config
+    # Of the learned latents, or in a layer.
+    assert config.merge_groups or config.latent_groups
+    assert config.latents_per_layer[-1] < 8 and not any(config.merge_schedule if config.merge_groups is None else [])
     assert all(value.equal(start.state_dict()[name]) for name, value in model.state_dict().items())
     assert results(grouped)["unmerged_accuracy"] == results(finetuned / "finetuned")["eval_accuracy"]
     card = (grouped / "README.md").read_text()
-    assert "groups by " in card and "fixed groups, `merge_groups`" in card and "model.r = 0  #" not in card
-    with pytest.raises(ValueError, match="merge_groups"):
-        model.r = 8
+    assert "fixed groups, `" in card and "model.r = 0  #" not in card
     line = next(line for line in card.splitlines() if line.startswith("model.unmerged."))
     exec(line, {"model": model})
     model.r = 8
@@ -133,9 +135,13 @@ def test_training_on_keeps_fixed_groups_and_trains(inputs, grouped, tmp_path):
     assert any("latents" in name for name in changed) and any("self_attends.0" in name for name in changed)
 
 
-def test_fixed_groups_and_r_do_not_go_together(inputs, grouped, tmp_path, capsys):
+def test_fixed_groups_and_r_do_not_go_together(inputs, finetuned, tmp_path, capsys):
+    shutil.copytree(finetuned / "finetuned", tmp_path / "grouped")
+    config = json.loads((tmp_path / "grouped" / "config.json").read_text())
+    groups = {"r": 0, "merge_groups": [[0, 0, *range(1, 7)], None, None, None]}
+    (tmp_path / "grouped" / "config.json").write_text(json.dumps(config | groups))
     line = bad_input_line(
-        capsys, "run_image.py", "--model_name_or_path", grouped, *inputs[2:], *TRAINING, "--r", 2,
+        capsys, "run_image.py", "--model_name_or_path", tmp_path / "grouped", *inputs[2:], *TRAINING, "--r", 2,
         "--output_dir", tmp_path / "out",
     )  # fmt: skip
     assert "merge_groups" in line and not (tmp_path / "out").exists()

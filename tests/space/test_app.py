@@ -109,6 +109,27 @@ def test_where_no_budget_can_be_kept_to_only_r_is_offered(folder, tmp_path):
     assert [block.choices for block in page.blocks.values() if hasattr(block, "choices")] == [[(BY_R, BY_R)]]
 
 
+def test_a_checkpoint_with_a_frontier_is_moved_along_it(tmp_path):
+    """Each row says what it costs and how many answers change, and merges so."""
+    from app import BY_FRONTIER, build_page
+    from comparison import Checkpoint
+
+    model = tiny_model(TEXT_MODEL, torch.float32).eval()
+    samples = [{"input_ids": torch.randint(0, 100, (4, 9))} for _ in range(10)]
+    rows = model.calibrate(samples).rows
+    model.save_pretrained(tmp_path)
+    PerceiverTokenizer().save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    assert [row.flops_ratio for row in checkpoint.rows] == [row.flops_ratio for row in rows]
+    assert checkpoint.row(99) == checkpoint.rows[-1] and checkpoint.row(0) == checkpoint.rows[0]
+    assert "of the answers changed, at most" in checkpoint.row_line(1)
+    compared = checkpoint.compare("A text.", checkpoint.row(len(rows)).merging)
+    assert compared.merged.flops_ratio < 1
+    page = build_page(checkpoint, None, "a model")
+    (choices,) = [block.choices for block in page.blocks.values() if hasattr(block, "choices")]
+    assert choices[0][0] == BY_FRONTIER
+
+
 def test_what_a_checkpoint_was_saved_with_is_known(folder):
     from comparison import Checkpoint
 

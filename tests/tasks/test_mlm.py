@@ -211,10 +211,11 @@ def test_labels_are_for_every_position_that_is_decoded(folder, pad):
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_a_search_sees_masked_sentences_and_no_labels(folder):
+def test_a_search_sees_masked_sentences_and_where_they_are_masked(folder):
     sight = prepared(loaded(folder, mlm_probability=1.0))
     batch = next(iter(sight.unlabelled(sight.train, 8)))
-    assert set(batch) == {"input_ids", "attention_mask"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert (batch["labels"] != NOT_ASKED).any(dim=1).all()
     inner = batch["input_ids"][batch["attention_mask"].bool()]
     assert (inner == TOKENIZER.mask_token_id).float().mean() > 0.5
 

@@ -20,9 +20,8 @@ from torch import Tensor
 from transformers import PerceiverImageProcessorPil, PreTrainedModel, Trainer, TrainingArguments
 
 import experiments.runs.sweep
-from budget_tome_perceiver import Merging
 from configuration_tome_perceiver import ToMePerceiverConfig
-from cost_tome_perceiver import forward_cost
+from cost_tome_perceiver import Merging, forward_cost
 from experiments.runs import sweep as sweep_run
 from experiments.training.elastic import LEAST_SHARE, ElasticTrainer, MergingDraw
 from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A budget becomes the weakest member of a schedule that keeps to it."""
+"""A share of the FLOPs becomes the weakest member of a schedule within it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from budget_tome_perceiver import (
+from configuration_tome_perceiver import ToMePerceiverConfig
+from cost_tome_perceiver import (
     SCHEDULES,
     SKIP_BLOCKS,
+    FlopsShare,
     Merging,
-    flops_ratios,
+    forward_cost,
     named_family,
     undisturbed,
-    weakest_member,
+    weakest,
     whole_schedule,
 )
-from configuration_tome_perceiver import ToMePerceiverConfig
-from cost_tome_perceiver import forward_cost
+from layers_tome_perceiver import METRICS
+from merging_tome_perceiver import MATCHING_FLOPS
 from tests.support.tiny_models import tiny_config, tiny_model
 
 TEXT = "ToMePerceiverForSequenceClassification"
@@ -41,7 +43,7 @@ def flops(config: ToMePerceiverConfig, r: list[int] | int) -> int:
 
 def schedule_for_flops(config, ratio, name, shape=SHAPE):
     """The list of r that keeps to a share of the FLOPs."""
-    member = weakest_member(named_family(config, name), ratio, flops_ratios(config, shape, TEXT))
+    member = weakest(named_family(config, name), ratio, FlopsShare(config, shape, TEXT))
     return None if member is None else member.r
 
 
@@ -124,8 +126,8 @@ def test_min_latents_are_always_left():
 def test_skipping_blocks_merges_nothing_and_runs_fewer():
     """Of four weight-shared blocks, as many as the budget allows; afterwards all of them can run again."""
     config = tiny_config(num_blocks=4, num_self_attends_per_block=2)
-    cost_ratio = flops_ratios(config, (1, 9), TEXT)
-    found = weakest_member(named_family(config, SKIP_BLOCKS), 0.8, cost_ratio)
+    cost_ratio = FlopsShare(config, (1, 9), TEXT)
+    found = weakest(named_family(config, SKIP_BLOCKS), 0.8, cost_ratio)
     assert 1 <= found.num_blocks < 4 and found.r == [0] * (2 * found.num_blocks)
     assert cost_ratio(found) <= 0.8 < cost_ratio(found.by(0, num_blocks=found.num_blocks + 1))
     with found.applied(config):
@@ -180,3 +182,18 @@ def test_undisturbed_restores_modes_and_merging():
         model.r = 0
         assert not model.training and not torch.is_grad_enabled()
     assert model.r == 2 and [module.training for module in model.modules()] == modes
+
+
+@given(
+    r=st.lists(st.integers(0, 6), min_size=6, max_size=6),
+    method=st.sampled_from(sorted(MATCHING_FLOPS)),
+    metric=st.sampled_from(sorted(METRICS)),
+    num_blocks=st.integers(1, 2),
+)
+def test_a_share_is_what_the_forward_cost_says(r, method, metric, num_blocks):
+    config = tiny_config()
+    merging = replace(Merging.of(config), r=r[: 3 * num_blocks], merge_method=method, merge_metric=metric)
+    merging = replace(merging, num_blocks=num_blocks)
+    counted = [forward_cost(each.asked_of(config), (1, 9), TEXT) for each in (merging, Merging.none(config))]
+    share = counted[0].total_with_matching / counted[1].total_with_matching
+    assert FlopsShare(config, (1, 9), TEXT)(merging) == pytest.approx(share, rel=1e-12)

@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`model.calibrate` and what chooses from it: rows are measured as a direct computation does, promises hold, runs
+repeat."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+from scipy.stats import beta
+
+import frontier_tome_perceiver as frontier_module
+from cost_tome_perceiver import FlopsShare, Merging
+from frontier_tome_perceiver import Frontier, FrontierRow, average_linkage, binomial_bound, output_divergence
+from tests.support.tiny_models import repeat_latents, run, tiny_config, tiny_inputs, tiny_model, tome_class
+
+HEAD = "ForSequenceClassification"
+SHAPE = (1, 9)
+DUPLICATES = [0, 1, 2, 1, 3, 0, 1, 4, 4, 0, 1, 2]
+
+
+def batches(rows: int = 64, size: int = 4, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """`rows` texts in batches of `size`, so that every batch is one of the pieces that a search makes."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(6, 262, (size, 9), generator=generator)} for _ in range(rows // size)]
+
+
+def divergences(model, merging, given):
+    apart = []
+    for batch in given:
+        with torch.no_grad():
+            before = model(**batch, r=0).logits.log_softmax(-1)
+            with merging.applied(model.config):
+                after = model(**batch).logits.log_softmax(-1)
+        apart.append((before.exp() * (before - after)).sum(-1))
+    return torch.cat(apart)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    model = tiny_model(HEAD)
+    return model, model.calibrate(batches())
+
+
+def test_rows_go_from_mild_to_strong_and_cost_what_they_say(calibrated):
+    model, frontier = calibrated
+    share = FlopsShare(tiny_config(), SHAPE, type(model).__name__)
+    shares = [row.flops_ratio for row in frontier.rows]
+    assert len(shares) >= 8 and shares == sorted(shares, reverse=True) and shares[0] <= 0.9
+    assert shares == [pytest.approx(share(row.merging)) for row in frontier.rows]
+    assert (frontier.searched, frontier.held_out) == (16, 48)
+
+
+def test_rows_are_measured_on_samples_that_took_no_part_in_the_search(calibrated):
+    model, frontier = calibrated
+    held_out = [batch for place, batch in enumerate(batches()) if place % 4]
+    for row in frontier.rows:
+        assert row.divergence == pytest.approx(float(divergences(model, row.merging, held_out).mean()), rel=1e-3)
+    with torch.no_grad():
+        before = torch.cat([model(**batch).logits.argmax(-1) for batch in held_out])
+        strongest = frontier.rows[-1]
+        with strongest.merging.applied(model.config):
+            after = torch.cat([model(**batch).logits.argmax(-1) for batch in held_out])
+    assert strongest.changed == float((before != after).double().mean())
+    assert strongest.changed_bound == pytest.approx(binomial_bound(int((before != after).sum()), 48))
+
+
+def test_it_leaves_the_model_as_it_was_but_for_the_frontier(calibrated):
+    model, frontier = calibrated
+    assert Merging.of(model.config) == Merging.of(tiny_config())
+    assert Frontier.of(model.config) == frontier
+    assert all(line in str(frontier) for line in ("| share of FLOPs |", "measured on 48 others"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_samples_give_the_same_frontier_on_any_number_of_threads(calibrated, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        again = tiny_model(HEAD)
+        again.calibrate(batches())
+    finally:
+        torch.set_num_threads(before)
+    assert again.config.merge_frontier == calibrated[0].config.merge_frontier
+
+
+def test_exact_duplicates_are_found_and_nothing_changes():
+    """Of five latents that stand twelve times, with a budget for five: whichever way, the logits stay."""
+    model = repeat_latents(tiny_model(HEAD), DUPLICATES)
+    inputs = tiny_inputs(HEAD, batch=64)
+    before = run(model, inputs).logits
+    share = FlopsShare(model.config, inputs["inputs"].shape if "inputs" in inputs else SHAPE, type(model).__name__)
+    five = share.of([12, 6, 5, 5, 5, 5, 5], "leader", "hidden")
+    choice = model.merge_to(flops_ratio=five, samples=inputs)
+    assert choice.chosen.divergence < 1e-12 and choice.chosen.changed == 0
+    assert (run(model, inputs).logits - before).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.62, 0.4])
+def test_a_share_is_met_at_once_by_the_row_that_changes_least(calibrated, ratio):
+    model, frontier = calibrated
+    within = [row for row in frontier.rows if row.flops_ratio <= ratio]
+    inputs = batches()[0]
+    with torch.no_grad(), model.merged(flops_ratio=ratio) as choice:
+        assert choice.chosen.divergence == min(row.divergence for row in within)
+        expected = model(**inputs).logits
+    assert Merging.of(model.config) == Merging.of(tiny_config())
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, flops_ratio=ratio).logits, expected)
+        assert not torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_saved_checkpoint_carries_its_frontier(calibrated, tmp_path):
+    model, frontier = calibrated
+    model.save_pretrained(tmp_path)
+    loaded = tome_class(HEAD).from_pretrained(tmp_path, flops_ratio=0.5, dtype=torch.float64)
+    assert loaded.config.merge_frontier == json.loads(json.dumps(model.config.merge_frontier))
+    assert Merging.of(loaded.config) == model.merge_to(flops_ratio=0.5).chosen.merging
+    Merging.none(model.config).apply(model.config)
+    assert loaded.merge_to(max_changed=0.2).chosen.changed_bound <= 0.2
+    assert loaded.unmerged.num_blocks == model.unmerged.num_blocks and loaded.unmerged.r == 0
+
+
+def test_a_row_reads_alike_before_and_after_it_was_saved():
+    """A config is saved with its keys sorted, which puts "over 9" before "up to 9 tokens"."""
+    groups = {"class LABEL_1": [0.5, 4], "up to 9 tokens": [0.5, 2], "over 9": [0.5, 2]}
+    who = {"samples": 4, "groups": groups, "worst_tenth": 0.5}
+    row = FrontierRow(Merging.of(tiny_config(r=2)), 0.5, 0.1, 0.5, 0.9, who)
+    saved = replace(row, who=json.loads(json.dumps(who, sort_keys=True)))
+    assert list(saved.who["groups"]) != list(groups) and saved.lines() == row.lines()
+    assert row.lines()[1] == "changed most: class LABEL_1 50.0% of 4, up to 9 tokens 50.0% of 2, over 9 50.0% of 2"
+
+
+def test_a_frontier_of_other_weights_makes_no_promise(calibrated):
+    model = tiny_model(HEAD)
+    model.config.merge_frontier = calibrated[0].config.merge_frontier
+    assert model.merge_to(max_changed=0.2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    with pytest.raises(ValueError, match="other weights"):
+        model.merge_to(max_changed=0.2)
+
+
+def with_figures(bounds: list[float], held_out: int = 1000):
+    """A model whose frontier has rows with these bounds, from mild to strong."""
+    model = tiny_model(HEAD)
+    row = {"divergence": 0.1, "changed": 0.0, "who": {"samples": held_out, "groups": {}, "worst_tenth": 0.5}}
+    rows = [
+        row
+        | {"flops_ratio": 0.9 - 0.1 * place, "changed_bound": bound, "divergence": float(place)}
+        | {"merging": {"r": [place + 1, 0, 0, 0, 0, 0], "num_blocks": 2}}
+        for place, bound in enumerate(bounds)
+    ]
+    given = {"num_blocks": 2, "input_shape": [1, 9], "searched": 300, "held_out": held_out}
+    model.config.merge_frontier = given | {"rows": rows, "weights": frontier_module._some_weights(model)}
+    return model
+
+
+@pytest.mark.parametrize(("limit", "place"), [(0.01, 0), (0.03, 1), (0.2, 3)])
+def test_a_promise_goes_down_the_rows_and_stops_at_the_first_that_breaks_it(limit, place):
+    """The third row breaks 0.04, so the fourth is not looked at whatever its bound is."""
+    model = with_figures([0.005, 0.02, 0.1, 0.03])
+    assert model.merge_to(max_changed=limit).chosen.merging.r == [place + 1, 0, 0, 0, 0, 0]
+
+
+def test_a_promise_that_no_row_keeps_merges_nothing_and_says_so():
+    model = with_figures([0.05, 0.1])
+    with pytest.warns(UserWarning, match="nothing merges"):
+        choice = model.merge_to(max_changed=0.01)
+    assert choice.chosen.merging.r == 0 and model.r == 0 and "nothing merges" in str(choice)
+
+
+def test_too_few_samples_are_told_how_many_would_do():
+    with pytest.raises(ValueError) as error:
+        with_figures([0.0], held_out=100).merge_to(max_changed=0.01)
+    assert "415 samples" in str(error.value)
+    assert binomial_bound(0, 299) <= 0.01 < binomial_bound(0, 298)
+
+
+def test_a_budget_of_time_takes_the_row_that_changes_least_of_those_fast_enough(monkeypatch, calibrated):
+    model, frontier = calibrated
+
+    def seconds(run, variants, rounds, bar=None):
+        return [[sum([12, *merging.asked_of(tiny_config()).latents_per_layer]) for merging in variants]] * rounds
+
+    monkeypatch.setattr(frontier_module, "interleaved_seconds", seconds)
+    taken = seconds(None, [Merging.of(tiny_config()), *(row.merging for row in frontier.rows)], 1)[0]
+    with model.merged(latency_ratio=0.6, samples=batches()[0]) as choice:
+        fast = [row for row, time in zip(frontier.rows, taken[1:], strict=True) if time / taken[0] <= 0.6]
+        assert choice.chosen.divergence == min(row.divergence for row in fast)
+        assert choice.chosen.speedup >= 1 / 0.6
+    with pytest.raises(ValueError, match="out of reach"):
+        model.merge_to(latency_ratio=0.01, samples=batches()[0])
+
+
+def test_a_bound_is_the_exact_binomial_one():
+    for changed, samples in ((0, 10), (3, 50), (40, 768), (767, 768), (5, 5)):
+        expected = 1.0 if changed == samples else beta.ppf(0.95, changed + 1, samples - changed)
+        assert binomial_bound(changed, samples) == pytest.approx(expected, abs=1e-9)
+
+
+def test_without_samples_a_share_is_met_early_by_what_is_most_alike():
+    model = tiny_model(HEAD, merge_method="k_center")
+    chosen = model.merge_to(flops_ratio=0.9, input_shape=SHAPE).chosen
+    assert (chosen.merging.merge_method, chosen.merging.merge_metric) == ("leader", "key")
+    assert chosen.divergence is None and chosen.flops_ratio <= 0.9
+    named = model.merge_to(flops_ratio=0.9, input_shape=SHAPE, schedules=["constant"], merge_methods=["bipartite"])
+    assert named.chosen.merging.merge_method == "bipartite" and max(named.chosen.merging.r) <= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "holds"),
+    [
+        ({"merge_methods": ["ward"], "merge_metrics": ["value"]}, lambda each: each.merge_method == "ward"),
+        ({"merge_methods": ["groups"]}, lambda each: each.merge_groups is not None or not any(np.atleast_1d(each.r))),
+        ({"schedules": ["skip_blocks"]}, lambda each: not any(np.atleast_1d(each.r)) and each.num_blocks == 1),
+        ({"schedules": ["floor"], "merge_methods": ["leader"]}, lambda each: sorted(each.r, reverse=True) == each.r),
+    ],
+)
+def test_a_search_can_be_held_to_methods_and_schedules(options, holds):
+    frontier = tiny_model(HEAD).calibrate(batches(), **options)
+    assert all(holds(row.merging) for row in frontier.rows)
+
+
+def test_what_a_search_can_reach_is_known_without_samples(calibrated):
+    model, frontier = calibrated
+    frontier_module.check_reach(model, frontier.rows[-1].flops_ratio + 1e-9, SHAPE)
+    with pytest.raises(ValueError, match="out of reach: merging reaches"):
+        frontier_module.check_reach(model, frontier.rows[-1].flops_ratio - 0.05, SHAPE)
+
+
+def test_shares_that_are_asked_for_have_rows_of_their_own():
+    frontier = tiny_model(HEAD).calibrate(batches(), flops_ratios=[0.63])
+    assert len(frontier.rows) == len(tiny_model(HEAD).calibrate(batches()).rows) + 1
+    assert any(0.5 < row.flops_ratio <= 0.63 for row in frontier.rows)
+
+
+def test_a_search_that_was_stopped_goes_on_from_its_log(tmp_path, monkeypatch):
+    log, ran = tmp_path / "calibration.json", []
+    compared = frontier_module._Runner.compared
+    monkeypatch.setattr(frontier_module._Runner, "compared", lambda *each: ran.append(each) or compared(*each))
+    first = tiny_model(HEAD).calibrate(batches(), log_file=log)
+    whole = len(ran)
+    ran.clear()
+    again = tiny_model(HEAD).calibrate(batches(), log_file=log)
+    assert again == first and len(ran) == len(again.rows) * 12 < whole
+    ran.clear()
+    assert tiny_model(HEAD).calibrate(batches(seed=1), log_file=log) != first and len(ran) > len(again.rows) * 12
+
+
+def test_a_log_of_other_attention_is_not_used(tmp_path):
+    """The unmerged outputs are the same with and without proportional attention, and merged ones are not."""
+    log = tmp_path / "calibration.json"
+    tiny_model(HEAD).calibrate(batches(), log_file=log)
+    expected = tiny_model(HEAD, proportional_attention=False).calibrate(batches())
+    assert tiny_model(HEAD, proportional_attention=False).calibrate(batches(), log_file=log) == expected
+
+
+def test_states_that_are_let_go_of_at_any_time_change_nothing(calibrated, monkeypatch):
+    """A state that another thread drops right after it was found, and room for a single one."""
+
+    class Dropped(dict):
+        def __contains__(self, key):
+            chunk.latents = {}
+            return super().__contains__(key)
+
+    monkeypatch.setattr(frontier_module, "KEPT_BYTES", 0)
+    made, outputs = [], frontier_module._Runner.outputs
+    monkeypatch.setattr(frontier_module._Runner, "outputs", lambda *each: made.append(each[:2]) or outputs(*each))
+    assert tiny_model(HEAD).calibrate(batches()) == calibrated[1]
+    assert all(len(chunk.latents) <= 1 for _, chunk in made)
+    runner, chunk = made[0]
+    with torch.no_grad():
+        expected = outputs(runner, chunk, runner.unmerged)
+        chunk.latents = Dropped(chunk.latents)
+        assert torch.equal(outputs(runner, chunk, runner.unmerged), expected)
+
+
+def test_a_promise_is_made_by_the_schedules_that_are_asked_for():
+    choice = tiny_model(HEAD).merge_to(max_changed=0.5, samples=batches(), schedules=["skip_blocks"])
+    assert all(not any(np.atleast_1d(row.merging.r)) for row in choice.frontier.rows)
+
+
+def test_a_share_just_out_of_reach_is_refused():
+    model, way = tiny_model(HEAD, num_blocks=1), {"merge_methods": ["leader"], "merge_metrics": ["key"]}
+    least = model.calibrate(batches(), **way).rows[-1].flops_ratio
+    assert model.calibrate(batches(), flops_ratios=[least], **way).rows[-1].flops_ratio == least
+    with pytest.raises(ValueError, match="out of reach"):
+        model.calibrate(batches(), flops_ratios=[np.nextafter(least, 0)], **way)
+
+
+def test_a_search_that_is_out_of_time_has_rows_all_the_same():
+    """Within every share, not searched for, and without figures that nobody measured."""
+    frontier = tiny_model(HEAD).calibrate(batches(), seconds=0.0)
+    assert len(frontier.rows) >= 8 and frontier.held_out == 0
+    assert all(row.divergence is None and row.changed_bound is None for row in frontier.rows)
+
+
+def test_masked_words_are_compared_where_they_are_asked_for():
+    model, given = tiny_model("ForMaskedLM"), batches()
+    for batch in given:
+        batch["labels"] = torch.full((4, 9), -100)
+        batch["labels"][:, 3] = 7
+    row = model.calibrate(given).rows[-1]
+    with torch.no_grad():
+        held_out = [batch["input_ids"] for place, batch in enumerate(given) if place % 4]
+        before = torch.cat([model(input_ids=ids).logits[:, 3] for ids in held_out])
+        with row.merging.applied(model.config):
+            after = torch.cat([model(input_ids=ids).logits[:, 3] for ids in held_out])
+    assert row.divergence == pytest.approx(float(output_divergence(after, before, False).mean()), rel=1e-3)
+    assert row.changed == float((after.argmax(-1) != before.argmax(-1)).double().mean())
+
+
+def test_numbers_have_changed_if_they_moved_by_a_tenth_of_their_deviation():
+    model, given = tiny_model(HEAD, num_labels=1, problem_type="regression"), batches()
+    row = model.calibrate(given).rows[-1]
+
+    def outputs(chosen):
+        return torch.cat([model(**batch).logits for place, batch in enumerate(given) if chosen(place)])
+
+    with torch.no_grad():
+        deviation, before = outputs(lambda place: place % 4 == 0).std(), outputs(lambda place: place % 4)
+        with row.merging.applied(model.config):
+            after = outputs(lambda place: place % 4)
+    assert row.divergence == pytest.approx(float((after - before).square().mean()), rel=1e-3)
+    assert row.changed == float(((after - before).abs() > 0.1 * deviation).double().mean())
+
+
+def test_who_pays_names_the_class_and_the_length_that_change_most():
+    torch.manual_seed(1)
+    model, given = tiny_model(HEAD), batches(256, size=16)
+    for place, batch in enumerate(given):
+        batch["attention_mask"] = torch.ones(16, 9, dtype=torch.int64)
+        batch["attention_mask"][:8, 4 + place % 2 :] = 0
+    row = model.calibrate(given).rows[-1]
+    assert row.who["samples"] == 192 and 0.1 <= row.who["worst_tenth"] <= 1
+    assert {"up to 5 tokens", "over 5"} <= set(row.who["groups"])
+    shares = [share for name, (share, _) in row.who["groups"].items() if "class" not in name]
+    counts = [count for name, (_, count) in row.who["groups"].items() if "class" not in name]
+    assert sum(counts) == 192 and np.average(shares, weights=counts) == pytest.approx(row.changed)
+    assert len(row.lines()) <= 3 and all("\n" not in line for line in row.lines())
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, "use one of"),
+        ({"flops_ratio": 0.5, "max_changed": 0.1}, "use one of"),
+        ({"flops_ratio": 0}, "flops_ratio=0"),
+        ({"flops_ratio": True}, "flops_ratio=True"),
+        ({"max_changed": 0.01}, "max_changed: needs samples"),
+        ({"latency_ratio": 0.5}, "latency_ratio: needs samples"),
+        ({"flops_ratio": 0.5, "samples": []}, "samples: none given"),
+        ({"flops_ratio": 0.5, "samples": ["a", "b"]}, "samples: a str"),
+        ({"flops_ratio": 0.5, "samples": {"input_ids": [[1]]}}, "samples: input_ids is a list"),
+        ({"flops_ratio": 0.5, "samples": {"pixels": torch.ones(2, 9)}}, "samples: have pixels"),
+        ({"flops_ratio": 0.5, "merge_methods": "leader"}, "merge_methods='leader': must be a list"),
+        ({"flops_ratio": 0.5, "samples": batches(), "merge_methods": ["magic"]}, "merge_method"),
+        ({"flops_ratio": 0.5, "samples": batches(), "merge_metrics": ["magic"]}, "merge_metrics: 'magic'"),
+        ({"flops_ratio": 0.01, "samples": batches()}, "flops_ratio=0.01 is out of reach"),
+        ({"flops_ratio": 0.01, "input_shape": SHAPE}, "flops_ratio=0.01 is out of reach"),
+        ({"flops_ratio": 0.5, "seconds": 3}, "seconds: needs samples"),
+        ({"flops_ratio": 0.5, "samples": batches(), "seconds": -1}, "seconds=-1: must be a number"),
+        ({"flops_ratio": 0.5, "samples": batches(), "seconds": "soon"}, "seconds='soon': must be a number"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line_and_changes_nothing(asked, said):
+    model = tiny_model(HEAD, r=2)
+    with pytest.raises(ValueError) as error:
+        model.merge_to(**asked)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert Merging.of(model.config) == Merging.of(tiny_config(r=2)) and model.config.merge_frontier is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"samples": None}, "samples: none given"),
+        ({"samples": batches(), "flops_ratios": 0.63}, "flops_ratios=0.63: must be a list, [0.63]"),
+    ],
+)
+def test_what_cannot_be_calibrated_with_is_one_line(asked, said):
+    with pytest.raises(ValueError) as error:
+        tiny_model(HEAD).calibrate(**asked)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ([], "must be a dict"),
+        ({"rows": []}, "1 to 100 rows"),
+        ({"rows": [{}] * 1000}, "1 to 100 rows"),
+        ({"rows": [{"merging": {"hidden_act": "x"}}]}, "row 0 must have merging settings"),
+        ({"rows": [{"merging": {"r": 2}, "flops_ratio": "half"}]}, "row 0 must have a number"),
+        ({"rows": [{"merging": {"r": 2}}]}, "row 0 must have a number"),
+        ({"rows": [{"merging": {"r": [1]}, "flops_ratio": 0.5}]}, "row 0: r"),
+        ({"rows": [{"merging": {"latent_groups": [99] * 12}, "flops_ratio": 0.5}]}, "row 0: latent_groups"),
+        ({"rows": [{"merging": {"r": 1}, "flops_ratio": 0.5, "who": [1]}]}, "row 0 must have"),
+        ({"rows": [{"merging": {"r": 1}, "flops_ratio": 0.5}], "num_blocks": "two"}, "num_blocks"),
+    ],
+)
+def test_a_broken_frontier_in_a_config_is_one_line(broken, said):
+    with pytest.raises(ValueError) as error:
+        tiny_config(merge_frontier=broken).check_merging()
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    model = tiny_model(HEAD)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        model.calibrate(batches())
+
+
+def test_few_samples_and_samples_that_are_all_alike_are_warned_of():
+    with pytest.warns(UserWarning, match="mostly noise"):
+        tiny_model(HEAD).calibrate(batches(16))
+    alike = [{"input_ids": torch.full((4, 9), 7)} for _ in range(16)]
+    with pytest.warns(UserWarning, match="alike"):
+        tiny_model(HEAD).calibrate(alike)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_model(HEAD).calibrate(batches())
+
+
+def test_divergence_is_that_of_kullback_and_leibler_or_squared():
+    output, before = torch.tensor([[1.0, 2.0], [0.0, 0.5]]), torch.tensor([[1.0, 2.0], [0.5, 0.0]])
+    p, q = before[1].softmax(-1), output[1].softmax(-1)
+    expected = float((p * (p / q).log()).sum())
+    assert output_divergence(output, before, regression=False).tolist() == pytest.approx([0, expected])
+    numbers = output_divergence(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [1.0]]), regression=True)
+    assert numbers.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("count", [1, 4, 7, 12])
+def test_average_linkage_is_that_of_scipy(count):
+    vectors = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+    similarity = torch.cosine_similarity(vectors[:, None], vectors[None], dim=-1).numpy()
+    distance = 1 - similarity
+    np.fill_diagonal(distance, 0)
+    tree = linkage(squareform(distance, checks=False), method="average")
+    labels = fcluster(tree, count, criterion="maxclust").tolist()
+    expected = [list(dict.fromkeys(labels)).index(label) for label in labels]
+    assert average_linkage(torch.from_numpy(similarity), count) == expected
