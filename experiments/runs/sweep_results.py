@@ -49,6 +49,8 @@ def plan_rows(
     def row(variant: Variant) -> Row:
         config = variant.merging.asked_of(model.config)
         cost = forward_cost(config, input_shape, type(model).__name__)
+        # Groups in the layers, or of the learned latents with nothing matched after them.
+        only_groups = config.merge_groups or (config.latent_groups and not any(config.merge_schedule))
         return {
             "name": variant.name,
             "series": variant.series,
@@ -56,7 +58,7 @@ def plan_rows(
             "r": config.merge_schedule,
             "num_blocks": config.num_blocks,
             **{name: getattr(config, name) for name in WAYS},
-            **({"merge_method": GROUPS} if config.merge_groups else {}),
+            **({"merge_method": GROUPS} if only_groups else {}),
             "gflops": cost.total_with_matching / 1e9,
             "self_attention_gflops": (sum(cost.self_attention) + sum(cost.matching)) / 1e9,
             "latents_left": config.latents_per_layer[-1],

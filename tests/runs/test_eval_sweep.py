@@ -312,7 +312,9 @@ def test_fixed_groups_are_rows_beside_matching(inputs, tmp_path):
     rows = {row["name"]: row for row in read(tmp_path / "sweep")["rows"]}
     matched, grouped = "flops=0.99 search bipartite", "flops=0.99 search groups"
     assert list(rows) == ["r=0", matched, grouped]
-    assert rows[matched]["fields"]["merge_groups"] is None and rows[grouped]["fields"]["merge_groups"]
+    fields = rows[grouped]["fields"]
+    # In a layer, or of the learned latents.
+    assert rows[matched]["fields"]["merge_groups"] is None and (fields["merge_groups"] or fields["latent_groups"])
     assert rows[grouped]["merge_method"] == "groups" and rows[grouped]["latents_left"] < 8
     assert all(rows[name]["flops_ratio"] <= 0.99 for name in (matched, grouped))
 
