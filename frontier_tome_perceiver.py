@@ -322,7 +322,7 @@ def _promised(model: Any, frontier: Frontier, max_changed: float) -> FrontierRow
     """
     if not frontier.is_of(model):
         raise ValueError("max_changed: the frontier was measured on other weights; call model.calibrate(samples) again")
-    needed = math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-max_changed)) if max_changed < 1 else 1
+    needed = held_out_to_promise(max_changed)
     if frontier.held_out < needed:
         raise ValueError(
             f"max_changed={max_changed}: {frontier.held_out} held-out samples cannot promise it at 95 % confidence; "
@@ -1042,6 +1042,11 @@ def binomial_bound(changed: int, samples: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if at_most_changed(middle) > 1 - CONFIDENCE else (low, middle)
     return high
+
+
+def held_out_to_promise(max_changed: float) -> int:
+    """Return the least number of held-out samples that can promise a share of changed answers, if none changes."""
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-max_changed)) if max_changed < 1 else 1
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from configuration_tome_perceiver import MERGE_METRICS, ToMePerceiverConfig
 from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, SKIP_BLOCKS, FlopsShare, Merging
 from experiments.errors import BadInput, Stopped
-from frontier_tome_perceiver import GROUPS, UNSEEN_METHOD, UNSEEN_METRIC, Batch, Choice
+from frontier_tome_perceiver import GROUPS, UNSEEN_METHOD, UNSEEN_METRIC, Batch, Choice, held_out_to_promise
 from merging_tome_perceiver import MERGE_METHODS
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
@@ -178,7 +178,7 @@ class MergeArguments:
         """Number of samples from which `max_changed` can be promised if none of the answers changes."""
         if self.max_changed is None or self.max_changed == 1:
             return 0
-        return math.ceil(math.ceil(math.log(0.05) / math.log1p(-self.max_changed)) / MEASURING)
+        return math.ceil(held_out_to_promise(self.max_changed) / MEASURING)
 
     def config_fields(self) -> dict[str, Any]:
         """The fields that were given, as the config takes them."""

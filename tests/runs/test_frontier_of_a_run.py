@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from frontier_tome_perceiver import Frontier, _same_weights, _some_weights
+from frontier_tome_perceiver import Frontier
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
 from tests.support.script_run import bad_input_line, call_script
 from tests.support.tiny_texts import write_glue, write_model_config, write_table
@@ -70,7 +70,7 @@ def loaded(folder: Path) -> ToMePerceiverForSequenceClassification:
 def is_its_own(model: ToMePerceiverForSequenceClassification) -> bool:
     """Whether a checkpoint has a frontier of its own weights."""
     frontier = Frontier.of(model.config)
-    return frontier is not None and _same_weights(frontier.weights, _some_weights(model))
+    return frontier is not None and frontier.is_of(model)
 
 
 def test_what_was_chosen_is_promised_and_recorded(finetuned, promised):
