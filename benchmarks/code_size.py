@@ -53,9 +53,8 @@ def imported_files(script: Path) -> set[Path]:
 def main() -> None:
     model_files = sorted(ROOT.glob("*_tome_perceiver.py"))
     run_path = [ROOT / f"{name}_tome_perceiver.py" for name in RUN_PATH]
-    print(
-        f"{len(model_files)} model files: {count_lines(model_files)} lines; to run a checkpoint: {count_lines(run_path)}"
-    )
+    print(f"{len(model_files)} model files: {count_lines(model_files)} lines")
+    print(f"files that run a checkpoint: {count_lines(run_path)} lines")
     own = [*ROOT.glob("*.py")]
     for part in PARTS:
         files = sorted((ROOT / part).rglob("*.py"))
