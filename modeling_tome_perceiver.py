@@ -178,6 +178,25 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         num_blocks = (self.config.merge_frontier or {}).get("num_blocks", self._built_num_blocks)
         return _cost().Merging.of(self.config).by(0, num_blocks=num_blocks)
 
+    def flops_ratio(self, input_shape: Any, r: int | list[int] | None = None, merging: Merging | None = None) -> float:
+        """Return the share of the unmerged model's FLOPs that merging leaves, with the cost of its matching.
+
+        Args:
+            input_shape: of a batch of inputs, as `cost_tome_perceiver.forward_cost` takes it: `(1, 128)` for a text.
+            r: counted in place of the config's merging, as the `r` of a call is.
+            merging: counted in place of the config's merging, as `model.unmerged` or the `merging` of a frontier's row.
+
+        Raises:
+            ValueError: in one line, for a shape or merging settings that the model does not take.
+        """
+        cost = _cost()
+        if merging is None:
+            merging = cost.Merging.of(self.config)
+        if r is not None:
+            merging = merging.by(r)
+        unmerged = self.unmerged.asked_of(self.config)
+        return cost.FlopsShare(unmerged, input_shape, type(self).__name__)(merging)
+
     def calibrate(
         self,
         samples: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from cost_tome_perceiver import forward_cost
 from tests.support.tiny_merges import GROUPS, R_LIST, every_head, labels_for, loss_and_gradients
 from tests.support.tiny_models import (
     NUM_LATENTS,
@@ -161,3 +162,16 @@ def test_signature_is_upstreams_and_what_merges(head):
 def test_it_starts_from_all_latents():
     model = tiny_model(HEAD, r=R_LIST)
     assert run(model, tiny_inputs(TEXT_HEADS[0]), r=0).base.latent_sizes.shape == (2, NUM_LATENTS)
+
+
+def test_flops_ratio_counts_the_config_an_r_or_settings():
+    model, shape = tiny_model(HEAD, r=R_LIST), (2, 9)
+    merged = model.flops_ratio(shape)
+    cost = forward_cost(model.config, shape, type(model).__name__).total_with_matching
+    unmerged = forward_cost(tiny_model(HEAD).config, shape, type(model).__name__).total_with_matching
+    assert merged == pytest.approx(cost / unmerged) and merged < 1
+    assert model.flops_ratio(shape, merging=model.unmerged) == model.flops_ratio(shape, r=0) == 1
+    model.r = 1
+    assert model.flops_ratio(shape, r=R_LIST) == merged != model.flops_ratio(shape)
+    with pytest.raises(ValueError, match="^input_shape"):
+        model.flops_ratio((1, 3, 8, 8))
