@@ -25,7 +25,7 @@ from experiments.publishing.frontier_section import FRONTIER_FILE, draw_frontier
 from experiments.publishing.schedule_picture import draw_schedule
 from experiments.publishing.tables import UNDEFINED, markdown_table, with_error
 from experiments.tasks.base import Source
-from experiments.tasks.scores import Figures
+from experiments.tasks.scores import Scores, parse_scores
 from frontier_tome_perceiver import Frontier
 
 R = int | list[int] | str
@@ -74,21 +74,12 @@ class Measured:
     Attributes:
         name: of the row.
         r: as `shown_r` gives it.
-        metrics: figures by name, each with its standard error under NAME_stderr; also changes from another row.
+        scores: by name.
     """
 
     name: str
     r: R
-    metrics: Figures
-
-    @property
-    def scores(self) -> dict[str, tuple[float | None, float | None]]:
-        """The figures that are no changes, each with its standard error; `None` for what is not defined."""
-        return {
-            metric: (value, self.metrics[f"{metric}_stderr"])
-            for metric, value in self.metrics.items()
-            if f"{metric}_stderr" in self.metrics and not metric.endswith("_change")
-        }
+    scores: Scores
 
 
 def undefined_note(table: str) -> str:
@@ -113,15 +104,14 @@ def shown_r(merging: Merging | ToMePerceiverConfig) -> R:
 def results_table(measured: Sequence[Measured]) -> str:
     """A line for each row, for each metric a column as value and standard error, and one for what has changed."""
     header, columns = ["", "r"], [[row.name, spelled_r(row.r)] for row in measured]
-    for metric in measured[0].scores:
-        changed = any(f"{metric}_change" in row.metrics for row in measured)
-        header += [metric_name(metric), *(["change, paired by example"] if changed else [])]
+    for name in measured[0].scores:
+        compared = any(row.scores[name].compared for row in measured)
+        header += [metric_name(name), *(["change, paired by example"] if compared else [])]
         for row, cells in zip(measured, columns, strict=True):
-            cells.append(with_error(*row.scores[metric], ".4f"))
-            if changed:
-                change = f"{metric}_change"
-                there = change in row.metrics
-                cells.append(with_error(row.metrics[change], row.metrics[f"{change}_stderr"], "+.4f") if there else "")
+            score = row.scores[name]
+            cells.append(with_error(score.value, score.stderr, ".4f"))
+            if compared:
+                cells.append(with_error(score.change, score.change_stderr, "+.4f") if score.compared else "")
     return markdown_table(header, columns)
 
 
@@ -330,12 +320,12 @@ class Card:
                 dataset_split=self.source.split,
                 metric_type=metric,
                 metric_name=f"{metric_name(metric)} (r={spelled_r(row.r)}, {row.name})",
-                metric_value=value,
-                metric_args={"r": row.r, "model": row.name, "standard_error": error},
+                metric_value=score.value,
+                metric_args={"r": row.r, "model": row.name, "standard_error": score.stderr},
             )
             for row in self.measured
-            for metric, (value, error) in row.scores.items()
-            if value is not None
+            for metric, score in row.scores.items()
+            if score.value is not None
         ]
         return ModelCardData(
             license=self.licence,
@@ -495,11 +485,6 @@ def measured_in(folder: Path, split: str, name: str, r: R) -> list[Measured]:
         name, r: of the row.
     """
     path = folder / f"{split}_results.json"
-    return [Measured(name, r, scores(json.loads(path.read_text(encoding="utf-8")), split))] if path.exists() else []
-
-
-def scores(metrics: dict[str, Any], split: str) -> Figures:
-    """Of all that an evaluation gave, the figures that have a standard error, with it and without the prefix."""
-    plain = {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
-    names = [name for name in plain if f"{name}_stderr" in plain]
-    return {name: plain[name] for scored in names for name in (scored, f"{scored}_stderr")}
+    if not path.exists():
+        return []
+    return [Measured(name, r, parse_scores(json.loads(path.read_text(encoding="utf-8")), f"{split}_"))]

@@ -46,11 +46,11 @@ class Ending:
         """Unmerged, merged, retrained; cost; what merges; where it is."""
         lines = []
         for row in self.measured:
-            value = with_error(row.metrics[self.metric], row.metrics[f"{self.metric}_stderr"], scale=100)
-            line = f"{row.name}: {metric_name(self.metric)} {value}"
-            if (change := f"{self.metric}_change") in row.metrics:
-                changed = with_error(row.metrics[change], row.metrics[f"{change}_stderr"], "+.2f", scale=100)
-                line += f", change, paired by example, {changed}"
+            score = row.scores[self.metric]
+            line = f"{row.name}: {metric_name(self.metric)} {with_error(score.value, score.stderr, scale=100)}"
+            if score.compared:
+                change = with_error(score.change, score.change_stderr, "+.2f", scale=100)
+                line += f", change, paired by example, {change}"
             lines.append(line)
         slower = "" if self.speedup.median >= 1 else "; slower than unmerged on this machine"
         lines.append(

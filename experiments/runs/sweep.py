@@ -20,14 +20,14 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
 from experiments.files import check_writable, save_whole, write_whole
 from experiments.measurement import Quartiles, describe_environment, peak_memory_mb, time_interleaved
-from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerges, scores, shown_r
+from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerges, shown_r
 from experiments.publishing.hub import HubRepository, push_checkpoint
 from experiments.runs.start import Loaded
 from experiments.runs.sweep_arguments import SweepArguments, Variant, unmerged
 from experiments.runs.sweep_report import PICTURE, Best, write_report
 from experiments.runs.sweep_results import Row, SweepResults, plan_rows
-from experiments.tasks.scores import Figures
-from experiments.training.evaluation import Evaluation, changes, evaluate
+from experiments.tasks.scores import flatten_scores, parse_scores
+from experiments.training.evaluation import Evaluation, evaluate
 from experiments.training.identity import (
     config_fingerprint,
     content,
@@ -162,10 +162,11 @@ class Sweep:
             bar.set_description(f"{stage} {variant.name}")
             trainer = trainer_for(variant)
             start = time.perf_counter()
-            evaluation = evaluate(trainer, self.loaded.prepared, stage)
-            row[stage] = scores(evaluation.metrics, stage) | self._change(evaluation, stage, variant)
+            evaluation = evaluate(trainer, self.loaded.prepared, stage, self._unmerged_predictions(stage, variant))
+            row[stage] = flatten_scores(evaluation.scores)
+            self._save_predictions(evaluation, variant)
             self.results.spend(f"evaluating {stage}", start)
-            say(f"{stage} {variant.name}: {results_line(stage, evaluation.metrics)}")
+            say(f"{stage} {variant.name}: {results_line(stage, evaluation.flatten())}")
             if self.writes:
                 # A cell that is saved is not filled again, so what is done for it comes before.
                 if done is not None:
@@ -200,20 +201,25 @@ class Sweep:
         self.results.spend("timing", start)
         self.results.save(self.output_dir)
 
-    def _change(self, evaluation: Evaluation, stage: str, variant: Variant) -> Figures:
-        """What has changed from the unmerged checkpoint, example by example; predictions stay on disk for it."""
-        folder = self.output_dir / PREDICTIONS
-        compared = stage == "merged" and self._is_unmerged(variant)
-        before: dict[str, np.ndarray] = {}
+    def _unmerged_predictions(self, stage: str, variant: Variant) -> dict[str, np.ndarray]:
+        """Read the predictions of the unmerged checkpoint, by split; empty for the row that these come from."""
+        if stage == "merged" and self._is_unmerged(variant):
+            return {}
+        paths = {suffix: self._predictions_file("unmerged", suffix) for suffix in self.loaded.prepared.evaluation}
+        return {suffix: np.load(path) for suffix, path in paths.items() if path.exists()}
+
+    def _save_predictions(self, evaluation: Evaluation, variant: Variant) -> None:
+        """Save predictions: later rows and a resumed sweep are compared with the unmerged ones."""
+        if not self.writes:
+            return
+        is_baseline = evaluation.split == "merged" and self._is_unmerged(variant)
+        names = [f"{evaluation.split}_{variant.branch}", *(["unmerged"] if is_baseline else [])]
         for suffix, predicted in evaluation.predictions.items():
-            unmerged = folder / f"unmerged{suffix}.npy"
-            if self.writes:
-                _save_array(folder / f"{stage}_{variant.branch}{suffix}.npy", predicted)
-                if compared:
-                    _save_array(unmerged, predicted)
-            if not compared and unmerged.exists():
-                before[suffix] = np.load(unmerged)
-        return changes(self.loaded.prepared.kind, evaluation, before)
+            for name in names:
+                _save_array(self._predictions_file(name, suffix), predicted)
+
+    def _predictions_file(self, name: str, suffix: str) -> Path:
+        return self.output_dir / PREDICTIONS / f"{name}{suffix}.npy"
 
     def _is_unmerged(self, variant: Variant) -> bool:
         return not variant.merging.merges(self.baseline.merging.asked_of(self.loaded.model.config))
@@ -262,7 +268,8 @@ class Sweep:
 
     def _write_its_card(self, variant: Variant, row: Row, trainer: Trainer) -> None:
         measured = [
-            Measured(name, shown_r(trainer.model.config), row[stage]) for stage, name in self._stage_names.items()
+            Measured(name, shown_r(trainer.model.config), parse_scores(row[stage]))
+            for stage, name in self._stage_names.items()
         ]
         self._write_retrained_card(variant.branch, trainer.model.config, measured, variant.name, self._timed(row))
 
@@ -322,7 +329,7 @@ class Sweep:
     def _measured(self, *stages: str) -> list[Measured]:
         """The figures of every row, for cards."""
         return [
-            Measured(_named(self._stage_names[stage], variant), shown_r(variant.merging), row[stage])
+            Measured(_named(self._stage_names[stage], variant), shown_r(variant.merging), parse_scores(row[stage]))
             for variant, row in zip(self.variants, self.results.rows, strict=True)
             for stage in stages
             if stage in row
@@ -356,8 +363,8 @@ class Sweep:
         with variant.merging.applied(model.config):
             save_whole(folder, model.save_pretrained)
             save_whole(folder, self.loaded.prepared.processing_class.save_pretrained)
-            unmerged = Measured("unmerged", 0, self.results.rows[0]["merged"])
-            merged = Measured(self._stage_names["merged"], shown_r(model.config), row["merged"])
+            unmerged = Measured("unmerged", 0, parse_scores(self.results.rows[0]["merged"]))
+            merged = Measured(self._stage_names["merged"], shown_r(model.config), parse_scores(row["merged"]))
             self._row_card(model.config, [unmerged, merged], variant.name, self._timed(row)).write(folder)
         return folder
 

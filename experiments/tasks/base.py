@@ -7,7 +7,6 @@ Letters: B batch.
 from __future__ import annotations
 
 import logging
-import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,7 +22,7 @@ from transformers import EvalPrediction, TrainerCallback
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
-from experiments.tasks.scores import standard_errors
+from experiments.tasks.scores import flatten_scores, score
 from experiments.tasks.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -120,15 +119,9 @@ class PreparedTask:
     calibration: Any = None
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float | None]:
-        """From logits and labels to figures by name, each with its standard error under NAME_stderr."""
-        from experiments.tasks.metric import GlueMetric  # takes seconds
-
-        predicted, asked = self.predictions(prediction.predictions), self.references(prediction.label_ids)
-        # It makes a folder for what it keeps in memory, in a cache of its own.
-        with tempfile.TemporaryDirectory() as folder:
-            metric = GlueMetric(config_name=self.kind, keep_in_memory=True, cache_dir=folder)
-            scored = metric.compute(predictions=predicted, references=asked)
-        return scored | standard_errors(self.kind, predicted, asked)
+        """Score logits for Trainer, which takes figures by name."""
+        predictions, references = self.predictions(prediction.predictions), self.references(prediction.label_ids)
+        return flatten_scores(score(self.kind, predictions, references))
 
     def predictions(self, logits: np.ndarray) -> np.ndarray:
         """From logits to what is scored: for each example a place in `labels`, a number or a row of tokens."""

@@ -1,178 +1,204 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures by which predictions are judged, each with its standard error; `None` where one is not defined.
+"""Scores of predictions: value, standard error, and paired change from other predictions for the same examples.
 
 Letters: B examples, K classes, S positions of an example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef, mean_squared_error
 
-Figures = dict[str, float | None]
-Score = Callable[[np.ndarray, np.ndarray], float | None]
-
 RESAMPLES = 200
 NOT_ASKED = -100
-"""The reference of a position where nothing is asked, as PyTorch's losses have it."""
+"""The reference of a position where nothing is asked, as in PyTorch's losses."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score of a model on some examples; `None` for a figure that is undefined on them.
+
+    Attributes:
+        value: the score.
+        stderr: its standard error over the examples; a single example has none.
+        compared: whether it was compared with other predictions for the same examples.
+        change, change_stderr: difference from those, paired by example, and the standard error of the difference, which
+            is far smaller than those of the two scores, since they agree on most examples.
+    """
+
+    value: float | None
+    stderr: float | None = None
+    change: float | None = None
+    change_stderr: float | None = None
+    compared: bool = False
+
+
+Scores = dict[str, Score]
+"""Scores by name, such as "accuracy"; names of a second evaluation split end in its suffix, "accuracy_mm"."""
+
+
+def flatten_scores(scores: Scores, prefix: str = "") -> dict[str, float | None]:
+    """Return scores as result files name them: `eval_accuracy`, `eval_accuracy_stderr`, `eval_accuracy_change`, ...
+
+    Args:
+        scores: by name.
+        prefix: put before every name, such as "eval_".
+    """
+    flat: dict[str, float | None] = {}
+    for name, score in scores.items():
+        flat |= {f"{prefix}{name}": score.value, f"{prefix}{name}_stderr": score.stderr}
+        if score.compared:
+            flat |= {f"{prefix}{name}_change": score.change, f"{prefix}{name}_change_stderr": score.change_stderr}
+    return flat
+
+
+def parse_scores(figures: Mapping[str, Any], prefix: str = "") -> Scores:
+    """Return the scores among the figures of a result file, whose names `flatten_scores` made; others are left out."""
+    scores = {}
+    for name, value in figures.items():
+        if f"{name}_stderr" in figures and name.startswith(prefix) and not name.endswith("_change"):
+            change = f"{name}_change"
+            scores[name.removeprefix(prefix)] = Score(
+                value,
+                figures[f"{name}_stderr"],
+                figures.get(change),
+                figures.get(f"{change}_stderr"),
+                compared=change in figures,
+            )
+    return scores
 
 
 def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
-    right, asked = _right(predictions, references)
+    right, asked = _count_right(predictions, references)
     return float(right.sum() / asked.sum())
 
 
-def _right(predictions: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much of each example is right, and how much of it is asked, both (B,)."""
+def _count_right(predictions: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of right and of asked positions of each example, both (B,)."""
     asked = references != NOT_ASKED
     right = (predictions == references) & asked
     return right.reshape(len(references), -1).sum(axis=1), asked.reshape(len(references), -1).sum(axis=1)
 
 
-def _ratio_stderr(parts: np.ndarray, asked: np.ndarray) -> float:
-    """The standard error of `parts.sum() / asked.sum()`, both (B,), for examples drawn independently of each other.
-
-    The linearised estimator of a ratio (Cochran, *Sampling Techniques*, 1977, section 6.3): what is asked within an
-    example may hang together. Where everything asks for one thing it is the binomial standard error.
-    """
-    return float(np.sqrt(np.sum((parts - parts.sum() / asked.sum() * asked) ** 2)) / asked.sum())
+def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
+    """Undefined where there is nothing to find and nothing was found."""
+    return f1_score(references, predictions) if predictions.any() or references.any() else math.nan
 
 
-def _f1(predictions: np.ndarray, references: np.ndarray) -> float | None:
-    if not (predictions.any() or references.any()):
-        return None  # nothing is to be found, and nothing was
-    return float(f1_score(references, predictions))
-
-
-def _matthews(predictions: np.ndarray, references: np.ndarray) -> float | None:
+def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
     """By convention 0 for predictions that are all alike (Chicco and Jurman, 2020)."""
-    if np.ptp(references) == 0:
-        return None
-    return float(matthews_corrcoef(references, predictions))
+    return math.nan if np.ptp(references) == 0 else matthews_corrcoef(references, predictions)
+
+
+def _correlation(correlate: Callable) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Undefined where either side is constant."""
+
+    def correlation(predictions: np.ndarray, references: np.ndarray) -> float:
+        constant = np.ptp(predictions) == 0 or np.ptp(references) == 0
+        return math.nan if constant else correlate(predictions, references).statistic
+
+    return correlation
 
 
 def _mse(predictions: np.ndarray, references: np.ndarray) -> float:
-    return float(mean_squared_error(references, predictions))
+    return mean_squared_error(references, predictions)
 
 
-def _correlation(correlate: Callable) -> Score:
-    def score(predictions: np.ndarray, references: np.ndarray) -> float | None:
-        if np.ptp(predictions) == 0 or np.ptp(references) == 0:
-            return None  # what never changes says nothing of the other
-        value = float(correlate(predictions, references).statistic)
-        return value if np.isfinite(value) else None
-
-    return score
-
-
-_ACCURACY: dict[str, Score] = {"accuracy": _accuracy}
-_ACCURACY_AND_F1: dict[str, Score] = {"accuracy": _accuracy, "f1": _f1}
-_CORRELATIONS: dict[str, Score] = {"pearson": _correlation(pearsonr), "spearmanr": _correlation(spearmanr)}
-SCORES: dict[str, dict[str, Score]] = {
-    "cola": {"matthews_correlation": _matthews},
-    "mnli": _ACCURACY,
-    "mrpc": _ACCURACY_AND_F1,
-    "qnli": _ACCURACY,
-    "qqp": _ACCURACY_AND_F1,
-    "rte": _ACCURACY,
-    "sst2": _ACCURACY,
-    "stsb": _CORRELATIONS,
-    "wnli": _ACCURACY,
-    "masked_lm": _ACCURACY,
-    "classification": _ACCURACY,
-    "regression": {**_CORRELATIONS, "mse": _mse},
+COMBINED = "combined_score"
+SCORERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews_correlation": _matthews,
+    "pearson": _correlation(pearsonr),
+    "spearmanr": _correlation(spearmanr),
+    "mse": _mse,
 }
-"""GLUE's own scores for each of its tasks (Wang et al., 2019, table 1), and those of one's own data."""
+"""Scores by name; NaN where one is undefined."""
+SCORES: dict[str, tuple[str, ...]] = {
+    "cola": ("matthews_correlation",),
+    "mnli": ("accuracy",),
+    "mrpc": ("accuracy", "f1", COMBINED),
+    "qnli": ("accuracy",),
+    "qqp": ("accuracy", "f1", COMBINED),
+    "rte": ("accuracy",),
+    "sst2": ("accuracy",),
+    "stsb": ("pearson", "spearmanr", COMBINED),
+    "wnli": ("accuracy",),
+    "masked_lm": ("accuracy",),
+    "classification": ("accuracy",),
+    "regression": ("pearson", "spearmanr", "mse"),
+}
+"""Names of the scores of each GLUE task (Wang et al., 2019, table 1) and of a user's own data; `COMBINED` is the mean
+of those before it."""
 
 
 def classes(logits: np.ndarray) -> np.ndarray:
-    """From logits (B, K) to the likeliest of K classes, (B,)."""
+    """Return the most likely of K classes, (B,), from logits (B, K)."""
     return np.argmax(logits, axis=-1)
 
 
 def numbers(logits: np.ndarray) -> np.ndarray:
-    """From logits (B, 1) to numbers (B,)."""
+    """Return numbers (B,) from logits (B, 1)."""
     return np.squeeze(logits, axis=-1)
 
 
-def score(kind: str, predictions: np.ndarray, references: np.ndarray) -> Figures:
-    """Score predictions.
+def score(kind: str, predictions: np.ndarray, references: np.ndarray, before: np.ndarray | None = None) -> Scores:
+    """Score predictions, with standard errors: an accuracy's in closed form, others' bootstrapped.
+
+    Examples are independent of each other, the S positions of one example are not.
 
     Args:
         kind: a key of `SCORES`.
         predictions, references: (B,), classes or numbers; of `masked_lm` (B, S), tokens, with `NOT_ASKED` among the
             references for all that does not count.
-
-    Returns:
-        The scores by name, `None` for one that is not defined; those of a GLUE task with more than one also have their
-        mean, `combined_score`.
+        before: of the same shape, other predictions to compare with.
     """
-    values: Figures = {name: scorer(predictions, references) for name, scorer in SCORES[kind].items()}
-    if len(values) > 1 and kind != "regression":  # correlations and squared errors have no mean
-        defined = [value for value in values.values() if value is not None]
-        values["combined_score"] = float(np.mean(defined)) if len(defined) == len(values) else None
-    return values
+
+    def measure(examples: Any) -> np.ndarray:
+        """Return the value of each score and, with `before`, the change of each."""
+        values = _values(kind, predictions[examples], references[examples])
+        changes = [] if before is None else values - _values(kind, before[examples], references[examples])
+        return np.concatenate([values, changes])
+
+    names, count = SCORES[kind], len(references)
+    found = measure(slice(None))
+    if names == ("accuracy",):
+        right, asked = _count_right(predictions, references)
+        parts = [right] if before is None else [right, right - _count_right(before, references)[0]]
+        errors = np.array([_ratio_stderr(part, asked) for part in parts])
+    else:
+        # Seeded by itself: an evaluation must not move the random numbers of a training.
+        draws = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+        drawn = np.ma.masked_invalid([measure(examples) for examples in draws])
+        errors = drawn.std(axis=0, ddof=1).filled(math.nan)
+    if count == 1:
+        errors[:] = math.nan
+    errors[np.isnan(found)] = math.nan
+    # Value and standard error, of the score and of its change, by name.
+    table = np.stack([found, errors]).reshape(2, -1, len(names))
+    scores = {}
+    for name, column in zip(names, np.moveaxis(table, 2, 0), strict=True):
+        figures = [float(figure) if math.isfinite(figure) else None for figure in column.T.ravel()]
+        value, stderr, change, change_stderr, *_ = [*figures, None, None]
+        scores[name] = Score(value, stderr, change, change_stderr, compared=before is not None)
+    return scores
 
 
-def standard_errors(kind: str, predictions: np.ndarray, references: np.ndarray) -> Figures:
-    """The standard error of each score under NAME_stderr: an accuracy's in closed form, others' bootstrapped.
+def _values(kind: str, predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
+    values = [SCORERS[name](predictions, references) for name in SCORES[kind] if name != COMBINED]
+    return np.array(values + [np.mean(values)] * (COMBINED in SCORES[kind]))
 
-    Examples are independent of each other, the S positions of one are not. A single example has no standard error.
 
-    Args:
-        kind, predictions, references: as for `score`.
+def _ratio_stderr(parts: np.ndarray, asked: np.ndarray) -> float:
+    """Return the standard error of `parts.sum() / asked.sum()`, both (B,), for independent examples.
+
+    This is the linearised estimator of a ratio (Cochran, *Sampling Techniques*, 1977, section 6.3). Where every example
+    asks for one thing it is the binomial standard error.
     """
-    if list(SCORES[kind]) == ["accuracy"]:
-        error = _ratio_stderr(*_right(predictions, references)) if len(references) > 1 else None
-        return {"accuracy_stderr": error}
-    values = score(kind, predictions, references)
-    resampled = [score(kind, predictions[rows], references[rows]) for rows in _draws(len(references))]
-    return {
-        f"{name}_stderr": None if value is None else _spread([draw[name] for draw in resampled], len(references))
-        for name, value in values.items()
-    }
-
-
-def _spread(values: list[float | None], count: int) -> float | None:
-    """The standard deviation of resampled scores of `count` examples, of the draws in which they are defined."""
-    defined = [value for value in values if value is not None]
-    return float(np.std(defined, ddof=1)) if count > 1 and len(defined) > 1 else None
-
-
-def _difference(after: float | None, before: float | None) -> float | None:
-    return None if after is None or before is None else after - before
-
-
-def paired_change(kind: str, predictions: np.ndarray, before: np.ndarray, references: np.ndarray) -> Figures:
-    """What each score has changed from other predictions for the same examples, under NAME_change.
-
-    The standard error, NAME_change_stderr, is that of the difference: far smaller than those of the two scores, since
-    they agree on most examples.
-
-    Args:
-        kind, predictions, references: as for `score`.
-        before: of the same shape, the predictions to compare with.
-    """
-    after_scores, before_scores = score(kind, predictions, references), score(kind, before, references)
-    count = len(references)
-    change = {f"{name}_change": _difference(after_scores[name], before_scores[name]) for name in after_scores}
-    if list(SCORES[kind]) == ["accuracy"]:
-        (right, asked), (right_before, _) = (_right(values, references) for values in (predictions, before))
-        return change | {"accuracy_change_stderr": _ratio_stderr(right - right_before, asked) if count > 1 else None}
-    differences: dict[str, list[float | None]] = {name: [] for name in after_scores}
-    for rows in _draws(count):
-        after, earlier = (score(kind, values[rows], references[rows]) for values in (predictions, before))
-        for name, values in differences.items():
-            values.append(_difference(after[name], earlier[name]))
-    return change | {
-        f"{name}_change_stderr": None if change[f"{name}_change"] is None else _spread(values, count)
-        for name, values in differences.items()
-    }
-
-
-def _draws(count: int) -> np.ndarray:
-    """Resampled examples. Seeded by itself: an evaluation must not move the random numbers of a training."""
-    return np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    return float(np.sqrt(np.sum((parts - parts.sum() / asked.sum() * asked) ** 2)) / asked.sum())

@@ -185,7 +185,7 @@ def _check_best_metric(task: PreparedTask, arguments: TrainingArguments) -> None
     name = arguments.metric_for_best_model
     if name is None or not arguments.load_best_model_at_end and arguments.save_strategy != "best":
         return
-    allowed = ["loss", *SCORES[task.kind], *(["combined_score"] if len(SCORES[task.kind]) > 1 else [])]
+    allowed = ["loss", *SCORES[task.kind]]
     if name.removeprefix("eval_") not in allowed:
         raise BadInput(f"--metric_for_best_model {name}: allowed are {', '.join(allowed)}")
 

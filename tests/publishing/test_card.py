@@ -30,10 +30,10 @@ from experiments.publishing.card import (
     address_card,
     measured_in,
     results_table,
-    scores,
     shown_r,
 )
 from experiments.tasks.base import Source
+from experiments.tasks.scores import Score
 from experiments.training.identity import training_fields
 from experiments.training.output_folder import save_metrics
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
@@ -41,8 +41,8 @@ from tests.support.tiny_models import stock_model, tiny_config
 
 GLUE = Source("--task_name stsb", "nyu-mll/glue", True, "stsb", "validation")
 ROWS = [
-    Measured("finetuned", 0, {"pearson": 0.85, "pearson_stderr": 0.01, "spearmanr": 0.84, "spearmanr_stderr": 0.02}),
-    Measured("retrained", [2, 0], {"pearson": 0.8, "pearson_stderr": 0.03, "spearmanr": 0.7, "spearmanr_stderr": 0.04}),
+    Measured("finetuned", 0, {"pearson": Score(0.85, 0.01), "spearmanr": Score(0.84, 0.02)}),
+    Measured("retrained", [2, 0], {"pearson": Score(0.8, 0.03), "spearmanr": Score(0.7, 0.04)}),
 ]
 
 
@@ -50,11 +50,6 @@ def card_of(**fields: object) -> Card:
     """A card that says no more than it has to, and `fields`."""
     least = {"model_id": "model", "source": GLUE, "hub_task": "text-classification", "base_model": None}
     return Card(**least | fields)
-
-
-def test_only_figures_with_a_standard_error_are_results():
-    metrics = {"eval_f1": 0.5, "eval_f1_stderr": 0.1, "eval_runtime": 3.0, "eval_samples": 4, "epoch": 1.0}
-    assert scores(metrics, "eval") == {"f1": 0.5, "f1_stderr": 0.1}
 
 
 def test_rows_do_not_collapse_on_the_hub():
@@ -69,8 +64,7 @@ def test_rows_do_not_collapse_on_the_hub():
 
 def test_changes_are_no_results():
     """They are of two rows; what stands beside a row is a figure of its own."""
-    row = Measured("merged", 2, {"f1": 0.5, "f1_stderr": 0.1, "f1_change": -0.2, "f1_change_stderr": 0.1, "loss": 3.0})
-    assert row.scores == {"f1": (0.5, 0.1)}
+    row = Measured("merged", 2, {"f1": Score(0.5, 0.1, -0.2, 0.1, compared=True)})
     assert [result.metric_type for result in card_of(measured=[row]).data.eval_results] == ["f1"]
 
 
@@ -96,8 +90,8 @@ def test_the_table_has_a_column_for_each_metric():
 
 def test_what_has_changed_stands_beside_the_figure():
     rows = [
-        Measured("unmerged", 0, {"f1": 0.5, "f1_stderr": 0.1}),
-        Measured("merged", 2, {"f1": 0.4, "f1_stderr": 0.1, "f1_change": -0.1, "f1_change_stderr": 0.02}),
+        Measured("unmerged", 0, {"f1": Score(0.5, 0.1)}),
+        Measured("merged", 2, {"f1": Score(0.4, 0.1, -0.1, 0.02, compared=True)}),
     ]
     assert results_table(rows).splitlines() == [
         "|  | r | F1 | change, paired by example |",
@@ -123,7 +117,7 @@ def test_fixed_groups_are_not_shown_as_an_r_of_nothing(fields, shown):
 
 def test_what_was_not_measured_is_no_row(tmp_path):
     save_metrics(tmp_path, "merged", {"merged_f1": 0.5, "merged_f1_stderr": 0.1, "merged_runtime": 1.0})
-    assert measured_in(tmp_path, "merged", "merged", 2) == [Measured("merged", 2, {"f1": 0.5, "f1_stderr": 0.1})]
+    assert measured_in(tmp_path, "merged", "merged", 2) == [Measured("merged", 2, {"f1": Score(0.5, 0.1)})]
     assert measured_in(tmp_path, "eval", "eval", 2) == []
 
 

@@ -34,7 +34,7 @@ CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # What scripts import only when they get there.
 WARMED = (
     "experiments.runs.finetune", "experiments.runs.sweep", "experiments.runs.checkpoint_task",
-    "experiments.tasks.metric", "matplotlib.pyplot",
+    "matplotlib.pyplot",
     "sklearn.metrics", "scipy.cluster.hierarchy", "pandas", "PIL.Image", "torch.profiler",
     "datasets.packaged_modules.parquet.parquet", "datasets.packaged_modules.csv.csv",
     "datasets.packaged_modules.imagefolder.imagefolder", "transformers.trainer", "accelerate",
