@@ -13,15 +13,8 @@ A small model from scratch, on the sentences of several configurations of a data
       --dataset_name nyu-mll/glue --dataset_config_name sst2,mrpc,rte,stsb --max_seq_length 48 \\
       --do_train --do_eval --output_dir outputs/mlm
 
-A larger one that learns what a pretrained encoder says of each token, beside the masked tokens, and starts with that
-encoder's layers, for which its config has room; its tokenizer is the teacher's, or a smaller one that
-examples/train_tokenizer.py makes of it:
-
-  python run_mlm.py --config_name examples/minilm_perceiver.json \\
-      --teacher_name_or_path sentence-transformers/all-MiniLM-L6-v2 --tokenizer_name outputs/smaller_tokenizer \\
-      --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 --max_seq_length 128 \\
-      --learning_rate 3e-4 --warmup_steps 50 --per_device_train_batch_size 32 --bf16 \\
-      --do_train --do_eval --output_dir outputs/taught
+A BERT's layers as the start of a Perceiver, and training towards a teacher's states: examples/language/from_bert.py and
+examples/language/learn_from_teacher.py.
 
 Each line or column of text is an input of its own, unless they are joined. Training masks anew each time; what is
 masked in the evaluated sentences is always the same, so that models can be compared token by token. Own sentences:
@@ -38,9 +31,9 @@ def main() -> None:
     answer_at_once(__file__)
     # Here, and not above: they take seconds, in which Ctrl-C is to end in one line too.
     from experiments.runs.finetune import Experiment, run_experiment
-    from experiments.tasks.mlm import TaughtMlmArguments, load_taught_mlm_task
+    from experiments.tasks.mlm import MlmDataArguments, load_mlm_task
 
-    run_experiment(Experiment.from_command_line(__doc__, TaughtMlmArguments, load_taught_mlm_task))
+    run_experiment(Experiment.from_command_line(__doc__, MlmDataArguments, load_mlm_task))
 
 
 if __name__ == "__main__":

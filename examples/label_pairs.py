@@ -28,16 +28,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.errors import BadInput, exit_on_bad_input
+from experiments.errors import BadInput, exit_on_bad_input, naming
 from experiments.files import check_writable, write_whole
 from experiments.tasks.base import take_split
 from experiments.tasks.reading import read_dataset
 from experiments.tasks.sentences import sentence_columns
-from experiments.tasks.teacher import LoadedTeacher, load_teacher
 
 # Characters of a sentence: two of them are to be read at once, and a word or two say little.
 SHORTEST, LONGEST = 20, 200
@@ -51,15 +51,17 @@ VALIDATION = 0.05
 
 
 @torch.no_grad()
-def encode(teacher: LoadedTeacher, sentences: Sequence[str]) -> Tensor:
+def encode(name: str, sentences: Sequence[str]) -> Tensor:
     """The mean of each sentence's last hidden states, (S, C), of length 1."""
-    means = torch.zeros(len(sentences), teacher.model.config.hidden_size)
+    with naming(f"--teacher_name_or_path {name}", Exception):
+        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name, dtype=torch.float32)
+    means = torch.zeros(len(sentences), model.config.hidden_size)
     # Sentences of a length together need little padding.
     order = sorted(range(len(sentences)), key=lambda place: len(sentences[place]))
     for start in tqdm(range(0, len(order), ENCODED_AT_ONCE), desc="reading sentences", disable=None):
         places = order[start : start + ENCODED_AT_ONCE]
-        inputs = teacher.tokenizer([sentences[place] for place in places], padding=True, return_tensors="pt")
-        states = teacher.model(**inputs).last_hidden_state
+        inputs = tokenizer([sentences[place] for place in places], padding=True, return_tensors="pt")
+        states = model(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1)
         means[places] = F.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
     return means
@@ -124,7 +126,7 @@ def main() -> None:
     sentences = list(found)
     random.Random(arguments.seed).shuffle(sentences)
     sentences = sentences[: arguments.max_sentences]
-    means = encode(load_teacher(arguments.teacher_name_or_path), sentences)
+    means = encode(arguments.teacher_name_or_path, sentences)
 
     pairs = list(pairs_of(means, arguments.pairs_per_sentence, arguments.seed))
     first = round((1 - VALIDATION) * len(sentences))

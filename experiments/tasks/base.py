@@ -23,7 +23,6 @@ from transformers import EvalPrediction, TrainerCallback
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
 from experiments.tasks.scores import flatten_scores, score
-from experiments.tasks.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +99,8 @@ class PreparedTask:
         file_names: of the inputs to predict, by suffix, if they are files.
         reduce_logits: from a batch's logits and labels to what `predicted` takes, while the evaluation still runs; for
             logits that would not fit in memory all at once. `None`: they are kept as they are.
-        teacher: whose states are learnt in training, if any are.
+        trainer_class: makes the Trainer that trains this task, in place of the plain one.
+        trained_with: fingerprint of whatever else decides training, such as a teacher.
     """
 
     train: Any
@@ -115,7 +115,8 @@ class PreparedTask:
     callbacks: list[TrainerCallback] = field(default_factory=list)
     file_names: dict[str, list[str]] = field(default_factory=dict)
     reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
-    teacher: Teacher | None = None
+    trainer_class: Callable[..., Any] | None = None
+    trained_with: str | None = None
     calibration: Any = None
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float | None]:

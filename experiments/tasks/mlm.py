@@ -29,7 +29,6 @@ from experiments.tasks.reading import TEXT_FORMATS, read_dataset, read_file
 from experiments.tasks.redrawn_examples import NextEpoch, RedrawnExamples
 from experiments.tasks.scores import NOT_ASKED
 from experiments.tasks.sentences import SENTENCE, Split, check_header, distinct, read_sentences, sentence_columns
-from experiments.tasks.teacher import LoadedTeacher, load_teacher
 from experiments.tasks.text import Columns, TextDataArguments, TextTask, Tokens
 
 MODEL_CLASS = "ToMePerceiverForMaskedLM"
@@ -110,28 +109,10 @@ class MlmDataArguments(TextDataArguments):
 
 
 @dataclass
-class TaughtMlmArguments(MlmDataArguments):
-    """The same, and who teaches."""
-
-    teacher_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "An encoder, folder or Hub id, whose last hidden states are learnt beside the masked tokens, with "
-            "its tokenizer, which must have every token of the model's."
-        },
-    )
-
-
-@dataclass
 class MlmTask(TextTask):
-    """Sentences, in the column `sentence`, to be masked.
-
-    Attributes:
-        teacher: whose states are learnt in training, if any are.
-    """
+    """Sentences, in the column `sentence`, to be masked."""
 
     arguments: MlmDataArguments
-    teacher: LoadedTeacher | None = None
 
     hub_task: ClassVar[str] = "fill-mask"
     classifies: ClassVar[bool] = False
@@ -161,8 +142,6 @@ class MlmTask(TextTask):
                 "--tokenizer_name: has no mask token; allowed is a tokenizer with one, such as that of "
                 "examples/train_tokenizer.py"
             )
-        length = self._length(processing_class, config)
-        teacher = None if self.teacher is None else self.teacher.of(processing_class, length)
         tokens = self.tokens(config, processing_class)
         if not self.arguments.line_by_line:
             tokens = self._drawn(tokens, seed)
@@ -185,7 +164,6 @@ class MlmTask(TextTask):
             kind="masked_lm",
             callbacks=[NextEpoch(train)],
             reduce_logits=likeliest_tokens,
-            teacher=teacher,
         )
 
     def tokenizing(self, tokenizer: Any, length: int, label_ids: Sequence[int]) -> Callable[[Columns], Columns]:
@@ -380,17 +358,6 @@ def _read_lines(pools: dict[str, list[Split]], selected: dict[str, Dataset], nam
         )
     counts = ", ".join(f"{name}: {len(split):,} sentences" for name, split in selected.items())
     return [*dict.fromkeys(lines)][:MOST_SHOWN] + [f"{counts}, without repetitions"]
-
-
-def load_taught_mlm_task(arguments: TaughtMlmArguments, *options: Any, **named: Any) -> MlmTask:
-    """The same with its teacher, if there is one, which is loaded first.
-
-    Raises:
-        BadInput: also for a teacher that is not there or is no encoder.
-    """
-    name, download = arguments.teacher_name_or_path, {key: named.get(key) for key in ("cache_dir", "token")}
-    teacher = None if name is None else load_teacher(name, **download)
-    return replace(load_mlm_task(arguments, *options, **named), teacher=teacher)
 
 
 def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple[dict[str, list[Split]], Source]:

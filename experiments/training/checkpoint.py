@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from experiments.errors import BadInput
 from experiments.files import write_text
-from experiments.training.identity import CONTENT, PLACES, TEACHER, TRAIN, Noted, file_fingerprint
+from experiments.training.identity import CONTENT, PLACES, Noted, file_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,10 @@ def difference(noted: Noted, current: Noted, ignored: tuple[str, ...] = ()) -> s
     for name, value in current.items():
         if name != CONTENT and name not in PLACES and name not in ignored and noted.get(name) != value:
             return f"whose {name} is {noted.get(name)} and not {value}"
-    contents, noted_contents = current.get(CONTENT, {}), noted.get(CONTENT) or {}
-    for name, value in contents.items():
+    noted_contents = noted.get(CONTENT) or {}
+    for name, value in current.get(CONTENT, {}).items():
         if noted_contents.get(name) != value:
             return f"with another content of its {name.replace('_', ' ')}"
-    if TRAIN in contents and TEACHER in noted_contents and TEACHER not in contents:
-        return "with a teacher"
     return None
 
 

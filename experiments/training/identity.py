@@ -69,8 +69,8 @@ FIRST_INPUTS = 8
 Noted = dict[str, Any]
 """Arguments by name, and under `CONTENT` what was read, each by its fingerprint."""
 CONTENT = "content"
-# Of the contents, those that may be there or not: what is trained on, who teaches, and what is calibrated on.
-TRAIN, TEACHER, CALIBRATION = "train", "teacher", "calibration"
+# Of the contents, those that may be there or not: what is trained on, and what is calibrated on.
+TRAIN, CALIBRATION = "train", "calibration"
 
 
 def noted_arguments(*groups: Any) -> Noted:
@@ -125,8 +125,8 @@ def content(task: Task, prepared: PreparedTask, *, train: bool, calibrates: bool
     if train or calibrates and prepared.calibration is None:
         examples = prepared.train.examples if isinstance(prepared.train, RedrawnExamples) else prepared.train
         read[TRAIN] = fingerprint({"": examples}, "training examples")
-        if prepared.teacher is not None:
-            read[TEACHER] = digest_of([weights_fingerprint(prepared.teacher.model), prepared.teacher.ids])
+        if prepared.trained_with is not None:
+            read[TRAIN] = digest_of([read[TRAIN], prepared.trained_with])
     if prepared.prediction:
         read["prediction"] = fingerprint(prepared.prediction, "examples to predict")
     # A tokenizer or image processor counts by what it makes: its files also say how it was called last.

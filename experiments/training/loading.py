@@ -9,20 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 import modeling_tome_perceiver as modeling
 from configuration_tome_perceiver import ToMePerceiverConfig
-from cost_tome_perceiver import undisturbed
 from experiments.errors import BadInput, naming
 from experiments.merging.arguments import apply_fields
 from experiments.tasks.base import PreparedTask, Task
 from experiments.tasks.labels import checkpoint_labels, listed, matched, warn_of_order
-from experiments.tasks.teacher import Teacher
-from experiments.training.findable import start_findable, token_counts
-from experiments.training.from_bert import FITTED_ON, start_from_bert, why_not_from_bert
 from experiments.training.model_arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -31,20 +26,6 @@ logger = logging.getLogger(__name__)
 HEADS = ("perceiver.decoder.", "embedding_decoder.")
 UNIMPORTANT = "num_batches_tracked"
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-
-
-def start_taught(model: modeling.ToMePerceiverForMaskedLM, teacher: Teacher, examples: Dataset) -> None:
-    """Start with what the teacher has: its layers, or where there is no room, its embeddings."""
-    counts = token_counts(examples, model.config.vocab_size)
-    obstacle = why_not_from_bert(model.config, teacher.model)
-    if obstacle is None:
-        logger.info("starting with the teacher's layers")
-        # It runs the layers, and dropout is no part of what they say.
-        with undisturbed(model):
-            start_from_bert(model, teacher, examples.shuffle(seed=0)[:FITTED_ON], counts)
-    else:
-        logger.info("starting without the teacher's layers, for which %s", obstacle)
-        start_findable(model, teacher, counts)
 
 
 def load_model_and_task(
@@ -69,8 +50,6 @@ def load_model_and_task(
     with training.main_process_first(desc="preparing the data"):
         prepared = task.prepared(config, processing_class, training.seed)
     model = load_model(arguments, config, task)
-    if arguments.model_name_or_path is None and prepared.teacher is not None:
-        start_taught(model, prepared.teacher, prepared.train.examples)
     if task.input_name == "input_ids":
         if task.classifies:
             _keep_positions(model, processing_class.model_max_length)

@@ -28,7 +28,6 @@ from experiments.training.checkpoint import check_checkpoint, checkpoints, last_
 from experiments.training.elastic import ElasticTrainer
 from experiments.training.identity import CONTENT, Noted, weights_fingerprint
 from experiments.training.output_folder import TRAINED_FILE, WEIGHTS, note_content, read_note, save_metrics
-from experiments.training.taught import TaughtTrainer
 from experiments.training.trainer import TaskTrainer
 
 logger = logging.getLogger(__name__)
@@ -120,12 +119,12 @@ def task_trainer(
         experiment: what decides the outcome; needed to train.
 
     Raises:
-        BadInput: for a task with a teacher and another trainer than the plain one.
+        BadInput: for a task with a trainer of its own and another one than the plain one.
     """
-    if task.teacher is not None:
+    if task.trainer_class is not None:
         if trainer_class is not TaskTrainer:
-            raise BadInput("--teacher_name_or_path: allowed without --elastic, which teaches by itself")
-        trainer_class = partial(TaughtTrainer, teacher=task.teacher)
+            raise BadInput("--elastic: this task is trained in its own way; train without --elastic")
+        trainer_class = task.trainer_class
     arguments = copy.deepcopy(arguments)
     arguments.output_dir = str(output_dir)
     # What is pushed is pushed at the end, from what is on disk.

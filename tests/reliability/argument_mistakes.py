@@ -199,7 +199,6 @@ MISTAKES: dict[str, dict[str, str]] = {
             --train_file not_there.txt
             --validation_file not_there.csv
             --tokenizer_name not/there
-            --teacher_name_or_path not_there
         """,
         SWEEP: """
             --model_name_or_path not/there

@@ -13,6 +13,7 @@ import torch
 import yaml
 from datasets import concatenate_datasets, load_dataset
 from transformers import (
+    AutoModel,
     AutoTokenizer,
     BertTokenizer,
     PerceiverImageProcessorPil,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from configuration_tome_perceiver import ToMePerceiverConfig
+from examples.language.learn_from_teacher import TaughtArguments
 from experiments.command_line import parse_arguments
 from experiments.merging.arguments import MergeArguments
 from experiments.publishing.hub_arguments import HubArguments
@@ -28,8 +30,6 @@ from experiments.runs.checkpoint_task import SweepDataArguments
 from experiments.runs.sweep_arguments import SweepArguments
 from experiments.tasks.glue import GlueDataArguments
 from experiments.tasks.images import ImageDataArguments
-from experiments.tasks.mlm import TaughtMlmArguments
-from experiments.tasks.teacher import load_teacher
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.stage import RetrainArguments
 from tests.support.script_run import ROOT, call_script, run_script
@@ -157,12 +157,12 @@ def test_pairs_are_labelled(tmp_path):
     pairs = concatenate_datasets([splits["train"], splits["validation"]])
     assert 2 * len(sentences) < len(pairs) <= 3 * len(sentences)  # chance may choose a sentence itself
     assert {*pairs["sentence1"], *pairs["sentence2"]} == set(sentences)
-    loaded = load_teacher(str(teacher))
+    tokenizer, model = AutoTokenizer.from_pretrained(teacher), AutoModel.from_pretrained(teacher)
     for pair in pairs.select(range(5)):
         assert pair["sentence1"] != pair["sentence2"]
         means = []
         for sentence in (pair["sentence1"], pair["sentence2"]):
-            states = loaded.model(**loaded.tokenizer(sentence, return_tensors="pt")).last_hidden_state
+            states = model(**tokenizer(sentence, return_tensors="pt")).last_hidden_state
             means.append(states[0].mean(dim=0))
         alike = torch.cosine_similarity(*means, dim=0).clamp(min=0)
         assert pair["label"] == pytest.approx(5 * float(alike), abs=2e-3)
@@ -196,7 +196,7 @@ def test_argument_files_are_understood(monkeypatch, tmp_path, path):
         "eval_sweep.py": (SweepDataArguments, SweepArguments),
         "run_image.py": (ImageDataArguments, MergeArguments),
         "run_glue.py": (GlueDataArguments, MergeArguments),
-        "run_mlm.py": (TaughtMlmArguments, MergeArguments),
+        "examples/language/learn_from_teacher.py": (TaughtArguments, MergeArguments),
     }[script]
     given = yaml.safe_load(path.read_text())
     # Where there is no GPU, bf16 needs it said.
