@@ -9,10 +9,10 @@ import shutil
 import tempfile
 from dataclasses import replace
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-# What `datasets` remembers of folders of the same name must not come from another run.
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+from tests.support.script_run import isolated_environment
+
+# New caches for each run: `datasets` takes a folder of the same name for the same data.
+os.environ |= isolated_environment(tempfile.mkdtemp(prefix="home-"))
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def seeded():
 @pytest.fixture(autouse=True, scope="session")
 def cache_removed_at_the_end():
     yield
-    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from tests.reliability.bad_input_case import ONLY, OUTPUT, BadInputCase, Make
-from tests.reliability.inputs import SCRIPTS, Command, Inputs
+from tests.reliability.bad_input import ONLY, BadInputCase, Make
+from tests.reliability.inputs import OUTPUT, SCRIPTS, Command, Inputs
 
 MISTAKE = "argument files"
 # What is in the file, byte for byte.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from tests.reliability.bad_input_case import BadInputCase
+from tests.reliability.bad_input import BadInputCase
 from tests.reliability.inputs import Command
 
 GLUE, IMAGE, MLM, SWEEP = "run_glue.py", "run_image.py", "run_mlm.py", "eval_sweep.py"

@@ -13,38 +13,32 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from tests.reliability.bad_input_case import OUTPUT, contents
-from tests.reliability.forked import Outcome, run_forked
-from tests.reliability.inputs import LAST, Command, Inputs
+from tests.reliability.case import PASSED, Attempt, Finding, changed_paths, contents, said, shown
+from tests.reliability.inputs import LAST, OUTPUT, Command, Inputs, Scenario
 from tests.reliability.left import left, where
-from tests.reliability.verdicts import Verdict
+from tests.reliability.running import Outcome, run_forked
 
-KIND = "one thing changed"
 RETRAINED: Command = ("--r", 2, "--retrain_epochs", 1)
-# What a run is, by its name here: script, attribute of `Inputs`, what is added, and what to resume with.
-RUNS: dict[str, tuple[str, str, Command, Command]] = {
-    "training": ("run_glue.py", "text_training", ("--r", 1), LAST),
-    "training on from a checkpoint": ("run_glue.py", "text_training_on", (), LAST),
-    "two stages": ("run_image.py", "image_training", RETRAINED, LAST),
-    "masked tokens": ("run_mlm.py", "mlm_training", ("--r", 1), LAST),
-    "evaluation": ("run_glue.py", "text_evaluation", ("--do_predict", "--r", 1), ()),
-    "sweep": ("eval_sweep.py", "text_sweep", ("--r", 0, 2, "--retrain_epochs", 1, "--save_strategy", "no"), ()),
-    "sweep of budgets": (
-        "eval_sweep.py", "image_sweep",
-        ("--flops_ratio", 0.985, "--schedule", "floor", "search", "--calibration_samples", 4), (),
-    ),
-    "fixed groups": (
-        "run_glue.py", "text_evaluation",
-        ("--flops_ratio", 0.985, "--merge_method", "groups", "--calibration_samples", 4), (),
-    ),
-}  # fmt: skip
+SWEPT: Command = ("--r", 0, 2, "--retrain_epochs", 1, "--save_strategy", "no")
+BUDGET: Command = ("--flops_ratio", 0.985, "--calibration_samples", 4)
+SCENARIOS = (
+    Scenario("training", "run_glue.py", "text_training", ("--r", 1), LAST),
+    Scenario("training on from a checkpoint", "run_glue.py", "text_training_on", (), LAST),
+    Scenario("two stages", "run_image.py", "image_training", RETRAINED, LAST),
+    Scenario("masked tokens", "run_mlm.py", "mlm_training", ("--r", 1), LAST),
+    Scenario("evaluation", "run_glue.py", "text_evaluation", ("--do_predict", "--r", 1)),
+    Scenario("sweep", "eval_sweep.py", "text_sweep", SWEPT),
+    Scenario("sweep of budgets", "eval_sweep.py", "image_sweep", (*BUDGET, "--schedule", "floor", "search")),
+    Scenario("fixed groups", "run_glue.py", "text_evaluation", (*BUDGET, "--merge_method", "groups")),
+)
+RUNS = {scenario.name: scenario for scenario in SCENARIOS}
 # Another value of every training argument whose type does not say one; `None`: there is none that runs here.
 VALUES: dict[str, Command | None] = {
     **dict.fromkeys(("output_dir", "resume_from_checkpoint", "do_train", "use_cpu", "local_rank"), None),
@@ -121,13 +115,13 @@ CHECKPOINT = re.compile(r"(^|/)checkpoint-\d+/")
 
 @dataclass(frozen=True)
 class Change:
-    """What is done between two runs.
+    """One thing that is changed between two runs into one folder.
 
     Attributes:
         run: key of `RUNS`.
         name: of the change.
         added: arguments of the second run.
-        edit: what happens to the inputs, name of a function here.
+        edit: key of `EDITS`, the change of an input, if that is what changes.
         resume: whether the second run resumes.
     """
 
@@ -137,34 +131,70 @@ class Change:
     edit: str = ""
     resume: bool = False
 
+    kind = "one thing changed"
+
     @property
     def id(self) -> str:
         return f"{self.run}: {self.name}{', resumed' if self.resume else ''}"
 
     @property
     def row(self) -> str:
-        """Of the table."""
-        what = "an input" if self.edit else "a training argument" if self.run_of_trainer else "one of our arguments"
+        is_training = self.name in TrainingArguments.__dataclass_fields__
+        what = "an input" if self.edit else "a training argument" if is_training else "one of our arguments"
         return f"{self.run}, {what} changed"
 
-    @property
-    def run_of_trainer(self) -> bool:
-        return not self.edit and self.name in TrainingArguments.__dataclass_fields__
+    def attempt(self, inputs: Inputs, folder: Path) -> Attempt:
+        """Run to the end, change one thing, run again, and compare with the same in an empty folder."""
+        scenario = RUNS[self.run]
+        if self.edit:
+            shutil.copytree(inputs.folder, folder / "inputs", ignore=shutil.ignore_patterns("finished"), symlinks=True)
+            inputs = Inputs(folder / "inputs")
+        command = (*scenario.command(inputs), *self.added)
+        finished, first = inputs.finished(scenario)
+        if first.exit_code:
+            finding = f"the run before the change fails: exit code {first.exit_code}", "other"
+            return Attempt(shown(scenario.script, command), finding, said(first))
+        folder = folder / "run"
+        shutil.copytree(finished, folder)
+        if self.edit:
+            EDITS[self.edit](inputs)
+        before = contents(folder / OUTPUT)
+        outcome = run_forked(scenario.script, (*command, *(scenario.resume if self.resume else ())), folder)
+        finding = self._judge(outcome, before, folder, command)
+        return Attempt(shown(scenario.script, command), finding, said(outcome))
+
+    def _judge(self, outcome: Outcome, before: dict[str, str], folder: Path, command: Command) -> Finding:
+        if outcome.fault != PASSED:
+            return outcome.fault
+        if outcome.exit_code:
+            if len(outcome.errors) != 1:
+                return f"exit code {outcome.exit_code} and {len(outcome.errors)} lines that say why", "other"
+            changed = changed_paths(before, contents(folder / OUTPUT))
+            return (f"refused, but written or changed: {changed}", "other") if changed else PASSED
+        fresh = folder / "fresh"
+        fresh.mkdir()
+        expected = run_forked(RUNS[self.run].script, command, fresh)
+        if expected.exit_code:
+            return f"in an empty folder it ends with exit code {expected.exit_code}", "other"
+        if self.resume and self.name in LENGTH:
+            steps, asked = (
+                json.loads((each / OUTPUT / "trainer_state.json").read_text())["global_step"]
+                for each in (folder, fresh)
+            )
+            return PASSED if steps >= asked and steps > 8 else (f"only {steps} steps", "wrong in silence")
+        wrong = _stale(left(folder / OUTPUT), left(fresh / OUTPUT), self.resume)
+        return ("; ".join(wrong[:3]), "wrong in silence") if wrong else PASSED
 
 
 def changes() -> Iterator[Change]:
-    """Every training argument, every argument of ours, and every input, one at a time."""
-    for name, value in other_values().items():
-        for resume in (False, True):
-            yield Change("training", name, (f"--{name}", *value), resume=resume)
-    for run, lines in OWN.items():
-        for line in lines:
-            for resume in (False, True) if RUNS[run][3] else (False,):
-                yield Change(run, line, tuple(shlex.split(line)), resume=resume)
-    for run, edits in EDITED.items():
-        for edit in edits:
-            for resume in (False, True) if RUNS[run][3] else (False,):
-                yield Change(run, edit.replace("_", " "), edit=edit, resume=resume)
+    """Every training argument, every argument of ours, and every input, one at a time, and resumed where one can."""
+    once = [Change("training", name, (f"--{name}", *value)) for name, value in other_values().items()]
+    once += [Change(run, line, tuple(shlex.split(line))) for run, lines in OWN.items() for line in lines]
+    once += [Change(run, edit, edit=edit) for run, edits in EDITED.items() for edit in edits]
+    for change in once:
+        yield change
+        if RUNS[change.run].resume:
+            yield replace(change, resume=True)
 
 
 def other_values() -> dict[str, Command]:
@@ -184,74 +214,6 @@ def other_values() -> dict[str, Command]:
         if value is not None:
             found[field.name] = value
     return found
-
-
-def run_to_the_end(run: str, inputs: Inputs, folder: Path) -> Outcome:
-    """Run the command of a key of `RUNS` in a folder, for what several changes begin with."""
-    folder.mkdir(parents=True)
-    script, base, added, _ = RUNS[run]
-    return run_forked(script, (*getattr(inputs, base), *added, "--output_dir", OUTPUT), folder)
-
-
-def try_change(change: Change, inputs: Inputs, folder: Path, finished: Path | None = None) -> Verdict:
-    """Run to the end, change one thing, run again, and compare with the same in an empty folder.
-
-    Args:
-        change: what is changed.
-        inputs: that are copied where they are to be changed.
-        folder: a new one for the case.
-        finished: where `run_to_the_end` ran, if it did; used where the inputs stay as they are.
-    """
-    script, base, added, resume = RUNS[change.run]
-    if change.edit:
-        shutil.copytree(inputs.folder, folder / "inputs", symlinks=True)
-        inputs = Inputs(folder / "inputs")
-        finished = None
-    command = (*getattr(inputs, base), *added, "--output_dir", OUTPUT)
-    shown = f"python {script} {shlex.join(map(str, (*command, *change.added)))}"
-    if finished is not None:
-        shutil.copytree(finished, folder)
-    else:
-        first = run_to_the_end(change.run, inputs, folder / "run")
-        folder = folder / "run"
-        if first.exit_code:
-            wrong = f"the run before the change fails: exit code {first.exit_code}"
-            return Verdict(KIND, change.row, change.id, wrong, "other", shown, first.stderr[-1500:])
-    if change.edit:
-        EDITS[change.edit](inputs)
-    before = contents(folder / OUTPUT)
-    again = (*command, *change.added, *(resume if change.resume else ()))
-    outcome = run_forked(script, again, folder)
-    wrong, fault = _judged(change, outcome, before, folder, script, (*command, *change.added))
-    detail = " / ".join(outcome.errors) or outcome.stderr[-1500:]
-    return Verdict(KIND, change.row, change.id, wrong, fault, shown, detail)
-
-
-def _judged(
-    change: Change, outcome: Outcome, before: dict[str, str], folder: Path, script: str, command: Command
-) -> tuple[str, str]:
-    if outcome.hung:
-        return "hangs", "hang"
-    if outcome.has_traceback:
-        return f"a traceback, exit code {outcome.exit_code}", "traceback"
-    after = contents(folder / OUTPUT)
-    if outcome.exit_code:
-        if len(outcome.errors) != 1:
-            return f"exit code {outcome.exit_code} and {len(outcome.errors)} lines that say why", "other"
-        if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
-            return f"refused, but written or changed: {', '.join(changed[:4])}", "other"
-        return "", ""
-    (folder / "fresh").mkdir()
-    fresh = run_forked(script, command, folder / "fresh")
-    if fresh.exit_code:
-        return f"in an empty folder it ends with exit code {fresh.exit_code}", "other"
-    if change.resume and change.name in LENGTH:
-        state = json.loads((folder / OUTPUT / "trainer_state.json").read_text())
-        asked = json.loads((folder / "fresh" / OUTPUT / "trainer_state.json").read_text())
-        longer = state["global_step"] >= asked["global_step"] and state["global_step"] > 8
-        return ("", "") if longer else (f"only {state['global_step']} steps", "wrong in silence")
-    wrong = _stale(left(folder / OUTPUT), left(folder / "fresh" / OUTPUT), change.resume)
-    return ("; ".join(wrong[:3]), "wrong in silence") if wrong else ("", "")
 
 
 def _stale(found: dict[str, Any], expected: dict[str, Any], resumed: bool) -> list[str]:
@@ -292,12 +254,9 @@ def _edit_json(path: Path, **values: object) -> None:
 def _edit_row(path: Path, column: str, change: Callable[[Any], Any]) -> None:
     """One value of a parquet file."""
     data = Dataset.from_parquet(str(path), keep_in_memory=True)
-    values = list(data[column])
-    values[1] = change(values[1])
-    feature = data.features[column]
-    order = data.column_names
-    changed = data.remove_columns(column).add_column(column, values, feature=feature).select_columns(order)
-    changed.to_parquet(path)
+    columns = {name: list(data[name]) for name in data.column_names}
+    columns[column][1] = change(columns[column][1])
+    Dataset.from_dict(columns, features=data.features).to_parquet(path)
 
 
 def _text_file(inputs: Inputs, split: str) -> Path:
@@ -308,71 +267,62 @@ def _brighter(image: Any) -> Any:
     return image.point(lambda value: 255 - value)
 
 
-def _edit_image(path: Path) -> None:
-    data = Dataset.from_parquet(str(path), keep_in_memory=True)
-    rows = data.to_list()
-    images = list(data["image"])
-    images[1] = _brighter(images[1])
-    columns = {"image": images, "label": [row["label"] for row in rows]}
-    Dataset.from_dict(columns, features=data.features).to_parquet(path)
-
-
-EDITS: dict[str, Callable[[Inputs], None]] = {
-    "one_byte_of_the_text_weights": lambda inputs: _edit_bytes(inputs.text_model / "model.safetensors"),
-    "one_byte_of_the_image_weights": lambda inputs: _edit_bytes(inputs.image_model / "model.safetensors"),
-    "one_field_of_the_config": lambda inputs: _edit_json(inputs.text_config, num_self_attends_per_block=1),
-    "one_field_of_the_image_config": lambda inputs: _edit_json(inputs.image_config, num_latents=6),
-    "one_field_of_the_masked_config": lambda inputs: _edit_json(inputs.mlm_config, num_latents=6),
-    "one_field_of_the_text_checkpoint": lambda inputs: _edit_json(
-        inputs.text_model / "config.json", layer_norm_eps=0.1
-    ),
-    "one_field_of_the_image_checkpoint": (
-        lambda inputs: _edit_json(inputs.image_model / "config.json", layer_norm_eps=0.1)
-    ),
-    "the_tokenizer": (
-        lambda inputs: _edit_json(inputs.text_model / "tokenizer_config.json", padding_side="left", cls_token="[SEP]")
-    ),
-    "the_image_processor": (
-        lambda inputs: _edit_json(inputs.image_model / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
-    ),
-    "one_label_to_train_on": lambda inputs: _edit_row(_text_file(inputs, "train"), "label", lambda label: 1 - label),
-    "one_label_to_evaluate_on": (
-        lambda inputs: _edit_row(_text_file(inputs, "validation"), "label", lambda label: 1 - label)
-    ),
-    "one_sentence_to_train_on": lambda inputs: _edit_row(_text_file(inputs, "train"), "sentence", lambda text: "zzz"),
-    "one_sentence_to_evaluate_on": (
-        lambda inputs: _edit_row(_text_file(inputs, "validation"), "sentence", lambda text: "zzz")
-    ),
-    "one_sentence_to_predict": lambda inputs: _edit_row(_text_file(inputs, "test"), "sentence", lambda text: "zzz"),
-    "one_masked_sentence": (
-        lambda inputs: _edit_row(inputs.sentences / "one" / "train.parquet", "text", lambda text: "zzzzzzz")
-    ),
-    "one_image_to_train_on": lambda inputs: _edit_image(inputs.images / "train.parquet"),
-    "one_image_to_evaluate_on": lambda inputs: _edit_image(inputs.images / "test.parquet"),
-    "one_image_label_to_train_on": lambda inputs: _edit_row(inputs.images / "train.parquet", "label", _next_label),
-    "one_image_label_to_evaluate_on": lambda inputs: _edit_row(inputs.images / "test.parquet", "label", _next_label),
-}
-
-
 def _next_label(label: int) -> int:
     return (label + 1) % 3
 
 
+def _other_label(label: int) -> int:
+    return 1 - label
+
+
+def _other_text(text: str) -> str:
+    return "zzzzzzz"
+
+
+EDITS: dict[str, Callable[[Inputs], None]] = {
+    "one byte of the text weights": lambda inputs: _edit_bytes(inputs.text_model / "model.safetensors"),
+    "one byte of the image weights": lambda inputs: _edit_bytes(inputs.image_model / "model.safetensors"),
+    "one field of the config": lambda inputs: _edit_json(inputs.text_config, num_self_attends_per_block=1),
+    "one field of the image config": lambda inputs: _edit_json(inputs.image_config, num_latents=6),
+    "one field of the masked config": lambda inputs: _edit_json(inputs.mlm_config, num_latents=6),
+    "one field of the text checkpoint": (
+        lambda inputs: _edit_json(inputs.text_model / "config.json", layer_norm_eps=0.1)
+    ),
+    "one field of the image checkpoint": (
+        lambda inputs: _edit_json(inputs.image_model / "config.json", layer_norm_eps=0.1)
+    ),
+    "the tokenizer": (
+        lambda inputs: _edit_json(inputs.text_model / "tokenizer_config.json", padding_side="left", cls_token="[SEP]")
+    ),
+    "the image processor": (
+        lambda inputs: _edit_json(inputs.image_model / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
+    ),
+    "one label to train on": lambda inputs: _edit_row(_text_file(inputs, "train"), "label", _other_label),
+    "one label to evaluate on": lambda inputs: _edit_row(_text_file(inputs, "validation"), "label", _other_label),
+    "one sentence to train on": lambda inputs: _edit_row(_text_file(inputs, "train"), "sentence", _other_text),
+    "one sentence to evaluate on": lambda inputs: _edit_row(_text_file(inputs, "validation"), "sentence", _other_text),
+    "one sentence to predict": lambda inputs: _edit_row(_text_file(inputs, "test"), "sentence", _other_text),
+    "one masked sentence": lambda inputs: _edit_row(inputs.sentences / "one" / "train.parquet", "text", _other_text),
+    "one image to train on": lambda inputs: _edit_row(inputs.images / "train.parquet", "image", _brighter),
+    "one image to evaluate on": lambda inputs: _edit_row(inputs.images / "test.parquet", "image", _brighter),
+    "one image label to train on": lambda inputs: _edit_row(inputs.images / "train.parquet", "label", _next_label),
+    "one image label to evaluate on": lambda inputs: _edit_row(inputs.images / "test.parquet", "label", _next_label),
+}
 _TEXT = (
-    "one_label_to_train_on", "one_label_to_evaluate_on", "one_sentence_to_train_on", "one_sentence_to_evaluate_on",
+    "one label to train on", "one label to evaluate on", "one sentence to train on", "one sentence to evaluate on",
 )  # fmt: skip
 _IMAGES = (
-    "one_image_to_train_on", "one_image_to_evaluate_on", "one_image_label_to_train_on",
-    "one_image_label_to_evaluate_on",
+    "one image to train on", "one image to evaluate on", "one image label to train on",
+    "one image label to evaluate on",
 )  # fmt: skip
-_CHECKPOINT = ("one_byte_of_the_text_weights", "one_field_of_the_text_checkpoint", "the_tokenizer")
-_IMAGE_CHECKPOINT = ("one_byte_of_the_image_weights", "one_field_of_the_image_checkpoint", "the_image_processor")
+_CHECKPOINT = ("one byte of the text weights", "one field of the text checkpoint", "the tokenizer")
+_IMAGE_CHECKPOINT = ("one byte of the image weights", "one field of the image checkpoint", "the image processor")
 EDITED: dict[str, tuple[str, ...]] = {
-    "training": ("one_field_of_the_config", *_TEXT),
+    "training": ("one field of the config", *_TEXT),
     "training on from a checkpoint": (*_CHECKPOINT, *_TEXT),
-    "two stages": ("one_field_of_the_image_config", *_IMAGES),
-    "masked tokens": ("one_field_of_the_masked_config", "one_masked_sentence"),
-    "evaluation": (*_CHECKPOINT, "one_label_to_evaluate_on", "one_sentence_to_evaluate_on", "one_sentence_to_predict"),
+    "two stages": ("one field of the image config", *_IMAGES),
+    "masked tokens": ("one field of the masked config", "one masked sentence"),
+    "evaluation": (*_CHECKPOINT, "one label to evaluate on", "one sentence to evaluate on", "one sentence to predict"),
     "sweep": (*_CHECKPOINT, *_TEXT),
     "sweep of budgets": (*_IMAGE_CHECKPOINT, *_IMAGES),
     "fixed groups": (*_CHECKPOINT, *_TEXT),

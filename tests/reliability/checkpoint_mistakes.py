@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
-from tests.reliability.bad_input_case import BadInputCase, Make
+from tests.reliability.bad_input import BadInputCase, Make
 from tests.reliability.inputs import TRAINING, Command, Inputs
 
 CONFIGS, WEIGHTS, PROCESSORS = "config files", "weights files", "tokenizers and image processors"

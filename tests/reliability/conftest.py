@@ -1,32 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process that may fork, and the inputs of all cases, for the tests in this folder."""
-
-import os
-import shutil
+"""The inputs of all cases, and the verdict on one, for the tests in this folder."""
 
 import pytest
 
-from tests.reliability.forked import isolate, warm_pool
+from tests.reliability.case import try_case
 from tests.reliability.inputs import Inputs
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory):
-    """The pool and the inputs."""
-    folder = tmp_path_factory.mktemp("reliability")
-    before = dict(os.environ)
-    isolate(folder)
-    with warm_pool(1) as pool:
-        # The process starts now, and keeps the environment.
-        inputs = pool.submit(Inputs.write, folder / "inputs").result()
-        os.environ.clear()
-        os.environ.update(before)
-        yield pool, inputs
-    shutil.rmtree(folder, ignore_errors=True)
+def inputs(tmp_path_factory):
+    return Inputs.write(tmp_path_factory.mktemp("reliability") / "inputs")
 
 
 @pytest.fixture
-def run(warm, tmp_path):
-    """A case's function, called in the process that may fork with the inputs and a new folder."""
-    pool, inputs = warm
-    return lambda tried, *more: pool.submit(tried, inputs, tmp_path / "case", *more).result()
+def check(inputs, tmp_path):
+    """Fail with what was run and what came out, if a case does not pass."""
+
+    def checked(case):
+        verdict = try_case(case, inputs, tmp_path / "case")
+        assert verdict.passed, f"{verdict.wrong}: {verdict.command}\n{verdict.detail}"
+        return verdict
+
+    return checked

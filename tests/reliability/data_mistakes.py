@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from tests.reliability.bad_input_case import BadInputCase, Make
+from tests.reliability.bad_input import BadInputCase, Make
 from tests.reliability.inputs import TRAINING, Command, Inputs
 from tests.support import tiny_images
 from tests.support.tiny_texts import write_glue, write_table

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.reliability.bad_input_case import OUTPUT, BadInputCase, Make
-from tests.reliability.inputs import LAST, SCRIPTS, Command, Inputs
+from tests.reliability.bad_input import BadInputCase, Make
+from tests.reliability.inputs import LAST, OUTPUT, SCRIPTS, Command, Inputs
 
 FOLDERS, RESUMED, DIVERGES = "output folders", "checkpoints to resume from", "training that diverges"
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cases are made from: tiny data and checkpoints in one folder, and the commands that run on them."""
+"""Tiny data and checkpoints in one folder, and the commands that work on them, of which all cases are made."""
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from modeling_tome_perceiver import (
     ToMePerceiverForMaskedLM,
     ToMePerceiverForSequenceClassification,
 )
-from tests.reliability.forked import run_forked
+from tests.reliability.running import Outcome, run_forked
 from tests.support import tiny_images, tiny_texts
 from tests.support.tiny_models import spread_weights
 
@@ -25,24 +26,54 @@ TRAINING: Command = (
     "--do_train", "--do_eval", "--use_cpu", "--num_train_epochs", 2, "--per_device_train_batch_size", 6,
     "--learning_rate", 3e-3, "--save_strategy", "steps", "--save_steps", 3,
 )  # fmt: skip
+OUTPUT = "out"
 TIMING: Command = ("--timing_rounds", 1, "--timing_batch_size", 2)
 LAST: Command = ("--resume_from_checkpoint", "last")
 SCRIPTS = ("run_glue.py", "run_image.py", "run_mlm.py", "eval_sweep.py")
 
 
-@dataclass(frozen=True)
 class Inputs:
     """Paths of data and checkpoints, and the start of every command that uses them.
 
     Attributes:
         folder: that all are in.
+        text_model: tells the two classes of SST-2 apart.
+        text_training, image_training, mlm_training: of `run_glue.py`, `run_image.py`, `run_mlm.py`, from scratch.
+        text_training_on: of `run_glue.py`, from a checkpoint.
+        text_evaluation: of `run_glue.py`.
+        text_sweep, image_sweep, mlm_sweep: of `eval_sweep.py`.
     """
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.glue, self.sentences = folder / "glue", folder / "sentences"
+        self.images, self.image_folders = folder / "images", folder / "image_folders"
+        self.text_config, self.image_config = folder / "text_config.json", folder / "image_config.json"
+        self.mlm_config = folder / "mlm_config.json"
+        self.text_model, self.image_model = folder / "text_model", folder / "image_model"
+        self.mlm_model = folder / "mlm_model"
+        cache: Command = ("--cache_dir", folder / "cache")
+        self.text_data: Command = ("--task_name", "sst2", "--dataset_name", self.glue, *cache)
+        self.image_data: Command = ("--dataset_name", self.images, *cache)
+        self.mlm_data: Command = ("--dataset_name", self.sentences, "--dataset_config_name", "one,two", *cache)
+        self.own_files: Command = (
+            "--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv", *cache,
+        )  # fmt: skip
+        self.text_training: Command = ("--config_name", self.text_config, *self.text_data, *TRAINING)
+        self.text_training_on: Command = ("--model_name_or_path", self.text_model, *self.text_data, *TRAINING)
+        self.image_training: Command = ("--config_name", self.image_config, *self.image_data, *TRAINING)
+        self.mlm_training: Command = (
+            "--config_name", self.mlm_config, *self.mlm_data, *TRAINING, "--max_train_samples", 24,
+        )  # fmt: skip
+        self.text_evaluation = self.evaluation("run_glue.py")
+        self.text_sweep: Command = ("--model_name_or_path", self.text_model, *self.text_data, "--use_cpu", *TIMING)
+        self.image_sweep: Command = ("--model_name_or_path", self.image_model, *self.image_data, "--use_cpu", *TIMING)
+        self.mlm_sweep: Command = ("--model_name_or_path", self.mlm_model, *self.mlm_data, "--use_cpu", *TIMING)
+        self._finished: dict[str, Future[Outcome]] = {}
 
     @classmethod
     def write(cls, folder: Path) -> Inputs:
-        """Write them to a new folder, in a process that may fork; the same every time."""
+        """Write all files to a new folder; the same every time."""
         inputs = cls(folder)
         folder.mkdir(parents=True)
         for task in ("sst2", "mrpc", "stsb", "mnli"):
@@ -50,129 +81,37 @@ class Inputs:
         tiny_texts.write_sentences(inputs.sentences, "one", "two")
         tiny_images.write_images(inputs.images, {"train": 24, "test": 20})
         tiny_images.write_image_folders(inputs.image_folders, per_class=6)
-        texts = ["aaa", "bbb", "aaab", "bbba"] * 3
+        columns = {"text": ["aaa", "bbb", "aaab", "bbba"] * 3, "label": ["good", "bad"] * 6}
         for name in ("train", "validation", "test"):
-            columns = {"text": texts, "label": ["good", "bad"] * 6}
             tiny_texts.write_table(folder / f"{name}.csv", columns)
         for path, model in ((inputs.text_config, tiny_texts.MODEL), (inputs.image_config, tiny_images.MODEL)):
             path.write_text(json.dumps(model))
         inputs.mlm_config.write_text(json.dumps(tiny_texts.MODEL | {"architectures": ["PerceiverForMaskedLM"]}))
         _write_checkpoints(inputs)
-        for script in ("run_glue.py", "run_image.py", "run_mlm.py"):
-            command = (*inputs.usual(script), "--output_dir", inputs.checkpoint_of(script).parent)
-            outcome = run_forked(script, command, folder)
-            if outcome.exit_code:
-                raise RuntimeError(f"{script} does not work: {outcome.stderr[-2000:]}")
         return inputs
 
-    @property
-    def glue(self) -> Path:
-        return self.folder / "glue"
-
-    @property
-    def sentences(self) -> Path:
-        return self.folder / "sentences"
-
-    @property
-    def images(self) -> Path:
-        return self.folder / "images"
-
-    @property
-    def image_folders(self) -> Path:
-        return self.folder / "image_folders"
-
-    @property
-    def text_config(self) -> Path:
-        return self.folder / "text_config.json"
-
-    @property
-    def mlm_config(self) -> Path:
-        return self.folder / "mlm_config.json"
-
-    @property
-    def image_config(self) -> Path:
-        return self.folder / "image_config.json"
-
-    @property
-    def text_model(self) -> Path:
-        """Tells the two classes of SST-2 apart."""
-        return self.folder / "text_model"
-
-    @property
-    def mlm_model(self) -> Path:
-        return self.folder / "mlm_model"
-
-    @property
-    def image_model(self) -> Path:
-        return self.folder / "image_model"
-
-    @property
-    def cache(self) -> Command:
-        return ("--cache_dir", self.folder / "cache")
-
-    @property
-    def text_data(self) -> Command:
-        return ("--task_name", "sst2", "--dataset_name", self.glue, *self.cache)
-
-    @property
-    def image_data(self) -> Command:
-        return ("--dataset_name", self.images, *self.cache)
-
-    @property
-    def mlm_data(self) -> Command:
-        return ("--dataset_name", self.sentences, "--dataset_config_name", "one,two", *self.cache)
-
-    @property
-    def own_files(self) -> Command:
-        files = {name: self.folder / f"{name}.csv" for name in ("train", "validation")}
-        return (*(word for name, path in files.items() for word in (f"--{name}_file", path)), *self.cache)
-
-    @property
-    def text_training(self) -> Command:
-        """Of `run_glue.py`, from scratch."""
-        return ("--config_name", self.text_config, *self.text_data, *TRAINING)
-
-    @property
-    def text_training_on(self) -> Command:
-        """Of `run_glue.py`, from a checkpoint."""
-        return ("--model_name_or_path", self.text_model, *self.text_data, *TRAINING)
-
-    @property
-    def text_evaluation(self) -> Command:
-        """Of `run_glue.py`."""
-        return self.evaluation("run_glue.py")
-
-    @property
-    def image_training(self) -> Command:
-        """Of `run_image.py`, from scratch."""
-        return ("--config_name", self.image_config, *self.image_data, *TRAINING)
-
-    @property
-    def mlm_training(self) -> Command:
-        """Of `run_mlm.py`, from scratch."""
-        return ("--config_name", self.mlm_config, *self.mlm_data, *TRAINING, "--max_train_samples", 24)
-
-    @property
-    def text_sweep(self) -> Command:
-        """Of `eval_sweep.py`."""
-        return ("--model_name_or_path", self.text_model, *self.text_data, "--use_cpu", *TIMING)
-
-    @property
-    def image_sweep(self) -> Command:
-        """Of `eval_sweep.py`."""
-        return ("--model_name_or_path", self.image_model, *self.image_data, "--use_cpu", *TIMING)
-
-    @property
-    def mlm_sweep(self) -> Command:
-        """Of `eval_sweep.py`."""
-        return ("--model_name_or_path", self.mlm_model, *self.mlm_data, "--use_cpu", *TIMING)
+    def finished(self, scenario: Scenario) -> tuple[Path, Outcome]:
+        """Return the folder in which a scenario ran to its end, and its outcome; it runs when first asked for."""
+        folder = self.folder / "finished" / scenario.id
+        future: Future[Outcome] = Future()
+        if self._finished.setdefault(scenario.id, future) is future:
+            folder.mkdir(parents=True)
+            try:
+                future.set_result(run_forked(scenario.script, scenario.command(self), folder))
+            except BaseException as error:
+                future.set_exception(error)
+        return folder, self._finished[scenario.id].result()
 
     def checkpoint_of(self, script: str) -> Path:
-        """A whole checkpoint after three steps of `usual(script)`."""
-        return self.folder / "trained" / script.removesuffix(".py") / "checkpoint-3"
+        """Return a whole checkpoint after three steps of `usual(script)`."""
+        base = {"run_glue.py": "text_training", "run_image.py": "image_training", "run_mlm.py": "mlm_training"}[script]
+        folder, outcome = self.finished(Scenario("usual", script, base))
+        if outcome.exit_code:
+            raise RuntimeError(f"{script} does not work: {outcome.stderr[-2000:]}")
+        return folder / OUTPUT / "checkpoint-3"
 
     def evaluation(self, script: str) -> Command:
-        """Of a checkpoint, that is not the one of `usual(script)`."""
+        """Return the evaluation of a checkpoint that is not the one of `usual(script)`."""
         model, data = {
             "run_glue.py": (self.text_model, self.text_data),
             "run_image.py": (self.image_model, self.image_data),
@@ -181,13 +120,39 @@ class Inputs:
         return ("--model_name_or_path", model, *data, "--use_cpu", "--do_eval")
 
     def usual(self, script: str) -> Command:
-        """A command of a script that works, but for its `--output_dir`."""
+        """Return arguments with which a script works, but for its `--output_dir`."""
         return {
             "run_glue.py": self.text_training,
             "run_image.py": self.image_training,
             "run_mlm.py": self.mlm_training,
             "eval_sweep.py": self.image_sweep,
         }[script]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command of a script that works.
+
+    Attributes:
+        name: what is special in it.
+        script: that is called.
+        base: attribute of `Inputs` that is the start of its arguments.
+        added: the rest of them, but for `--output_dir`.
+        resume: what is added when it is called again, if it can resume.
+    """
+
+    name: str
+    script: str
+    base: str
+    added: Command = ()
+    resume: Command = ()
+
+    @property
+    def id(self) -> str:
+        return f"{self.script.removesuffix('.py')}: {self.name}"
+
+    def command(self, inputs: Inputs) -> Command:
+        return (*getattr(inputs, self.base), *self.added, "--output_dir", OUTPUT)
 
 
 def _write_checkpoints(inputs: Inputs) -> None:

@@ -4,18 +4,15 @@
 from __future__ import annotations
 
 import random
-import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tests.reliability.bad_input_case import OUTPUT
-from tests.reliability.forked import Kill, Outcome, run_forked
-from tests.reliability.inputs import LAST, Command, Inputs
+from tests.reliability.case import PASSED, Attempt, Finding, shown
+from tests.reliability.inputs import LAST, OUTPUT, Command, Inputs, Scenario
 from tests.reliability.left import broken, differences, left
-from tests.reliability.verdicts import Verdict
+from tests.reliability.running import Kill, Outcome, run_forked
 
 # A run is killed at most so often before it may end.
 MOST_KILLS = 3
@@ -23,32 +20,6 @@ RETRAINED: Command = ("--r", 2, "--retrain_epochs", 1)
 SEARCHED: Command = ("--flops_ratio", 0.985, "--schedule", "search", "--calibration_samples", 4)
 SWEPT: Command = ("--per_device_train_batch_size", 6, "--learning_rate", 3e-3, "--save_strategy", "steps",
                   "--save_steps", 3, "--retrain_epochs", 1)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """A command with several stages.
-
-    Attributes:
-        name: what is special in it.
-        script: that is called.
-        base: attribute of `Inputs` that is the start of its arguments.
-        added: the rest of them, but for `--output_dir`.
-        resume: what is added when it is called again.
-    """
-
-    name: str
-    script: str
-    base: str
-    added: Command = ()
-    resume: Command = ()
-
-    @property
-    def id(self) -> str:
-        return f"{self.script.removesuffix('.py')}: {self.name}"
-
-    def command(self, inputs: Inputs) -> Command:
-        return (*getattr(inputs, self.base), *self.added)
 
 
 BEST: Command = (
@@ -119,7 +90,7 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class KillCase:
-    """A run that is killed.
+    """A run that is killed, and called again until it ends.
 
     Attributes:
         scenario: what runs.
@@ -132,6 +103,8 @@ class KillCase:
     function: str | None = None
     half: bool = False
 
+    kind = "kills"
+
     @property
     def row(self) -> str:
         return self.scenario.id
@@ -140,6 +113,44 @@ class KillCase:
     def id(self) -> str:
         where = f"at {self.function}{', half written' if self.half else ''}" if self.function else "at a random time"
         return f"{self.scenario.id}: {where}, seed {self.seed}"
+
+    def attempt(self, inputs: Inputs, folder: Path) -> Attempt:
+        scenario, chance = self.scenario, random.Random(self.id)
+        command = scenario.command(inputs)
+        whole, expected = inputs.finished(scenario)
+        if expected.exit_code or (wrong := broken(whole / OUTPUT)):
+            finding = f"fails without a kill: exit code {expected.exit_code}", "other"
+            return Attempt(shown(scenario.script, command), finding, expected.stderr[-1500:] or str(wrong))
+        outcomes = [self._first_kill(chance, command, expected.seconds, folder)]
+        stages = [_stage(outcome, self.function) for outcome in outcomes if outcome.killed]
+        started_over = False
+        while outcomes[-1].killed:
+            again = len(stages) < MOST_KILLS and chance.random() < 0.4
+            kill = Kill(seconds=chance.uniform(0.05, 0.9) * expected.seconds) if again else None
+            # Once in a while without --resume_from_checkpoint: it starts over, and a later resume goes on with that.
+            resume = scenario.resume if started_over or chance.random() < 0.75 else ()
+            started_over = True
+            outcome = run_forked(scenario.script, (*command, *resume), folder, kill)
+            if outcome.exit_code == 2 and not resume and len(outcome.errors) == 1 and scenario.resume:
+                outcome = run_forked(scenario.script, (*command, *scenario.resume), folder)
+            if outcome.killed:
+                stages.append(_stage(outcome))
+            outcomes.append(outcome)
+        finding = _judge(outcomes, folder / OUTPUT, whole / OUTPUT)
+        detail = f"killed while {', '.join(stages) or 'never'}; {outcomes[-1].stderr[-1500:] if finding[0] else ''}"
+        return Attempt(shown(scenario.script, command), finding, detail, tuple(stages))
+
+    def _first_kill(self, chance: random.Random, command: Command, seconds: float, folder: Path) -> Outcome:
+        """Run until it is killed; a run that ends before that begins anew, to be killed earlier."""
+        fraction, call = chance.uniform(0.03, 0.97), chance.choice((1, 2, 3, 5, 8, 13))
+        while True:
+            folder.mkdir(parents=True)
+            kill = Kill(None if self.function else fraction * seconds, self.function, call, self.half)
+            outcome = run_forked(self.scenario.script, command, folder, kill)
+            if outcome.killed or (self.function is not None and call == 1) or outcome.exit_code:
+                return outcome
+            fraction, call = fraction * 0.7, call // 2
+            shutil.rmtree(folder)
 
 
 def kill_cases(at_random: int) -> Iterator[KillCase]:
@@ -154,89 +165,22 @@ def kill_cases(at_random: int) -> Iterator[KillCase]:
             yield KillCase(scenario, offset, function, half)
 
 
-@dataclass(frozen=True)
-class Whole:
-    """What a run leaves that was never killed, and how long it takes."""
-
-    left: dict[str, Any]
-    seconds: float
-
-
-def run_whole(scenario: Scenario, inputs: Inputs, folder: Path) -> Whole:
-    """Run a scenario to its end.
-
-    Raises:
-        RuntimeError: if it fails, or leaves what is broken.
-    """
-    folder.mkdir(parents=True)
-    outcome = run_forked(scenario.script, (*scenario.command(inputs), "--output_dir", OUTPUT), folder)
-    wrong = broken(folder / OUTPUT)
-    if outcome.exit_code or wrong:
-        raise RuntimeError(f"{scenario.id} does not work: {outcome.exit_code} {wrong} {outcome.stderr[-1500:]}")
-    return Whole(left(folder / OUTPUT), outcome.seconds)
-
-
-def try_kill(case: KillCase, inputs: Inputs, folder: Path, whole: Whole) -> Verdict:
-    """Kill a run, and call it again until it ends."""
-    chance = random.Random(f"{case.id}")
-    scenario = case.scenario
-    command = (*scenario.command(inputs), "--output_dir", OUTPUT)
-    outcomes = _first_kill(case, chance, command, whole.seconds, folder)
-    stages = [_stage(case, outcome) for outcome in outcomes if outcome.killed]
-    started_over = False
-    while not outcomes or outcomes[-1].killed:
-        again = len(stages) < MOST_KILLS and chance.random() < 0.4
-        kill = Kill(seconds=chance.uniform(0.05, 0.9) * whole.seconds) if again else None
-        # Once in a while without --resume_from_checkpoint: it starts over, and a later resume goes on with that.
-        resume = scenario.resume if started_over or chance.random() < 0.75 else ()
-        started_over = True
-        outcome = run_forked(scenario.script, (*command, *resume), folder, kill)
-        if outcome.exit_code == 2 and not resume and len(outcome.errors) == 1 and scenario.resume:
-            outcome = run_forked(scenario.script, (*command, *scenario.resume), folder)
-        if outcome.killed:
-            stages.append(_stage(KillCase(scenario, case.seed), outcome))
-        outcomes.append(outcome)
-    wrong, fault = _judged(outcomes, folder / OUTPUT, whole)
-    shown = f"python {scenario.script} {shlex.join(map(str, command))}"
-    detail = f"killed while {', '.join(stages) or 'never'}; {outcomes[-1].stderr[-1500:] if wrong else ''}"
-    return Verdict("kills", case.row, case.id, wrong, fault, shown, detail, tuple(stages))
-
-
-def _first_kill(case: KillCase, chance: random.Random, command: Command, seconds: float, folder: Path) -> list[Outcome]:
-    """Run until it is killed; what has ended before that begins anew, to be killed earlier."""
-    fraction, call = chance.uniform(0.03, 0.97), chance.choice((1, 2, 3, 5, 8, 13))
-    while True:
-        folder.mkdir(parents=True)
-        if case.function is None:
-            kill = Kill(seconds=fraction * seconds)
-        else:
-            kill = Kill(function=case.function, call=call, half=case.half)
-        outcome = run_forked(case.scenario.script, command, folder, kill)
-        if outcome.killed or (case.function is not None and call == 1) or outcome.exit_code:
-            return [outcome]
-        fraction, call = fraction * 0.7, call // 2
-        shutil.rmtree(folder)
-
-
-def _judged(outcomes: list[Outcome], output_dir: Path, whole: Whole) -> tuple[str, str]:
+def _judge(outcomes: list[Outcome], output_dir: Path, whole: Path) -> Finding:
+    if fault := next((outcome.fault for outcome in outcomes if outcome.fault != PASSED), None):
+        return fault
     last = outcomes[-1]
-    hung = next((outcome for outcome in outcomes if outcome.hung), None)
-    if hung is not None:
-        return f"hangs in {' '.join(hung.stack[-3:])}", "hang"
-    if any(outcome.has_traceback for outcome in outcomes):
-        return "a traceback", "traceback"
     if last.exit_code:
         return f"exit code {last.exit_code}: {' / '.join(last.errors)}", "other"
     if wrong := broken(output_dir):
         return "not whole: " + "; ".join(wrong[:3]), "wrong in silence"
-    if wrong := differences(left(output_dir), whole.left):
+    if wrong := differences(left(output_dir), left(whole)):
         return "; ".join(wrong[:3]), "wrong in silence"
-    return "", ""
+    return PASSED
 
 
-def _stage(case: KillCase, outcome: Outcome) -> str:
-    if case.function is not None:
-        return f"calling {case.function.partition(':')[2]}"
+def _stage(outcome: Outcome, function: str | None = None) -> str:
+    if function is not None:
+        return f"calling {function.partition(':')[2]}"
     for stage, functions in STAGES:
         if set(functions) & set(outcome.stack):
             return stage

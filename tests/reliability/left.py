@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from safetensors import safe_open
 
-from tests.reliability.forked import ROOT
+from tests.support.script_run import ROOT
 
 # Names of figures that are times of this machine, or made of them.
 TIMES = re.compile(

@@ -1,92 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tries the scripts sees what is wrong: runs that hang or are killed, files that are not whole, stale results."""
+"""The harness sees runs that hang or are killed, broken files and stale results."""
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tqdm.auto import tqdm as bar
-from tqdm.std import TqdmDefaultWriteLock
 
-from tests.reliability.bad_input_case import BadInputCase, try_bad_input
-from tests.reliability.forked import Kill, Outcome, run_forked
-from tests.reliability.inputs import Inputs
+from tests.reliability.bad_input import BadInputCase
+from tests.reliability.case import PASSED, Verdict, try_case
 from tests.reliability.left import broken, differences, left
-from tests.reliability.verdicts import BEGIN, END, Verdict, report, write_report
+from tests.reliability.running import Kill, run_forked
+from tests.reliability.verdicts import BEGIN, END, report, write_report
 from tests.support.script_run import ROOT
 
 
-def evaluated(inputs: Inputs, folder: Path, kill: Kill | None = None, time_limit: float = 60.0) -> Outcome:
-    folder.mkdir()
-    arguments = (*inputs.text_evaluation, "--output_dir", "out")
-    return run_forked("run_glue.py", arguments, folder, kill, time_limit)
+@pytest.fixture
+def evaluate(inputs, tmp_path):
+    """Run an evaluation in `tmp_path`."""
+    return lambda *more: run_forked("run_glue.py", (*inputs.text_evaluation, "--output_dir", "out"), tmp_path, *more)
 
 
-def test_a_run_is_what_it_is_in_an_interpreter(run):
-    outcome = run(evaluated)
+def test_a_run_is_what_it_is_in_an_interpreter(evaluate):
+    outcome = evaluate()
     assert (outcome.exit_code, outcome.training_steps, outcome.evaluation_steps) == (0, 0, 3)
-    assert not outcome.has_traceback and not outcome.errors
+    assert outcome.fault == PASSED and not outcome.errors
 
 
-@pytest.mark.parametrize("kill", [Kill(seconds=0.1), Kill(function="transformers:Trainer.predict")])
-def test_a_kill_is_seen(run, kill):
-    outcome = run(evaluated, kill)
+@pytest.mark.parametrize("kill", [Kill(seconds=0.3), Kill(function="transformers:Trainer.predict")])
+def test_a_kill_is_seen(evaluate, kill):
+    outcome = evaluate(kill)
     assert outcome.killed and not outcome.hung and outcome.evaluation_steps == 0
     assert kill.seconds is None or "<module>" in outcome.stack
 
 
-def test_half_a_file_is_left_by_a_kill_while_it_is_written(run, tmp_path):
-    outcome = run(evaluated, Kill(function="pathlib:Path.write_text", half=True))
-    assert outcome.killed
-    files = [path for path in (tmp_path / "case" / "out").rglob("*") if path.is_file()]
+def test_half_a_file_is_left_by_a_kill_while_it_is_written(evaluate, tmp_path):
+    assert evaluate(Kill(function="pathlib:Path.write_text", half=True)).killed
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert files and any(not path.read_text().endswith("}\n") for path in files)
 
 
-def test_a_run_that_takes_too_long_hangs(run):
-    outcome = run(evaluated, None, 0.1)
-    assert outcome.hung and not outcome.killed and outcome.stack
-
-
-def evaluated_with_a_lock_that_is_held(inputs: Inputs, folder: Path) -> Outcome:
-    """By a fork that is no more, as one that was killed while it wrote a progress bar leaves it."""
-    bar.set_lock(TqdmDefaultWriteLock())
-    try:
-        pid = os.fork()
-        if pid == 0:
-            bar.get_lock().acquire()
-            os._exit(0)
-        os.waitpid(pid, 0)
-        return evaluated(inputs, folder, time_limit=20)
-    finally:
-        del bar._lock, TqdmDefaultWriteLock.mp_lock
-
-
-def test_no_run_waits_for_a_lock_that_a_killed_one_holds(run):
-    assert not run(evaluated_with_a_lock_that_is_held).hung
-
-
-def judged(inputs: Inputs, folder: Path, name: str) -> Verdict:
-    made = {
-        "a command that works": ("run_glue.py", lambda inputs, folder: inputs.text_evaluation, ()),
-        "a line without the value": ("run_glue.py", lambda inputs, folder: ("--r", -1, "--do_eval"), ("-2",)),
-        "a good line": ("run_glue.py", lambda inputs, folder: ("--task_name", "x", "--do_eval"), ("task_name", "x")),
-    }
-    script, make, says = made[name]
-    return try_bad_input(BadInputCase("a class", name, script, make, says), inputs, folder)
+def test_a_run_that_takes_too_long_hangs(evaluate):
+    outcome = evaluate(None, 0.3)
+    assert outcome.hung and not outcome.killed and outcome.fault[1] == "hang"
 
 
 @pytest.mark.parametrize(
-    ("name", "fault"),
-    [("a command that works", "wrong in silence"), ("a line without the value", "other"), ("a good line", "")],
+    ("arguments", "says", "fault"),
+    [
+        (("--do_eval",), (), "wrong in silence"),
+        (("--r", -1, "--do_eval"), ("-2",), "other"),
+        (("--task_name", "x", "--do_eval"), ("task_name", "x"), ""),
+    ],
 )
-def test_what_is_no_refusal_does_not_pass(run, name, fault):
-    verdict = run(judged, name)
-    assert (verdict.fault, verdict.passed) == (fault, not fault)
+def test_what_is_no_refusal_does_not_pass(inputs, tmp_path, arguments, says, fault):
+    """A command that works, a line without the value, and a good line."""
+    case = BadInputCase("a class", "a case", "run_glue.py", lambda *_: (*inputs.text_evaluation, *arguments), says)
+    assert try_case(case, inputs, tmp_path / "case").fault == fault
 
 
 def test_files_that_are_not_whole(tmp_path):

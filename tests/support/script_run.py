@@ -1,30 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a script, in a process of its own or in this one."""
+"""Run a script as `python SCRIPT` does: in a fork of a process that has imported everything, or in this one."""
 
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-# What tests run in other processes.
+# Programs for fresh interpreters, run from other folders.
 PROGRAMS = Path(__file__).resolve().parent / "programs"
+TIME_LIMIT = 300
+# A process with one thread that forks on demand; torch in the tests' own process has more, so that must not fork.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.support.preload"])
 
 
-def run_script(name: str | Path, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run `python NAME ARGUMENTS` as a user does."""
-    command = [sys.executable, str(name), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+def isolated_environment(home: str | Path) -> dict[str, str]:
+    """Return variables to set before libraries are imported: no network, no token, one thread, and own caches."""
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HOME": str(home),
+        "HF_DATASETS_CACHE": str(Path(home) / "datasets"),
+        **dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), ""),
+        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+        "MPLBACKEND": "agg",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+@cache
+def start_server() -> None:
+    """Start the process that forks, which takes the seconds of all imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        forkserver.ensure_running()
+
+
+def start_script(
+    name: str | Path,
+    arguments: tuple[object, ...],
+    cwd: Path,
+    streams: Path,
+    before: Callable[[], object] | None = None,
+) -> BaseProcess:
+    """Start `python NAME ARGUMENTS` in a fork.
+
+    Args:
+        name: path of the script, relative to the repository.
+        arguments: of its command line.
+        cwd: folder to run it in.
+        streams: folder in which its output is written, to files `stdout` and `stderr`.
+        before: called in the fork before the script; picklable.
+    """
+    start_server()
+    words = [*map(str, arguments)]
+    process = FORKS.Process(target=_run, args=(ROOT / name, words, cwd, dict(os.environ), streams, before))
+    process.start()
+    return process
+
+
+def run_script(
+    name: str | Path, *arguments: object, cwd: Path = ROOT, before: Callable[[], object] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python NAME ARGUMENTS` to its end, as `start_script` does."""
+    with tempfile.TemporaryDirectory() as streams:
+        process = start_script(name, arguments, cwd, Path(streams), before)
+        process.join(TIME_LIMIT)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired([str(name), *map(str, arguments)], TIME_LIMIT)
+        out, err = (Path(streams, stream).read_text(errors="replace") for stream in ("stdout", "stderr"))
+    return subprocess.CompletedProcess([str(name), *map(str, arguments)], process.exitcode, out, err)
+
+
+def _run(
+    script: Path,
+    arguments: list[str],
+    cwd: Path,
+    environment: dict[str, str],
+    streams: Path,
+    before: Callable[[], object] | None,
+) -> None:
+    """Run a script in this fork as the interpreter would; multiprocessing turns SystemExit into the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        descriptor = os.open(streams / stream.name.strip("<>"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, stream.fileno())
+    os.environ.update(environment)
+    os.chdir(cwd)
+    # Data collators ask by the name whether they are in a worker.
+    multiprocessing.current_process().name = "MainProcess"
+    _renew_lock(tqdm)
+    if before is not None:
+        before()
+    sys.argv = [script.name, *arguments]
+    sys.path[0] = str(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _renew_lock(bars: type[tqdm]) -> None:
+    """Give progress bars of every class a lock of this fork, since a killed fork may hold the one they share."""
+    bars.set_lock(threading.RLock())
+    for subclass in bars.__subclasses__():
+        _renew_lock(subclass)
+
+
+def kill_at(function: str, call: int = 1, half: bool = False) -> None:
+    """Have this process get SIGKILL when it calls a function.
+
+    Args:
+        function: "module:name" or "module:Class.name".
+        call: which call; the first one is 1.
+        half: kill after the call, and leave half of the file that it has written.
+    """
+    module, _, path = function.partition(":")
+    *owners, name = path.split(".")
+    owner: object = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), 0
+
+    def killing(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            if half:
+                original(*args, **kwargs)
+                paths = [value for value in (*args, *kwargs.values()) if isinstance(value, (str, os.PathLike))]
+                written = max(filter(os.path.isfile, paths), key=os.path.getmtime)
+                os.truncate(written, os.path.getsize(written) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, killing)
 
 
 def call_script(name: str, *arguments: object) -> None:
-    """The same within this process, without the seconds that imports take."""
+    """Run a script within this process: no fork, and fixtures' patches hold."""
     module = importlib.import_module(name.removesuffix(".py"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -33,7 +160,7 @@ def call_script(name: str, *arguments: object) -> None:
 
 
 def bad_input_line(capsys: pytest.CaptureFixture[str], name: str, *arguments: object) -> str:
-    """The one line that a script prints for a user's mistake, having exited with code 2."""
+    """Return the one line that a script prints for a user's mistake, exiting with code 2."""
     with pytest.raises(SystemExit) as exit_info:
         call_script(name, *arguments)
     assert exit_info.value.code == 2

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ from experiments.runs.sweep_results import SweepResults
 from experiments.training import stage as training
 from experiments.training.checkpoint import last_checkpoint
 from tests.support import tiny_images
-from tests.support.script_run import ROOT, bad_input_line, call_script
+from tests.support.script_run import bad_input_line, call_script, kill_at, run_script
 from tests.support.tiny_texts import write_glue, write_model_config
 
 # Finetuning is 8 steps, with checkpoints after 3, 6 and 8, and retraining 4, with checkpoints after 3 and 4.
@@ -41,22 +39,14 @@ class Killed(BaseException):
 
 
 @contextmanager
-def killed_at(owner: object, name: str, call: int = 1, kill: Callable[[], None] | None = None) -> Iterator[None]:
-    """End what runs inside as it calls a function for the n-th time.
-
-    Args:
-        owner, name: of the function.
-        call: the first call is 1.
-        kill: how; by default, raise `Killed`.
-    """
+def killed_at(owner: object, name: str, call: int = 1) -> Iterator[None]:
+    """Raise `Killed` as a function is called for the n-th time; the first call is 1."""
     function, calls = getattr(owner, name), 0
 
     def killing(*args: object, **kwargs: object) -> object:
         nonlocal calls
         calls += 1
         if calls == call:
-            if kill is not None:
-                kill()
             raise Killed
         return function(*args, **kwargs)
 
@@ -70,20 +60,9 @@ def kill(script: str, arguments: tuple[object, ...], owner: object, name: str, c
         call_script(script, *arguments)
 
 
-def really_kill(script: str, arguments: tuple[object, ...], owner: str, name: str, call: int) -> None:
+def really_kill(script: str, arguments: tuple[object, ...], function: str, call: int) -> None:
     """The same in a process of its own, which gets the signal."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "tests.support.programs.killed_script",
-        owner,
-        name,
-        str(call),
-        script,
-        *map(str, arguments),
-    ]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = run_script(script, *arguments, before=partial(kill_at, function, call))
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
 
 
@@ -177,7 +156,7 @@ def test_a_run_killed_by_the_system_goes_on(both_stages, tmp_path):
     """In the middle of the newest checkpoint of retraining, with a real signal and nothing that python ends well."""
     arguments, whole = both_stages
     arguments = (*arguments, "--output_dir", tmp_path)
-    really_kill("run_glue.py", arguments, "transformers.Trainer", "_save_rng_state", call=5)
+    really_kill("run_glue.py", arguments, "transformers:Trainer._save_rng_state", call=5)
     assert (tmp_path / "checkpoint-4").exists() and last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
     call_script("run_glue.py", *arguments, *LAST)
     assert left(tmp_path) == left(whole)
@@ -447,7 +426,7 @@ def test_a_sweep_killed_by_the_system_goes_on(sweep, tmp_path):
     """Four saves are two merged cells, the timing and a retrained cell; the fifth does not come about."""
     arguments, whole = sweep
     arguments = (*arguments, "--output_dir", tmp_path)
-    really_kill("eval_sweep.py", arguments, "experiments.runs.sweep_results.SweepResults", "save", call=5)
+    really_kill("eval_sweep.py", arguments, "experiments.runs.sweep_results:SweepResults.save", call=5)
     before = cells(tmp_path)
     assert ["retrained" in row for row in before] == [True, False]
     call_script("eval_sweep.py", *arguments)

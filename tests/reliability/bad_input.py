@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bad input: refused in one line, before any work, with everything on disk as it was."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.reliability.case import PASSED, Attempt, Finding, changed_paths, contents, said, shown
+from tests.reliability.inputs import OUTPUT, Command, Inputs
+from tests.reliability.running import TIME_LIMIT, Outcome, run_forked
+from tests.support.script_run import ROOT
+
+# Before a file with all arguments, `--output_dir` among them: the command is this file and nothing else.
+ONLY = "only"
+Make = Callable[[Inputs, Path], Command]
+
+
+@dataclass(frozen=True)
+class BadInputCase:
+    """A command that is a mistake.
+
+    Attributes:
+        mistake: its class, a row of the table.
+        name: unlike that of any other case of this class and script.
+        script: that is called.
+        make: writes its files into an empty folder, and returns the arguments; `--output_dir out`, in that folder,
+            comes before them, so that they may name another one.
+        says: what the line must contain, at least.
+        exit_code: 2 for a mistake of the user's, 1 for what else stops a script.
+        works: whether only training or evaluating shows it, so that it may leave files.
+        fresh: run in a new interpreter, not in a fork: that shows imports, and how an interpreter ends.
+    """
+
+    mistake: str
+    name: str
+    script: str
+    make: Make
+    says: tuple[str, ...]
+    exit_code: int = 2
+    works: bool = False
+    fresh: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "some of them in an interpreter of their own" if self.fresh else "bad inputs"
+
+    @property
+    def row(self) -> str:
+        return self.mistake
+
+    @property
+    def id(self) -> str:
+        return f"{self.script.removesuffix('.py')}: {self.mistake}: {self.name}"
+
+    def attempt(self, inputs: Inputs, folder: Path) -> Attempt:
+        folder.mkdir(parents=True)
+        made = self.make(inputs, folder)
+        command: Command = made[1:] if made[0] == ONLY else ("--output_dir", folder / OUTPUT, *made)
+        before = contents(folder)
+        outcome = _run_fresh(self.script, command) if self.fresh else run_forked(self.script, command, folder)
+        finding = self._judge(outcome, changed_paths(before, contents(folder)))
+        return Attempt(shown(self.script, command), finding, said(outcome))
+
+    def _judge(self, outcome: Outcome, changed: str) -> Finding:
+        if outcome.fault != PASSED:
+            return outcome.fault
+        if outcome.exit_code == 0:
+            return "exit code 0", "wrong in silence"
+        if outcome.exit_code != self.exit_code:
+            return f"exit code {outcome.exit_code}, not {self.exit_code}", "other"
+        if len(outcome.errors) != 1:
+            return f"{len(outcome.errors)} lines that start with 'error: '", "other"
+        if missing := [part for part in self.says if not _names(outcome.errors[0], part)]:
+            return f"the line does not say {missing}", "other"
+        if self.works:
+            return PASSED
+        if outcome.training_steps or outcome.evaluation_steps:
+            steps = f"{outcome.training_steps} training and {outcome.evaluation_steps} evaluation steps"
+            return f"{steps} before the line", "other"
+        return (f"written or changed: {changed}", "other") if changed else PASSED
+
+
+def _names(line: str, part: str) -> bool:
+    """Whether a line has a part in it, a number in any spelling, and a list with or without brackets."""
+    line, part = line.lower(), part.lower()
+    if part in line or part in line.replace(", ", ","):
+        return True
+    try:
+        number = float(part)
+    except ValueError:
+        return False
+    return any(float(found) == number for found in re.findall(r"-?\d+\.?\d*(?:e[-+]?\d+)?", line))
+
+
+def _run_fresh(script: str, command: Command) -> Outcome:
+    words = [sys.executable, script, *map(str, command)]
+    try:
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        return Outcome(-9, "", "", TIME_LIMIT, hung=True)
+    return Outcome(done.returncode, done.stdout, done.stderr)

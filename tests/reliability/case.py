@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A case that is tried, and the verdict on it."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import shutil
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tests.reliability.inputs import Inputs
+from tests.reliability.running import Outcome
+
+# Empty if nothing is wrong; otherwise a sentence and one of `FAULTS`.
+Finding = tuple[str, str]
+PASSED: Finding = ("", "")
+FAULTS = ("wrong in silence", "traceback", "hang", "other")
+
+
+class Case(Protocol):
+    """One line of a table.
+
+    Attributes:
+        kind: the law it tries, which has a table in the report.
+        row: its class in that table.
+        id: unlike that of every other case.
+    """
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def row(self) -> str: ...
+
+    @property
+    def id(self) -> str: ...
+
+    def attempt(self, inputs: Inputs, folder: Path) -> Attempt:
+        """Try it in a new folder."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What was run for a case and what is wrong with what came out.
+
+    Attributes:
+        command: shown to repeat it.
+        finding: the fault, if any.
+        detail: for the log.
+        stages: in which kills met it.
+    """
+
+    command: str
+    finding: Finding
+    detail: str
+    stages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of a case; attributes as of `Case` and `Attempt`."""
+
+    kind: str
+    row: str
+    id: str
+    wrong: str
+    fault: str
+    command: str
+    detail: str
+    stages: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.wrong
+
+
+def try_case(case: Case, inputs: Inputs, folder: Path) -> Verdict:
+    """Return the verdict on a case, also where trying itself fails, and remove the case's folder."""
+    try:
+        attempt = case.attempt(inputs, folder)
+    except Exception:
+        attempt = Attempt("", ("could not be tried", "other"), traceback.format_exc())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Verdict(case.kind, case.row, case.id, *attempt.finding, attempt.command, attempt.detail, attempt.stages)
+
+
+def shown(script: str, arguments: Sequence[object]) -> str:
+    """Return a command as one types it."""
+    return f"python {script} {shlex.join(map(str, arguments))}"
+
+
+def said(outcome: Outcome) -> str:
+    """Return the lines that say what stopped a run, or the end of what it wrote."""
+    return " / ".join(outcome.errors) or outcome.stderr[-1500:]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return every file, folder and link below a folder, with a hash of its content."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            content = f"link to {path.readlink()}"
+        elif path.is_dir():
+            content = "folder"
+        else:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(folder))] = content
+    return found
+
+
+def changed_paths(before: dict[str, str], after: dict[str, str]) -> str:
+    """Return the first paths that differ between two `contents`."""
+    return ", ".join(sorted(path for path, _ in before.items() ^ after.items())[:4])

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All cases, from all tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tests.reliability.argument_file_mistakes import argument_file_mistakes
+from tests.reliability.argument_mistakes import argument_mistakes
+from tests.reliability.bad_input import BadInputCase
+from tests.reliability.case import Case
+from tests.reliability.changed_runs import changes
+from tests.reliability.checkpoint_mistakes import checkpoint_mistakes
+from tests.reliability.data_mistakes import data_mistakes
+from tests.reliability.folder_mistakes import folder_mistakes
+from tests.reliability.kills import kill_cases
+
+# One in this many bad inputs is tried in an interpreter of its own too.
+FRESH_EVERY = 35
+BAD_INPUTS: tuple[BadInputCase, ...] = (
+    *argument_mistakes(), *argument_file_mistakes(), *data_mistakes(), *checkpoint_mistakes(), *folder_mistakes(),
+)  # fmt: skip
+
+
+def all_cases(kills: int) -> Iterator[Case]:
+    """Every bad input, change and kill; `kills` of each scenario at random times."""
+    yield from BAD_INPUTS
+    yield from (replace(case, fresh=True) for case in BAD_INPUTS[::FRESH_EVERY])
+    yield from changes()
+    yield from kill_cases(kills)
