@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 
-.PHONY: demo test test-fast reliability help-pages lint types clean
+.PHONY: demo test test-fast reliability lint types clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt requirements-dev.txt
@@ -38,10 +38,6 @@ test-fast: .venv/installed
 # Bad inputs, changes between two runs and kills, all of them; the tables go to docs/reliability.md.
 reliability: .venv/installed
 	$(BIN)/python -m tests.reliability
-
-# What --help shows, kept so that it comes at once.
-help-pages: .venv/installed
-	$(BIN)/python -m experiments.help_page
 
 lint: .venv/installed
 	$(BIN)/ruff check .

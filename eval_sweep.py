@@ -25,27 +25,23 @@ each retrained one to a branch of its own, so that from_pretrained(..., revision
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
+from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
-from experiments.help_page import answer_at_once
+from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
+from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
+from experiments.runs.start import load
+from experiments.runs.sweep import Sweep, push_sweep
+from experiments.runs.sweep_arguments import SweepArguments
+from experiments.training.model_arguments import ModelArguments
+from experiments.training.output_folder import lock_folder
+from experiments.training.stage import RetrainArguments, check_sharding, rehearse
+from experiments.training.trainer_arguments import TrainerArguments
 
 
 def main() -> None:
-    answer_at_once(__file__)
-    # Here, and not above: they take seconds, in which Ctrl-C is to end in one line too.
-    from functools import partial
-    from pathlib import Path
-
-    from experiments.command_line import parse_arguments
-    from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
-    from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
-    from experiments.runs.start import load
-    from experiments.runs.sweep import Sweep, push_sweep
-    from experiments.runs.sweep_arguments import SweepArguments
-    from experiments.training.model_arguments import ModelArguments
-    from experiments.training.output_folder import lock_folder
-    from experiments.training.stage import RetrainArguments, check_sharding, rehearse
-    from experiments.training.trainer_arguments import TrainerArguments
-
     model_args, data, sweep_args, training, retraining, hub = parse_arguments(
         __doc__, ModelArguments, SweepDataArguments, SweepArguments, TrainerArguments, RetrainArguments, HubArguments
     )

@@ -24,15 +24,11 @@ arguments may stand in one file: python run_glue.py FILE.yaml (or .json). Killed
 from __future__ import annotations
 
 from experiments.errors import exit_on_bad_input
-from experiments.help_page import answer_at_once
+from experiments.runs.finetune import Experiment, run_experiment
+from experiments.tasks.glue import GlueDataArguments, load_glue_task
 
 
 def main() -> None:
-    answer_at_once(__file__)
-    # Here, and not above: they take seconds, in which Ctrl-C is to end in one line too.
-    from experiments.runs.finetune import Experiment, run_experiment
-    from experiments.tasks.glue import GlueDataArguments, load_glue_task
-
     run_experiment(Experiment.from_command_line(__doc__, GlueDataArguments, load_glue_task))
 
 

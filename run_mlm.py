@@ -24,15 +24,11 @@ masked in the evaluated sentences is always the same, so that models can be comp
 from __future__ import annotations
 
 from experiments.errors import exit_on_bad_input
-from experiments.help_page import answer_at_once
+from experiments.runs.finetune import Experiment, run_experiment
+from experiments.tasks.mlm import MlmDataArguments, load_mlm_task
 
 
 def main() -> None:
-    answer_at_once(__file__)
-    # Here, and not above: they take seconds, in which Ctrl-C is to end in one line too.
-    from experiments.runs.finetune import Experiment, run_experiment
-    from experiments.tasks.mlm import MlmDataArguments, load_mlm_task
-
     run_experiment(Experiment.from_command_line(__doc__, MlmDataArguments, load_mlm_task))
 
 

@@ -1,166 +1,222 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line, with or without a JSON or YAML file of arguments, to dataclasses of arguments."""
+"""Command lines: from words, or a JSON or YAML file of arguments, to dataclasses; `--help`; the command as recorded."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-import re
 import shlex
 import sys
-from argparse import SUPPRESS, Action, ArgumentTypeError
+import textwrap
+from argparse import ArgumentError
+from difflib import get_close_matches
+from enum import Enum
+from inspect import isclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
 
-from experiments.argument_file import ENDINGS, words_of_file
 from experiments.errors import BadInput, naming
-from experiments.help_page import HelpFormatter, suggestion
 
-WHAT_TO_RUN = "what to run"
-MORE = """--help_all lists all other arguments too. Each argument may also be a line of FILE.yaml or FILE.json; what \
-follows the file on the command line comes before it."""
+FILE_ENDINGS = (".yaml", ".yml", ".json")
+# Arguments that take a text separated by commas; a file may give a list.
+COMMA_SEPARATED = ("r", "dataset_config_name", "config_overrides", "optim_args", "fsdp", "report_to", "debug")
 SECRETS = ("--token", "--hub_token", "--hub-token")
+HELP_WIDTH = 100
 
 
 class Parser(HfArgumentParser):
-    """transformers' `HfArgumentParser`.
-
-    Modifications:
-    - what it refuses is a `BadInput`: one line, without the usage
-    - numbers are finite, and -1e-3 is one; texts are not empty, as one is from a variable of the shell that is not set
-    - a name that is not known comes with the one that may have been meant
-    - of a dataclass that has `in_help`, texts by heading and name, `--help` lists these alone; `--help_all` lists all
-    """
-
-    def __init__(self, dataclass_types: tuple[type, ...], **kwargs: Any) -> None:
-        super().__init__(dataclass_types, **kwargs)
-        self.add_argument("--help_all", action=_HelpAll, nargs=0, default=SUPPRESS, dest=SUPPRESS)
-        for kind, convert in ((int, _integer), (float, _number), (str, _text), (string_to_bool, _boolean)):
-            self.register("type", kind, convert)
-        # argparse takes -1 for a value, and -1e-3 for an argument.
-        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|^-(inf|nan)$", re.IGNORECASE)
-
-    def format_help(self, everything: bool = False) -> str:
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, [], [])
-        formatter.add_text(self.description)
-        for heading, actions in self._sections(everything).items():
-            formatter.start_section(heading)
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        formatter.add_text(None if everything else MORE)
-        return formatter.format_help()
-
-    def _sections(self, everything: bool) -> dict[str, list[Action]]:
-        """The arguments that are listed, by the heading that they stand under."""
-        chosen = {kind._argument_group_name: kind.in_help for kind in self.dataclass_types if hasattr(kind, "in_help")}
-        texts = {
-            name: text for in_help in chosen.values() for texts in in_help.values() for name, text in texts.items()
-        }
-        headings = {
-            name: heading for in_help in chosen.values() for heading, names in in_help.items() for name in names
-        }
-        titles = [group.title or "" for group in self._action_groups]
-        sections: dict[str, list[Action]] = {WHAT_TO_RUN: []}
-        for title in titles:
-            # A heading that is a group's title stands in that group's place.
-            for heading in chosen.get(title, [title]):
-                if heading not in titles or heading == title:
-                    sections[heading] = []
-        sections |= {title: [] for title in chosen}
-        for group in self._action_groups:
-            for action in group._group_actions:
-                if action.dest in ("help", SUPPRESS) or action.nargs == 0:  # --no_NAME is --NAME false
-                    continue
-                action.help = texts.get(action.dest, action.help)
-                sections[headings.get(action.dest, group.title or "")].append(action)
-        order = [*headings]
-        for actions in sections.values():
-            actions.sort(key=lambda action: order.index(action.dest) if action.dest in headings else -1)
-        return {
-            heading: actions
-            for heading, actions in sections.items()
-            if actions and (everything or heading not in chosen)
-        }
+    """`HfArgumentParser` that raises `BadInput` in place of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        argument = re.match(r"argument (--\w+)[^:]*: (.*)", message, re.DOTALL)
-        choice = re.match(r"argument (--\w+)[^:]*: invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
-        required = re.match(r"the following arguments are required: (.*)", message)
-        if choice is not None:
-            # Text that an enumeration shows as NAME.MEMBER in some versions of Python.
-            raise BadInput(f"{choice[1]} {choice[2]}: allowed are {choice[3].replace(chr(39), '')}")
-        if argument is not None:
-            # Our own messages begin with the value, argparse's do not.
-            separator = " " if ": allowed is" in argument[2] else ": "
-            raise BadInput(f"{argument[1]}{separator}{argument[2]}")
-        if required is not None:
-            names = ", ".join(name.partition("/")[0] for name in required[1].split(", "))
-            raise BadInput(f"{names}: not given; allowed is a value for each")
         raise BadInput(message)
-
-    def refuse_unknown(self, words: list[str]) -> None:
-        """Refuse words that are no arguments.
-
-        Raises:
-            BadInput: naming the first one.
-        """
-        if not words:
-            return
-        word = words[0].partition("=")[0]
-        if word.startswith("--"):
-            near = suggestion(word, [action.dest for action in self._actions], "--")
-            raise BadInput(f"{word}: there is no such argument{near}")
-        where = "; a file of arguments comes first" if word.endswith(ENDINGS) else ""
-        raise BadInput(f"{word}: stands alone; allowed are arguments, --NAME VALUE{where}")
 
 
 def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]:
     """Parse the command line as the official example scripts do.
 
+    `SCRIPT.py FILE.json ...` or `FILE.yaml ...` reads arguments from that file; arguments that follow override them.
+
     Args:
-        description: what `--help` begins with.
-        dataclass_types: whose fields are the arguments.
+        description: first part of the `--help` page.
+        dataclass_types: dataclasses whose fields are the arguments.
 
     Returns:
-        An instance of each. `SCRIPT.py FILE.json ...` or `FILE.yaml ...` reads arguments from that file; those that
-        follow it come before them.
+        An instance of each.
 
     Raises:
-        BadInput: for a file that is not there, and for values that argparse or the dataclasses refuse.
+        BadInput: for a file that cannot be read, an unknown argument, or a value that argparse or a dataclass refuses.
     """
-    parser = Parser(
-        dataclass_types,
-        # A list of them all would be pages long and come before the description.
-        usage="%(prog)s [FILE.yaml | FILE.json] [arguments]",
-        description=description,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
     words = sys.argv[1:]
-    if not words or not words[0].endswith(ENDINGS) or words[0].startswith("-"):
-        return _parsed(parser, words)
+    if {"-h", "--help", "--help_all"} & {*words}:
+        print(help_page(description, dataclass_types, everything="--help_all" in words))
+        sys.exit(0)
+    parser = Parser(dataclass_types, allow_abbrev=False, add_help=False, exit_on_error=False)
     fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
-    options = {action.dest: action for action in reversed(parser._actions)}
-    path = Path(words[0])
-    from_file = words_of_file(path, fields, options)
+    if words and words[0].endswith(FILE_ENDINGS) and not words[0].startswith("-"):
+        words = _words_of_file(Path(words[0]), fields) + words[1:]
     try:
-        return _parsed(parser, from_file + words[1:])
-    except BadInput as error:
-        # Said of the file, if it is the one that says it.
-        name = re.match(r"--\w*", str(error))
-        named = name is not None and any(word.partition("=")[0] == name[0] for word in from_file)
-        overridden = name is not None and any(word.partition("=")[0] == name[0] for word in words[1:])
-        raise BadInput(f"{path}: {error}" if named and not overridden else str(error)) from error
+        given, unknown = parser.parse_known_args(words)
+    except ArgumentError as error:
+        raise BadInput(f"{(error.argument_name or '').partition('/')[0]}: {error.message}") from error
+    if unknown:
+        _refuse_unknown(unknown[0].partition("=")[0], [*fields])
+    for name, value in vars(given).items():
+        if value != parser.get_default(name):
+            for entry in value if isinstance(value, list) else [value]:
+                _check_value(name, entry)
+    with naming("arguments", OSError, ValueError):
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+
+
+def _refuse_unknown(word: str, names: list[str]) -> NoReturn:
+    if word.startswith("--"):
+        raise BadInput(f"{word}: unknown argument{_suggestion(word, names, '--')}")
+    hint = "; a file of arguments comes first" if word.endswith(FILE_ENDINGS) else ""
+    raise BadInput(f"{word}: unexpected; arguments are given as --NAME VALUE{hint}")
+
+
+def _suggestion(name: str, names: list[str], prefix: str = "") -> str:
+    """Return the end of a message: the known name that was probably meant, if there is one."""
+    near = get_close_matches(name.removeprefix(prefix).replace("-", "_"), names, n=1, cutoff=0.7)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Check what argparse accepts and no argument means: nan, infinity, empty text, a name that is not UTF-8."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadInput(f"--{name} {value}: must be a finite number")
+    if isinstance(value, str):
+        if not value.strip():
+            raise BadInput(f"--{name} '{value}': must not be empty")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"--{name} {value}: must be a name in UTF-8; rename the file or folder") from None
+
+
+def _words_of_file(path: Path, fields: dict[str, dataclasses.Field]) -> list[str]:
+    """Return the command line that says the same as a file, so that both are checked alike."""
+    words: list[str] = []
+    with naming(str(path), OSError, UnicodeError, ValueError, RecursionError, yaml.YAMLError):
+        given = _read_mapping(path)
+    for name, value in given.items():
+        if name not in fields:
+            raise BadInput(f"{path}: {name}: unknown argument{_suggestion(str(name), [*fields])}")
+        words += _words(fields[name], value)
+    return words
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        content = json.loads(text, object_pairs_hook=_unrepeated)
+    else:
+        try:
+            content = yaml.load(text, _YamlLoader)
+        except yaml.MarkedYAMLError as error:
+            line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+            raise ValueError(f"{line}{error.problem or error.context}") from None
+    if not isinstance(content, dict):
+        raise ValueError("must be a mapping from names of arguments to values")
+    return content
+
+
+def _unrepeated(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    names = [name for name, _ in pairs]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{repeated[0]}: is given twice; give each once")
+    return dict(pairs)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML in which no name is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        _unrepeated([(key.value, None) for key, _ in node.value])
+        return mapping
+
+
+def _words(field: dataclasses.Field, value: Any) -> list[str]:
+    """Return the words that give an argument a value of a file."""
+    name = field.name
+    if value is None or value == []:
+        if _default(field) in (None, []):
+            return []
+        raise BadInput(f"--{name} {value}: must be a value; leave the line out for the default")
+    if isinstance(value, list) and getattr(field.type, "__origin__", None) is list:
+        entries = [_spell(field, entry) for entry in value]
+        return [f"--{name}", *entries] if len(entries) > 1 else [f"--{name}={entries[0]}"]
+    if isinstance(value, list) and name not in COMMA_SEPARATED:
+        raise BadInput(f"--{name} {value}: must be a single value, not a list")
+    return [f"--{name}={_spell(field, value)}"]
+
+
+def _spell(field: dataclasses.Field, value: Any) -> str:
+    """Return a value as it is written on a command line."""
+    if value is False and isclass(field.type) and issubclass(field.type, Enum):
+        return "no"  # YAML reads an unquoted no as false
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        if field.name not in TrainingArguments._VALID_DICT_FIELDS:
+            raise BadInput(f"--{field.name} {value}: must be a single value, not a mapping")
+        return json.dumps(value)
+    if isinstance(value, list):
+        if any(isinstance(entry, (list, dict)) or entry is None for entry in value):
+            raise BadInput(f"--{field.name} {value}: must be a list of single values")
+        return ",".join(_spell(field, entry) for entry in value)
+    if value is None:
+        raise BadInput(f"--{field.name} null: must be a value in each entry of the list")
+    return str(value)
+
+
+def help_page(description: str, dataclass_types: tuple[type, ...], everything: bool) -> str:
+    """Return what `--help` prints: the arguments by group.
+
+    Args:
+        description: first part of the page.
+        dataclass_types: dataclasses of the arguments. One with `in_help`, names by heading, lists these alone.
+        everything: list all arguments.
+    """
+    groups: dict[str, list[str]] = {}
+    for kind in dataclass_types:
+        fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+        in_help: dict[str, tuple[str, ...]] = getattr(kind, "in_help", {})
+        listed = {name: heading for heading, names in in_help.items() for name in names}
+        for name in [*listed, *(fields.keys() - listed if everything else ())] if listed else fields:
+            heading = listed.get(name, getattr(kind, "_argument_group_name", "arguments"))
+            groups.setdefault(heading, []).append(_help_entry(fields[name], getattr(kind, "help_texts", {})))
+    usage = f"usage: {Path(sys.argv[0]).name} [FILE.yaml | FILE.json] [arguments]"
+    sections = ("\n".join([f"{heading}:", *entries]) for heading, entries in groups.items())
+    end = "Each argument may also be a line of FILE.yaml or FILE.json; arguments after the file override it."
+    if not everything:
+        end += "\n--help_all lists every argument, also all of transformers' TrainingArguments."
+    return "\n\n".join([usage, description.strip(), *sections, end])
+
+
+def _help_entry(field: dataclasses.Field, texts: dict[str, str]) -> str:
+    text = " ".join(texts.get(field.name, field.metadata.get("help", "")).split())
+    default = _default(field)
+    if default not in (None, False, [], dataclasses.MISSING) and "default" not in text:
+        shown = " ".join(map(str, default)) if isinstance(default, list) else getattr(default, "value", default)
+        text += f" (default: {shown})"
+    indent = f"  --{field.name:<30} "
+    return textwrap.fill(text, HELP_WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent))
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def shown_command() -> str:
-    """The command line that is running, to be written down: without the tokens in it, and without where on this
-    machine things are: a path that is not below the current folder is shown by its last name."""
-    words = ["python", *(_placeless(word) for word in sys.argv)]
+    """Return the running command line without its tokens, and with absolute paths outside the current folder reduced
+    to their last name."""
+    words = ["python", *(_without_place(word) for word in sys.argv)]
     for index, word in enumerate(words):
         option, equals, _ = word.partition("=")
         if option in SECRETS:
@@ -171,64 +227,9 @@ def shown_command() -> str:
     return shlex.join(words)
 
 
-def _placeless(word: str) -> str:
+def _without_place(word: str) -> str:
     option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
     path = Path(value)
     if not path.is_absolute():
         return word
     return option + equals + (str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name)
-
-
-def _parsed(parser: Parser, words: list[str]) -> tuple[Any, ...]:
-    option = ""
-    for word in words:
-        name, equals, value = word.partition("=")
-        option, value = (name, value if equals else "") if word.startswith("--") else (option, word)
-        if re.search(r"[\ud800-\udfff]", word):
-            raise BadInput(f"{option} {value}: must be a name in UTF-8; rename the file or folder")
-    parser.refuse_unknown(parser.parse_known_args(words)[1])
-    with naming("arguments", OSError, ValueError):
-        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
-
-
-class _HelpAll(Action):
-    """Shows all there is."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
-        print(parser.format_help(everything=True), end="")
-        sys.exit(0)
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ArgumentTypeError(f"{_shown(text)}: allowed is an integer") from None
-
-
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ArgumentTypeError(f"{_shown(text)}: allowed is a number")
-    return number
-
-
-def _text(text: str) -> str:
-    if not text.strip():
-        raise ArgumentTypeError(f"{_shown(text)}: allowed is a text that is not empty")
-    return text
-
-
-def _boolean(text: str | bool) -> bool:
-    try:
-        return string_to_bool(text)
-    except ArgumentTypeError:
-        raise ArgumentTypeError(f"{text}: allowed is true or false") from None
-
-
-def _shown(text: str) -> str:
-    """A value in a message, visible also where it is empty."""
-    return text if text.strip() else f"'{text}'"

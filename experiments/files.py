@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Places that a script writes to, checked before its work, and files written whole or not at all."""
+"""Folders checked before a script writes to them, and files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from experiments.errors import PLACES, BadInput, one_line
+from experiments.errors import BadInput, one_line
 
 
 def check_writable(name: str, folder: Path) -> None:
-    """Check that a folder can be made and written to, and note it as one of `PLACES`; nothing is left behind, nor made.
+    """Check that a folder can be made and written to; nothing is left behind.
 
     Args:
-        name: what chose the folder, such as "--output_dir out" or "HF_HOME=/cache".
+        name: the argument or variable that chose the folder, such as "--output_dir out" or "HF_HOME=/cache".
         folder: the folder.
 
     Raises:
         BadInput: if it cannot.
     """
-    PLACES.setdefault(name, folder.absolute())
     if os.environ.get("RANK", "0") != "0":
-        return  # one process, and not another one that finds the folder of the first
+        return  # another process would find the folder of the first
     try:
         str(folder).encode()  # what caches write is named in UTF-8
         with made_for_a_while(folder), tempfile.TemporaryFile(dir=folder):
@@ -34,22 +33,9 @@ def check_writable(name: str, folder: Path) -> None:
         raise BadInput(f"{name}: must be a folder that can be written to ({one_line(error)})") from error
 
 
-def cache_name(own: str, folder: Path) -> str:
-    """Return the variable that put a cache of the Hub's libraries where it is, with its value.
-
-    Args:
-        own: the variable for this cache alone.
-        folder: the cache.
-    """
-    for name in (own, "HF_HOME", "XDG_CACHE_HOME"):
-        if os.environ.get(name):
-            return f"{name}={os.environ[name]}"
-    return f"HF_HOME, not set, so {folder.parent}"
-
-
 @contextmanager
 def made_for_a_while(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; those that were not there and are empty at the end go."""
+    """Make a folder and its parents; at the end, remove those of them that are new and empty."""
     made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,38 +47,38 @@ def made_for_a_while(folder: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: a stop in between leaves what was there.
+    """Write a file whole or not at all: a stop in between leaves the old one.
 
     Args:
-        path: of the file.
-        write: called with a path beside it to write to.
+        path: path of the file.
+        write: function that writes to the path given to it, one beside the file.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
         partial.replace(path)
     except Exception:
-        partial.unlink(missing_ok=True)  # a disk that is full has room again
+        partial.unlink(missing_ok=True)  # so that a full disk has room again
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; of a name that is not UTF-8, a byte is written as \\udcff."""
+    """Write a text file whole or not at all; characters that UTF-8 lacks, as in some file names, become \\udcff."""
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
-    """Save a checkpoint or other files into a folder, which is made if need be: nothing of it before all is written.
+    """Save a checkpoint or other files into a folder, made if needed: no file is moved there before all are written.
 
-    Each file comes there whole; one that another `save` has left stays if this one writes none of its name.
+    Files of other names in the folder stay.
 
     Args:
-        folder: where the files are to be.
-        save: called with an empty folder on the same disk, such as a model's `save_pretrained`.
+        folder: folder for the files.
+        save: function that saves into an empty folder on the same disk, such as a model's `save_pretrained`.
     """
     partial = folder / ".partial"
     if partial.exists():
-        shutil.rmtree(partial)  # of a run that was killed here
+        shutil.rmtree(partial)  # left by a run that was killed
     partial.mkdir(parents=True)
     try:
         save(partial)

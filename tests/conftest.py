@@ -44,7 +44,7 @@ SLOW = (
     "training/test_loading.py",
     "training/test_output_folder.py",
     "training/test_resume.py",
-    "training/test_trainer_arguments.py::test_it_works",
+    "training/test_trainer_arguments.py::test_arguments_of_many_kinds_work_together",
 )
 
 transformers.utils.logging.disable_progress_bar()

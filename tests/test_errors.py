@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's mistake is one line and exit code 2; a traceback is for a fault of the program, which a line says."""
+"""A user's mistake is one line and exit code 2; only a fault of the program shows a traceback."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.errors import PLACES, BadInput, Stopped, exit_on_bad_input, naming, one_line
+from experiments.errors import BadInput, Stopped, exit_on_bad_input, naming, one_line
 from tests.support.script_run import ROOT
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -29,9 +27,9 @@ def shown(capsys, error: BaseException) -> tuple[int | str | None, str]:
 
 
 def test_bad_input_exits_with_code_2_and_one_line(capsys):
-    assert shown(capsys, BadInput("--r -1: allowed is 0 or more\nand more")) == (
+    assert shown(capsys, BadInput("--r -1: must be 0 or more\nand more")) == (
         2,
-        "error: --r -1: allowed is 0 or more\n",
+        "error: --r -1: must be 0 or more\n",
     )
     assert shown(capsys, Stopped("training has diverged")) == (1, "error: training has diverged\n")
 
@@ -43,7 +41,7 @@ def test_ctrl_c_is_one_line(capsys):
 
 def test_of_several_processes_the_first_one_prints(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert shown(capsys, BadInput("--r -1: allowed is 0 or more")) == (2, "")
+    assert shown(capsys, BadInput("--r -1: must be 0 or more")) == (2, "")
 
 
 def test_what_stopped_a_library_is_found_behind_its_own_error(capsys):
@@ -60,7 +58,7 @@ class Broken(torch.utils.data.Dataset):
         try:
             raise OSError("truncated")
         except OSError as error:
-            raise BadInput("image 3: Broken: cannot be read\nsecond line") from error
+            raise BadInput("image 3: Broken: cannot be read") from error
 
 
 def test_a_mistake_that_a_worker_finds_is_one_line(capsys):
@@ -70,58 +68,15 @@ def test_a_mistake_that_a_worker_finds_is_one_line(capsys):
     assert capsys.readouterr().err == "error: image 3: Broken: cannot be read\n"
 
 
-def shown_of_places(capsys, error: BaseException) -> str:
-    """The line for an error of a script that writes to three places."""
-    with pytest.raises(SystemExit) as exit_info, exit_on_bad_input():
-        PLACES.update({"HF_HOME=/cache": Path("/cache/datasets"), "--output_dir out": Path("out").absolute()})
-        PLACES["--cache_dir /cache/mine"] = Path("/cache/datasets/mine")
-        raise error
-    line = capsys.readouterr().err
-    assert exit_info.value.code == 2 and line.count("\n") == 1
-    return line
-
-
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR])
-@pytest.mark.parametrize(
-    ("file", "place"),
-    [
-        ("out/model.safetensors", "--output_dir out"),
-        ("/cache/datasets/x.arrow", "HF_HOME=/cache"),
-        ("/cache/datasets/mine/x.arrow", "--cache_dir /cache/mine"),
-        ("/cache", "HF_HOME=/cache"),
-    ],
-)
-def test_a_place_that_cannot_be_written_to_is_named_by_what_chose_it(capsys, number, file, place):
-    line = shown_of_places(capsys, OSError(number, os.strerror(number), file))
-    assert line.startswith(f"error: {place}: ") and os.strerror(number) in line and file in line
+def test_a_place_that_cannot_be_used_is_one_line(capsys, number):
+    code, line = shown(capsys, OSError(number, os.strerror(number), "out/model.safetensors"))
+    assert code == 2 and line.count("\n") == 1 and os.strerror(number) in line and "out/model.safetensors" in line
 
 
-def test_another_place_is_named_by_itself(capsys):
-    line = shown_of_places(capsys, PermissionError(errno.EACCES, "Permission denied", "/etc/x"))
-    assert line.startswith("error: /etc/x: ")
-
-
-def test_of_a_full_disk_that_no_file_is_named_of_the_places_without_room_are_named(capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9, 9, 0 if path == Path("/") else 10**9))
-    line = shown_of_places(capsys, RuntimeError("I/O error: No space left on device (os error 28)"))
-    assert line.startswith("error: HF_HOME=/cache or --cache_dir /cache/mine: No space left")
-    line = shown_of_places(capsys, OSError(errno.EDQUOT, "Disk quota exceeded"))
-    assert line.startswith("error: HF_HOME=/cache or --cache_dir /cache/mine: Disk quota")
-
-
-def test_a_cache_that_cannot_be_written_to_is_not_said_of_the_argument_that_is_read_through_it(monkeypatch):
-    for name in [*PLACES]:
-        monkeypatch.delitem(PLACES, name)
-    monkeypatch.setitem(PLACES, "HF_HOME=/cache", Path("/cache"))
-    monkeypatch.setitem(PLACES, "TMPDIR=/tmp", Path("/tmp"))
-    for argument, file, named in (
-        ("--train_file x", "/cache/datasets", "HF_HOME=/cache"),
-        ("--train_file /cache/x", "/cache/x", "--train_file /cache/x"),
-        ("--dataset_name /cache/data", "/cache/data/x", "--dataset_name /cache/data"),
-        ("--train_file x", "/tmp/x", "--train_file x"),
-    ):
-        with pytest.raises(BadInput, match=rf"^{named}: "), naming(argument, Exception):
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory", file)
+def test_a_full_disk_that_a_library_hides_is_one_line(capsys):
+    code, line = shown(capsys, RuntimeError("I/O error: No space left on device (os error 28)"))
+    assert code == 2 and "No space left on device" in line and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -164,10 +119,6 @@ def test_naming_lets_what_is_explained_already_pass():
             "Error(s) in loading: size mismatch for x",
         ),
         (
-            ValueError("2 validation errors for X\nfield\n  Input should be an int\nother"),
-            "2 validation errors for X field Input should be an int",
-        ),
-        (
             ValueError("Validation error for field 'r':\n    TypeError: expected int"),
             "Validation error for field 'r': TypeError: expected int",
         ),
@@ -193,7 +144,7 @@ def test_a_fault_of_the_program_keeps_its_traceback_and_is_called_one():
 PRINTING = """
 import logging, sys
 from tqdm import tqdm
-from experiments.errors import PLACES, BadInput, exit_on_bad_input
+from experiments.errors import BadInput, exit_on_bad_input
 with exit_on_bad_input():
     for _ in tqdm(range(3)):
         print("\u00b1" * 9000)
@@ -204,10 +155,13 @@ with exit_on_bad_input():
 """
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp866", "latin-1:strict"])
 @pytest.mark.parametrize(
-    "where", ["", "| head -1", "> /dev/full", "2> /dev/full", "> /dev/full 2>&1", ">&-", ">&- 2>&-"]
-)
+    ("where", "encoding"),
+    [
+        ("", "ascii"), ("| head -1", "utf-8"), ("> /dev/full", "latin-1:strict"), ("2> /dev/full", "utf-8"),
+        ("> /dev/full 2>&1", "utf-8"), (">&-", "utf-8"), (">&- 2>&-", "utf-8"),
+    ],
+)  # fmt: skip
 def test_no_print_ends_a_script(tmp_path, where, encoding):
     """A character that the terminal lacks, a pipe whose reader has left, a full disk behind it, a closed stream."""
     command = shlex.join([sys.executable, "-c", PRINTING, str(tmp_path / "ended")])

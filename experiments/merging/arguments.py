@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments that say what merges, and what they choose for a model."""
+"""Arguments that say what merges: settings or a budget, checked and applied to a model."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import experiments.merging.controls  # noqa: F401  registers methods that only experiments have
 from configuration_tome_perceiver import MERGE_METRICS, ToMePerceiverConfig
 from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, SKIP_BLOCKS, FlopsShare, Merging
-from experiments.errors import BadInput, Stopped
+from experiments.errors import BadInput, Stopped, one_line
 from frontier_tome_perceiver import GROUPS, UNSEEN_METHOD, UNSEEN_METRIC, Batch, Choice, held_out_to_promise
 from merging_tome_perceiver import MERGE_METHODS
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
@@ -31,7 +29,7 @@ BUDGETS = ("flops_ratio", "latency_ratio", "max_changed")
 AMOUNTS = ("r", *BUDGETS)
 # Config fields that say how latents merge; a search finds the first two unless they are given.
 WAYS = ("merge_method", "merge_metric", "proportional_attention")
-# Batches that samples come in at least, and rows of one at most. Every fourth batch searches, so that at least this
+# Least number of batches of samples, and most rows of one. A search looks at every fourth batch, so that at least this
 # share of the samples measures the frontier.
 BATCHES, ROWS, MEASURING = 16, 32, 11 / 16
 # Samples to calibrate on by default: as many as cost about a few minutes on two cores, measured at six unmerged passes
@@ -47,7 +45,7 @@ class Samples:
     Attributes:
         take: returns the first n of them, in batches of B.
         available: number of samples.
-        name: what they are, for messages.
+        name: name of the samples in messages.
         unseen: whether the model was not trained on them, so that figures hold for other inputs.
     """
 
@@ -161,7 +159,7 @@ class MergeArguments:
 
     @property
     def without_samples(self) -> MergeArguments:
-        """The same by a schedule that needs no data, for a model that has no outputs to keep."""
+        """The same budget by a schedule that needs no data, for a model that has learned nothing."""
         if not self.searches:
             return self
         method = None if self.merge_method == GROUPS else self.merge_method
@@ -169,52 +167,47 @@ class MergeArguments:
 
     @property
     def most_samples(self) -> int:
-        """Number of samples that are read at most; 0 if nothing is calibrated."""
+        """Largest number of samples to read; 0 if nothing is calibrated."""
         if not self.searches:
             return 0
         return self.calibration_samples or max(MOST_SAMPLES, self._promising_samples)
 
     @property
     def _promising_samples(self) -> int:
-        """Number of samples from which `max_changed` can be promised if none of the answers changes."""
+        """Least number of samples that can promise `max_changed`: enough if none of their answers changes."""
         if self.max_changed is None or self.max_changed == 1:
             return 0
         return math.ceil(held_out_to_promise(self.max_changed) / MEASURING)
 
     def config_fields(self) -> dict[str, Any]:
-        """The fields that were given, as the config takes them."""
+        """Return the fields that were given, as the config takes them."""
         given = {name: getattr(self, name) for name in ("r_inflection", "min_latents", *WAYS)}
+        given["r"] = None if self.r is None else parse_r(self.r)
         if self.merge_method == GROUPS:
-            # For a search, which sets what it finds.
-            del given["merge_method"]
-        if self.r is not None:
-            given["r"] = parse_r(self.r)
+            del given["merge_method"]  # a search sets the groups that it finds
         return {name: value for name, value in given.items() if value is not None}
 
     def sample_count(self, model: ToMePerceiverPreTrainedModel, samples: Samples, input_shape: tuple[int, ...]) -> int:
-        """Return the number of samples to calibrate on: as given, or what takes a few minutes.
+        """Return the number of samples to calibrate on: as given, or as many as take a few minutes.
 
         Raises:
             BadInput: if they cannot promise `max_changed`.
         """
         flops = FlopsShare(model.unmerged.asked_of(model.config), input_shape, type(model).__name__).unmerged_flops
         affordable = min(MOST_SAMPLES, max(LEAST_SAMPLES, int(MEASURING_FLOPS / (PASSES * flops))))
-        count = self.calibration_samples or max(affordable, self._promising_samples)
-        count = min(count, samples.available)
+        count = min(self.calibration_samples or max(affordable, self._promising_samples), samples.available)
         if count == 0:
             raise BadInput(f"{self._given[0]}: needs samples; give a test split or a training split")
-        if self.max_changed is not None:
-            given = f"--max_changed {self.max_changed}"
-            if not samples.unseen:
-                raise BadInput(
-                    f"{given}: the model was trained on the only samples there are, so nothing can be promised; give a "
-                    "test split (--test_file, --test_dir), or --calibration_samples with --do_train"
-                )
-            if count < self._promising_samples:
-                raise BadInput(
-                    f"{given}: {count} {samples.name} cannot promise it at 95 % confidence; use "
-                    f"{self._promising_samples} or more, or a larger --max_changed"
-                )
+        if self.max_changed is not None and not samples.unseen:
+            raise BadInput(
+                f"--max_changed {self.max_changed}: the model was trained on all samples there are, so nothing can be "
+                "promised; give a test split (--test_file, --test_dir), or --calibration_samples with --do_train"
+            )
+        if self.max_changed is not None and count < self._promising_samples:
+            raise BadInput(
+                f"--max_changed {self.max_changed}: {count} {samples.name} cannot promise it at 95 % confidence; use "
+                f"{self._promising_samples} or more, or a larger --max_changed"
+            )
         return count
 
     def calibrate(
@@ -226,24 +219,23 @@ class MergeArguments:
         log_dir: Path | None = None,
         flops_ratios: Sequence[float] | None = None,
     ) -> None:
-        """Measure the frontier of a model and keep it in its config, in place of one that is there.
+        """Measure the frontier of a model and keep it in its config, in place of an older one.
 
         Args:
-            model: that is run.
-            samples: to measure on. Of those that the model was trained on, no figure of changed answers is kept.
-            count: number of them, as `sample_count` gives it.
-            input_shape: of one input, that the FLOPs are for.
-            log_dir: where a search keeps what it has found; `None`: nowhere.
+            model: model to run.
+            samples: samples to measure on. If the model was trained on them, no share of changed answers is kept.
+            count: number of samples, from `sample_count`.
+            input_shape: shape of one input, for the FLOPs.
+            log_dir: folder where a search logs what it found; `None` for no log.
             flops_ratios: shares to have rows for; by default that of the budget.
 
         Raises:
-            BadInput: if the budget cannot be kept to.
+            BadInput: if the budget cannot be met.
             Stopped: if the model's outputs are not finite.
         """
-        options: dict[str, Any] = {f"{name}s": [value] for name in WAYS[:2] if (value := getattr(self, name))}
+        options = self._restrictions()
         if self.schedule != SEARCH:
             options = {"merge_methods": [UNSEEN_METHOD], "merge_metrics": [UNSEEN_METRIC]} | options
-            options["schedules"] = [self.schedule]
         if flops_ratios is None:
             flops_ratios = [] if self.flops_ratio is None else [self.flops_ratio]
         if log_dir is not None:
@@ -267,32 +259,34 @@ class MergeArguments:
         input_shape: tuple[int, ...],
         timed: int = ROWS,
     ) -> Choice | None:
-        """With a budget, set what merges within it; from the frontier in the config if the schedule is searched for.
+        """With a budget, set the merging that meets it; from the frontier in the config if the schedule is searched.
 
         Args:
             model, samples, input_shape: as for `calibrate`.
-            timed: inputs in the batch that a budget of time is for.
+            timed: number of inputs in the batch of `latency_ratio`.
 
         Raises:
-            BadInput: if the budget cannot be kept to.
+            BadInput: if the budget cannot be met.
         """
         if not self.has_budget:
             return None
-        options: dict[str, Any] = {}
+        options = {} if self.searches else self._restrictions() | {"input_shape": input_shape}
         if self.latency_ratio is not None:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise BadInput("--latency_ratio: use one process; several do not measure the same time")
             options["samples"] = samples.take(timed, timed)
-        if not self.searches:
-            options |= {f"{name}s": [value] for name in WAYS[:2] if (value := getattr(self, name))}
-            options |= {"schedules": [self.schedule], "input_shape": input_shape}
         with naming_arguments():
             return model.merge_to(**{name: getattr(self, name) for name in BUDGETS}, **options)
+
+    def _restrictions(self) -> dict[str, Any]:
+        """Return the options of `calibrate` and `merge_to` for the method, metric and schedule that were given."""
+        options: dict[str, Any] = {f"{name}s": [value] for name in WAYS[:2] if (value := getattr(self, name))}
+        return options if self.schedule == SEARCH else options | {"schedules": [self.schedule]}
 
 
 @contextmanager
 def naming_arguments() -> Iterator[None]:
-    """Turn what model and config say of a value into the line for the argument that gave it.
+    """Turn errors of a model or config about its merging into errors that end a script in one line.
 
     Raises:
         BadInput: in place of a `ValueError`.
@@ -303,8 +297,7 @@ def naming_arguments() -> Iterator[None]:
     except FloatingPointError as error:
         raise Stopped(f"--schedule {SEARCH}: {error}") from error
     except ValueError as error:
-        named, found = re.subn(rf"^({'|'.join((*BUDGETS, *WAYS))})( = |=|(?=:))", r"--\1 ", str(error))
-        raise BadInput(named if found else f"merging: {error}") from error
+        raise BadInput(one_line(error)) from error
 
 
 def apply_fields(config: ToMePerceiverConfig, fields: dict[str, Any]) -> None:
@@ -318,11 +311,7 @@ def apply_fields(config: ToMePerceiverConfig, fields: dict[str, Any]) -> None:
 
 
 def check_schedule(name: str, has_budget: bool) -> None:
-    """Check the name of a schedule.
-
-    Raises:
-        BadInput: for an unknown one, or one that has no budget to spread.
-    """
+    """Check the name of a schedule, and that it has a budget to spread."""
     if name not in SCHEDULE_NAMES:
         raise BadInput(f"--schedule {name}: choose from {', '.join(sorted(SCHEDULE_NAMES))}")
     if name != SEARCH and not has_budget:
@@ -330,11 +319,7 @@ def check_schedule(name: str, has_budget: bool) -> None:
 
 
 def check_samples(count: int | None, searches: bool) -> None:
-    """Check `--calibration_samples`.
-
-    Raises:
-        BadInput: for a number below 1, or if nothing is searched for.
-    """
+    """Check `--calibration_samples`: a positive number, for a search."""
     if count is not None and count < 1:
         raise BadInput(f"--calibration_samples {count}: must be 1 or more")
     if count is not None and not searches:
@@ -345,11 +330,7 @@ def check_samples(count: int | None, searches: bool) -> None:
 
 
 def check_groups(methods: Sequence[str | None], searches: bool) -> None:
-    """Check that fixed groups are asked for where they are searched for.
-
-    Raises:
-        BadInput: if they are not.
-    """
+    """Check that fixed groups are asked for only where a search finds them."""
     if GROUPS in methods and not searches:
         raise BadInput(
             f"--merge_method {GROUPS}: needs a budget (--{', --'.join(BUDGETS)}) and --schedule {SEARCH}, which finds "
@@ -361,43 +342,39 @@ def check_merging(**given: Any) -> None:
     """Check merging arguments as far as they can be without a model.
 
     Args:
-        given: one value for each argument, by its name; `None` for what is not given.
+        given: one value for each argument, by its name; `None` for an argument that is not given.
 
     Raises:
-        BadInput: for a value that no model can mean.
+        BadInput: for a value that fits no model.
     """
-    if given.get("r") is not None:
+    given = {name: value for name, value in given.items() if value is not None}
+    if "r" in given:
         parse_r(given["r"])
-    for name in BUDGETS:
-        if (value := given.get(name)) is not None and not 0 < value <= 1:
+    known = {"merge_method": (*MERGE_METHODS, GROUPS), "merge_metric": MERGE_METRICS}
+    for name, value in given.items():
+        if name in BUDGETS and not 0 < value <= 1:
             raise BadInput(f"--{name} {value}: must be a number above 0, up to 1")
-    if (value := given.get("r_inflection")) is not None and not -1 <= value <= 1:
-        raise BadInput(f"--r_inflection {value}: must be a number from -1 to 1")
-    if (value := given.get("min_latents")) is not None and value < 1:
-        raise BadInput(f"--min_latents {value}: must be 1 or more")
-    for name, known in (("merge_method", (*MERGE_METHODS, GROUPS)), ("merge_metric", MERGE_METRICS)):
-        value = given.get(name)
-        if value is not None and value not in known:
-            raise BadInput(f"--{name} {value}: choose from {', '.join(sorted(known))}")
+        if name == "r_inflection" and not -1 <= value <= 1:
+            raise BadInput(f"--{name} {value}: must be a number from -1 to 1")
+        if name == "min_latents" and value < 1:
+            raise BadInput(f"--{name} {value}: must be 1 or more")
+        if name in known and value not in known[name]:
+            raise BadInput(f"--{name} {value}: choose from {', '.join(sorted(known[name]))}")
 
 
 def spelled_r(r: object) -> str:
-    """`r` as on a command line, also if it is a number or a list because it comes from a JSON or YAML file."""
+    """Return `r` as on a command line: a list is separated by commas."""
     return ",".join(map(str, r)) if isinstance(r, list) else str(r)
 
 
 def parse_r(text: str) -> int | list[int]:
-    """`r` from a command line: `"8"` -> 8, `"26,26,0"` -> [26, 26, 0].
+    """Return the `r` of a command line: 8 for "8", [26, 26, 0] for "26,26,0".
 
     Raises:
         BadInput: for anything else.
     """
-    try:
-        entries = [int(entry) for entry in text.split(",")]
-        if min(entries) < 0:
-            raise ValueError("a negative number")
-    except ValueError:
-        raise BadInput(
-            f"--r {text}: must be an integer of 0 or more, or a comma-separated list of them, one a layer"
-        ) from None
-    return entries if "," in text else entries[0]
+    entries = text.split(",")
+    if not all(entry.strip().isdecimal() for entry in entries):
+        raise BadInput(f"--r {text}: must be an integer of 0 or more, or a comma-separated list of them, one a layer")
+    numbers = [int(entry) for entry in entries]
+    return numbers if "," in text else numbers[0]

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from experiments.errors import BadInput
-from experiments.files import cache_name, check_writable
+from experiments.files import check_writable
 from experiments.publishing.hub import HubRepository, open_repository
 
 BRANCH = r"(?!.*\.\.)\w[\w./-]*(?<![./])"
@@ -61,6 +61,6 @@ def open_to_push(training: TrainingArguments, token: str | None) -> HubRepositor
         )
     if not HF_HUB_DISABLE_XET:
         # What is pushed is cut into pieces there.
-        check_writable(cache_name("HF_XET_CACHE", Path(HF_XET_CACHE)), Path(HF_XET_CACHE))
+        check_writable(f"HF_XET_CACHE={HF_XET_CACHE}", Path(HF_XET_CACHE))
     output_dir = Path(training.output_dir)
     return open_repository(training.hub_model_id, output_dir, training.hub_token or token, training.hub_private_repo)

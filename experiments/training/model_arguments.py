@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments that say which model."""
+"""Arguments that choose the model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets.config import HF_DATASETS_CACHE
-from huggingface_hub.constants import HF_HUB_CACHE
 
-from experiments.errors import PLACES
-from experiments.files import cache_name, check_writable
+from experiments.files import check_writable
 
 
 @dataclass
 class ModelArguments:
-    """Which model: a checkpoint, or a small one from scratch."""
+    """The model: a checkpoint, or a small one from scratch."""
 
     _argument_group_name: ClassVar[str] = "model"
 
@@ -57,18 +55,15 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        """Check the place of whatever is read, and note where downloads go, which may be a place to read alone."""
-        hub, datasets = Path(HF_HUB_CACHE), Path(HF_DATASETS_CACHE)
-        PLACES[cache_name("HF_HUB_CACHE", hub)] = hub.absolute()
         if self.cache_dir is not None:
             check_writable(f"--cache_dir {self.cache_dir}", Path(self.cache_dir))
         else:
-            check_writable(cache_name("HF_DATASETS_CACHE", datasets), datasets)
+            check_writable(f"HF_DATASETS_CACHE={HF_DATASETS_CACHE}", Path(HF_DATASETS_CACHE))
 
     def download_options(self) -> dict[str, Any]:
-        """What every `from_pretrained` takes."""
+        """Return the keywords of every `from_pretrained`."""
         return {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
 
     def dataset_options(self) -> dict[str, Any]:
-        """What `datasets.load_dataset` takes."""
+        """Return the keywords of `datasets.load_dataset`."""
         return {"cache_dir": self.cache_dir, "token": self.token}

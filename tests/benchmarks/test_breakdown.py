@@ -139,7 +139,7 @@ def test_shares_sum_to_one_and_only_what_merges_matches(tiny_published, tmp_path
 def test_bad_input_is_one_line_and_nothing_is_written(tiny_published, tmp_path, capsys):
     for arguments, says in (
         (("--r", -1), "--r -1: allowed are integers from 0"),
-        (("--flops_ratio", 0.01), "--flops_ratio 0.01 is out of reach"),
+        (("--flops_ratio", 0.01), "flops_ratio=0.01 is out of reach"),
         (("--shapes", "vision", "--length", 9), "--length 9: allowed only with the shapes of a model of texts"),
     ):
         line = bad_input_line(capsys, SCRIPT, *TINY, *arguments, "--output_dir", tmp_path / "out")

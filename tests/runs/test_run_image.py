@@ -200,7 +200,7 @@ def test_arguments_from_a_file(inputs, tmp_path):
         (("--retrain_epochs", "1"), ("--retrain_epochs", "--r")),
         (("--elastic",), ("--elastic", "--do_train")),
         (("--elastic", "--do_train", "--distillation_weight", "-1"), ("--distillation_weight -1.0", "0 or more")),
-        (("--elastic", "--do_train", "--distillation_weight", "nan"), ("--distillation_weight nan", "a number")),
+        (("--elastic", "--do_train", "--distillation_weight", "nan"), ("--distillation_weight nan", "a finite number")),
         (("--max_eval_samples", "0"), ("--max_eval_samples 0", "1 or more")),
         (("--image_column_name", "picture"), ("--image_column_name picture", "image")),
     ],

@@ -158,7 +158,7 @@ def test_a_stock_checkpoint_is_evaluated_merged(data, tmp_path):
     [
         (("--mlm_probability", 0), ("--mlm_probability 0", "above 0")),
         (("--dataset_config_name", "one,three"), ("--dataset_name", "three")),
-        (("--task_name", "sst2"), ("--task_name: there is no such argument",)),
+        (("--task_name", "sst2"), ("--task_name: unknown argument",)),
         (("--do_predict",), ("--do_predict",)),
         (("--max_seq_length", 9999, "--model_name_or_path"), ("--max_seq_length 9999", str(POSITIONS))),
     ],

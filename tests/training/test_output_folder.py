@@ -238,7 +238,7 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays(command, tmp_path, c
     """Where a file should go is a device that is always full."""
     (tmp_path / name).symlink_to("/dev/full")
     line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", tmp_path)
-    assert "--output_dir" in line and ": No space left on device" in line
+    assert "--output_dir" in line and "No space left on device" in line
     assert "train_loss" in json.loads((tmp_path / "train_results.json").read_text())
     assert (tmp_path / "model.safetensors").stat().st_size > 10_000
     assert not (tmp_path / name.removeprefix(".").removesuffix(".partial")).exists()
@@ -254,7 +254,7 @@ def test_a_disk_that_is_full_as_weights_are_written(command, tmp_path, capsys, m
 
     monkeypatch.setattr(Trainer, "save_model", save)
     line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", tmp_path)
-    assert "--output_dir" in line and ": No space left on device" in line
+    assert "--output_dir" in line and "No space left on device" in line
     assert json.loads((tmp_path / "arguments.json").read_text())["task_name"] == "sst2"
     assert not (tmp_path / "train_results.json").exists()
 
@@ -274,7 +274,7 @@ def test_a_disk_that_is_full_as_the_optimizer_is_written(command, tmp_path, caps
             call_script("run_glue.py", *arguments)
     else:
         line = bad_input_line(capsys, "run_glue.py", *arguments)
-        assert line.startswith(f"error: --output_dir {tmp_path}: No space left on device")
+        assert "No space left on device" in line and str(tmp_path) in line
     assert last_checkpoint(tmp_path) is None
 
 
@@ -290,7 +290,7 @@ def test_a_disk_that_is_full_behind_another_error(command, tmp_path, capsys, mon
     monkeypatch.setattr("experiments.training.stage.save_metrics", save)
     code = errno.ENOSPC
     line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", tmp_path / "full")
-    assert "No space left on device (writing failed)" in line
+    assert "No space left on device; writing failed" in line
     code = errno.EIO
     with pytest.raises(RuntimeError, match="writing failed"):
         call_script("run_glue.py", *command, "--output_dir", tmp_path / "broken")
