@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which merges a sweep tries: from the command line to what each row merges."""
+"""Arguments of a sweep, and the rows that they ask for."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from cost_tome_perceiver import Merging
 from experiments.errors import BadInput
@@ -28,34 +27,21 @@ from experiments.merging.arguments import (
     check_schedule,
     spelled_r,
 )
+from experiments.runs.sweep_report import Row
 from frontier_tome_perceiver import GROUPS, Frontier
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
-# Of rounds and samples: more would only be a slip of the finger.
+# Largest number of timing rounds and inputs; a larger one is a typing mistake.
 MOST = 10**6
 BOOLEANS = {"true": True, "false": False}
-# Method, metric, attention and least number of latents as the checkpoint has them, or a search finds them.
-ANY_WAY = dict.fromkeys((*WAYS, "min_latents"))
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What one row of a sweep merges.
-
-    Attributes:
-        name: of the row.
-        series: rows of the same one are joined by a line.
-        merging: what it sets.
-    """
+class _Asked(NamedTuple):
+    """A row that the command line asks for, before it is resolved."""
 
     name: str
     series: str
-    merging: Merging
-
-    @property
-    def branch(self) -> str:
-        """Of the Hub repository, and folder below `retrained/`."""
-        return re.sub(r"[^A-Za-z0-9.]+", "_", self.name.replace("=", ""))
+    arguments: MergeArguments
 
 
 @dataclass
@@ -159,7 +145,7 @@ class SweepArguments:
     @property
     def most_samples(self) -> int:
         """Number of samples that are read at most; 0 if nothing is calibrated."""
-        return max((arguments.most_samples for arguments in self._searching), default=0)
+        return max((arguments.most_samples for arguments in self._searching(carried=False)), default=0)
 
     def sample_count(self, model: ToMePerceiverPreTrainedModel, samples: Samples, input_shape: tuple[int, ...]) -> int:
         """Return the number of samples that all budgets are calibrated on; 0 if nothing is searched for.
@@ -167,128 +153,126 @@ class SweepArguments:
         Raises:
             BadInput: if they cannot promise the least `--max_changed`.
         """
-        carried = self.frontier and model.config.merge_frontier is not None
-        searching = self._searching[:-1] if carried else self._searching
+        searching = self._searching(carried=model.config.merge_frontier is not None)
         return max((each.sample_count(model, samples, input_shape) for each in searching), default=0)
 
-    @property
-    def _searching(self) -> list[MergeArguments]:
-        rows = [arguments for *_, arguments in self._rows(next(self._ways())) if arguments.searches]
-        return [*rows, *([self._for_frontier] if self.frontier else [])]
+    def _searching(self, carried: bool) -> list[MergeArguments]:
+        """Return the arguments of all rows that need a frontier measured; one that is carried serves `--frontier`."""
+        rows = [row.arguments for row in self._rows() if row.arguments.searches]
+        return [*rows, *([self._for_frontier] if self.frontier and not carried else [])]
 
-    def variants(
+    @property
+    def _for_frontier(self) -> MergeArguments:
+        """Arguments that measure the checkpoint's own frontier; every row counts, the budget has no effect."""
+        return MergeArguments(flops_ratio=1.0, calibration_samples=self.calibration_samples)
+
+    def _rows(self) -> Iterator[_Asked]:
+        """Yield a row for every r and every budget with every schedule, in every way to merge."""
+        attention = [BOOLEANS[value] for value in self.proportional_attention]
+        given: tuple[list[Any], ...] = (self.merge_method, self.merge_metric, attention)
+        for values in product(*(values or [None] for values in given)):
+            way: dict[str, Any] = dict(zip(WAYS, values, strict=True)) | {"min_latents": self.min_latents}
+            # Fixed groups take no r.
+            for r in self.r if way["merge_method"] != GROUPS else ():
+                yield _Asked(f"r={r}", "r", MergeArguments(r=r, r_inflection=self.r_inflection, **way))
+            for schedule, budget in product(self.schedule, BUDGETS):
+                for ratio in getattr(self, budget):
+                    searches = schedule == SEARCH or budget == "max_changed"
+                    given_samples = self.calibration_samples if searches else None
+                    name = f"{budget.removesuffix('_ratio').removeprefix('max_')}={ratio:g} {schedule}"
+                    budgeted: dict[str, Any] = {budget: ratio, "schedule": schedule} | way
+                    yield _Asked(name, schedule, MergeArguments(calibration_samples=given_samples, **budgeted))
+
+    def resolve(
         self,
         model: ToMePerceiverPreTrainedModel,
         samples: Samples,
         input_shape: tuple[int, ...],
         log_dir: Path | None,
-    ) -> list[Variant]:
-        """What each row merges: nothing, then in every way every r, and every budget with every schedule.
+    ) -> list[Row]:
+        """Return the rows: the unmerged model, then every r and budget in every way, then the frontier.
 
         Args:
-            model: whose merging it is; a search runs it, and so does a budget of time. Afterwards it merges nothing,
-                and has its frontier: the one that it came with, or the one that was measured for it here, if any.
+            model: is run by a search and by a budget of time. Afterwards it merges nothing and has its frontier, if
+                any: the one that it came with, or the one that was measured for it here.
             samples: as for `MergeArguments.calibrate`.
             input_shape: of one input, (1, S) or (1, 3, height, width); a share of the FLOPs is for it.
-            log_dir: where a search keeps what it has found; `None`: nowhere.
+            log_dir: where a search keeps its log; `None`: nowhere.
 
         Raises:
-            BadInput: for what the config cannot mean.
+            BadInput: for settings that the config does not take.
         """
-        config, carried = model.config, model.config.merge_frontier
-        baseline = unmerged(model)
+        config, baseline, carried = model.config, model.unmerged, model.config.merge_frontier
         count = self.sample_count(model, samples, input_shape)
-        rows = [(way, *row) for way in self._ways() for row in self._rows(way)]
-        merging: dict[int, Merging] = {}
-        # By way and schedule: one frontier serves all budgets.
-        calibrated: dict[str, dict[str, Any] | None] = {}
+        # One frontier serves all budgets of a way and schedule.
+        frontiers: dict[str, dict[str, Any] | None] = {}
 
-        def prepare(way: dict[str, Any], arguments: MergeArguments) -> None:
-            baseline.merging.apply(config)
+        def prepare(arguments: MergeArguments) -> None:
+            """Set the way to merge, and the frontier to choose from."""
+            baseline.apply(config)
             apply_fields(config, arguments.config_fields())
-            key = repr((way, arguments.schedule))
-            if arguments.searches and key not in calibrated:
+            key = _frontier_key(arguments)
+            if arguments.searches and key not in frontiers:
                 shares = self.flops_ratio if arguments.schedule == SEARCH else []
                 # Divergences of other attention are no part of the log.
-                log = log_dir if way["proportional_attention"] is None else None
+                log = log_dir if arguments.proportional_attention is None else None
                 arguments.calibrate(model, samples, count, input_shape, log, shares)
-                calibrated[key] = config.merge_frontier
-            config.merge_frontier = calibrated.get(key, carried)
+                frontiers[key] = config.merge_frontier
+            config.merge_frontier = frontiers.get(key, carried)
 
-        # What cannot be kept to is refused before anything is searched for, and the least budget is the first to be.
-        for place in sorted(range(len(rows)), key=lambda place: _effort(rows[place][-1])):
-            way, *_, arguments = rows[place]
-            prepare(way, arguments)
-            arguments.choose(model, samples, input_shape, self.timing_batch_size)
-            merging[place] = Merging.of(config)
-        found = [baseline]
-        for place, (way, name, series, _) in enumerate(rows):
-            named = [_spelled(way[name]) for name in WAYS if len(getattr(self, name)) > 1]
-            if merging[place].merges(baseline.merging.asked_of(config)):
-                found.append(Variant(" ".join([name, *named]), " ".join([series, *named]), merging[place]))
-            elif name not in (variant.name for variant in found):
-                # How it would merge makes no difference, so there is one of it.
-                found.append(Variant(name, series, merging[place]))
+        asked = list(self._rows())
+        chosen: dict[int, Merging] = {}
+        # A budget out of reach is refused before any search: rows without a search first, and the least budget first.
+        for place in sorted(range(len(asked)), key=lambda place: _effort(asked[place].arguments)):
+            prepare(asked[place].arguments)
+            asked[place].arguments.choose(model, samples, input_shape, self.timing_batch_size)
+            chosen[place] = Merging.of(config)
+        found = {"r=0": ("r", baseline)}
+        for place, (name, series, arguments) in enumerate(asked):
+            if chosen[place].merges(baseline.asked_of(config)):
+                way = "".join(f" {_spelled(getattr(arguments, each))}" for each in WAYS if len(getattr(self, each)) > 1)
+                found[name + way] = (series + way, chosen[place])
+            else:
+                # The way makes no difference where nothing merges.
+                found.setdefault(name, (series, chosen[place]))
         if self.frontier and carried is None:
-            prepare(ANY_WAY, self._for_frontier)
+            prepare(self._for_frontier)
         else:
             # Rows of another attention or least number of latents are not what the checkpoint would do.
-            config.merge_frontier = carried or calibrated.get(repr((ANY_WAY, SEARCH)))
-        baseline.merging.apply(config)
-        return found + (frontier_variants(model) if self.frontier else [])
-
-    def _ways(self) -> Iterator[dict[str, Any]]:
-        """Every combination of what is given of method, metric and attention."""
-        attention = [BOOLEANS[value] for value in self.proportional_attention]
-        given: tuple[list[Any], ...] = (self.merge_method, self.merge_metric, attention)
-        for values in product(*(values or [None] for values in given)):
-            yield dict(zip(WAYS, values, strict=True)) | {"min_latents": self.min_latents}
-
-    def _rows(self, way: dict[str, Any]) -> Iterator[tuple[str, str, MergeArguments]]:
-        """Name, series and arguments of each row."""
-        # Without merging there are no groups, and that row is there.
-        for r in self.r if way["merge_method"] != GROUPS else ():
-            yield f"r={r}", "r", MergeArguments(r=r, r_inflection=self.r_inflection, **way)
-        for schedule in self.schedule:
-            for budget in BUDGETS:
-                for ratio in getattr(self, budget):
-                    given: dict[str, Any] = {budget: ratio, "schedule": schedule} | way
-                    if schedule == SEARCH or budget == "max_changed":
-                        given["calibration_samples"] = self.calibration_samples
-                    name = budget.removesuffix("_ratio").removeprefix("max_")
-                    yield f"{name}={ratio:g} {schedule}", schedule, MergeArguments(**given)
-
-    @property
-    def _for_frontier(self) -> MergeArguments:
-        """Arguments that measure the checkpoint's frontier, of which every row counts and no budget."""
-        return MergeArguments(flops_ratio=1.0, calibration_samples=self.calibration_samples)
+            config.merge_frontier = carried or frontiers.get(_frontier_key(self._for_frontier))
+        baseline.apply(config)
+        if self.frontier:
+            found |= {name: ("frontier", merging) for name, merging in _frontier_rows(model).items()}
+        return [
+            Row.plan(model, input_shape, merging, baseline, name=name, series=series)
+            for name, (series, merging) in found.items()
+        ]
 
 
-def unmerged(model: ToMePerceiverPreTrainedModel) -> Variant:
-    """The row that merges nothing, for this model."""
-    return Variant("r=0", "r", model.unmerged)
-
-
-def frontier_variants(model: ToMePerceiverPreTrainedModel) -> list[Variant]:
-    """Return a row for each row of a model's frontier that merges anything, from mild to strong."""
+def _frontier_rows(model: ToMePerceiverPreTrainedModel) -> dict[str, Merging]:
+    """Return the rows of a model's frontier that merge anything, by name, from mild to strong."""
     frontier = Frontier.of(model.config)
     assert frontier is not None
     start = model.unmerged.asked_of(model.config)
     merging = {row.merging.key: row for row in frontier.rows if row.merging.merges(start)}
-    found: dict[str, Variant] = {}
+    found: dict[str, Merging] = {}
     for row in merging.values():
         short = f"frontier={row.flops_ratio:.3f}"
-        name = short if short not in found else f"frontier={row.flops_ratio:.6f}"
-        found[name] = Variant(name, "frontier", row.merging)
-    return list(found.values())
+        found[short if short not in found else f"frontier={row.flops_ratio:.6f}"] = row.merging
+    return found
+
+
+def _frontier_key(arguments: MergeArguments) -> str:
+    """Return what rows that share a frontier have in common."""
+    return repr([getattr(arguments, name) for name in ("schedule", "min_latents", *WAYS)])
 
 
 def _effort(arguments: MergeArguments) -> tuple[bool, bool, float]:
-    """What is resolved at once comes before what is timed or searched for, and less before more."""
+    """Return a key to sort by: rows that are searched for or timed come last, strong ones first."""
     share = arguments.flops_ratio or arguments.latency_ratio or arguments.max_changed or 0.0
     return arguments.searches, arguments.latency_ratio is not None, share
 
 
 def _spelled(value: Any) -> str:
-    """A way in the name of a row."""
+    """Return a way to merge as it stands in the name of a row."""
     return {True: "proportional", False: "plain"}[value] if isinstance(value, bool) else str(value)

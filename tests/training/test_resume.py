@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
 
 from experiments.publishing.card import Card
-from experiments.runs.sweep_results import SweepResults
+from experiments.runs.sweep_report import SweepResults
 from experiments.training import stage as training
 from experiments.training.checkpoint import last_checkpoint
 from tests.support import tiny_images
@@ -426,7 +426,7 @@ def test_a_sweep_killed_by_the_system_goes_on(sweep, tmp_path):
     """Four saves are two merged cells, the timing and a retrained cell; the fifth does not come about."""
     arguments, whole = sweep
     arguments = (*arguments, "--output_dir", tmp_path)
-    really_kill("eval_sweep.py", arguments, "experiments.runs.sweep_results:SweepResults.save", call=5)
+    really_kill("eval_sweep.py", arguments, "experiments.runs.sweep_report:SweepResults.save", call=5)
     before = cells(tmp_path)
     assert ["retrained" in row for row in before] == [True, False]
     call_script("eval_sweep.py", *arguments)
