@@ -9,41 +9,35 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import accumulate, product
+from operator import sub
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PerceiverConfig
 from transformers.activations import ACT2FN
 
-# A stock checkpoint is loaded as it is; anything else is another architecture.
+# A stock checkpoint loads as it is; any other model type is another architecture.
 LOADABLE_MODEL_TYPES = ("perceiver", "tome_perceiver")
 
-# What the layers can compare latents by.
 MERGE_METRICS = ("key", "value", "hidden")
 
-# The fields of merging whose names are long enough to be misspelt.
-MERGING_FIELDS = (
-    "r_inflection",
-    "min_latents",
-    "proportional_attention",
-    "merge_method",
-    "merge_metric",
-    "merge_groups",
-    "latent_groups",
-    "merge_frontier",
-)
+# The fields that say how much merges, with the values at which nothing does.
+UNMERGED: dict[str, Any] = {"r": 0, "r_inflection": 0.0, "merge_groups": None, "latent_groups": None}
+# Fields that a row of a frontier may set; then all fields that decide what merges.
+FRONTIER_SETTINGS = ("r", "merge_groups", "latent_groups", "merge_method", "merge_metric", "num_blocks")
+MERGING_FIELDS = (*FRONTIER_SETTINGS, "r_inflection", "min_latents", "proportional_attention")
 
-# Fields that a row of a frontier may set, and how many rows it may have: a config is read from the internet.
-FRONTIER_SETTINGS = {"r", "merge_method", "merge_metric", "merge_groups", "latent_groups", "num_blocks"}
+# What a frontier must hold, since a config is read from the internet: at most this many rows, and these fields.
 MOST_ROWS = 100
 FRONTIER_CONTENTS = {"num_blocks": int, "input_shape": list, "searched": int, "held_out": int, "weights": list}
 FRONTIER_WHO = {"samples", "groups", "worst_tenth"}
-# What every row of a frontier has beside its merging settings.
 FRONTIER_FIGURES = ("flops_ratio", "divergence", "changed", "changed_bound")
 
-# Upstream's fields that the shape of a Perceiver is made of.
+# Upstream's fields that give a Perceiver its shape; the last two may be unset.
 SHAPE_FIELDS = (
     "num_latents",
     "d_latents",
@@ -56,7 +50,10 @@ SHAPE_FIELDS = (
     "cross_attention_widening_factor",
     "vocab_size",
     "max_position_embeddings",
+    "qk_channels",
+    "v_channels",
 )
+POSITIVE = "an integer of 1 or more"
 
 
 class ToMePerceiverConfig(PerceiverConfig):
@@ -95,7 +92,7 @@ class ToMePerceiverConfig(PerceiverConfig):
             and figures, and what they were measured on. `model.merge_to` chooses among them.
 
     Raises:
-        ValueError: for a value out of its range, in one line naming the field, the value and what is allowed.
+        ValueError: for a value out of its range, in one line naming the field, the value and what it must be.
     """
 
     model_type = "tome_perceiver"
@@ -119,10 +116,10 @@ class ToMePerceiverConfig(PerceiverConfig):
         try:
             super().__setattr__(name, value)
         except StrictDataclassFieldValidationError:
-            # Upstream's own check, which takes two lines and is no ValueError.
+            # Upstream's own check takes two lines and is no ValueError.
             kind = type(self).__dataclass_fields__[name].type
-            allowed = "an integer of 1 or more" if name in SHAPE_FIELDS else getattr(kind, "__name__", kind)
-            raise ValueError(f"{name} = {value!r}: allowed is {allowed}") from None
+            must = POSITIVE if name in SHAPE_FIELDS else f"of type {getattr(kind, '__name__', kind)}"
+            raise _refusal(name, value, must) from None
 
     @classmethod
     def get_config_dict(
@@ -134,7 +131,7 @@ class ToMePerceiverConfig(PerceiverConfig):
             ValueError: if `model_type` is another architecture's.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return cls._as_own_type(config_dict), kwargs
+        return _check_as_written(config_dict), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
@@ -145,21 +142,10 @@ class ToMePerceiverConfig(PerceiverConfig):
                 `kwargs` that is nearly one of the merging fields'.
         """
         _refuse_misspelt(kwargs)
-        loaded = super().from_dict(cls._as_own_type(config_dict), **kwargs)
+        loaded = super().from_dict(_check_as_written(config_dict), **kwargs)
         # Upstream sets the fields in `kwargs` after construction; with `return_unused_kwargs` it returns a pair.
         (loaded[0] if isinstance(loaded, tuple) else loaded).check_merging()
         return loaded
-
-    @classmethod
-    def _as_own_type(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        model_type = config_dict.get("model_type", cls.model_type)
-        if model_type not in LOADABLE_MODEL_TYPES:
-            raise ValueError(
-                f"model_type = {model_type!r}: this checkpoint is of another architecture; "
-                f"allowed are {' and '.join(map(repr, LOADABLE_MODEL_TYPES))}"
-            )
-        _check_as_written(config_dict)
-        return {**config_dict, "model_type": cls.model_type}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Upstream's, after a check of fields that were set one by one since.
@@ -177,12 +163,12 @@ class ToMePerceiverConfig(PerceiverConfig):
 
     @property
     def latents_at_start(self) -> int:
-        """How many latents read the inputs: N, or as many as `latent_groups` makes of them."""
+        """Number of latents that read the inputs: N, or the number of `latent_groups`."""
         if self.latent_groups is None:
             return self.num_latents
-        # What would leave out latents in silence, if it was set after all was checked.
+        # A field set after the last check: groups of another length would leave out latents.
         if len(self.latent_groups) != self.num_latents:
-            self._check_groups("latent_groups", self.latent_groups, self.num_latents)
+            self.check_merging()
         return max(self.latent_groups) + 1
 
     @property
@@ -192,109 +178,47 @@ class ToMePerceiverConfig(PerceiverConfig):
         Raises:
             ValueError: if `r` or `merge_groups` does not fit the layers.
         """
+        left = self.latents_at_start
         if self.merge_groups is None:
-            self._check_r(self.r)
-            self._check_r_inflection()
-            return self._capped(self._requested_r(), self.latents_at_start)
-        removed, left = [], self.latents_at_start
+            return self._schedule(self.r, self.r_inflection, left)
         if self.r != 0 or len(self.merge_groups) != self.num_self_attention_layers:
-            self._check_merge_groups()
+            self.check_merging()
+        removed = []
         for groups in self.merge_groups:
-            # Of all that was checked before, what would merge other latents in silence.
+            # As above: groups of another length would merge other latents.
             if groups is not None and len(groups) != left:
-                self._check_merge_groups()
+                self.check_merging()
             removed.append(0 if groups is None else left - max(groups) - 1)
             left -= removed[-1]
         return removed
 
     def schedule_of(self, r: int | list[int]) -> list[int]:
-        """`merge_schedule` with `r` in the place of all that this config says of r and of groups.
+        """Return the `merge_schedule` with `r` in place of this config's r, inflection and groups.
 
         Raises:
-            ValueError: in one line naming the value and what is allowed.
+            ValueError: in one line naming the value and what it must be.
         """
-        self._check_r(r)
-        requested = list(r) if isinstance(r, (list, tuple)) else [r] * self.num_self_attention_layers
-        return self._capped(requested, self.num_latents)
+        return self._schedule(r, 0.0, self.num_latents)
 
-    def _capped(self, requested: list[int], left: int) -> list[int]:
+    def _schedule(self, r: int | list[int], inflection: float, left: int) -> list[int]:
+        _check_r(r, inflection, self.num_self_attention_layers)
         removed = []
-        for r in requested:
-            removed.append(max(0, min(r, left // 2, left - self.min_latents)))
+        for requested in _spread_r(r, inflection, self.num_self_attention_layers):
+            removed.append(max(0, min(requested, left // 2, left - self.min_latents)))
             left -= removed[-1]
         return removed
 
     @property
     def latents_per_layer(self) -> list[int]:
         """Latents left after each of the L layers; the last entry is M, what the decoder reads."""
-        left, remaining = [], self.latents_at_start
-        for removed in self.merge_schedule:
-            remaining -= removed
-            left.append(remaining)
-        return left
-
-    def _requested_r(self) -> list[int]:
-        """`r` as one entry for each layer, before the caps."""
-        if isinstance(self.r, (list, tuple)):
-            return list(self.r)
-        # ToMe's linear ramp from r (1 - inflection) to r (1 + inflection), rounded so that opposite layers still sum
-        # to 2r: the inflection moves merging about and leaves its total alone.
-        layers = self.num_self_attention_layers
-        ramp = [self.r] * layers
-        for i in range(layers // 2):
-            distance_from_middle = 1 - 2 * i / (layers - 1)
-            ramp[i] = int(self.r * (1 - self.r_inflection * distance_from_middle) + 0.5)
-            ramp[layers - 1 - i] = 2 * self.r - ramp[i]
-        return ramp
-
-    def check_merging(self) -> None:
-        """Check the shape, and the merging fields against each other and against the layers.
-
-        Raises:
-            ValueError: in one line naming the field, the value and what is allowed.
-        """
-        self._check_shape()
-        self.check_settings()
-        self._check_r(self.r)
-        self._check_r_inflection()
-        if self.latent_groups is not None:
-            self._check_groups("latent_groups", self.latent_groups, self.num_latents)
-        if self.merge_groups is not None:
-            self._check_merge_groups()
-        if self.merge_frontier is not None:
-            self._check_frontier()
-
-    def _check_frontier(self) -> None:
-        frontier = self.merge_frontier if isinstance(self.merge_frontier, dict) else {}
-        rows = frontier.get("rows")
-        if not isinstance(rows, list) or not 1 <= len(rows) <= MOST_ROWS:
-            raise ValueError(f"merge_frontier: must be a dict with 1 to {MOST_ROWS} rows, as model.calibrate leaves it")
-        for number, row in enumerate(rows):
-            merging = row.get("merging") if isinstance(row, dict) else None
-            if not isinstance(merging, dict) or not set(merging) <= FRONTIER_SETTINGS:
-                raise ValueError(f"merge_frontier: row {number} must have merging settings of this config")
-            if not all(_is_figure(row.get(name)) for name in FRONTIER_FIGURES) or row.get("flops_ratio") is None:
-                raise ValueError(f"merge_frontier: row {number} must have a number for {', '.join(FRONTIER_FIGURES)}")
-            who = row.get("who", {})
-            if not isinstance(who, dict) or (row.get("changed") is not None and set(who) != FRONTIER_WHO):
-                raise ValueError(f"merge_frontier: row {number} must have who, with {', '.join(sorted(FRONTIER_WHO))}")
-            try:
-                self.merged_as(row).check_merging()
-            except ValueError as error:
-                raise ValueError(f"merge_frontier: row {number}: {error}") from error
-        for name, kind in FRONTIER_CONTENTS.items():
-            if not isinstance(frontier.get(name), kind):
-                raise ValueError(
-                    f"merge_frontier: {name} must be of type {kind.__name__}, as model.calibrate leaves it"
-                )
+        return list(accumulate(self.merge_schedule, sub, initial=self.latents_at_start))[1:]
 
     def merged_as(self, row: dict[str, Any]) -> ToMePerceiverConfig:
         """Return a copy of this config that merges as a row of its frontier does, and has no frontier."""
-        asked = copy.copy(self)
-        unset = {"r": 0, "r_inflection": 0.0, "merge_groups": None, "latent_groups": None, "merge_frontier": None}
-        for name, value in (unset | row["merging"]).items():
-            setattr(asked, name, value)
-        return asked
+        merged = copy.copy(self)
+        for name, value in (UNMERGED | {"merge_frontier": None} | row["merging"]).items():
+            setattr(merged, name, value)
+        return merged
 
     def frontier_row(self, flops_ratio: float) -> dict[str, Any]:
         """Return the row of the frontier that changes the outputs least within a share of the FLOPs.
@@ -314,22 +238,46 @@ class ToMePerceiverConfig(PerceiverConfig):
             raise ValueError(f"flops_ratio={flops_ratio} is out of reach: the frontier reaches {least:.3f} at best")
         return min(within, key=lambda row: (row["divergence"] or 0.0, -row["flops_ratio"]))
 
+    def check_merging(self) -> None:
+        """Check the shape, and the merging fields against each other and against the layers.
+
+        Raises:
+            ValueError: in one line naming the field, the value and what it must be.
+        """
+        _check_shape(self)
+        self.check_settings()
+        _check_r(self.r, self.r_inflection, self.num_self_attention_layers)
+        left = self.num_latents
+        if self.latent_groups is not None:
+            left = _check_groups("latent_groups", self.latent_groups, left, self.min_latents)
+        if self.merge_groups is not None:
+            layers = self.num_self_attention_layers
+            if self.r != 0:
+                raise ValueError(f"merge_groups: r must be 0, not {self.r!r}; to merge by r, set merge_groups to None")
+            if not isinstance(self.merge_groups, (list, tuple)) or len(self.merge_groups) != layers:
+                raise ValueError(
+                    f"merge_groups: {_summary(self.merge_groups)}; must be a list of {layers} entries, one a layer"
+                )
+            for layer, groups in enumerate(self.merge_groups):
+                if groups is not None:
+                    left = _check_groups(f"merge_groups[{layer}]", groups, left, self.min_latents)
+        if self.merge_frontier is not None:
+            _check_frontier(self)
+
     def check_settings(self) -> None:
         """Check the merging fields that every layer follows, whatever its r.
 
         Raises:
-            ValueError: in one line naming the field, the value and what is allowed.
+            ValueError: in one line naming the field, the value and what it must be.
         """
-        if not _is_integer(self.min_latents) or not 1 <= self.min_latents <= self.num_latents:
-            raise ValueError(
-                f"min_latents = {self.min_latents!r}: allowed is an integer from 1 to num_latents = {self.num_latents}"
-            )
+        if not _is_integer(self.min_latents, 1, self.num_latents):
+            raise _refusal("min_latents", self.min_latents, f"an integer from 1 to num_latents={self.num_latents}")
         if not isinstance(self.proportional_attention, bool):
-            raise ValueError(f"proportional_attention = {self.proportional_attention!r}: allowed are true and false")
+            raise _refusal("proportional_attention", self.proportional_attention, "true or false")
         if not isinstance(self.merge_method, str):
-            raise ValueError(f"merge_method = {self.merge_method!r}: allowed is the name of a merging method")
+            raise _refusal("merge_method", self.merge_method, "the name of a merging method")
         if self.merge_metric not in MERGE_METRICS:
-            raise ValueError(f"merge_metric = {self.merge_metric!r}: allowed are {', '.join(map(repr, MERGE_METRICS))}")
+            raise ValueError(f"merge_metric={self.merge_metric!r}: choose from {', '.join(MERGE_METRICS)}")
 
     def check_labels(self) -> None:
         """Check that `label2id` and `id2label` say the same of a classifier's outputs.
@@ -338,122 +286,124 @@ class ToMePerceiverConfig(PerceiverConfig):
         ImageNet's do).
 
         Raises:
-            ValueError: in one line naming the field, the label and what is allowed.
+            ValueError: in one line naming the field, the label and what it must be.
         """
         names, last = self.id2label or {}, self.num_labels - 1
         if sorted(names) != list(range(len(names))):
-            raise ValueError(f"id2label: of the outputs {sorted(names)}; allowed are 0 to {last} with none left out")
+            raise ValueError(f"id2label: names the outputs {sorted(names)}; must name 0 to {last}")
         named: dict[int, str] = {}
         for name, index in (self.label2id or {}).items():
             number = int(index) if isinstance(index, str) and index.isdecimal() else index
-            if not _is_integer(number) or not 0 <= number <= last:
-                raise ValueError(f"label2id[{name!r}] = {index!r}: allowed is an output of the model, 0 to {last}")
+            if not _is_integer(number, 0, last):
+                raise _refusal(f"label2id[{name!r}]", index, f"an output of the model, 0 to {last}")
             if number in named:
-                raise ValueError(
-                    f"label2id: {named[number]!r} and {name!r} are both output {number}; allowed is one name for each"
-                )
+                raise ValueError(f"label2id: output {number} is {named[number]!r} and {name!r}; must have one name")
             named[number] = name
-        if _are_default(names) or _are_default(named):
+        if any(all(name == f"LABEL_{index}" for index, name in labels.items()) for labels in (names, named)):
             return
         for index, name in names.items():
             other = named.get(index)
             if other != name and (other is not None or name not in named.values()):
-                raise ValueError(
-                    f"id2label[{index}] = {name!r}: label2id has {'no such label' if other is None else repr(other)}; "
-                    "allowed is the same in both"
-                )
-
-    def _check_shape(self) -> None:
-        for name in (
-            *SHAPE_FIELDS,
-            *(name for name in ("qk_channels", "v_channels") if getattr(self, name) is not None),
-        ):
-            value = getattr(self, name)
-            if not _is_integer(value) or value < 1:
-                raise ValueError(f"{name} = {value!r}: allowed is an integer of 1 or more")
-        dropout = self.attention_probs_dropout_prob
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
-            raise ValueError(f"attention_probs_dropout_prob = {dropout!r}: allowed is a number from 0 to 1")
-        if isinstance(self.hidden_act, str) and self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act = {self.hidden_act!r}: allowed are {', '.join(sorted(ACT2FN))}")
-        for heads in ("num_self_attention_heads", "num_cross_attention_heads"):
-            for channels in ("d_latents", "qk_channels", "v_channels"):
-                if (getattr(self, channels) or 0) % getattr(self, heads):
-                    raise ValueError(
-                        f"{channels} = {getattr(self, channels)}: allowed is a multiple of {heads} = "
-                        f"{getattr(self, heads)}"
-                    )
-
-    def _check_r(self, r: Any) -> None:
-        layers = self.num_self_attention_layers
-        if isinstance(r, (list, tuple)):
-            if len(r) != layers:
-                raise ValueError(
-                    f"r = {r!r}: a list needs one entry for each of the {layers} self-attention layers, not {len(r)}"
-                )
-            if not all(_is_integer(entry) and entry >= 0 for entry in r):
-                raise ValueError(f"r = {r!r}: every entry of a list must be an integer of 0 or more")
-        elif not _is_integer(r) or r < 0:
-            raise ValueError(
-                f"r = {r!r}: allowed is an integer of 0 or more, or a list of {layers} of them, one a layer"
-            )
-
-    def _check_r_inflection(self) -> None:
-        inflection = self.r_inflection
-        if isinstance(inflection, bool) or not isinstance(inflection, (int, float)) or not -1 <= inflection <= 1:
-            raise ValueError(f"r_inflection = {inflection!r}: allowed is a number from -1 to 1")
-        if inflection and isinstance(self.r, (list, tuple)):
-            raise ValueError(
-                f"r_inflection = {inflection!r}: allowed only with an integer r; a list says what each layer does"
-            )
-
-    def _check_merge_groups(self) -> None:
-        layers, left = self.num_self_attention_layers, self.latents_at_start
-        if self.r != 0:
-            raise ValueError(
-                f"merge_groups: fixed groups take the place of r, so r must be 0, not {self.r!r}; "
-                "to merge by r, set merge_groups to None"
-            )
-        if not isinstance(self.merge_groups, (list, tuple)) or len(self.merge_groups) != layers:
-            raise ValueError(
-                f"merge_groups: allowed is a list with one entry for each of the {layers} self-attention layers, "
-                f"not {_summary(self.merge_groups)}"
-            )
-        for layer, groups in enumerate(self.merge_groups):
-            if groups is not None:
-                left = self._check_groups(f"merge_groups[{layer}]", groups, left)
-
-    def _check_groups(self, name: str, groups: Any, reaching: int) -> int:
-        """Check that each of the latents that reach a place has a group, and say how many groups there are."""
-        if not isinstance(groups, (list, tuple)) or len(groups) != reaching or not all(map(_is_integer, groups)):
-            raise ValueError(
-                f"{name}: allowed is null or a list of {reaching} integers, one for each latent that gets there, not "
-                f"{_summary(groups)}"
-            )
-        numbers = sorted(set(groups))
-        count = len(numbers)
-        if numbers != list(range(count)):
-            raise ValueError(f"{name}: groups must be numbered 0, 1, ... with none left out, not {numbers}")
-        if count < self.min_latents:
-            raise ValueError(f"{name}: leaves {count} latents, fewer than min_latents = {self.min_latents}")
-        return count
+                has = "no such label" if other is None else repr(other)
+                raise _refusal(f"id2label[{index}]", name, f"as in label2id, which has {has}")
 
 
-def _check_as_written(config_dict: dict[str, Any]) -> None:
-    """Check what upstream would mend or trip over as it reads a config, before anybody has seen it."""
-    for name, kind, what in (
-        ("id2label", dict, "outputs to names"),
-        ("label2id", dict, "names to outputs"),
-        ("architectures", list, "class names"),
+def _spread_r(r: int | list[int], inflection: float, layers: int) -> list[int]:
+    """Return `r` as one entry for each layer, before the caps."""
+    if isinstance(r, (list, tuple)):
+        return list(r)
+    # ToMe's linear ramp from r (1 - inflection) to r (1 + inflection), rounded so that opposite layers still sum to 2r:
+    # the inflection moves merging about and leaves its total alone.
+    ramp = [r] * layers
+    for i in range(layers // 2):
+        distance_from_middle = 1 - 2 * i / (layers - 1)
+        ramp[i] = int(r * (1 - inflection * distance_from_middle) + 0.5)
+        ramp[-1 - i] = 2 * r - ramp[i]
+    return ramp
+
+
+def _check_shape(config: ToMePerceiverConfig) -> None:
+    for name in SHAPE_FIELDS:
+        value = getattr(config, name)
+        if not _is_integer(value, 1) and (value is not None or name not in ("qk_channels", "v_channels")):
+            raise _refusal(name, value, POSITIVE)
+    if not _is_number(config.attention_probs_dropout_prob, 0, 1):
+        raise _refusal("attention_probs_dropout_prob", config.attention_probs_dropout_prob, "a number from 0 to 1")
+    if isinstance(config.hidden_act, str) and config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act={config.hidden_act!r}: choose from {', '.join(sorted(ACT2FN))}")
+    for heads, channels in product(
+        ("num_self_attention_heads", "num_cross_attention_heads"), ("d_latents", "qk_channels", "v_channels")
     ):
+        if (getattr(config, channels) or 0) % getattr(config, heads):
+            raise _refusal(channels, getattr(config, channels), f"a multiple of {heads}={getattr(config, heads)}")
+
+
+def _check_r(r: Any, inflection: Any, layers: int) -> None:
+    is_list = isinstance(r, (list, tuple))
+    if not all(_is_integer(entry, 0) for entry in (r if is_list else [r])) or (is_list and len(r) != layers):
+        raise _refusal("r", r, f"an integer of 0 or more, or a list of {layers} of them, one a layer")
+    if not _is_number(inflection, -1, 1):
+        raise _refusal("r_inflection", inflection, "a number from -1 to 1")
+    if inflection and is_list:
+        raise _refusal("r_inflection", inflection, "0 with a list as r, which says what each layer does")
+
+
+def _check_groups(name: str, groups: Any, reaching: int, min_latents: int) -> int:
+    """Check that each of the latents that reach a place has a group, and return the number of groups."""
+    if not isinstance(groups, (list, tuple)) or len(groups) != reaching or not all(map(_is_integer, groups)):
+        raise ValueError(f"{name}: {_summary(groups)}; must be null or {reaching} integers, one for each latent")
+    numbers = sorted(set(groups))
+    if numbers != list(range(len(numbers))):
+        raise ValueError(f"{name}: has groups {numbers}; must be numbered 0, 1, ... with none left out")
+    if len(numbers) < min_latents:
+        raise ValueError(f"{name}: leaves {len(numbers)} latents; must be min_latents={min_latents} or more")
+    return len(numbers)
+
+
+def _check_frontier(config: ToMePerceiverConfig) -> None:
+    frontier = config.merge_frontier if isinstance(config.merge_frontier, dict) else {}
+    rows = frontier.get("rows")
+    if not isinstance(rows, list) or not 1 <= len(rows) <= MOST_ROWS:
+        raise ValueError(f"merge_frontier: must be a dict with 1 to {MOST_ROWS} rows, as model.calibrate leaves it")
+    for number, row in enumerate(rows):
+        try:
+            _check_row(config, row if isinstance(row, dict) else {})
+        except ValueError as error:
+            raise ValueError(f"merge_frontier: row {number}: {error}") from error
+    for name, kind in FRONTIER_CONTENTS.items():
+        if not isinstance(frontier.get(name), kind):
+            raise ValueError(f"merge_frontier: {name} must be of type {kind.__name__}, as model.calibrate leaves it")
+
+
+def _check_row(config: ToMePerceiverConfig, row: dict[str, Any]) -> None:
+    merging, who = row.get("merging"), row.get("who", {})
+    if not isinstance(merging, dict) or not set(merging) <= set(FRONTIER_SETTINGS):
+        raise ValueError("must have merging settings of this config")
+    figures = [row.get(name) for name in FRONTIER_FIGURES]
+    if figures[0] is None or not all(figure is None or _is_number(figure, 0) for figure in figures):
+        raise ValueError(f"must have a number for {', '.join(FRONTIER_FIGURES)}")
+    if not isinstance(who, dict) or (row.get("changed") is not None and set(who) != FRONTIER_WHO):
+        raise ValueError(f"must have who, with {', '.join(sorted(FRONTIER_WHO))}")
+    config.merged_as(row).check_merging()
+
+
+def _check_as_written(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a written config as one of this class, after a check of what upstream would mend or trip over."""
+    model_type = config_dict.get("model_type", "tome_perceiver")
+    if model_type not in LOADABLE_MODEL_TYPES:
+        raise ValueError(
+            f"model_type={model_type!r}: is another architecture; choose from {', '.join(LOADABLE_MODEL_TYPES)}"
+        )
+    for name, kind in (("id2label", dict), ("label2id", dict), ("architectures", list)):
         value = config_dict.get(name)
         if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{name} = {value!r}: allowed is a {kind.__name__} of {what}")
+            raise _refusal(name, value, f"a {kind.__name__}")
     if not all(isinstance(name, str) for name in config_dict.get("architectures") or []):
-        raise ValueError(f"architectures = {config_dict['architectures']!r}: allowed is a list of class names")
+        raise _refusal("architectures", config_dict["architectures"], "a list of class names")
     indices = list(map(str, (config_dict.get("label2id") or {}).values()))
-    if twice := {index for index in indices if indices.count(index) > 1}:
-        raise ValueError(f"label2id: has two names for the output {min(twice)}; allowed is one name for each")
+    if len(set(indices)) < len(indices):
+        raise _refusal("label2id", config_dict["label2id"], "one name for each output")
+    return {**config_dict, "model_type": "tome_perceiver"}
 
 
 def check_share(name: str, value: object) -> None:
@@ -462,33 +412,33 @@ def check_share(name: str, value: object) -> None:
     Raises:
         ValueError: naming the argument and its value.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{name}={value!r}: must be a number above 0, up to 1")
+    if not _is_number(value, 0, 1) or value == 0:
+        raise _refusal(name, value, "a number above 0, up to 1")
 
 
-def _is_figure(value: object) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf)
+def _refusal(name: str, value: object, must: str) -> ValueError:
+    return ValueError(f"{name}={value!r}: must be {must}")
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_integer(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _are_default(names: dict[int, str]) -> bool:
-    """Whether labels are upstream's for a number of outputs; no labels are."""
-    return all(name == f"LABEL_{index}" for index, name in names.items())
+def _is_number(value: object, least: float, most: float = sys.float_info.max) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 def _refuse_misspelt(names: Iterable[str]) -> None:
-    """Any name may be a field of a config, so what is nearly a merging field's would change nothing in silence."""
+    """Refuse what is nearly a merging field: any name may be a field of a config, so it would have no effect."""
+    known = (*MERGING_FIELDS, "merge_frontier")
     for name in names:
-        near = get_close_matches(name, MERGING_FIELDS, n=1, cutoff=0.8)
-        if near and name not in MERGING_FIELDS:
-            raise ValueError(f"{name}: no field of the config; allowed are {near[0]!r}, which it resembles, and others")
+        near = get_close_matches(name, known, n=1, cutoff=0.8)
+        if near and name not in known:
+            raise ValueError(f"{name}: is no field of the config; did you mean {near[0]}?")
 
 
 def _summary(value: object) -> str:
-    return f"a {type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else repr(value)
+    return f"is a {type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else f"is {value!r}"
 
 
 ToMePerceiverConfig.register_for_auto_class()

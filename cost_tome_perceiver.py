@@ -29,12 +29,12 @@ from tqdm.auto import tqdm
 
 # As in the module of the layers, which says why.
 try:
-    from .configuration_tome_perceiver import ToMePerceiverConfig
+    from .configuration_tome_perceiver import UNMERGED, ToMePerceiverConfig
     from .merging_tome_perceiver import check_merge_method, matching_flops, product_flops
 except ImportError:
     if __package__:
         raise
-    from configuration_tome_perceiver import ToMePerceiverConfig
+    from configuration_tome_perceiver import UNMERGED, ToMePerceiverConfig
     from merging_tome_perceiver import check_merge_method, matching_flops, product_flops
 
 MULTIMODAL = "PerceiverForMultimodalAutoencoding"
@@ -375,7 +375,7 @@ class Merging:
 
     def by(self, r: int | list[int], **changed: Any) -> Merging:
         """Return the same settings with another r, no groups, and other fields where `changed` names them."""
-        return replace(self, **{"r": r, "r_inflection": 0.0, "merge_groups": None, "latent_groups": None} | changed)
+        return replace(self, **{**UNMERGED, "r": r, **changed})
 
     def apply(self, config: ToMePerceiverConfig) -> None:
         """Set the fields on a config.

@@ -11,7 +11,6 @@ Letters: B batch, N latents, M latents left, R = N - M latents merged away, C ch
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -23,10 +22,8 @@ from torch import Tensor
 EVERY, EVENS, ODDS = slice(None), slice(0, None, 2), slice(1, None, 2)
 # What a vector is divided by to make it of length 1, at least.
 SHORTEST = 1e-12
-# The margin of the energy falls from here to 0 over the layers (Tran et al., 2024).
-LARGEST_MARGIN = 0.9
-# Temperature of the size criterion (Lee et al., 2024).
-SIZE_TEMPERATURE = 1 / 40
+# Methods that experiments compare with; `experiments/merging/controls.py` registers them, and no checkpoint has them.
+CONTROLS = ("energy", "prune", "random", "size_penalty")
 
 
 class Match(NamedTuple):
@@ -79,10 +76,11 @@ def check_merge_method(name: str) -> None:
     """Check that `name` is in the registry.
 
     Raises:
-        ValueError: in one line naming the value and what is allowed.
+        ValueError: in one line naming the value and the methods there are.
     """
     if name not in MERGE_METHODS:
-        raise ValueError(f"merge_method = {name!r}: allowed are {', '.join(map(repr, sorted(MERGE_METHODS)))}")
+        why = "is a control of the experiments, not of a checkpoint" if name in CONTROLS else "is not registered"
+        raise ValueError(f"merge_method={name!r}: {why}; choose from {', '.join(sorted(MERGE_METHODS))}")
 
 
 def matching_flops(name: str, latents: int, channels: int) -> int:
@@ -97,8 +95,8 @@ def matching_flops(name: str, latents: int, channels: int) -> int:
     """
     if name not in MATCHING_FLOPS:
         raise ValueError(
-            f"merge_method = {name!r}: its cost is not known; known are "
-            f"{', '.join(map(repr, sorted(MATCHING_FLOPS)))}, others say it in register_merge_method(name, flops=...)"
+            f"merge_method={name!r}: has no known cost; choose from {', '.join(sorted(MATCHING_FLOPS))}, or register "
+            "it with flops=..."
         )
     return MATCHING_FLOPS[name](latents, channels)
 
@@ -131,79 +129,8 @@ def match_bipartite(metric: Tensor, r: int, sizes: Tensor | None = None, depth: 
 
     Source: Bolya et al. (2023), section 3.
     """
-    edge_score, edge_target = _best_edges(_cosine_similarity(metric, EVENS, ODDS))
-    return _match_edges(edge_score, edge_target, metric.shape[1], r)
-
-
-@register_merge_method("size_penalty", flops=bipartite_flops)
-@torch.no_grad()
-def match_size_penalty(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
-    """Bipartite soft matching in which what already stands for many latents is less attractive.
-
-    The attraction of latents i and j is (cos + 1) / 2 x (1 / (s_i s_j)) ^ (1 / 40). Where all sizes are equal this is
-    `bipartite`; elsewhere a pair that is less similar, but smaller, may merge before an exact duplicate.
-
-    Args:
-        metric: (B, N, C). Zero vectors and ties are those of `match_bipartite`.
-        r: R, latents to merge away, from 1 to N // 2.
-        sizes: (B, N), s; `None` for 1 each.
-        depth: without effect.
-
-    Source: Lee et al. (2024), "Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision
-    Transformers" (arXiv:2403.10030), section 3.2: the criteria of similarity and size, without the informativeness.
-    """
-    attraction = (_cosine_similarity(metric, EVENS, ODDS) + 1) / 2
-    if sizes is not None:
-        attraction = attraction * (sizes[:, EVENS, None] * sizes[:, None, ODDS]) ** -SIZE_TEMPERATURE
-    edge_score, edge_target = _best_edges(attraction)
-    return _match_edges(edge_score, edge_target, metric.shape[1], r)
-
-
-@register_merge_method("energy", flops=all_pairs_flops)
-@torch.no_grad()
-def match_energy(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
-    """The 2R latents of highest energy merge in pairs, the others are protected.
-
-    Ordered by energy, those 2R alternate between two sets; each of the first merges into the most similar one of the
-    second. High energy means many similar latents, so that isolated ones stay. Exact duplicates need not merge: what is
-    protected, and which set a latent falls into, is decided by energy alone.
-
-    Args:
-        metric: (B, N, C) compared by cosine similarity, in float32 or wider; a zero vector is orthogonal to everything.
-            Ties of the energy go to the lower position, ties of the similarity to the higher energy.
-        r: R, latents to merge away, from 1 to N // 2.
-        sizes: without effect.
-        depth: of the layer; the margin of the energy is 0.9 (1 - depth).
-
-    Source: Tran et al. (2024), "Accelerating Transformers with Spectrum-Preserving Token Merging" (PiToMe,
-    arXiv:2405.16148), section 3.
-    """
-    similarity = _cosine_similarity(metric)
-    energy = energy_scores(similarity, LARGEST_MARGIN * (1 - depth))
-    order = torch.sort(energy, dim=1, descending=True, stable=True).indices
-    merged, targets, protected = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
-    nearest = _take_pairs(similarity, merged, targets).argmax(dim=-1)
-    return Match(kept=torch.cat([protected, targets], dim=1), merged=merged, into=protected.shape[1] + nearest)
-
-
-def energy_scores(similarity: Tensor, margin: float) -> Tensor:
-    """How crowded the neighbourhood of each latent is.
-
-    E_i is the sum over the other latents j of f(cos_ij), divided by N, with f(x) = x from the margin on and
-    exp(x - margin) - 1 below it.
-
-    Args:
-        similarity: (B, N, N).
-        margin: in [-1, 1].
-
-    Returns:
-        (B, N).
-
-    Source: Tran et al. (2024), section 3, with their alpha = 1.
-    """
-    scores = torch.where(similarity >= margin, similarity, torch.expm1(similarity - margin))
-    itself = torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)
-    return scores.masked_fill(itself, 0).mean(dim=-1)
+    edge_score, edge_target = best_edges(cosine_similarity(metric, EVENS, ODDS))
+    return match_edges(edge_score, edge_target, metric.shape[1], r)
 
 
 @register_merge_method("k_center", flops=all_pairs_flops)
@@ -225,7 +152,7 @@ def match_k_center(metric: Tensor, r: int, sizes: Tensor | None = None, depth: f
     Source: Gonzalez (1985), "Clustering to minimize the maximum intercluster distance"; as the selection of a
     core-set: Sener and Savarese (2018), "Active Learning for Convolutional Neural Networks" (arXiv:1708.00489).
     """
-    similarity = _cosine_similarity(metric)
+    similarity = cosine_similarity(metric)
     # To the nearest of those that stay: nothing at first, and infinite for these themselves.
     nearest = torch.full_like(similarity[:, 0], -math.inf)
     for _ in range(metric.shape[1] - r):
@@ -234,7 +161,7 @@ def match_k_center(metric: Tensor, r: int, sizes: Tensor | None = None, depth: f
     # A stable sort: those that merge, then those that stay, each in the order of their positions.
     order = torch.sort(nearest.isinf().int(), dim=1, stable=True).indices
     merged, kept = order[:, :r], order[:, r:]
-    return Match(kept=kept, merged=merged, into=_take_pairs(similarity, merged, kept).argmax(dim=-1))
+    return Match(kept=kept, merged=merged, into=take_pairs(similarity, merged, kept).argmax(dim=-1))
 
 
 @register_merge_method("leader", flops=all_pairs_flops)
@@ -255,13 +182,13 @@ def match_leader(metric: Tensor, r: int, sizes: Tensor | None = None, depth: flo
     Source: after the leader algorithm of Hartigan (1975), "Clustering Algorithms", chapter 3, with a number of clusters
     in place of a threshold.
     """
-    similarity = _cosine_similarity(metric)
+    similarity = cosine_similarity(metric)
     places = torch.arange(metric.shape[1], device=metric.device)
     # The first one has none before it, and so the least similarity of all.
     nearest_before = similarity.masked_fill(places[:, None] <= places, -math.inf).amax(dim=-1)
     order = torch.sort(nearest_before, dim=1, descending=True, stable=True).indices
     merged, kept = order[:, :r], order[:, r:].sort(dim=1).values
-    return Match(kept=kept, merged=merged, into=_take_pairs(similarity, merged, kept).argmax(dim=-1))
+    return Match(kept=kept, merged=merged, into=take_pairs(similarity, merged, kept).argmax(dim=-1))
 
 
 @register_merge_method("ward", flops=all_pairs_flops)
@@ -283,7 +210,7 @@ def match_ward(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float
     """
     batch, num_latents = metric.shape[:2]
     rows, places = torch.arange(batch, device=metric.device), torch.arange(num_latents, device=metric.device)
-    similarity = _cosine_similarity(metric)
+    similarity = cosine_similarity(metric)
     squared = similarity.diagonal(dim1=1, dim2=2)
     size = similarity.new_ones(batch, num_latents) if sizes is None else sizes.to(similarity.dtype)
     # Symmetric to the last bit, which a product of matrices need not be.
@@ -313,30 +240,6 @@ def match_ward(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float
     return Match(kept=kept, merged=merged_away, into=place_among_kept.gather(1, group.gather(1, merged_away)))
 
 
-@register_merge_method("random", flops=lambda latents, channels: 0)
-@torch.no_grad()
-def match_random(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
-    """A control for the matching: the same bipartite form, but the edges are drawn at random.
-
-    The draw depends on N alone and is the same for every input, so that a row's output does not depend on its batch
-    and activation checkpointing recomputes the same merges.
-    """
-    # Counted, since to a compiled layer the shape is a symbol, which is no seed.
-    num_latents = len([*range(metric.shape[1])])
-    evens, odds = (num_latents + 1) // 2, num_latents // 2
-    generator = random.Random(num_latents)
-    score = torch.tensor([generator.random() for _ in range(evens)], device=metric.device)
-    target = torch.tensor([generator.randrange(odds) for _ in range(evens)], device=metric.device)
-    rows = metric.shape[0]
-    return _match_edges(score.expand(rows, -1), target.expand(rows, -1), num_latents, r)
-
-
-@register_merge_method("prune", flops=bipartite_flops)
-def match_prune(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
-    """A control for the merging: the latents that `bipartite` would merge away are dropped instead."""
-    return match_bipartite(metric, r, sizes, depth)._replace(into=None)
-
-
 def match_groups(groups: Sequence[int], device: torch.device) -> Match:
     """Fixed groups as a `Match` that serves every row.
 
@@ -355,7 +258,7 @@ def match_groups(groups: Sequence[int], device: torch.device) -> Match:
     return Match(kept=row(kept), merged=row(merged), into=row(into))
 
 
-def _cosine_similarity(metric: Tensor, rows: slice = EVERY, columns: slice = EVERY) -> Tensor:
+def cosine_similarity(metric: Tensor, rows: slice = EVERY, columns: slice = EVERY) -> Tensor:
     """(B, K, J): between the latents at positions `rows` and at `columns` of (B, N, C), in float32 or wider."""
     metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(SHORTEST)
@@ -366,7 +269,7 @@ def _cosine_similarity(metric: Tensor, rows: slice = EVERY, columns: slice = EVE
         return torch.bmm(metric[:, rows], metric[:, columns].transpose(1, 2))
 
 
-def _best_edges(score: Tensor) -> tuple[Tensor, Tensor]:
+def best_edges(score: Tensor) -> tuple[Tensor, Tensor]:
     """For each of K positions the best of J edges and where it ends, both (B, K); scores are (B, K, J)."""
     if score.shape[2] == 1:
         # Of two or three latents. Compiled for any number of them, PyTorch 2.13 fails on a maximum over one entry.
@@ -374,7 +277,7 @@ def _best_edges(score: Tensor) -> tuple[Tensor, Tensor]:
     return score.max(dim=2)
 
 
-def _match_edges(edge_score: Tensor, edge_target: Tensor, num_latents: int, r: int) -> Match:
+def match_edges(edge_score: Tensor, edge_target: Tensor, num_latents: int, r: int) -> Match:
     """Merge along the R best edges of a bipartite graph between even and odd positions.
 
     Args:
@@ -499,6 +402,6 @@ def _take_rows(latents: Tensor, positions: Tensor) -> Tensor:
     return rows.view(batch, positions.shape[1], channels)
 
 
-def _take_pairs(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def take_pairs(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(B, K, J): the similarities (B, N, N) of the latents at positions (B, K) to those at positions (B, J)."""
     return _take_rows(similarity, rows).gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import experiments.merging.controls  # noqa: F401  registers methods that only experiments have
 from configuration_tome_perceiver import MERGE_METRICS, ToMePerceiverConfig
 from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, SKIP_BLOCKS, FlopsShare, Merging
 from experiments.errors import BadInput, Stopped, one_line

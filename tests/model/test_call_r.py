@@ -59,7 +59,7 @@ def test_a_bad_r_is_one_line(head, bad):
     model = tiny_model(head)
     with pytest.raises(ValueError) as error:
         model(**tiny_inputs(head), r=bad)
-    assert str(error.value).startswith(f"r = {bad!r}: ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"r={bad!r}: ") and "\n" not in str(error.value)
 
 
 def test_loss_and_tuple_are_those_of_the_r():

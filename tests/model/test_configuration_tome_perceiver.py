@@ -10,20 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PerceiverConfig
 
-from configuration_tome_perceiver import SHAPE_FIELDS, ToMePerceiverConfig
+from configuration_tome_perceiver import MERGING_FIELDS, SHAPE_FIELDS, ToMePerceiverConfig
 
 NO_CAP = 10**6  # latents enough that neither cap ever binds
-MERGING_FIELDS = [
-    "r",
-    "r_inflection",
-    "min_latents",
-    "proportional_attention",
-    "merge_method",
-    "merge_metric",
-    "merge_groups",
-    "latent_groups",
-    "merge_frontier",
-]
 
 
 def config(num_latents=12, num_blocks=2, num_self_attends_per_block=3, **merging):
@@ -46,19 +35,11 @@ def plain_schedule(num_latents, requested, min_latents):
     return removed
 
 
-def test_defaults_merge_nothing():
+def test_defaults_merge_nothing_and_every_stock_field_keeps_its_own():
     merging = ToMePerceiverConfig()
-    assert merging.model_type == "tome_perceiver"
-    assert (merging.r, merging.r_inflection, merging.min_latents) == (0, 0.0, 1)
-    assert (merging.proportional_attention, merging.merge_groups) == (True, None)
-    assert (merging.merge_method, merging.merge_metric) == ("bipartite", "key")
-    assert merging.merge_schedule == [0] * 26
-    assert merging.latents_per_layer == [256] * 26
-
-
-def test_every_stock_field_keeps_its_default():
+    assert (merging.merge_schedule, merging.latents_per_layer) == ([0] * 26, [256] * 26)
     stock, ours = PerceiverConfig().to_dict(), ToMePerceiverConfig().to_dict()
-    assert set(ours) - set(stock) == set(MERGING_FIELDS)
+    assert set(ours) - set(stock) == {*MERGING_FIELDS, "merge_frontier"} - {"num_blocks"}
     stock.pop("model_type")
     assert {name: ours[name] for name in stock} == stock
 
@@ -110,107 +91,90 @@ def test_groups_at_the_start_leave_fewer_for_the_layers():
     assert config().latents_at_start == 12
 
 
-def test_groups_at_the_start_set_afterwards_that_do_not_fit_give_no_schedule():
-    merging = config()
-    merging.latent_groups = [0, 1, 1]
-    with pytest.raises(ValueError, match=r"^latent_groups: allowed is null or a list of 12 integers[^\n]*$"):
-        _ = merging.merge_schedule
+BAD = {
+    "r": [-1, "abc", 2.5, 2.0, True, None, [1, 2], [], [1] * 7, *([1] * 5 + [bad] for bad in (True, -2, 1.5, "1"))],
+    "r_inflection": [1.01, -2, float("nan"), True, "steep", None],
+    "min_latents": [0, -3, 13, True, 1.5, None],
+    "proportional_attention": [1, "no"],
+    "merge_method": [3, None],
+    "merge_metric": ["keys", ["key"], None],
+    "hidden_act": ["swosh"],
+    "attention_probs_dropout_prob": [-0.1, 1.5],
+}
 
 
-BAD = [
-    (dict(r=-1), "r", "-1"),
-    (dict(r="abc"), "r", "'abc'"),
-    (dict(r=2.5), "r", "2.5"),
-    (dict(r=2.0), "r", "2.0"),
-    (dict(r=True), "r", "True"),
-    (dict(r=None), "r", "None"),
-    (dict(r=[1, 2]), "r", "[1, 2]"),
-    (dict(r=[1] * 7), "r", str([1] * 7)),
-    (dict(r=[]), "r", "[]"),
-    (dict(r=[1, 1, True, 1, 1, 1]), "r", "[1, 1, True, 1, 1, 1]"),
-    (dict(r=[1, 1, -2, 1, 1, 1]), "r", "[1, 1, -2, 1, 1, 1]"),
-    (dict(r=[1, 1, 1.5, 1, 1, 1]), "r", "[1, 1, 1.5, 1, 1, 1]"),
-    (dict(r=[1, 1, "1", 1, 1, 1]), "r", "[1, 1, '1', 1, 1, 1]"),
-    (dict(r=2, r_inflection=1.01), "r_inflection", "1.01"),
-    (dict(r=2, r_inflection=-2), "r_inflection", "-2"),
-    (dict(r=2, r_inflection=float("nan")), "r_inflection", "nan"),
-    (dict(r=2, r_inflection=True), "r_inflection", "True"),
-    (dict(r=2, r_inflection="steep"), "r_inflection", "'steep'"),
-    (dict(r=2, r_inflection=None), "r_inflection", "None"),
-    (dict(r=[1] * 6, r_inflection=0.5), "r_inflection", "0.5"),
-    (dict(min_latents=0), "min_latents", "0"),
-    (dict(min_latents=-3), "min_latents", "-3"),
-    (dict(min_latents=13), "min_latents", "13"),
-    (dict(min_latents=True), "min_latents", "True"),
-    (dict(min_latents=1.5), "min_latents", "1.5"),
-    (dict(min_latents=None), "min_latents", "None"),
-    (dict(proportional_attention=1), "proportional_attention", "1"),
-    (dict(proportional_attention="no"), "proportional_attention", "'no'"),
-    (dict(merge_method=3), "merge_method", "3"),
-    (dict(merge_method=None), "merge_method", "None"),
-    (dict(merge_metric="keys"), "merge_metric", "'keys'"),
-    (dict(merge_metric=["key"]), "merge_metric", "['key']"),
-    (dict(merge_metric=None), "merge_metric", "None"),
-    (dict(merge_groups=[None] * 6, r=2), "merge_groups", "2"),
-    (dict(merge_groups=[None] * 6, r=[1] * 6), "merge_groups", str([1] * 6)),
-    (dict(merge_groups=[None] * 5), "merge_groups", "length 5"),
-    (dict(merge_groups=3), "merge_groups", "3"),
-    (dict(merge_groups="none"), "merge_groups", "str"),
-    (dict(merge_groups=[[0] * 11, *[None] * 5]), "merge_groups[0]", "length 11"),
-    (dict(merge_groups=[None, [0] * 6 + [1] * 6, [0] * 12, *[None] * 3]), "merge_groups[2]", "length 12"),
-    (dict(merge_groups=[[0, True] + [0] * 10, *[None] * 5]), "merge_groups[0]", "list"),
-    (dict(merge_groups=[[0, 1.0] + [0] * 10, *[None] * 5]), "merge_groups[0]", "list"),
-    (dict(merge_groups=[7, *[None] * 5]), "merge_groups[0]", "7"),
-    (dict(merge_groups=[None, [0, 2] + [0] * 10, *[None] * 4]), "merge_groups[1]", "[0, 2]"),
-    (dict(merge_groups=[None, [1, 2] + [1] * 10, *[None] * 4]), "merge_groups[1]", "[1, 2]"),
-    (dict(merge_groups=[None, [0, -1] + [0] * 10, *[None] * 4]), "merge_groups[1]", "[-1, 0]"),
-    (dict(merge_groups=[[0, 1, 2] * 4, *[None] * 5], min_latents=4), "merge_groups[0]", "3"),
-    (dict(latent_groups=[0] * 11), "latent_groups", "length 11"),
-    (dict(latent_groups=3), "latent_groups", "3"),
-    (dict(latent_groups=[0, True] * 6), "latent_groups", "list"),
-    (dict(latent_groups=[0, 2] * 6), "latent_groups", "[0, 2]"),
-    (dict(latent_groups=[0, 1, 2] * 4, min_latents=4), "latent_groups", "3"),
-    (dict(latent_groups=[0, 1, 2] * 4, merge_groups=[[0] * 12, *[None] * 5]), "merge_groups[0]", "length 12"),
-]
-
-
-@pytest.mark.parametrize("merging, field, value", BAD, ids=[str(merging) for merging, _, _ in BAD])
-def test_bad_value_is_one_line_naming_field_value_and_what_is_allowed(merging, field, value):
-    with pytest.raises(ValueError) as error:
-        config(**merging)
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.startswith(field)
-    # What is allowed is said in words, after the field and apart from the value.
-    assert any(word in message for word in ("allowed", "must be", "needs", "fewer than", "numbered"))
-    assert value in message.removeprefix(field)
-
-
-def test_bad_value_over_a_folder_is_refused(tmp_path):
-    config(r=2).save_pretrained(tmp_path)
-    assert ToMePerceiverConfig.from_pretrained(tmp_path, r=1).r == 1
-    with pytest.raises(ValueError, match=r"^r = -3: [^\n]*$"):
-        ToMePerceiverConfig.from_pretrained(tmp_path, r=-3)
-
-
-def test_bad_value_in_a_folder_is_refused(tmp_path):
-    config(r=2).save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**written, "r": "abc"}))
-    with pytest.raises(ValueError, match=r"^r = 'abc': [^\n]*$"):
-        ToMePerceiverConfig.from_pretrained(tmp_path)
-
-
-def test_bad_value_set_afterwards_gives_no_schedule():
+@pytest.mark.parametrize("field, bad", [(field, bad) for field, values in BAD.items() for bad in values], ids=str)
+def test_a_bad_value_is_one_line_naming_field_value_and_what_it_must_be(field, bad, tmp_path):
+    """Wherever it comes from: the constructor, a call, a file, or an attribute set later."""
+    line = rf"^{field}={re.escape(repr(bad))}: (must be|choose from) [^\n]*$"
+    with pytest.raises(ValueError, match=line):
+        config(**{field: bad})
     merging = config(r=2)
-    merging.r = [1, 2]
-    with pytest.raises(ValueError, match=r"^r = \[1, 2\]: [^\n]*$"):
+    merging.save_pretrained(tmp_path / "good")
+    with pytest.raises(ValueError, match=line):
+        ToMePerceiverConfig.from_pretrained(tmp_path / "good", **{field: bad})
+    written = json.loads((tmp_path / "good" / "config.json").read_text())
+    (tmp_path / "good" / "config.json").write_text(json.dumps({**written, field: bad}))
+    with pytest.raises(ValueError, match=line):
+        ToMePerceiverConfig.from_pretrained(tmp_path / "good")
+    with pytest.raises(ValueError, match=line):
+        setattr(merging, field, bad)
+        merging.save_pretrained(tmp_path / "later")
+    assert not (tmp_path / "later").exists()
+
+
+TWELVE, NONE = [0, 1] * 6, [None] * 5
+
+
+@pytest.mark.parametrize(
+    "merging, line",
+    [
+        (dict(r=[1] * 6, r_inflection=0.5), "r_inflection=0.5: must be 0 with a list"),
+        (dict(merge_groups=[None] * 6, r=2), "merge_groups: r must be 0, not 2"),
+        (dict(merge_groups=[None] * 5), "merge_groups: is a list of length 5; must be a list of 6"),
+        (dict(merge_groups=3), "merge_groups: is 3; "),
+        (dict(merge_groups="none"), "merge_groups: is a str"),
+        (dict(merge_groups=[[0] * 11, *NONE]), "merge_groups[0]: is a list of length 11; must be null or 12 integers"),
+        (dict(merge_groups=[None, TWELVE, [0] * 12, *NONE[:3]]), "merge_groups[2]: is a list of length 12"),
+        (dict(merge_groups=[[0, True] + [0] * 10, *NONE]), "merge_groups[0]: is a list"),
+        (dict(merge_groups=[7, *NONE]), "merge_groups[0]: is 7"),
+        (dict(merge_groups=[[0, 2] * 6, *NONE]), "merge_groups[0]: has groups [0, 2]"),
+        (dict(merge_groups=[[0, -1] * 6, *NONE]), "merge_groups[0]: has groups [-1, 0]"),
+        (dict(merge_groups=[TWELVE, *NONE], min_latents=4), "merge_groups[0]: leaves 2 latents"),
+        (dict(latent_groups=[0] * 11), "latent_groups: is a list of length 11"),
+        (dict(latent_groups=[0, 2] * 6), "latent_groups: has groups [0, 2]"),
+        (dict(latent_groups=TWELVE, min_latents=4), "latent_groups: leaves 2 latents"),
+        (dict(latent_groups=TWELVE, merge_groups=[[0] * 12, *NONE]), "merge_groups[0]: is a list of length 12"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_one_line(merging, line):
+    with pytest.raises(ValueError, match=rf"^{re.escape(line)}[^\n]*$"):
+        config(**merging)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        dict(r=[1, 2]),
+        dict(latent_groups=[0, 1, 1]),
+        dict(merge_groups=[[0] * 11, *NONE]),
+        dict(merge_groups=[None] * 5),
+        dict(merge_groups=[None] * 6, r=2),
+    ],
+    ids=str,
+)
+def test_what_is_set_later_and_does_not_fit_gives_no_schedule(later):
+    merging = config()
+    for name, value in later.items():
+        setattr(merging, name, value)
+    with pytest.raises(ValueError, match=rf"^{next(iter(later))}[^\n]*$"):
         _ = merging.merge_schedule
 
 
 def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
-    with pytest.raises(ValueError, match=r"^model_type = 'bert': [^\n]*allowed[^\n]*'perceiver'[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^model_type='bert': [^\n]*perceiver[^\n]*$"):
         ToMePerceiverConfig.from_pretrained(tmp_path)
 
 
@@ -223,7 +187,7 @@ def test_a_stock_folder_is_a_config_that_merges_as_told(tmp_path):
 @pytest.mark.parametrize(
     "merging",
     [
-        dict(r=4, r_inflection=-0.5, min_latents=3, merge_method="random", proportional_attention=False),
+        dict(r=4, r_inflection=-0.5, min_latents=3, merge_method="leader", proportional_attention=False),
         dict(r=[0, 5, 0, 0, 1, 0], merge_metric="hidden"),
         dict(r=(3, 2, 1, 0, 0, 0)),
         dict(merge_groups=[None, [0, 1, 2] * 4, None, [0, 0, 1], None, None]),
@@ -304,24 +268,16 @@ def test_inflected_schedule_is_capped_like_a_list(shape, r, inflection):
     assert by_number == ToMePerceiverConfig(**shape, r=uncapped).merge_schedule
 
 
-def test_bad_value_set_later_is_not_written(tmp_path):
-    changed = config(r=2)
-    changed.r = -5
-    with pytest.raises(ValueError, match=r"^r = -5: [^\n]*$"):
-        changed.save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("bad", [0, -1, True, 1.5, "3", None], ids=repr)
 @pytest.mark.parametrize("name", SHAPE_FIELDS)
-def test_a_shape_of_anything_but_positive_integers_is_one_line(name, bad):
-    """When built, and when set and saved."""
-    with pytest.raises(ValueError, match=rf"^{name} = {re.escape(repr(bad))}: allowed is an integer of 1 or more$"):
-        ToMePerceiverConfig(**{name: bad})
-    merging = config()
-    with pytest.raises(ValueError, match=rf"^{name} = [^\n]*$"):
-        setattr(merging, name, bad)
-        merging.check_merging()
+def test_a_shape_of_anything_but_positive_integers_is_one_line(name):
+    """When built, and when set and saved. Channels of attention may be unset."""
+    for bad in (0, -1, True, 1.5, "3") if name in ("qk_channels", "v_channels") else (0, True, None):
+        with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(bad))}: must be an integer of 1 or more$"):
+            ToMePerceiverConfig(**{name: bad})
+        merging = config()
+        with pytest.raises(ValueError, match=rf"^{name}=[^\n]*$"):
+            setattr(merging, name, bad)
+            merging.check_merging()
 
 
 @pytest.mark.parametrize(
@@ -330,32 +286,16 @@ def test_a_shape_of_anything_but_positive_integers_is_one_line(name, bad):
     ids=str,
 )
 def test_channels_that_the_heads_do_not_divide_are_one_line(shape):
-    with pytest.raises(
-        ValueError, match=r"^(d_latents|qk_channels|v_channels) = \d+: allowed is a multiple of [^\n]*$"
-    ):
+    with pytest.raises(ValueError, match=r"^(d_latents|qk_channels|v_channels)=\d+: must be a multiple of [^\n]*$"):
         ToMePerceiverConfig(**shape)
 
 
 PUBLISHED = [
     {},
-    dict(
-        num_latents=512,
-        d_latents=512,
-        d_model=261,
-        num_blocks=8,
-        num_self_attends_per_block=6,
-        num_cross_attention_heads=1,
-    ),
+    dict(num_latents=512, d_latents=512, d_model=261, num_blocks=8, num_self_attends_per_block=6),
     dict(qk_channels=256, v_channels=1280),
-    dict(
-        num_latents=2048,
-        d_latents=512,
-        d_model=322,
-        num_self_attends_per_block=24,
-        num_self_attention_heads=16,
-        num_cross_attention_heads=1,
-    ),
-    dict(num_latents=784, d_latents=512, d_model=704, num_self_attends_per_block=8, num_cross_attention_heads=1),
+    dict(num_latents=2048, d_latents=512, d_model=322, num_self_attention_heads=16, num_cross_attention_heads=1),
+    dict(num_latents=784, d_latents=512, d_model=704, num_cross_attention_heads=1),
 ]
 
 
@@ -376,7 +316,7 @@ def test_shapes_of_the_published_models_are_fine(shape, tmp_path, caplog):
 
 def test_a_misspelt_field_is_refused(tmp_path):
     PerceiverConfig().save_pretrained(tmp_path)
-    line = r"^merge_metod: [^\n]*'merge_method'[^\n]*$"
+    line = r"^merge_metod: [^\n]*merge_method[^\n]*$"
     for call in (
         lambda: ToMePerceiverConfig(merge_metod="random"),
         lambda: ToMePerceiverConfig.from_pretrained(tmp_path, merge_metod="random"),
@@ -385,17 +325,6 @@ def test_a_misspelt_field_is_refused(tmp_path):
         with pytest.raises(ValueError, match=line):
             call()
     assert ToMePerceiverConfig(something_of_mine=3).something_of_mine == 3
-
-
-@pytest.mark.parametrize("groups", [[[0] * 11, *[None] * 5], [None] * 5])
-def test_groups_set_afterwards_that_do_not_fit_give_no_schedule(groups):
-    merging = config()
-    merging.merge_groups = groups
-    with pytest.raises(ValueError, match=r"^merge_groups[^\n]*$"):
-        _ = merging.merge_schedule
-    merging.merge_groups, merging.r = [None] * 6, 2
-    with pytest.raises(ValueError, match=r"^merge_groups: [^\n]*r must be 0[^\n]*$"):
-        _ = merging.merge_schedule
 
 
 @pytest.mark.parametrize(
@@ -417,15 +346,18 @@ def test_labels_that_say_the_same_are_fine(labels):
 @pytest.mark.parametrize(
     "labels, line",
     [
-        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 0}), r"label2id: 'a' and 'b' are both output 0"),
-        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 2}), r"label2id\['b'\] = 2: "),
-        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": -1}), r"label2id\['b'\] = -1: "),
-        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 1, "b": 0}), r"id2label\[0\] = 'a': label2id has 'b'"),
-        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 0}), r"id2label\[1\] = 'b': label2id has no such label"),
-        (dict(id2label={0: "a", 2: "b"}, label2id={"a": 0, "b": 1}), r"id2label: of the outputs \[0, 2\]"),
+        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 0}), r"label2id: output 0 is 'a' and 'b'"),
+        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 2}), r"label2id\['b'\]=2: "),
+        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": -1}), r"label2id\['b'\]=-1: "),
+        (
+            dict(id2label={0: "a", 1: "b"}, label2id={"a": 1, "b": 0}),
+            r"id2label\[0\]='a': [^\n]*has 'b'",
+        ),
+        (dict(id2label={0: "a", 1: "b"}, label2id={"a": 0}), r"id2label\[1\]='b': [^\n]* no such label"),
+        (dict(id2label={0: "a", 2: "b"}, label2id={"a": 0, "b": 1}), r"id2label: names the outputs \[0, 2\]"),
     ],
     ids=str,
 )
 def test_labels_that_contradict_each_other_are_one_line(labels, line):
-    with pytest.raises(ValueError, match=rf"^{line}[^\n]*allowed[^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^{line}[^\n]*$"):
         ToMePerceiverConfig(**labels).check_labels()

@@ -224,7 +224,7 @@ def test_architecture_is_read_from_the_config_under_either_name(architectures):
         ({"text": (1, 7)}, TEXT_CLASSIFIER, {}, "shapes by modality"),
         ((1, 7), MULTIMODAL, {}, "'audio', 'image' and 'label'"),
         (INPUT_SHAPES[MULTIMODAL], MULTIMODAL, {}, "output_points = None"),
-        ((1, 7), TEXT_CLASSIFIER, {"r": 1, "merge_method": "mine"}, "merge_method = 'mine'"),
+        ((1, 7), TEXT_CLASSIFIER, {"r": 1, "merge_method": "mine"}, "merge_method='mine'"),
     ],
 )
 def test_what_is_not_known_is_an_error_of_one_line(input_shape, architecture, setting, message):

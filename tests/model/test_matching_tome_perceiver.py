@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import merging_tome_perceiver as merging
+from experiments.merging import controls
 from tests.support.tiny_matches import (
     BIPARTITE_METHODS,
     MERGING_METHODS,
@@ -197,7 +198,7 @@ def test_zero_vector_is_as_similar_as_an_orthogonal_one():
 @given(matches(["bipartite"]))
 def test_prune_drops_what_bipartite_merges(drawn):
     metric, bipartite = drawn.metric, drawn.match
-    prune = merging.match_prune(metric, drawn.r)
+    prune = controls.match_prune(metric, drawn.r)
     assert prune.into is None
     assert torch.equal(prune.kept, bipartite.kept) and torch.equal(prune.merged, bipartite.merged)
     latents = randn(metric.shape[0], metric.shape[1], 3, seed=drawn.seed + 1)
@@ -211,19 +212,19 @@ def test_prune_drops_what_bipartite_merges(drawn):
 def test_random_is_the_same_for_every_row_and_every_metric():
     """It depends on N and R alone, and neither reads nor moves anyone's random state."""
     torch_state, python_state = torch.get_rng_state(), random.getstate()
-    match = merging.match_random(randn(3, 24, 4, seed=1), 7)
+    match = controls.match_random(randn(3, 24, 4, seed=1), 7)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == python_state
     torch.manual_seed(1234)
     random.seed(99)
-    other = merging.match_random(randn(2, 24, 9, seed=2, dtype=torch.float32), 7)
+    other = controls.match_random(randn(2, 24, 9, seed=2, dtype=torch.float32), 7)
     assert len({tuple(sorted(edges(match, row).items())) for row in range(3)}) == 1
     assert edges(match, 0) == edges(other, 0)
 
 
 def test_random_is_no_order_in_disguise():
     """What merges is spread over the positions, and what it merges into too."""
-    match = merging.match_random(torch.zeros(1, 256, 1), 32)
+    match = controls.match_random(torch.zeros(1, 256, 1), 32)
     merged, targets = edges(match, 0).keys(), edges(match, 0).values()
     assert sorted(merged) != list(range(0, 64, 2))
     assert 80 < np.mean(list(merged)) < 176
@@ -236,7 +237,7 @@ def test_random_is_no_order_in_disguise():
 @given(drawn=matches(["bipartite"], channels=2), size=st.sampled_from([None, 1.0, 7.0]))
 def test_equal_sizes_are_no_penalty(drawn, size):
     sizes = None if size is None else torch.full(drawn.metric.shape[:2], size)
-    assert same(merging.match_size_penalty(drawn.metric, drawn.r, sizes), drawn.match)
+    assert same(controls.match_size_penalty(drawn.metric, drawn.r, sizes), drawn.match)
 
 
 @given(matches(["size_penalty"], channels=2))
@@ -255,7 +256,7 @@ def test_the_smaller_of_two_similar_targets_wins_but_not_one_that_is_unlike():
         other = [other_cosine, (1 - other_cosine**2) ** 0.5]
         metric = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], other]])
         assert edges(merging.match_bipartite(metric, 1), 0) == {0: 1}
-        return edges(merging.match_size_penalty(metric, 1, sizes), 0)[0]
+        return edges(controls.match_size_penalty(metric, 1, sizes), 0)[0]
 
     assert target(0.75) == 3  # (1 + 0.75) / 2 = 0.875
     assert target(0.65) == 1  # (1 + 0.65) / 2 = 0.825
@@ -274,7 +275,7 @@ def test_the_smaller_of_two_similar_targets_wins_but_not_one_that_is_unlike():
 )
 def test_energy_of_three_vectors_by_hand(margin, scores):
     vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=torch.float64)
-    energy = merging.energy_scores((vectors @ vectors.T)[None], margin)
+    energy = controls.energy_scores((vectors @ vectors.T)[None], margin)
     np.testing.assert_allclose(energy[0], np.array(scores) / 3, rtol=1e-12)
 
 
@@ -294,13 +295,13 @@ def test_energy_keeps_what_is_isolated(seed, isolated, r, depth):
     order = torch.randperm(2 * r + isolated, generator=torch.Generator().manual_seed(seed))
     metric = torch.cat([cluster, axes[1:]])[order][None]
     crowded = {position for position, latent in enumerate(order.tolist()) if latent < 2 * r}
-    merged = edges(merging.match_energy(metric, r, depth=depth), 0)
+    merged = edges(controls.match_energy(metric, r, depth=depth), 0)
     assert set(merged) | set(merged.values()) <= crowded
 
 
 def test_margin_falls_with_the_depth():
     metric = randn(1, 24, 3, seed=1)
-    assert edges(merging.match_energy(metric, 4), 0) != edges(merging.match_energy(metric, 4, depth=0.9), 0)
+    assert edges(controls.match_energy(metric, 4), 0) != edges(controls.match_energy(metric, 4, depth=0.9), 0)
 
 
 # Fixed groups
@@ -330,10 +331,15 @@ def test_groups_against_a_plain_reference(groups):
 # The registry
 
 
-def test_registry_has_the_methods_and_the_two_controls():
-    assert METHODS == ["bipartite", "energy", "k_center", "leader", "prune", "random", "size_penalty", "ward"]
-    for method in METHODS:
-        merging.check_merge_method(method)
+def test_a_checkpoint_has_the_methods_that_are_no_controls(monkeypatch):
+    carried = {name: method for name, method in merging.MERGE_METHODS.items() if name not in merging.CONTROLS}
+    assert sorted(carried) == ["bipartite", "k_center", "leader", "ward"]
+    assert sorted([*carried, *merging.CONTROLS]) == METHODS
+    monkeypatch.setattr(merging, "MERGE_METHODS", carried)
+    for name, why in (("prune", "is a control of the experiments"), ("best", "is not registered")):
+        message = f"^merge_method='{name}': {why}.*; choose from bipartite, k_center, leader, ward$"
+        with pytest.raises(ValueError, match=message):
+            merging.check_merge_method(name)
 
 
 def test_a_method_of_ones_own_can_be_registered(monkeypatch):
@@ -348,9 +354,3 @@ def test_a_method_of_ones_own_can_be_registered(monkeypatch):
     merging.check_merge_method("neighbours")
     assert merging.MERGE_METHODS["neighbours"] is match_neighbours
     assert match_by("neighbours", torch.zeros(1, 5, 2), 2).merged.tolist() == [[1, 2]]
-
-
-def test_unknown_method_is_one_line_naming_it_and_what_is_allowed():
-    with pytest.raises(ValueError, match=r"^merge_method = 'best': allowed are [^\n]*$") as error:
-        merging.check_merge_method("best")
-    assert all(repr(method) in str(error.value) for method in METHODS)

@@ -105,7 +105,7 @@ def test_bad_r_is_refused_and_the_old_one_stays(bad):
     model = tiny_model("ForSequenceClassification", r=R_LIST)
     with pytest.raises(ValueError) as error:
         model.r = bad
-    assert str(error.value).startswith(f"r = {bad!r}: ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"r={bad!r}: ") and "\n" not in str(error.value)
     assert model.r == R_LIST
     assert model.config.merge_schedule == R_LIST
 
@@ -123,7 +123,7 @@ def test_r_does_not_go_with_groups():
 
 def test_list_of_r_does_not_go_with_an_inflection():
     model = tiny_model("ForSequenceClassification", r=1, r_inflection=0.5)
-    with pytest.raises(ValueError, match=r"^r_inflection = 0\.5: [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^r_inflection=0\.5: [^\n]*$"):
         model.r = R_LIST
     assert model.r == 1
 
@@ -133,19 +133,19 @@ def test_list_of_r_does_not_go_with_an_inflection():
 
 @every_head
 def test_unknown_method_is_refused_at_construction(head):
-    with pytest.raises(ValueError, match=r"^merge_method = 'best': allowed are [^\n]*'bipartite'[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^merge_method='best': is not registered; [^\n]*bipartite[^\n]*$"):
         tome_class(head)(tiny_config(merge_method="best"))
 
 
 def test_bad_setting_over_a_stock_folder_is_refused(tmp_path):
     stock_model("ForSequenceClassification", torch.float32).save_pretrained(tmp_path)
     for bad, message in (
-        (dict(r=-8), r"^r = -8: [^\n]*$"),
-        (dict(r="eight"), r"^r = 'eight': [^\n]*$"),
-        (dict(r=8, r_inflection=2.0), r"^r_inflection = 2\.0: [^\n]*$"),
-        (dict(r=8, min_latents=13), r"^min_latents = 13: [^\n]*num_latents = 12[^\n]*$"),
-        (dict(r=8, merge_method="best"), r"^merge_method = 'best': [^\n]*$"),
-        (dict(r=8, merge_metric="query"), r"^merge_metric = 'query': [^\n]*'key', 'value', 'hidden'$"),
+        (dict(r=-8), r"^r=-8: [^\n]*$"),
+        (dict(r="eight"), r"^r='eight': [^\n]*$"),
+        (dict(r=8, r_inflection=2.0), r"^r_inflection=2\.0: [^\n]*$"),
+        (dict(r=8, min_latents=13), r"^min_latents=13: [^\n]*num_latents=12[^\n]*$"),
+        (dict(r=8, merge_method="best"), r"^merge_method='best': [^\n]*$"),
+        (dict(r=8, merge_metric="query"), r"^merge_metric='query': [^\n]*key, value, hidden$"),
         (dict(r=8, merge_groups=[None] * 6), r"^merge_groups: [^\n]*$"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -154,7 +154,7 @@ def test_bad_setting_over_a_stock_folder_is_refused(tmp_path):
 
 def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
-    with pytest.raises(ValueError, match=r"^model_type = 'bert': [^\n]*another architecture[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^model_type='bert': [^\n]*another architecture[^\n]*$"):
         tome.ToMePerceiverForSequenceClassification.from_pretrained(tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_mask_of_another_length_is_one_line():
 def test_unknown_method_or_metric_set_on_a_built_model_is_one_line(name, allowed):
     model = tiny_model("ForSequenceClassification", r=1)
     setattr(model.config, name, "best")
-    with pytest.raises(ValueError, match=rf"^{name} = 'best': [^\n]*'{allowed}'[^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^{name}='best': [^\n]*{allowed}[^\n]*$"):
         model(**tiny_inputs("ForSequenceClassification"))
 
 
@@ -231,7 +231,7 @@ def test_junk_set_in_the_config_of_a_built_model_is_one_line(name, value):
 
 def test_labels_that_contradict_each_other_make_no_classifier():
     bad = dict(id2label={0: "a", 1: "b"}, label2id={"a": 1, "b": 0})
-    with pytest.raises(ValueError, match=r"^id2label\[0\] = 'a': [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^id2label\[0\]='a': [^\n]*$"):
         tiny_model("ForSequenceClassification", num_labels=2, **bad)
     tiny_model("ForMaskedLM", num_labels=2, **bad)
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+import experiments.merging.controls  # noqa: F401  registers the controls
 import merging_tome_perceiver as merging
 from merging_tome_perceiver import Match
 

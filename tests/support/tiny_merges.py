@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+import experiments.merging.controls  # noqa: F401  registers the controls
 from tests.support.tiny_models import HEADS, flat_logits, relative_difference
 
 # Five latents left, with layers that merge nothing among those that do.

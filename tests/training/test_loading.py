@@ -196,7 +196,7 @@ def test_a_language_model_starts_a_classifier(data, tmp_path):
         ({"config_overrides": "no_such_key=3"}, "no_such_key"),
         ({"config_overrides": "junk"}, "--config_overrides junk"),
         ({"config_overrides": "num_latents=many"}, "many"),
-        ({"config_overrides": "num_latents=-3"}, "num_latents = -3"),
+        ({"config_overrides": "num_latents=-3"}, "num_latents=-3"),
         ({"config_overrides": "id2label=3"}, "id2label"),
     ],
 )
