@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model files import each other and nothing else of this repository: a checkpoint carries them, and only them.
+"""The model files import each other and nothing else of this repository: a checkpoint carries only them.
 
-`lint-imports` keeps the direction within `experiments/` (pyproject.toml); it reads packages only.
+`lint-imports` keeps the direction within packages (pyproject.toml).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,31 +21,24 @@ MODEL_MODULES = {path.stem for path in MODEL_FILES}
 OTHERS = {path.stem for path in ROOT.glob("*.py")} - MODEL_MODULES | {"benchmarks", "examples", "experiments", "tests"}
 
 
-def imported(path: Path) -> set[str]:
-    """The top-level names that a file imports, wherever in it."""
+@pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
+def test_a_model_file_imports_no_other_part_of_the_repository(path: Path):
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module} if node.module else {alias.name for alias in node.names}
-    return {name.partition(".")[0] for name in names}
+    assert not {name.partition(".")[0] for name in names} & OTHERS
 
 
-@pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
-def test_a_model_file_imports_no_other_part_of_the_repository(path):
-    assert not imported(path) & OTHERS
-
-
-def test_an_import_is_seen_wherever_it_stands(tmp_path):
-    (tmp_path / "module.py").write_text(
-        "try:\n    from .a.b import c\nexcept ImportError:\n    import d.e as f\ndef g():\n    from . import h\n"
-    )
-    assert imported(tmp_path / "module.py") == {"a", "d", "h"}
+def test_pip_installs_the_model_files_and_nothing_else():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert {*setuptools["py-modules"]} == MODEL_MODULES and setuptools["packages"] == []
 
 
 def test_a_model_runs_without_the_modules_of_cost_and_frontier():
-    """They are read when a budget is first asked for, and not by whoever only loads and runs a checkpoint."""
+    """They are imported when a budget is first asked for."""
     run = (
         "import sys, torch, tests.support.tiny_models as tiny\n"
         "tiny.tiny_model('ForSequenceClassification', r=2)(**tiny.tiny_inputs('ForSequenceClassification'))\n"
