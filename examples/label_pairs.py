@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.errors import BadInput, exit_on_bad_input, naming
 from experiments.files import check_writable, write_whole
-from experiments.tasks.base import take_split
+from experiments.tasks.base import Splits
 from experiments.tasks.reading import read_dataset
-from experiments.tasks.sentences import sentence_columns
+from experiments.tasks.text_columns import masked_columns
 
 # Characters of a sentence: two of them are to be read at once, and a word or two say little.
 SHORTEST, LONGEST = 20, 200
@@ -111,13 +111,13 @@ def main() -> None:
     names = [None] if arguments.task_name is None else arguments.task_name.split(",")
     argument = f"--dataset_name {arguments.dataset_name}"
     splits = [
-        take_split(read_dataset(argument, arguments.dataset_name, name, anew=False), "train", argument, None)
+        Splits(argument, read_dataset(argument, arguments.dataset_name, name, anew=False)).take("train")
         for name in names
     ]
     found = dict.fromkeys(
         sentence.strip()
         for train in splits
-        for column in sentence_columns(train, f"{argument}: split 'train'")
+        for column in masked_columns(train.column_names, f"{argument}: split 'train'")
         for sentence in train[column]
         if sentence is not None and SHORTEST <= len(sentence) <= LONGEST
     )

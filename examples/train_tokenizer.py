@@ -31,10 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.errors import BadInput, exit_on_bad_input, naming
 from experiments.files import check_writable
-from experiments.tasks.base import take_split
+from experiments.tasks.base import Splits
 from experiments.tasks.reading import read_dataset
-from experiments.tasks.sentences import sentence_columns
-from experiments.tasks.text import as_text
+from experiments.tasks.text_columns import as_text, masked_columns
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -133,8 +132,8 @@ def main() -> None:
     argument, columns = f"--dataset_name {arguments.dataset_name}", []
     for name in [None] if arguments.task_name is None else arguments.task_name.split(","):
         splits = read_dataset(argument, arguments.dataset_name, name, anew=False, texts=arguments.text_column)
-        train = take_split(splits, "train", argument, None)
-        for column in sentence_columns(train, f"{argument}: split 'train'", arguments.text_column):
+        train = Splits(argument, splits).take("train")
+        for column in masked_columns(train.column_names, f"{argument}: split 'train'", arguments.text_column):
             columns.append(as_text(train, column, argument)[column])
     sentences = (sentence for column in columns for sentence in column if sentence and sentence.strip())
     first = list(islice(sentences, 1))

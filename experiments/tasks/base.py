@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is trained and scored on, whatever the inputs are: datasets, labels, metrics.
+"""What a model is trained and scored on, whatever the inputs are: splits of examples, tasks, prepared tasks.
 
 Letters: B batch.
 """
@@ -15,20 +15,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import EvalPrediction, TrainerCallback
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
+from experiments.tasks.labels import LABEL, has_labels
+from experiments.tasks.redrawn_examples import NextEpoch, RedrawnExamples
 from experiments.tasks.scores import flatten_scores, score
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 LABELS = "labels"
-# A line of a terminal has room for about as many names of classes with their counts.
+# A line of a terminal has room for about this many names of classes with their counts.
 CLASSES_SHOWN = 12
 
 
@@ -44,7 +46,7 @@ class SampleArguments:
         for name in SampleArguments.__dataclass_fields__:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise BadInput(f"--{name} {value}: allowed is an integer of 1 or more")
+                raise BadInput(f"--{name} {value}: must be an integer of 1 or more")
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Source:
 
     Attributes:
         argument: that chose the data, with its value, for error messages.
-        dataset: Hub id, or the name of what is on this machine only.
-        on_hub: which of them.
+        dataset: Hub id, or the name of a folder or file on this machine.
+        on_hub: whether `dataset` is a Hub id.
         config: name of the dataset's configuration, such as "mrpc".
         split: that is evaluated on.
     """
@@ -71,8 +73,8 @@ class Source:
         return self.config or self.dataset.rpartition("/")[2]
 
     @classmethod
-    def of_dataset(cls, dataset: str, config: str | None, split: str) -> Source:
-        """Of what `--dataset_name` names."""
+    def of_dataset(cls, dataset: str, config: str | None, split: str = "validation") -> Source:
+        """Return the source that `--dataset_name` names."""
         on_hub = not Path(dataset).exists()
         return cls(f"--dataset_name {dataset}", dataset if on_hub else Path(dataset).name, on_hub, config, split)
 
@@ -89,16 +91,15 @@ class PreparedTask:
         calibration: examples that are neither trained nor evaluated on, to measure what merging changes; `None` where
             only training examples can be.
         processing_class: the tokenizer or image processor that made them.
-        collate: from examples to a batch.
-        predicted: from logits, the task's classes in their order, to a class or number for each example, or to a row of
-            tokens for each.
+        collate: makes a batch of examples.
+        predicted: turns logits, with the task's classes in their order, into a class or number for each example, or
+            into a row of tokens for each.
         kind: how predictions are scored, a key of `experiments.tasks.scores.SCORES`.
         labels: names of the classes, in the order in which they are scored; empty where nothing is classified.
         label_ids: the model's index of each.
-        callbacks: that training needs.
         file_names: of the inputs to predict, by suffix, if they are files.
-        reduce_logits: from a batch's logits and labels to what `predicted` takes, while the evaluation still runs; for
-            logits that would not fit in memory all at once. `None`: they are kept as they are.
+        reduce_logits: turns a batch's logits and labels into what `predicted` takes, while the evaluation still runs;
+            for logits that would not fit in memory all at once. `None`: they are kept as they are.
         trainer_class: makes the Trainer that trains this task, in place of the plain one.
         trained_with: fingerprint of whatever else decides training, such as a teacher.
     """
@@ -112,12 +113,16 @@ class PreparedTask:
     kind: str
     labels: list[str] = field(default_factory=list)
     label_ids: list[int] = field(default_factory=list)
-    callbacks: list[TrainerCallback] = field(default_factory=list)
     file_names: dict[str, list[str]] = field(default_factory=dict)
     reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
     trainer_class: Callable[..., Any] | None = None
     trained_with: str | None = None
     calibration: Any = None
+
+    @property
+    def callbacks(self) -> list[TrainerCallback]:
+        """Callbacks that training needs."""
+        return [NextEpoch(self.train)] if isinstance(self.train, RedrawnExamples) else []
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float | None]:
         """Score logits for Trainer, which takes figures by name."""
@@ -125,21 +130,21 @@ class PreparedTask:
         return flatten_scores(score(self.kind, predictions, references))
 
     def predictions(self, logits: np.ndarray) -> np.ndarray:
-        """From logits to what is scored: for each example a place in `labels`, a number or a row of tokens."""
+        """Turn logits into what is scored: for each example a place in `labels`, a number or a row of tokens."""
         return self.predicted(logits[:, self.label_ids] if self.label_ids else logits)
 
     def references(self, label_ids: np.ndarray) -> np.ndarray:
-        """The same of a batch's labels."""
+        """Turn the labels of a batch into what predictions are compared with."""
         return np.argsort(self.label_ids)[label_ids] if self.label_ids else label_ids
 
     def written(self, predictions: np.ndarray) -> list[str]:
-        """Predictions as people read them: the names of classes, or numbers."""
+        """Return predictions as people read them: the names of classes, or numbers."""
         return [self.labels[value] if self.labels else f"{value:.3f}" for value in predictions.tolist()]
 
     def batch(self, size: int) -> Batch:
-        """The first `size` evaluated inputs, fewer if there are no more, without their labels.
+        """Return the first `size` evaluated inputs, or fewer, without their labels.
 
-        Where nothing is evaluated, those to predict or to train on.
+        Where nothing is evaluated, they are those to predict or to train on.
         """
         dataset = next(iter((self.evaluation or self.prediction).values()), self.train)
         batch = dict(self.collate([dataset[index] for index in range(min(size, len(dataset)))]))
@@ -147,18 +152,13 @@ class PreparedTask:
         return batch
 
     def samples(self, count: int, batch_size: int) -> list[Batch]:
-        """Return samples without their labels, spread evenly over those to calibrate on, or else to train on.
-
-        Args:
-            count: number of samples, or all if there are fewer.
-            batch_size: B.
-        """
+        """Return `count` samples, or all there are, spread evenly over those to calibrate on, or else to train on."""
         examples = self.train if self.calibration is None else self.calibration
-        # Held, since what augmentation makes of an image is another every time.
+        # A list, since augmentation makes other images of the same examples every time.
         return list(self.unlabelled(Subset(examples, spread(len(examples), count)), batch_size))
 
     def unlabelled(self, examples: Any, batch_size: int) -> DataLoader:
-        """Batches of examples without their labels, which can be gone through again.
+        """Return batches of examples without their labels.
 
         The labels of masked tokens, which come from the text itself, stay: they say which positions are asked for.
         """
@@ -181,7 +181,7 @@ class Task(ABC):
         train, evaluation, prediction, calibration: examples, as in `PreparedTask`.
         main_metric: the figure that tables and pictures show.
         read: lines that say what was read, as `read_lines` gives them.
-        calibration_name: what the examples of `calibration` are, for messages.
+        calibration_name: what messages call the examples of `calibration`.
     """
 
     source: Source
@@ -203,107 +203,107 @@ class Task(ABC):
 
     @abstractmethod
     def model_class_name(self, config: ToMePerceiverConfig) -> str:
-        """Which of our classes a config is for.
+        """Return the name of the model class for a config.
 
         Raises:
-            BadInput: if it is for another task.
+            BadInput: if the config is for another task.
         """
 
     @abstractmethod
     def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
-        """The tokenizer or image processor called `name`; with no name, one that fits a model from scratch."""
+        """Return the tokenizer or image processor called `name`, by default one that fits a model from scratch."""
 
     @abstractmethod
     def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
         """Give the config of a model from scratch the sizes that the processing class asks for."""
 
     def first_input(self, prepared: PreparedTask) -> str | None:
-        """The first example as the model sees it, if that can be shown in a line."""
+        """Return the first example as the model sees it, if a line can show that."""
         return None
 
     @abstractmethod
     def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
-        """The task as a model with this config sees it.
+        """Return the task as a model with this config sees it.
 
         Raises:
             BadInput: if the processing class does not fit the config.
         """
 
 
-def read_lines(
-    argument: str,
-    used: str,
-    splits: Mapping[str, Dataset],
-    label: str,
-    labels: Sequence[str],
-    dropped: Sequence[str] = (),
-) -> list[str]:
-    """Lines that tell a user what was read of their data, at most four.
+@dataclass(frozen=True)
+class Splits:
+    """The splits of the data.
 
-    Args:
+    Attributes:
         argument: that chose the data, with its value.
-        used: which columns or folders were used for what, and which were not.
-        splits: examples by split; the first one that has labels is counted.
-        label: column of the labels: places in `labels`, or numbers where that is empty.
-        labels: names of the classes.
-        dropped: what was left out and why.
+        by_name: the splits.
+        own_arguments: arguments that chose a single split, by its name.
     """
-    lines = [f"{argument}: {used}", ", ".join(f"{name}: {len(split):,} examples" for name, split in splits.items())]
-    counted = next(((name, split[label]) for name, split in splits.items() if label in split.column_names), None)
-    if counted is not None:
-        name, values = counted[0], list(counted[1])
-        if labels:
-            counts = Counter(values)
-            shown = [f"{each!r} {counts[index]:,}" for index, each in enumerate(labels[:CLASSES_SHOWN])]
-            more = f" and {len(labels) - CLASSES_SHOWN} more" if len(labels) > CLASSES_SHOWN else ""
-            lines.append(f"{len(labels)} classes, in {name}: {', '.join(shown)}{more}")
-        elif values:
-            lines.append(f"labels are numbers (regression), in {name} from {min(values):g} to {max(values):g}")
-    return lines + ([f"left out: {'; '.join(dropped)}"] if dropped else [])
 
+    argument: str
+    by_name: Mapping[str, Dataset]
+    own_arguments: Mapping[str, str] = field(default_factory=dict)
 
-def take_split(splits: DatasetDict, name: str, argument: str, count: int | None) -> Dataset:
-    """A split's first `count` examples.
+    def where(self, name: str) -> str:
+        """Return what messages call a split."""
+        return f"{self.own_arguments.get(name, self.argument)}: split '{name}'"
 
-    Args:
-        splits: all there are.
-        name: of the split.
-        argument: that chose the data, with its value.
-        count: `None` for all of them.
+    def take(self, name: str, count: int | None = None) -> Dataset:
+        """Return the first `count` examples of a split, by default all.
 
-    Raises:
-        BadInput: if there is no such split, or nothing in it.
-    """
-    if name not in splits:
-        raise BadInput(f"{argument}: has no split '{name}', only {', '.join(sorted(splits))}")
-    dataset = splits[name]
-    if len(dataset) == 0:
-        raise BadInput(f"{argument}: its split '{name}' is empty; allowed is one example or more")
-    return first_examples(dataset, count)
+        Raises:
+            BadInput: if there is no such split, or nothing in it.
+        """
+        if name not in self.by_name:
+            raise BadInput(f"{self.argument}: has no split '{name}', only {', '.join(sorted(self.by_name))}")
+        if len(self.by_name[name]) == 0:
+            raise BadInput(f"{self.argument}: its split '{name}' is empty; it must have one example or more")
+        return first_examples(self.by_name[name], count)
+
+    def has_labels(self, name: str) -> bool:
+        """Whether there is a split of this name with labels."""
+        return name in self.by_name and has_labels(self.by_name[name], LABEL)
+
+    def evaluated(self) -> str:
+        """Return the split to evaluate on: "validation", or else "test" if it has labels.
+
+        Raises:
+            BadInput: if there is neither.
+        """
+        if "validation" in self.by_name:
+            return "validation"
+        if self.has_labels("test"):
+            logger.warning("%s: has no split 'validation'; evaluated on its split 'test'", self.argument)
+            return "test"
+        raise BadInput(
+            f"{self.argument}: has nothing to evaluate on; use data with a split 'validation', or 'test' with labels, "
+            f"instead of {', '.join(sorted(self.by_name))}"
+        )
+
+    def unseen(self, name: str, evaluated: Collection[str], count: int) -> Dataset | None:
+        """Return `count` examples of a test split without labels to calibrate on, spread evenly.
+
+        `None` if none are wanted, there are none, or the split is one of those that are evaluated.
+        """
+        split = self.by_name.get(name)
+        if count == 0 or name in evaluated or not split:
+            return None
+        return without_column(split.select(spread(len(split), count)), LABEL)
 
 
 def first_examples(dataset: Dataset, count: int | None) -> Dataset:
-    """As many of a dataset's first examples, or all if there are fewer or `count` is `None`."""
+    """Return the first `count` examples of a dataset, or all if there are fewer or `count` is `None`."""
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+
+
+def without_column(dataset: Dataset, column: str) -> Dataset:
+    """Return a dataset without a column, if it has it."""
+    return dataset.select_columns([name for name in dataset.column_names if name != column])
 
 
 def spread(available: int, count: int) -> list[int]:
     """Return the places of at most `count` examples, spread evenly over all."""
     return [place * available // count for place in range(count)] if count < available else list(range(available))
-
-
-def unseen_split(splits: Mapping[str, Dataset], name: str, evaluated: Collection[str], count: int) -> Dataset | None:
-    """Return examples of the test split to calibrate on, spread evenly; `None` if none are wanted or there are none.
-
-    Args:
-        splits: all there are.
-        name: of the test split.
-        evaluated: splits that are evaluated on.
-        count: number of examples at most; 0 for none.
-    """
-    if count == 0 or name in evaluated or not len(splits.get(name, ())):
-        return None
-    return splits[name].select(spread(len(splits[name]), count))
 
 
 def hold_out(task: Task, count: int) -> None:
@@ -323,23 +323,25 @@ def hold_out(task: Task, count: int) -> None:
     task.train = task.train.select(np.sort(order[count:]))
 
 
-def evaluated_split(splits: DatasetDict, argument: str, labelled: Callable[[Dataset], bool]) -> str:
-    """What there is to evaluate on: "validation", or else "test" if that has labels.
+def read_lines(used: str, splits: Mapping[str, Dataset], labels: Sequence[str]) -> list[str]:
+    """Return lines that tell a user what was read of their data.
 
     Args:
-        splits: all there are.
-        argument: that chose the data, with its value.
-        labelled: whether a split has labels.
-
-    Raises:
-        BadInput: if there is neither.
+        used: the argument that chose the data, and which columns or folders were used for what.
+        splits: examples by what they are for; the labels of the first that has any are counted.
+        labels: names of the classes; empty where labels are numbers.
     """
-    if "validation" in splits:
-        return "validation"
-    if "test" in splits and labelled(splits["test"]):
-        logger.warning("%s: has no split 'validation'; evaluated on its split 'test'", argument)
-        return "test"
-    raise BadInput(
-        f"{argument}: has nothing to evaluate on; allowed is a split 'validation', or 'test' with labels, here "
-        f"{', '.join(sorted(splits))}"
-    )
+    lines = [used, ", ".join(f"{name}: {len(split):,} examples" for name, split in splits.items())]
+    for name, split in splits.items():
+        if LABEL not in split.column_names:
+            continue
+        values = list(split[LABEL])
+        if labels:
+            counts = Counter(values)
+            shown = [f"{each!r} {counts[index]:,}" for index, each in enumerate(labels[:CLASSES_SHOWN])]
+            more = f" and {len(labels) - CLASSES_SHOWN} more" if len(labels) > CLASSES_SHOWN else ""
+            lines.append(f"{len(labels)} classes, in {name}: {', '.join(shown)}{more}")
+        elif values:
+            lines.append(f"labels are numbers (regression), in {name} from {min(values):g} to {max(values):g}")
+        break
+    return lines

@@ -6,7 +6,7 @@ Letters: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,33 +14,46 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
+from torch import Tensor
 from transformers import AutoImageProcessor, PerceiverImageProcessorPil
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput, naming
 from experiments.tasks.augmentation import Augmentation
 from experiments.tasks.base import (
+    LABELS,
     Batch,
     PreparedTask,
     SampleArguments,
     Source,
+    Splits,
     Task,
-    evaluated_split,
     first_examples,
     read_lines,
-    take_split,
-    unseen_split,
+    without_column,
 )
-from experiments.tasks.image_columns import ImageColumns
-from experiments.tasks.image_folders import check_names, left_out_of_dataset, read_image_folder, relative_names
-from experiments.tasks.image_reading import IMAGE, LABEL, check_images, read_image
-from experiments.tasks.labels import check_trained, has_labels, label_ids
+from experiments.tasks.image_files import (
+    AS_STORED,
+    IMAGE,
+    ROW,
+    check_headers,
+    left_out_of_dataset,
+    list_files,
+    read_image,
+    read_image_folder,
+    relative_names,
+)
+from experiments.tasks.labels import LABEL, has_labels, label_ids, label_names, listed, spelling, with_labels
 from experiments.tasks.reading import read_dataset
-from experiments.tasks.redrawn_examples import NextEpoch, RedrawnExamples
+from experiments.tasks.redrawn_examples import RedrawnExamples
 from experiments.tasks.scores import classes
 
+# Names of columns that say what is in them, in lower case.
+IMAGE_NAMES = {"image", "images", "img", "picture", "pixels", "pixel_values"}
+LABEL_NAMES = {"label", "labels"}
 MODEL_CLASSES = tuple(
     f"ToMePerceiverForImageClassification{inputs}" for inputs in ("ConvProcessing", "Fourier", "Learned")
 )
@@ -174,25 +187,24 @@ class ImageTask(Task):
     def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
         """`pixel_values` (3, height, width) and `labels`, made on access."""
         ids = label_ids(config, self.labels)
+        shape = self._processed_shape(config, processing_class)
 
-        def process(batch: dict[str, list]) -> dict[str, Any]:
-            columns = {"pixel_values": processing_class(batch[IMAGE], return_tensors="pt")["pixel_values"]}
-            if LABEL in batch:
-                columns["labels"] = [ids[label] for label in batch[LABEL]]
+        def process(example: dict[str, Any], image: Image.Image) -> dict[str, Any]:
+            columns: dict[str, Any] = {"pixel_values": _pixel_values(processing_class, image, shape)}
+            if LABEL in example:
+                columns[LABELS] = ids[example[LABEL]]
             return columns
 
         def read_and_process(batch: dict[str, list]) -> dict[str, Any]:
-            return process(batch | {IMAGE: [read_image(stored, "of a batch") for stored in batch[IMAGE]]})
+            examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            processed = [process(example, self._read(example)) for example in examples]
+            return {name: [columns[name] for columns in processed] for name in processed[0]}
 
         def augmented(example: dict[str, Any], index: int, random: np.random.Generator) -> dict[str, Any]:
-            image = self.augmentation(read_image(example[IMAGE], f"{index} of training"), random)
-            columns = process({name: [value] for name, value in (example | {IMAGE: image}).items()})
-            return {name: values[0] for name, values in columns.items()}
+            return process(example, self.augmentation(self._read(example), random))
 
-        _check_processed(self, config, processing_class)
-        train = RedrawnExamples(self.train, augmented, seed)
         return PreparedTask(
-            train=train,
+            train=RedrawnExamples(self.train, augmented, seed),
             calibration=None if self.calibration is None else self.calibration.with_transform(read_and_process),
             evaluation={suffix: split.with_transform(read_and_process) for suffix, split in self.evaluation.items()},
             prediction={suffix: split.with_transform(read_and_process) for suffix, split in self.prediction.items()},
@@ -202,45 +214,55 @@ class ImageTask(Task):
             kind="classification",
             labels=self.labels,
             label_ids=ids,
-            callbacks=[NextEpoch(train)],
             file_names=self.file_names,
         )
+
+    def _read(self, example: dict[str, Any]) -> Image.Image:
+        return read_image(example[IMAGE], f"{example[ROW]} of {self.source.argument}")
+
+    def _processed_shape(self, config: ToMePerceiverConfig, processing_class: Any) -> torch.Size:
+        """Return the shape (3, height, width) that the image processor makes of the first image.
+
+        Raises:
+            BadInput: if the model does not take it.
+        """
+        splits = [self.train, *self.evaluation.values(), *self.prediction.values()]
+        shape = _pixel_values(processing_class, self._read(next(filter(len, splits))[0]), None).shape
+        if len(shape) != 3 or shape[0] != 3:
+            raise BadInput(
+                f"--image_processor_name: makes pixel_values of shape {tuple(shape)}; must be (3, height, width)"
+            )
+        # Positions that are learned are those of one size.
+        if "Learned" in self.model_class_name(config) and shape[1:] != (config.image_size, config.image_size):
+            raise BadInput(
+                f"--image_processor_name: makes images of {shape[1]} x {shape[2]}; must be the image_size of the "
+                f"model, {config.image_size}"
+            )
+        return shape
+
+
+def _pixel_values(processing_class: Any, image: Image.Image, shape: torch.Size | None) -> Tensor:
+    """Return what the image processor makes of an image, (3, height, width).
+
+    Raises:
+        BadInput: if that has another shape than all are to have.
+    """
+    with naming("--image_processor_name", Exception):
+        values = processing_class([image], return_tensors="pt")["pixel_values"][0]
+        if shape is not None and values.shape != shape:
+            raise ValueError(
+                f"does not make all images the same size: one of {image.width} x {image.height} becomes "
+                f"{tuple(values.shape)}, the first {tuple(shape)}; use one that resizes, or images of one size"
+            )
+    return values
 
 
 def collate_images(examples: list[dict[str, Any]]) -> Batch:
     """`pixel_values` (B, 3, height, width) and, if there are any, `labels` (B,)."""
     batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
-    if "labels" in examples[0]:
-        batch["labels"] = torch.tensor([example["labels"] for example in examples])
+    if LABELS in examples[0]:
+        batch[LABELS] = torch.tensor([example[LABELS] for example in examples])
     return batch
-
-
-def _check_processed(task: ImageTask, config: ToMePerceiverConfig, processing_class: Any) -> None:
-    """Check that the image processor makes what the model takes, all of one size."""
-
-    def processed(image: Image.Image) -> tuple[int, ...]:
-        return tuple(processing_class([image], return_tensors="pt")["pixel_values"].shape)
-
-    splits = [task.train, *task.evaluation.values(), *task.prediction.values()]
-    image = read_image(next(split for split in splits if len(split))[0][IMAGE], "0 of the first split")
-    with naming("--image_processor_name", Exception):
-        shape = processed(image)
-        side = config.image_size
-        if len(shape) != 4 or shape[1] != 3:
-            raise ValueError(f"makes pixel_values of shape {shape}; must be (images, 3, height, width)")
-        # Positions that are learned are those of one size.
-        if "Learned" in task.model_class_name(config) and shape[2:] != (side, side):
-            raise ValueError(f"makes images of {shape[2]} x {shape[3]}; must be the image_size of the model, {side}")
-        if processed(Image.new("RGB", (image.width + 8, image.height + 24))) == shape:
-            return
-    for split in splits:
-        for stored in split.select_columns(IMAGE):
-            other = read_image(stored[IMAGE], "of a split")
-            if other.size != image.size and processed(other) != shape:
-                raise BadInput(
-                    f"--image_processor_name: does not make images of {image.width} x {image.height} and "
-                    f"{other.width} x {other.height} the same size; use one that resizes, or images of one size"
-                )
 
 
 def load_image_task(
@@ -252,7 +274,7 @@ def load_image_task(
     calibration_samples: int = 0,
     **download: Any,
 ) -> ImageTask:
-    """Load the images that the arguments mean.
+    """Load the images that the arguments mean; they are opened here and decoded when they are used.
 
     Args:
         arguments: which images.
@@ -265,97 +287,232 @@ def load_image_task(
 
     Raises:
         BadInput: for a dataset, split or column that is not there, an empty split, labels that are missing or that
-            training has not, or an image that cannot be read.
+            training has not, or an image that cannot be opened.
     """
-    splits, columns, argument, dropped = _read(arguments, classes, download)
-
-    def taken(name: str, count: int | None, train: Dataset | None = None, may_lack: bool = False) -> Dataset:
-        split = take_split(splits, name, argument, count)
-        where = f"--{name}_dir {arguments.folders[name]}" if name in arguments.folders else argument
-        return columns.with_classes(split, f"{where}: split '{name}'", train, may_lack)
-
-    def labelled(split: Dataset) -> bool:
-        return has_labels(split, LABEL)
-
-    def checked(split: Dataset, name: str) -> Dataset:
-        return check_images(split, f"{argument}: split '{name}'")
-
-    train = taken("train", None) if "train" in splits else None
-    evaluation, prediction, name, from_split = {}, {}, "test", "train"
-    if train is None or "validation" in splits or ("test" in splits and labelled(splits["test"])):
-        if train is not None or evaluate:
-            name = from_split = evaluated_split(splits, argument, labelled)
-            evaluation[""] = taken(name, arguments.max_eval_samples, train)
-    else:
-        train, evaluation[""] = _divided(arguments, train, argument, seed)
+    images = _read_images(arguments, classes, download)
+    splits = images.splits
+    train = images.take("train") if "train" in splits.by_name else None
+    evaluation, prediction, split = {}, {}, "test"
+    held_out = train is not None and "validation" not in splits.by_name and not splits.has_labels("test")
+    if held_out:
+        train, evaluation[""] = _divided(arguments, images, seed)
+    elif train is not None or evaluate:
+        split = splits.evaluated()
+        evaluation[""] = images.take(split, arguments.max_eval_samples, train)
     if predict:
-        prediction[""] = checked(taken("test", arguments.max_predict_samples, train, may_lack=True), "test")
-    calibration = unseen_split(splits, "test", [from_split], calibration_samples)
-    if calibration is not None:
-        unlabelled = calibration.select_columns([name for name in calibration.column_names if name != LABEL])
-        calibration = checked(unlabelled, "test")
+        prediction[""] = images.take("test", arguments.max_predict_samples, train, may_lack=True)
+    calibration = splits.unseen("test", [] if held_out or not evaluation else [split], calibration_samples)
     if train is not None:
-        train = checked(first_examples(train.shuffle(seed=seed), arguments.max_train_samples), "train")
-    evaluation = {suffix: checked(split, from_split) for suffix, split in evaluation.items()}
-    used = columns.described(next(iter(splits.values())), arguments.dataset_name is None)
-    evaluated = "evaluated (held out of train)" if from_split == "train" else "evaluated"
+        train = first_examples(train.shuffle(seed=seed), arguments.max_train_samples)
+    evaluated = "evaluated (held out of train)" if held_out else "evaluated"
     parts = {"train": train, evaluated: evaluation.get(""), "predicted": prediction.get("")}
-    read = {part: split for part, split in parts.items() if split is not None}
+    read = {part: examples for part, examples in parts.items() if examples is not None}
+    check_headers([*read.values(), *([] if calibration is None else [calibration])], splits.argument)
+    dropped = [f"left out: {'; '.join(images.left_out)}"] if images.left_out else []
     return ImageTask(
-        source=Source.of_dataset(arguments.chosen[1], arguments.dataset_config_name, name),
-        labels=columns.labels,
+        source=Source.of_dataset(arguments.chosen[1], arguments.dataset_config_name, split),
+        labels=images.labels,
         train=next(iter(read.values())).select([]) if train is None else train,
         evaluation=evaluation,
         prediction=prediction,
         calibration=calibration,
         main_metric="accuracy",
-        read=read_lines(argument, used, read, LABEL, columns.labels, dropped),
+        read=read_lines(f"{splits.argument}: {images.used}", read, images.labels) + dropped,
         augmentation=Augmentation(arguments.crop_scale, arguments.horizontal_flip),
         file_names={suffix: relative_names(split, arguments.predicted) for suffix, split in prediction.items()},
     )
 
 
-def _divided(arguments: ImageDataArguments, train: Dataset, argument: str, seed: int) -> tuple[Dataset, Dataset]:
-    """The images to train on, and those of them that are evaluated on instead, since there are no others."""
-    with naming(f"--train_val_split {arguments.train_val_split}", ValueError):
-        parts = train.train_test_split(arguments.train_val_split, seed=seed)
-    evaluation = take_split(parts, "test", argument, arguments.max_eval_samples)
-    where = f"{argument}: the images of --train_val_split {arguments.train_val_split}"
-    check_trained(evaluation, parts["train"], LABEL, where)
-    return parts["train"], evaluation
+def _divided(arguments: ImageDataArguments, images: _Images, seed: int) -> tuple[Dataset, Dataset]:
+    """Return the images to train on, and those of them that are evaluated on instead, since there are no others."""
+    share = f"--train_val_split {arguments.train_val_split}"
+    with naming(share, ValueError):
+        parts = images.take("train").train_test_split(arguments.train_val_split, seed=seed)
+    evaluation = first_examples(parts["test"], arguments.max_eval_samples)
+    where = f"{images.splits.argument}: the images of {share}"
+    return parts["train"], with_labels(evaluation, LABEL, images.labels, where, parts["train"])
 
 
-def _read(
+@dataclass(frozen=True)
+class _Images:
+    """Images as they are stored.
+
+    Attributes:
+        splits: with the columns `image`, `row` and, where there are labels, `label`.
+        label: what the column of the labels is called in the data.
+        labels: names of the classes.
+        used: which column is what, for a user.
+        left_out: files and labels that are not read, for a user.
+    """
+
+    splits: Splits
+    label: str
+    labels: list[str]
+    used: str
+    left_out: list[str]
+
+    def take(
+        self, name: str, count: int | None = None, train: Dataset | None = None, may_lack: bool = False
+    ) -> Dataset:
+        """Return images of a split with the places of their classes in `labels`.
+
+        Args:
+            name: of the split.
+            count: number of images; `None` for all.
+            train: images to train on, which must have all the classes.
+            may_lack: whether labels may be kept back; then there is no column of them.
+
+        Raises:
+            BadInput: for labels that are missing, or classes that training has not.
+        """
+        split, where = self.splits.take(name, count), self.splits.where(name)
+        if may_lack and not has_labels(split, LABEL):
+            return without_column(split, LABEL)
+        if LABEL not in split.column_names:
+            raise BadInput(f"{where} has no column '{self.label}'; name that of the labels with --label_column_name")
+        return with_labels(split, LABEL, self.labels, where, train)
+
+
+def _read_images(
     arguments: ImageDataArguments, classes: Sequence[str] | None, download: dict[str, Any]
-) -> tuple[DatasetDict, ImageColumns, str, list[str]]:
-    """Return the splits as they are stored, their columns, the argument that chose them, and what was left out."""
+) -> _Images:
     name, chosen = arguments.chosen
     argument = f"--{name} {chosen}"
-    if name == "dataset_name":
-        if Path(chosen).is_dir():
-            check_names(argument, Path(chosen))
-        splits, dropped = read_dataset(argument, chosen, arguments.dataset_config_name, anew=False, **download), []
+    in_folders, is_local = name != "dataset_name", name == "dataset_name" and Path(chosen).is_dir()
+    if name not in ("dataset_name", "train_dir") and classes is None:
+        raise BadInput(
+            f"--train_dir: not given beside {argument}; give it, or only evaluate or predict, without a budget"
+        )
+    if is_local:
+        list_files(argument, Path(chosen))
+    left_out: list[str] = []
+    by_name: dict[str, Dataset] = {}
+    if in_folders:
+        for split, folder in arguments.folders.items():
+            by_name[split], lines = read_image_folder(f"--{split}_dir {folder}", folder, split == "test", **download)
+            left_out += lines
     else:
-        if name != "train_dir" and classes is None:
+        by_name = read_dataset(argument, chosen, arguments.dataset_config_name, anew=False, **download)
+    own = {split: f"--{split}_dir {folder}" for split, folder in arguments.folders.items()}
+    needs_train = "train" in by_name or classes is None
+    first = Splits(argument, by_name).take("train" if needs_train else next(iter(by_name)))
+    image = _image_column(first.features, argument, arguments.image_column_name)
+    label = _label_column(first.features, image, argument, arguments.label_column_name, needs_train)
+    labels = _class_names(first, label, argument) if needs_train else list(classes or ())
+    by_name = {split: _as_stored(images, image, label, argument, split) for split, images in by_name.items()}
+    if is_local:
+        left_out = left_out_of_dataset(argument, chosen, by_name.values(), labels)
+    if "test" in by_name and _has_other_labels(by_name["test"], labels):
+        by_name["test"] = by_name["test"].remove_columns(LABEL)
+        left_out.append("the labels of split 'test', none of which is a class of training")
+    features = next(iter(by_name.values())).features
+    used = f"images in column '{image}', " + (f"labels in column '{label}'" if LABEL in features else "no labels")
+    if in_folders and isinstance(features.get(LABEL), ClassLabel):
+        used = "a class for each folder of images"
+    return _Images(Splits(argument, by_name, own), label, labels, used, left_out)
+
+
+def _as_stored(dataset: Dataset, image: str, label: str, argument: str, name: str) -> Dataset:
+    """Return images as they are stored, in the columns `image`, `row` and, where there are labels, `label`.
+
+    Raises:
+        BadInput: for images that are missing or of another kind.
+    """
+    where = f"{argument}: split '{name}'"
+    if image not in dataset.column_names:
+        raise BadInput(f"{where} has no column '{image}', only {listed(dataset.column_names)}")
+    wanted = {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old in dataset.column_names}
+    dataset = dataset.select_columns(list(wanted))
+    dataset = dataset.rename_columns({old: new for old, new in wanted.items() if old != new})
+    with naming(f"{where}, column '{image}'", Exception):
+        dataset = dataset.cast_column(IMAGE, AS_STORED)
+    return dataset.add_column(ROW, [f"{row} of split '{name}'" for row in range(len(dataset))])
+
+
+def _has_other_labels(split: Dataset, labels: Sequence[str]) -> bool:
+    """Whether a split has labels and none of them is a class, as where they are kept back."""
+    feature = split.features.get(LABEL)
+    if not isinstance(feature, (ClassLabel, Value)) or not has_labels(split, LABEL):
+        return False  # labels of another kind are refused where they are read
+    own = dict(enumerate(feature.names)) if isinstance(feature, ClassLabel) else {}
+    names = {spelling(own.get(value, value)) for value in split.unique(LABEL) if value is not None}
+    return not names & set(map(spelling, labels))
+
+
+def _image_column(features: Features, argument: str, given: str | None) -> str:
+    """Return the column of images, by its name or its type."""
+    files = [name for name in features if _holds_files(features[name])]
+    named = [name for name in files or features if name.strip().lower() in IMAGE_NAMES]
+    if given is None and not files and not named:
+        raise BadInput(f"{argument}: has no column of images, only {listed(features)}")
+    typed = [name for name in features if isinstance(features[name], ImageFeature)]
+    given = _certain(f"{argument}: images: --image_column_name", given, [typed, named], files, features)
+    if not _holds_files(features[given]):
+        raise BadInput(
+            f"{argument}: column '{given}' holds {_kind(features[given])}; must be images, as datasets.Image or as the "
+            "bytes of image files (paths of files go into the column file_name of a metadata.csv beside them)"
+        )
+    return given
+
+
+def _label_column(features: Features, image: str, argument: str, given: str | None, is_needed: bool) -> str:
+    """Return the column of labels, by its name or its type; where none is needed, there may be none of this name."""
+    columns = [name for name in features if name != image]
+    named = [name for name in columns if name.strip().lower() in LABEL_NAMES]
+    if not is_needed:
+        return given or (named[0] if len(named) == 1 else LABEL)
+    if given is None and not columns:
+        raise BadInput(
+            f"{argument}: has images and no labels; put the images of every split into one folder for each class, all "
+            "as deep, or name their classes in a metadata.csv beside them; those without labels go into --test_dir, "
+            "beside --train_dir"
+        )
+    typed = [name for name in columns if isinstance(features[name], ClassLabel)]
+    return _certain(f"{argument}: labels: --label_column_name", given, [typed, named], [], columns)
+
+
+def _certain(
+    option: str, given: str | None, likely: list[list[str]], fitting: list[str], columns: Collection[str]
+) -> str:
+    """Return the column that is given, or else the only one that is likely.
+
+    Args:
+        option: that names the column, after what messages begin with.
+        given: its value.
+        likely: columns whose type says what they are, and those whose name does.
+        fitting: columns that may be it; a single one is, if no other is likely.
+        columns: all to choose from.
+
+    Raises:
+        BadInput: for a column that is not there, or if several are as likely, or none is.
+    """
+    if given is not None:
+        if given not in columns:
             raise BadInput(
-                f"--train_dir: not given beside {argument}; give it, or only evaluate or predict, without a budget"
+                f"--{option.partition('--')[2]} {given}: there is no such column; choose from {listed(columns)}"
             )
-        read = {
-            split: read_image_folder(f"--{split}_dir {folder}", folder, split == "test", **download)
-            for split, folder in arguments.folders.items()
-        }
-        splits = DatasetDict({split: images for split, (images, _) in read.items()})
-        dropped = [line for _, lines in read.values() for line in lines]
-    needs_train = "train" in splits or classes is None
-    first = take_split(splits, "train" if needs_train else next(iter(splits)), argument, None)
-    named = (arguments.image_column_name, arguments.label_column_name)
-    columns = ImageColumns.found(first, argument, *named, None if needs_train else classes)
-    splits = DatasetDict(
-        {split: columns.stored(images, f"{argument}: split '{split}'") for split, images in splits.items()}
-    )
-    if name == "dataset_name" and Path(chosen).is_dir():
-        dropped = left_out_of_dataset(argument, chosen, splits.values(), columns.labels)
-    if "test" in splits and columns.has_other_labels(splits["test"]):
-        splits["test"] = splits["test"].remove_columns(LABEL)
-        dropped.append("the labels of split 'test', none of which is a class of training")
-    return splits, columns, argument, dropped
+        return given
+    typed, named = likely
+    both = [name for name in named if name in typed]
+    candidates = both if len(both) == 1 else list(dict.fromkeys(typed + named)) or fitting
+    if len(candidates) != 1:
+        raise BadInput(f"{option} is needed, since no column is certain; choose from {listed(candidates or columns)}")
+    return candidates[0]
+
+
+def _class_names(train: Dataset, label: str, argument: str) -> list[str]:
+    labels = label_names(train, label, f"{argument}: split 'train'", regression=False)
+    if labels is None or _kind(train.features[label]).startswith("float"):
+        raise BadInput(f"{argument}: column '{label}' holds numbers with a point; must be names or integers")
+    return labels
+
+
+def _holds_files(feature: Any) -> bool:
+    """Whether a column holds images, or the bytes of image files, as pandas stores them too."""
+    if isinstance(feature, dict):
+        return "bytes" in feature and set(feature) <= {"bytes", "path"}
+    return isinstance(feature, ImageFeature) or _kind(feature) in ("binary", "large_binary")
+
+
+def _kind(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__

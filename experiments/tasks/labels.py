@@ -7,6 +7,7 @@ import logging
 import re
 import string
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ from experiments.tasks.reading import with_column
 
 logger = logging.getLogger(__name__)
 
+LABEL = "label"
+"""The column with a class or a number for each example."""
 NO_LABEL = -1
 """What test splits have in place of labels that are kept back."""
 SHOWN_NAMES = 20
@@ -119,13 +122,13 @@ def label_ids(config: ToMePerceiverConfig, labels: Sequence[str]) -> list[int]:
 
 
 def label_names(dataset: Dataset, column: str, where: str, regression: bool | None = None) -> list[str] | None:
-    """Return the names of the classes that a column may have, in their order, or `None` if it holds numbers to predict.
+    """Return the names of the classes of a column, two or more, or `None` if it holds numbers to predict.
 
     Whole numbers are in the order of their values, and other names in that of their letters.
 
     Args:
         dataset, column: the labels.
-        where: what the data are, for the message.
+        where: what messages call the data.
         regression: whether the labels are numbers to predict. `None`: numbers with a point are, if not all are whole.
 
     Raises:
@@ -136,12 +139,17 @@ def label_names(dataset: Dataset, column: str, where: str, regression: bool | No
     if isinstance(feature, ClassLabel):
         if regression:
             raise BadInput(f"--do_regression true: {where}: column '{column}' holds classes, {listed(feature.names)}")
-        return list(feature.names)
-    found = [value for value in dataset.unique(column) if not _is_empty(value)]
-    if regression or (regression is None and _are_numbers(list(map(str, found)), len(dataset), column, where)):
-        return None
-    # The Hub's tables say -1 of a label that is not there, and a class of that name would be none.
-    return _distinct([str(value) for value in found if not _is_missing(value)], column, where)
+        names = list(dict.fromkeys(unicodedata.normalize("NFC", name) for name in feature.names))
+    else:
+        found = [value for value in dataset.unique(column) if not _is_empty(value)]
+        if regression or (regression is None and _are_numbers(list(map(str, found)), len(dataset), column, where)):
+            return None
+        # The Hub's tables say -1 of a label that is not there, and a class of that name would be none.
+        names = _distinct([str(value) for value in found if not _is_missing(value)], column, where)
+    if len(names) < 2:
+        _check_none_missing(dataset[column], column, where)
+        raise BadInput(f"{where}: column '{column}' has the class {listed(names)} alone; it must have two or more")
+    return names
 
 
 def _check_kind(dataset: Dataset, column: str, where: str) -> None:
@@ -221,51 +229,61 @@ def has_labels(dataset: Dataset, column: str) -> bool:
     return not all(_is_missing(value) or value in (NO_LABEL, f"{NO_LABEL}.0") for value in dataset.unique(column))
 
 
-def with_label_ids(dataset: Dataset, column: str, labels: Sequence[str], where: str) -> Dataset:
-    """The same examples with their classes as places in `labels`, whatever their order was.
+def with_labels(
+    dataset: Dataset, column: str, labels: Sequence[str], where: str, train: Dataset | None = None
+) -> Dataset:
+    """Return the examples with their classes as places in `labels`, or, if that is empty, with a number for each.
 
     Args:
-        dataset: with the classes in `column`: as names, integers, or places in the names of its own.
+        dataset: with classes in `column` as names, integers, or places in the names of its own; or with numbers.
         column: their name.
         labels: names of the classes.
-        where: what the split is, for the message.
+        where: what messages call the split.
+        train: training examples with their labels as places, which must have all the classes of the split.
 
     Raises:
-        BadInput: for labels that are missing or not among them, with how many and where the first is.
+        BadInput: for labels that are missing or of another kind, or classes that are not among those of training.
     """
+    if column not in dataset.column_names:
+        raise BadInput(f"{where} has no column '{column}', only {listed(dataset.column_names)}")
+    if not labels:
+        return _with_numbers(dataset, column, where)
+    dataset = _with_places(dataset, column, labels, where)
+    if train is not None:
+        # Dataset.unique would first copy all columns of a dataset that was shuffled, its images too.
+        seen, asked = set(train[column]), set(dataset[column])
+        if unseen := asked - seen:
+            raise BadInput(
+                f"{where} has the labels {listed(labels[index] for index in unseen)}; they must be among those of "
+                f"training, {listed(labels[index] for index in seen)}"
+            )
+    return dataset
+
+
+def _with_places(dataset: Dataset, column: str, labels: Sequence[str], where: str) -> Dataset:
     feature = dataset.features[column]
     own_names = list(feature.names) if isinstance(feature, ClassLabel) else None
     _check_kind(dataset, column, where)
     values = list(dataset[column])
     if own_names is not None:
-        places = dict(enumerate(own_names)) | {NO_LABEL: NO_LABEL}
-        values = [places.get(value) for value in values]
-    check_none_missing(values, column, where)
-    place = {(same, key): index for same in _SAMENESS for key, index in _unique(map(same, labels)).items()}
-    found = {
-        value: [place[same, same(value)] for same in _SAMENESS if (same, same(value)) in place] for value in set(values)
-    }
-    if unknown := [value for value, indices in found.items() if not indices]:
-        known = listed(labels, ordered=True)
-        raise BadInput(f"{where} has the labels {listed(unknown)}; they must be among {known}")
-    ids = [found[value][0] for value in values]
+        names = dict(enumerate(own_names)) | {NO_LABEL: NO_LABEL}
+        values = [names.get(value) for value in values]
+    _check_none_missing(values, column, where)
     if own_names == list(labels):
         return dataset
-    return with_column(dataset, column, ids, ClassLabel(names=list(labels)))
+    places: dict[object, int] = {}
+    for same in _SAMENESS:
+        counts = Counter(map(same, labels))
+        place_of = {same(label): place for place, label in enumerate(labels) if counts[same(label)] == 1}
+        places = {value: place_of[same(value)] for value in set(values) if same(value) in place_of} | places
+    if unknown := set(values) - set(places):
+        raise BadInput(
+            f"{where} has the labels {listed(unknown)}; they must be among {listed(labels, ordered=True)}"
+        )
+    return with_column(dataset, column, [places[value] for value in values], ClassLabel(names=list(labels)))
 
 
-def _unique(keys: Iterable[Hashable]) -> dict[Hashable, int]:
-    """The place of each key that is there once."""
-    keys = list(keys)
-    return {key: index for index, key in enumerate(keys) if keys.count(key) == 1}
-
-
-def with_numbers(dataset: Dataset, column: str, where: str) -> Dataset:
-    """The same examples with a finite float for each.
-
-    Raises:
-        BadInput: for what is no number, with how many and where the first is.
-    """
+def _with_numbers(dataset: Dataset, column: str, where: str) -> Dataset:
     if isinstance(dataset.features[column], ClassLabel):
         raise BadInput(f"{where}: column '{column}' holds classes; it must hold numbers")
     values = list(dataset[column])
@@ -285,46 +303,25 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (str, int, float)) and bool(abs(float(value)) <= np.finfo(np.float32).max)
 
 
-def check_none_missing(values: Iterable[object], column: str, where: str) -> None:
-    """Check that there is a label for each example.
-
-    Raises:
-        BadInput: with how many are missing and which is the first.
-    """
+def _check_none_missing(values: Iterable[object], column: str, where: str) -> None:
     values = list(values)
     missing = [index for index, value in enumerate(values) if _is_missing(value)]
     hint = ""
     if not all(_is_empty(values[index]) for index in missing):
-        hint = f" (the label {NO_LABEL} stands for a missing one, as in GLUE; a class of that name needs another)"
+        hint = f" (the label {NO_LABEL} says that there is none, as in GLUE; a class needs another name)"
     refuse_missing(missing, len(values), column, where, hint)
 
 
 def refuse_missing(missing: Sequence[int], count: int, column: str, where: str, hint: str = "") -> None:
-    """Refuse a column of `count` examples that has no value in some.
+    """Refuse a column of `count` examples if any have no value.
 
     Raises:
-        BadInput: with how many they are and which is the first, if there are any.
+        BadInput: with how many they are and which is the first.
     """
     if missing:
         raise BadInput(
             f"{where}: column '{column}' has no value in {len(missing)} of {count} examples, the first of them example "
             f"{missing[0]}, counted from 0{hint}; fill or remove these rows"
-        )
-
-
-def check_trained(split: Dataset, train: Dataset, column: str, where: str) -> None:
-    """Check that training has all the classes of a split, both with the same `ClassLabel`.
-
-    Raises:
-        BadInput: naming the labels that training has not.
-    """
-    names = train.features[column].names
-    # Dataset.unique would first copy all columns of a dataset that was shuffled, its images too.
-    seen, asked = set(train[column]), set(split[column])
-    if unseen := asked - seen:
-        raise BadInput(
-            f"{where} has the labels {listed(names[index] for index in unseen)}; they must be among those of training, "
-            f"{listed(names[index] for index in seen)}"
         )
 
 

@@ -23,20 +23,20 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenCl
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
-from experiments.tasks.base import Batch, PreparedTask, Source, unseen_split
+from experiments.tasks.base import Batch, PreparedTask, Source, Splits
 from experiments.tasks.labels import listed
 from experiments.tasks.reading import TEXT_FORMATS, read_dataset, read_file
-from experiments.tasks.redrawn_examples import NextEpoch, RedrawnExamples
+from experiments.tasks.redrawn_examples import RedrawnExamples
 from experiments.tasks.scores import NOT_ASKED
-from experiments.tasks.sentences import SENTENCE, Split, check_header, distinct, read_sentences, sentence_columns
+from experiments.tasks.sentences import SENTENCE, Split, distinct, read_sentences
 from experiments.tasks.text import Columns, TextDataArguments, TextTask, Tokens
+from experiments.tasks.text_columns import masked_columns
 
 MODEL_CLASS = "ToMePerceiverForMaskedLM"
-# Splits whose columns are said.
+# Number of splits whose columns are told to a user.
 MOST_SHOWN = 4
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
-# Of the order of evaluated sentences and of what is hidden in them: the same for all models that are compared, whatever
-# they were trained with.
+# Decides the order of evaluated sentences and what is hidden in them: the same for all models that are compared.
 EVALUATION_SEED = 0
 CLASSIFICATION_ONLY = "masked language models, which predict nothing, refuse it"
 
@@ -98,14 +98,14 @@ class MlmDataArguments(TextDataArguments):
         super().__post_init__()
         if not 0 < self.validation_split_percentage < 100:
             raise BadInput(
-                f"--validation_split_percentage {self.validation_split_percentage}: allowed are the integers 1 to 99"
+                f"--validation_split_percentage {self.validation_split_percentage}: must be an integer from 1 to 99"
             )
         if not 0 < self.mlm_probability <= 1:
-            raise BadInput(f"--mlm_probability {self.mlm_probability}: allowed is a number above 0, up to 1")
+            raise BadInput(f"--mlm_probability {self.mlm_probability}: must be a number above 0, up to 1")
         replaced = {name: getattr(self, name) for name in ("mask_replace_prob", "random_replace_prob")}
         for name, value in replaced.items():
             if value < 0 or sum(replaced.values()) > 1:
-                raise BadInput(f"--{name} {value}: allowed are two numbers of 0 or more, together at most 1")
+                raise BadInput(f"--{name} {value}: must be a number of 0 or more, at most 1 with the other one")
 
 
 @dataclass
@@ -122,7 +122,7 @@ class MlmTask(TextTask):
         for name in map(str, config.architectures or []):
             if "ForMaskedLM" not in name:
                 raise BadInput(
-                    f"architectures = {config.architectures}: allowed for masked language modelling are "
+                    f"architectures = {config.architectures}: choose for masked language modelling from "
                     f"PerceiverForMaskedLM and {MODEL_CLASS}"
                 )
         return MODEL_CLASS
@@ -139,7 +139,7 @@ class MlmTask(TextTask):
         """
         if processing_class.mask_token is None:
             raise BadInput(
-                "--tokenizer_name: has no mask token; allowed is a tokenizer with one, such as that of "
+                "--tokenizer_name: has no mask token; use a tokenizer with one, such as that of "
                 "examples/train_tokenizer.py"
             )
         tokens = self.tokens(config, processing_class)
@@ -152,9 +152,8 @@ class MlmTask(TextTask):
             masking.reseed(int(random.integers(2**63)))
             return masking(example)
 
-        train = RedrawnExamples(tokens.train, masked, seed)
         return PreparedTask(
-            train=train,
+            train=RedrawnExamples(tokens.train, masked, seed),
             evaluation={suffix: masked_once(split, once) for suffix, split in tokens.evaluation.items()},
             prediction=tokens.prediction,
             calibration=masked_once(tokens.calibration, once) if tokens.calibration else None,
@@ -162,7 +161,6 @@ class MlmTask(TextTask):
             collate=MaskedCollate(processing_class, config.max_position_embeddings),
             predicted=lambda predictions: predictions,
             kind="masked_lm",
-            callbacks=[NextEpoch(train)],
             reduce_logits=likeliest_tokens,
         )
 
@@ -173,25 +171,20 @@ class MlmTask(TextTask):
         return _joining(tokenizer, length)
 
     def _drawn(self, tokens: Tokens, seed: int) -> Tokens:
-        """As many inputs of joined lines as are asked for, once it is known what they are.
+        """Return as many inputs of joined lines as are asked for, once it is known what they are.
 
         Raises:
             BadInput: if there are none.
         """
-        count = {TRAIN: self.arguments.max_train_samples, VALIDATION: self.arguments.max_eval_samples}
-        splits = {TRAIN: tokens.train, VALIDATION: tokens.evaluation[""]}
-        for role, split in splits.items():
+        for role, split in ((TRAIN, tokens.train), (VALIDATION, tokens.evaluation[""])):
             if not len(split):
                 raise BadInput(
-                    f"{self.source.argument}: has fewer tokens for '{role}' than an input of joined lines; allowed are "
-                    "more text, a smaller --max_seq_length, or --line_by_line"
+                    f"{self.source.argument}: has fewer tokens for '{role}' than an input of joined lines; use more "
+                    "text, a smaller --max_seq_length, or --line_by_line"
                 )
-        train = first_shuffled(splits[TRAIN], count[TRAIN], seed)
-        return replace(
-            tokens,
-            train=train,
-            evaluation={"": first_shuffled(splits[VALIDATION], count[VALIDATION], EVALUATION_SEED)},
-        )
+        evaluated = first_shuffled(tokens.evaluation[""], self.arguments.max_eval_samples, EVALUATION_SEED)
+        train = first_shuffled(tokens.train, self.arguments.max_train_samples, seed)
+        return replace(tokens, train=train, evaluation={"": evaluated})
 
 
 def _joining(tokenizer: Any, length: int) -> Callable[[Columns], Columns]:
@@ -242,8 +235,8 @@ def masked_once(split: Dataset, masking: Masking) -> list[dict[str, Tensor]]:
     examples = [example for example in map(masking, split) if (example["labels"] != NOT_ASKED).any()]
     if not examples:
         raise BadInput(
-            f"--mlm_probability {masking.collate.mlm_probability}: masks no token of the evaluated sentences; allowed "
-            "is a larger one, or more sentences"
+            f"--mlm_probability {masking.collate.mlm_probability}: masks no token of the evaluated sentences; use a "
+            "larger one, or more sentences"
         )
     return examples
 
@@ -291,14 +284,7 @@ def load_mlm_task(
     Raises:
         BadInput: for a dataset or split that is not there, no sentences in it, or anything to predict.
     """
-    if predict:
-        raise BadInput("--do_predict: allowed for classification; masked language models take --do_train and --do_eval")
-    for name, instead in (("test_file", "validation_file"), ("max_predict_samples", "max_eval_samples")):
-        if (value := getattr(arguments, name)) is not None:
-            raise BadInput(
-                f"--{name} {value}: allowed for classification; masked language models predict nothing, and are "
-                f"evaluated on --{instead}"
-            )
+    _refuse_prediction(arguments, predict)
     pools, source = _load_splits(arguments, download)
     if not calibration_samples:
         pools[TEST] = []
@@ -319,45 +305,49 @@ def load_mlm_task(
         (TRAIN, trained, arguments.max_train_samples, seed),
         (VALIDATION, evaluated, arguments.max_eval_samples, EVALUATION_SEED),
     ):
-        if not chosen_places and role == TRAIN and train:
-            raise BadInput(
-                f"{source.argument}: has no sentences for '{role}' but duplicates of evaluated ones; use others"
-            )
         if not chosen_places:
-            raise BadInput(
-                f"{source.argument}: has no sentences for '{role}'; allowed is text, and not only duplicates of it"
-            )
+            hint = " but duplicates of evaluated ones" if role == TRAIN and train else ""
+            raise BadInput(f"{source.argument}: has no sentences for '{role}'{hint}; use text with others")
         selected[role] = lines[role].select(list(chosen_places.values()))
         if arguments.line_by_line:
             selected[role] = first_shuffled(selected[role], count, drawn)
     known = {sentence for line in (*train, *evaluated) for sentence in line}
-    unseen = [place for line, place in places[TEST].items() if known.isdisjoint(line)]
+    unseen = lines[TEST].select([place for line, place in places[TEST].items() if known.isdisjoint(line)])
     return MlmTask(
         source=source,
         labels=[],
         train=selected[TRAIN],
         evaluation={"": selected[VALIDATION]},
         prediction={},
-        calibration=unseen_split({TEST: lines[TEST].select(unseen)}, TEST, (), calibration_samples),
+        calibration=Splits(source.argument, {TEST: unseen}).unseen(TEST, (), calibration_samples),
         main_metric="accuracy",
-        read=_read_lines(pools, selected, arguments.text_column),
+        read=_read_lines(pools[TRAIN], selected, arguments.text_column),
         arguments=arguments,
         sentence_columns=(SENTENCE,),
     )
 
 
-def _read_lines(pools: dict[str, list[Split]], selected: dict[str, Dataset], named: Sequence[str]) -> list[str]:
-    """Lines that say which columns of what are sentences, and how many of these there are."""
-    lines = []
-    for argument, examples in pools[TRAIN]:
-        columns = sentence_columns(examples, argument, named)
+def _refuse_prediction(arguments: MlmDataArguments, predict: bool) -> None:
+    if predict:
+        raise BadInput("--do_predict: is for classification; masked language models take --do_train and --do_eval")
+    for name, instead in (("test_file", "validation_file"), ("max_predict_samples", "max_eval_samples")):
+        if (value := getattr(arguments, name)) is not None:
+            raise BadInput(
+                f"--{name} {value}: is for classification; masked language models predict nothing, and are evaluated "
+                f"on --{instead}"
+            )
+
+
+def _read_lines(pool: list[Split], selected: dict[str, Dataset], named: Sequence[str]) -> list[str]:
+    """Return lines that say which columns of what are sentences, and how many of these there are."""
+    lines = {}
+    for argument, examples in pool:
+        columns = masked_columns(examples.column_names, argument, named)
         others = [name for name in examples.column_names if name not in columns]
-        lines.append(
-            f"{argument}: sentences from {listed(columns, ordered=True)}"
-            + (f", not {listed(others, ordered=True)}" if others else "")
-        )
+        unused = f", not {listed(others, ordered=True)}" if others else ""
+        lines[f"{argument}: sentences from {listed(columns, ordered=True)}{unused}"] = None
     counts = ", ".join(f"{name}: {len(split):,} sentences" for name, split in selected.items())
-    return [*dict.fromkeys(lines)][:MOST_SHOWN] + [f"{counts}, without repetitions"]
+    return [*lines][:MOST_SHOWN] + [f"{counts}, without repetitions"]
 
 
 def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple[dict[str, list[Split]], Source]:
@@ -366,7 +356,7 @@ def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple
     pools: dict[str, list[Split]] = {TRAIN: [], VALIDATION: [], TEST: []}
     sources = []
     if arguments.dataset_name is not None:
-        source = Source.of_dataset(arguments.dataset_name, configs, VALIDATION)
+        source = Source.of_dataset(arguments.dataset_name, configs)
         sources.append(source)
         for config in [None] if configs is None else configs.split(","):
             splits = read_dataset(
@@ -375,8 +365,7 @@ def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple
             if TRAIN not in splits:
                 raise BadInput(f"{source.argument}: has no split '{TRAIN}', only {listed(splits)}")
             for role, pool in pools.items():
-                # MNLI has two to validate on.
-                pool += [
+                    pool += [
                     Split(f"{source.argument}: split '{name}'", split)
                     for name, split in splits.items()
                     if name.partition("_")[0] == role
@@ -384,16 +373,14 @@ def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple
     if arguments.train_file is not None:
         sources.append(Source(f"--train_file {arguments.train_file}", Path(arguments.train_file).stem))
     if not sources:
-        raise BadInput("--train_file: not given; allowed are --dataset_name, a file of one's own, or both")
+        raise BadInput("--train_file: not given; use --dataset_name, a file of your own, or both")
     for role, path in ((TRAIN, arguments.train_file), (VALIDATION, arguments.validation_file)):
         if path is not None:
             argument = f"--{role}_file {path}"
-            check_header(argument, path, arguments.text_column)
-            read = read_file(argument, path, anew, arguments.text_column, **download)
-            pools[role].append(Split(argument, read))
+            pools[role].append(Split(argument, read_file(argument, path, anew, arguments.text_column, **download)))
     return pools, sources[0]
 
 
 def first_shuffled(examples: Dataset, count: int | None, seed: int) -> Dataset:
-    """The first few in an order in which all of them are mixed; all of them if `count` is `None`."""
+    """Return the first `count` examples, by default all, of an order in which all are mixed."""
     return examples.select(random.Random(seed).sample(range(len(examples)), len(examples))[:count])
