@@ -373,9 +373,7 @@ class _Images:
         return with_labels(split, LABEL, self.labels, where, train)
 
 
-def _read_images(
-    arguments: ImageDataArguments, classes: Sequence[str] | None, download: dict[str, Any]
-) -> _Images:
+def _read_images(arguments: ImageDataArguments, classes: Sequence[str] | None, download: dict[str, Any]) -> _Images:
     name, chosen = arguments.chosen
     argument = f"--{name} {chosen}"
     in_folders, is_local = name != "dataset_name", name == "dataset_name" and Path(chosen).is_dir()

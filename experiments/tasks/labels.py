@@ -277,9 +277,7 @@ def _with_places(dataset: Dataset, column: str, labels: Sequence[str], where: st
         place_of = {same(label): place for place, label in enumerate(labels) if counts[same(label)] == 1}
         places = {value: place_of[same(value)] for value in set(values) if same(value) in place_of} | places
     if unknown := set(values) - set(places):
-        raise BadInput(
-            f"{where} has the labels {listed(unknown)}; they must be among {listed(labels, ordered=True)}"
-        )
+        raise BadInput(f"{where} has the labels {listed(unknown)}; they must be among {listed(labels, ordered=True)}")
     return with_column(dataset, column, [places[value] for value in values], ClassLabel(names=list(labels)))
 
 

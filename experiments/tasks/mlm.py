@@ -365,7 +365,7 @@ def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple
             if TRAIN not in splits:
                 raise BadInput(f"{source.argument}: has no split '{TRAIN}', only {listed(splits)}")
             for role, pool in pools.items():
-                    pool += [
+                pool += [
                     Split(f"{source.argument}: split '{name}'", split)
                     for name, split in splits.items()
                     if name.partition("_")[0] == role

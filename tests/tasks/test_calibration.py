@@ -9,7 +9,7 @@ from transformers import PerceiverImageProcessorPil, PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
-from experiments.tasks.base import hold_out, spread, unseen_split
+from experiments.tasks.base import Splits, hold_out, spread
 from experiments.tasks.glue import GlueDataArguments, load_glue_task
 from experiments.tasks.images import ImageDataArguments, load_image_task
 from experiments.tasks.mlm import MlmDataArguments, load_mlm_task
@@ -29,10 +29,10 @@ def test_samples_are_spread_over_all_of_a_split(available, count):
 
 
 def test_a_split_that_is_evaluated_on_or_empty_is_not_unseen():
-    splits = {"test": Dataset.from_dict({"a": [1, 2, 3]}), "empty": Dataset.from_dict({"a": []})}
-    assert unseen_split(splits, "test", ["validation"], 2)["a"] == [1, 2]
-    assert unseen_split(splits, "test", ["test"], 2) is unseen_split(splits, "empty", [], 2) is None
-    assert unseen_split(splits, "other", [], 2) is unseen_split(splits, "test", [], 0) is None
+    splits = Splits("x", {"test": Dataset.from_dict({"a": [1, 2, 3]}), "empty": Dataset.from_dict({"a": []})})
+    assert splits.unseen("test", ["validation"], 2)["a"] == [1, 2]
+    assert splits.unseen("test", ["test"], 2) is splits.unseen("empty", [], 2) is None
+    assert splits.unseen("other", [], 2) is splits.unseen("test", [], 0) is None
 
 
 @pytest.mark.parametrize("task", ["sst2", "mnli", "stsb"])

@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images a task has, what the model sees of them, and how predictions are scored."""
+"""Which images and classes a task has, in whatever shape people have them, and what the model sees of them."""
 
 from __future__ import annotations
 
+import io
+import os
+import re
 import shutil
+import unicodedata
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from transformers import EvalPrediction, PerceiverImageProcessorPil
+from torch.utils.data import DataLoader
+from transformers import PerceiverImageProcessorPil
 
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.errors import BadInput
+from experiments.errors import BadInput, one_line
 from experiments.tasks.base import PreparedTask
+from experiments.tasks.image_files import read_image
 from experiments.tasks.images import ImageDataArguments, ImageTask, load_image_task
 from tests.support.tiny_images import LABELS, MODEL, write_image_folders, write_images
 
@@ -66,23 +74,6 @@ def test_a_share_of_the_training_images_where_there_is_nothing_else(tmp_path):
     assert task.read[1] == "train: 15 examples, evaluated (held out of train): 5 examples"
 
 
-def test_folders_of_images(tmp_path):
-    folders = {f"{split}_dir": str(write_image_folders(tmp_path / split, 2)) for split in ("train", "validation")}
-    task = load(**folders, max_train_samples=4)
-    assert task.labels == sorted(LABELS)
-    assert (len(task.train), len(task.evaluation[""])) == (4, 6)
-
-
-def test_unlabelled_images_are_predicted(tmp_path):
-    train = write_image_folders(tmp_path / "train", 6)
-    flat = tmp_path / "test"
-    flat.mkdir()
-    for index, path in enumerate(sorted(train.glob("*/*.png"))[:4]):
-        (flat / f"{index}.png").write_bytes(path.read_bytes())
-    sight = prepared(load(predict=True, train_dir=str(train), test_dir=str(flat), train_val_split=0.5))
-    assert set(sight.prediction[""][0]) == {"pixel_values"} and len(sight.prediction[""]) == 4
-
-
 def test_a_validation_folder_of_fewer_classes_goes_by_name(tmp_path):
     train, validation = write_image_folders(tmp_path / "train", 2), write_image_folders(tmp_path / "validation", 2)
     shutil.rmtree(validation / "bright")
@@ -103,25 +94,17 @@ def test_missing_labels_are_refused_unless_they_are_to_predict(tmp_path, split, 
     assert set(prepared(load(True, dataset_name=str(folder))).prediction[""][0]) == {"pixel_values"}
 
 
-def test_a_cut_image_is_refused_before_any_work(tmp_path):
-    train = write_image_folders(tmp_path / "train", 6)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cut_image_ends_a_run_in_a_line_that_names_it(tmp_path, workers):
+    """Images are decoded when they are used: in whatever split, and also in a process that loads them."""
+    train = write_image_folders(tmp_path / "train", 4)
     path = train / "dark" / "1.png"
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(BadInput, match="dark/1.png"):
-        load(train_dir=str(train), train_val_split=0.5)
-
-
-def test_a_cut_image_is_refused_wherever_it_is(tmp_path):
-    """Also among those that were taken from training to evaluate on, where others are predicted."""
-    train, flat = write_image_folders(tmp_path / "train", 4), tmp_path / "test"
-    flat.mkdir()
-    shutil.copy(train / "dark" / "0.png", flat)
-    for path in sorted(train.glob("*/*.png")):
-        whole = path.read_bytes()
-        path.write_bytes(whole[:60])
-        with pytest.raises(BadInput, match=f"{path.parent.name}/{path.name}"):
-            load(predict=True, train_dir=str(train), test_dir=str(flat), train_val_split=0.5)
-        path.write_bytes(whole)
+    path.write_bytes(path.read_bytes()[:90])
+    sight = prepared(load(train_dir=str(train), train_val_split=0.5))
+    with pytest.raises(BadInput) as error:
+        for split in (sight.train, sight.evaluation[""]):
+            list(DataLoader(split, 2, num_workers=workers, collate_fn=sight.collate))
+    assert re.fullmatch(f"image {path}: .*truncated.*", one_line(error.value))
 
 
 def test_an_image_processor_that_does_not_fit_is_named(tmp_path):
@@ -143,14 +126,9 @@ def test_an_image_processor_that_does_not_resize_needs_images_of_one_size(tmp_pa
     processor = PerceiverImageProcessorPil(do_center_crop=False, do_resize=False)
     assert task.prepared(config, processor, 0).batch(2)["pixel_values"].shape == (2, 3, 8, 8)
     Image.new("RGB", (9, 8)).save(tmp_path / "train" / "dark" / "0.png")
-    task = load(train_dir=str(tmp_path / "train"))
-    with pytest.raises(BadInput, match="--image_processor_name: does not make images of .* the same size"):
-        task.prepared(config, processor, 0)
-
-
-def test_columns_of_other_names(tmp_path):
-    images = write_images(tmp_path, {"train": 6, "test": 3}, columns=("picture", "kind"))
-    assert set(load(dataset_name=str(images)).train.features) == {"image", "label"}
+    sight = load(train_dir=str(tmp_path / "train")).prepared(config, processor, 0)
+    with pytest.raises(BadInput, match="--image_processor_name: does not make all images the same size: .* 9 x 8"):
+        [example for split in (sight.train, sight.evaluation[""]) for example in split]
 
 
 def test_no_training_split_is_named(tmp_path):
@@ -181,13 +159,6 @@ def test_arguments_that_cannot_be_meant(given, says):
         ImageDataArguments(**given)
 
 
-def test_accuracy_and_its_standard_error(tmp_path):
-    sight = prepared(load(dataset_name=str(write_images(tmp_path, {"train": 6, "test": 3}))))
-    logits = np.eye(3)[[0, 1, 2, 0]]
-    metrics = sight.metrics(EvalPrediction(predictions=logits, label_ids=np.array([0, 1, 2, 1])))
-    assert metrics == {"accuracy": 0.75, "accuracy_stderr": pytest.approx((0.75 * 0.25 / 4) ** 0.5)}
-
-
 def test_folders_of_splits_in_capitals_are_not_trained_on_together(tmp_path):
     for split in ("Training", "Testing"):
         write_image_folders(tmp_path / split, 2)
@@ -201,3 +172,231 @@ def test_a_class_may_be_called_test(tmp_path):
     for name in ("Test", "Control"):
         shutil.copytree(write_image_folders(tmp_path / f"of {name}", 4) / "dark", tmp_path / "images" / name)
     assert load(dataset_name=str(tmp_path / "images"), train_val_split=0.5).labels == ["Control", "Test"]
+
+
+COUNT = 12
+CATS_AND_DOGS = ["cat", "dog"] * (COUNT // 2)
+
+
+def png(grey: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (4, 4), grey).save(file, "PNG")
+    return file.getvalue()
+
+
+FILES = [png(20 * index) for index in range(COUNT)]
+DECODED = [{"bytes": data, "path": f"{index}.png"} for index, data in enumerate(FILES)]
+
+
+def load_table(folder: Path, **columns: object) -> ImageTask:
+    """The task of a parquet file from pandas."""
+    given = {name: columns.pop(name) for name in ("image_column_name", "label_column_name") if name in columns}
+    pd.DataFrame(columns).to_parquet(folder / "train.parquet")
+    return load(dataset_name=str(folder), **given)
+
+
+def write_files(folder: Path, *names: str) -> Path:
+    """Images, the grey of each by its place, and of what is no image by its ending, a text."""
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(20 * index) if name.endswith(".png") else b"no image")
+    return folder
+
+
+def classes(task: ImageTask) -> dict[int, str]:
+    """The class of each training and evaluated image, by its grey."""
+    rows = [row for split in (task.train, task.evaluation[""]) for row in split]
+    return {np.asarray(read_image(row["image"], "0"))[0, 0, 0] // 20: task.labels[row["label"]] for row in rows}
+
+
+@pytest.mark.parametrize("images", [FILES, DECODED, [{"bytes": data} for data in FILES]])
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (CATS_AND_DOGS, ["cat", "dog"]),
+        (pd.Categorical(CATS_AND_DOGS), ["cat", "dog"]),
+        ([0, 1] * 6, ["0", "1"]),
+        (np.array([7, 3] * 6, np.uint8), ["7", "3"]),
+        (pd.array([10, 9] * 6, "Int64"), ["10", "9"]),
+        ([False, True] * 6, ["False", "True"]),
+    ],
+)
+def test_tables_from_pandas(tmp_path, images, labels, names):
+    task = load_table(tmp_path, image=images, label=labels)
+    assert sorted(task.labels) == sorted(names)
+    assert classes(task) == {index: names[index % 2] for index in range(COUNT)}
+
+
+@pytest.mark.parametrize(
+    ("image", "label"), [("img", "labels"), ("Image", "Label"), ("pixel_values", "label"), ("photo", "label")]
+)
+def test_columns_are_found_by_their_names(tmp_path, image, label):
+    """Or as the only one that can be it, if there is one."""
+    task = load_table(tmp_path, id=range(COUNT), **{label: CATS_AND_DOGS, image: FILES}, name=["a"] * COUNT)
+    assert classes(task) == dict(enumerate(CATS_AND_DOGS))
+    assert task.read[0].endswith(f": images in column '{image}', labels in column '{label}'")
+
+
+def test_an_image_is_found_beside_a_mask(tmp_path):
+    assert classes(load_table(tmp_path, mask=FILES[::-1], image=FILES, label=CATS_AND_DOGS))[0] == "cat"
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"left": FILES, "right": FILES, "label": CATS_AND_DOGS}, ("--image_column_name", "'left', 'right'")),
+        ({"image": FILES, "species": CATS_AND_DOGS}, ("--label_column_name", "choose from 'species'")),
+        ({"image": FILES, "label": CATS_AND_DOGS, "labels": CATS_AND_DOGS}, ("--label_column_name", "'labels'")),
+        ({"image": FILES}, ("has images and no labels",)),
+        ({"text": CATS_AND_DOGS, "label": CATS_AND_DOGS}, ("no column of images", "'label', 'text'")),
+        ({"image": ["a.png"] * COUNT, "label": CATS_AND_DOGS}, ("'image' holds large_string", "metadata.csv")),
+        ({"image": [[1, 2]] * COUNT, "label": CATS_AND_DOGS}, ("'image' holds List",)),
+        ({"image": FILES, "label": [["cat"], ["dog"]] * 6}, ("'label' holds List",)),
+        ({"image": FILES, "label": ["cat", None] * 6}, ("split 'train': column 'label' has no value", "6 of 12")),
+        ({"image": FILES, "label": [1.0, None] * 6}, ("split 'train': column 'label' has no value", "6 of 12")),
+        ({"image": FILES, "label": ["cat"] * COUNT}, ("the class 'cat' alone",)),
+        ({"image": [*FILES[:7], None, *FILES[8:]], "label": CATS_AND_DOGS}, ("image 7 of", "split 'train'", "missing")),
+        ({"image": [*FILES[:7], b"x", *FILES[8:]], "label": CATS_AND_DOGS}, ("image 7 of", "split 'train'")),
+        (
+            {"image": FILES, "label": CATS_AND_DOGS, "image_column_name": "img"},
+            ("--image_column_name img", "choose from 'image', 'label'"),
+        ),
+        ({"image": FILES, "label": CATS_AND_DOGS, "label_column_name": "kind"}, ("--label_column_name kind",)),
+        ({"image": FILES, "label": CATS_AND_DOGS, "label_column_name": "image"}, ("choose from 'label'",)),
+    ],
+)
+def test_tables_that_cannot_be_meant(tmp_path, columns, says):
+    with pytest.raises(BadInput) as error:
+        load_table(tmp_path, **columns)
+    assert all(part in str(error.value) for part in says), str(error.value)
+
+
+def test_columns_that_are_named(tmp_path):
+    columns = {"left": FILES, "right": FILES[::-1], "species": CATS_AND_DOGS, "label": range(COUNT)}
+    task = load_table(tmp_path, **columns, image_column_name="right", label_column_name="species")
+    assert classes(task) == dict(enumerate(CATS_AND_DOGS[::-1]))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("argument", ["train_dir", "dataset_name"])
+def test_a_metadata_file(tmp_path, kind, argument):
+    """The images that it does not list are left out, and said to be."""
+    names = [f"{'ab'[index % 2]}/{index}.png" for index in range(COUNT)]
+    write_files(tmp_path, *names, "b/13.png", "b/14.heic")
+    table = pd.DataFrame({"file_name": names, "label": CATS_AND_DOGS})
+    path = tmp_path / f"metadata.{kind}"
+    {"csv": lambda: table.to_csv(path, index=False), "parquet": lambda: table.to_parquet(path),
+     "jsonl": lambda: table.to_json(path, orient="records", lines=True)}[kind]()  # fmt: skip
+    task = load(**{argument: str(tmp_path)})
+    assert classes(task) == dict(enumerate(CATS_AND_DOGS))
+    assert task.read[-1] == f"left out: files of --{argument} {tmp_path} that are in no example (1 .heic, 1 .png)"
+
+
+def test_an_archive_of_images_is_to_be_unpacked(tmp_path):
+    """In a folder called "1", `datasets` would make all of them the second class."""
+    write_files(tmp_path / "all", *grid("cat", "dog"))
+    shutil.make_archive(str(tmp_path / "1" / "images"), "zip", tmp_path / "all")
+    with pytest.raises(BadInput, match="image zip://.*png::.*images.zip: is in an archive .* unpack it"):
+        load(dataset_name=str(tmp_path / "1"))
+
+
+def test_names_of_splits_in_names_of_files(tmp_path):
+    names = [f"{'train' if index % 2 else 'test'}_{index}.png" for index in range(COUNT)]
+    write_files(tmp_path, *names)
+    pd.DataFrame({"file_name": names, "label": CATS_AND_DOGS}).to_csv(tmp_path / "metadata.csv", index=False)
+    assert classes(load(train_dir=str(tmp_path))) == dict(enumerate(CATS_AND_DOGS))
+
+
+def grid(*folders: str) -> list[str]:
+    return [f"{folder}/{index}.png" for folder in folders for index in range(4)]
+
+
+@pytest.mark.parametrize("argument", ["train_dir", "dataset_name"])
+def test_a_class_does_not_vanish_from_a_folder(tmp_path, argument):
+    write_files(tmp_path, *grid("cat", "dog"), "dog/4.heic")
+    task = load(**{argument: str(tmp_path)})
+    assert task.labels == ["cat", "dog"]
+    assert ("a class for each folder" in task.read[0]) == (argument == "train_dir")
+    assert task.read[-1] == f"left out: files of --{argument} {tmp_path} that are in no example (1 .heic)"
+    write_files(tmp_path, "cow/1.heic")
+    with pytest.raises(BadInput, match=rf"--{argument} .*: the folder cow has no image that can be read \(1 .heic\)"):
+        load(**{argument: str(tmp_path)})
+
+
+def test_a_class_does_not_vanish_from_a_split(tmp_path):
+    write_files(tmp_path, *grid("train/cat", "train/dog", "test/cat"), "test/dog/1.heic", "docs/1.pdf")
+    with pytest.raises(BadInput, match="the folder test/dog has no image"):
+        load(dataset_name=str(tmp_path))
+
+
+@pytest.mark.parametrize("argument", ["train_dir", "dataset_name"])
+def test_classes_of_one_name(tmp_path, argument):
+    """macOS writes an accent as a character of its own."""
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    write_files(tmp_path, *grid(composed, decomposed, "bar"))
+    task = load(**{argument: str(tmp_path)})
+    assert task.labels == ["bar", composed]
+    assert sorted(classes(task).values()) == ["bar"] * 4 + [composed] * 8
+
+
+@pytest.mark.parametrize("argument", ["train_dir", "dataset_name"])
+def test_a_name_that_is_not_utf8(tmp_path, argument):
+    write_files(tmp_path, *grid("cat", "dog"))
+    (tmp_path / os.fsdecode(b"cat/caf\xe9.png")).write_bytes(FILES[0])
+    with pytest.raises(BadInput, match=rf"^--{argument} .*: the name cat/caf\\xe9.png is not UTF-8; rename it"):
+        load(**{argument: str(tmp_path)})
+
+
+def test_predicted_files_are_named_in_their_order(tmp_path):
+    train = write_files(tmp_path / "train", *grid("cat", "dog"))
+    test = write_files(tmp_path / "test", "1.png", "10.png", "2.png", "a b.png")
+    assert load(True, train_dir=str(train), test_dir=str(test)).file_names == {
+        "": ["1.png", "10.png", "2.png", "a b.png"]
+    }
+    assert load(True, train_dir=str(train), test_dir=str(train)).file_names == {"": grid("cat", "dog")}
+
+
+@pytest.mark.parametrize("folders", [("unknown",), ("a", "b")])
+def test_labels_that_stand_for_none_are_ignored(tmp_path, folders):
+    """Images to predict in a folder of any name; a class beside others that training lacks is a mistake."""
+    train, test = write_files(tmp_path / "train", *grid("cat", "dog")), write_files(tmp_path / "test", *grid(*folders))
+    task = load(True, train_dir=str(train), test_dir=str(test))
+    assert task.prediction[""].column_names == ["image", "row"] and len(task.evaluation[""]) == 2
+    assert task.read[-1] == "left out: the labels of split 'test', none of which is a class of training"
+    write_files(test, "cat/1.png")
+    with pytest.raises(BadInput, match=f"split 'test' has the labels '{folders[0]}'"):
+        load(True, train_dir=str(train), test_dir=str(test))
+
+
+def test_a_checkpoint_needs_no_images_to_train_on(tmp_path):
+    """Its classes are known, whatever order they have; labels of what is only predicted may be missing."""
+    test, flat = write_files(tmp_path / "test", *grid("cat", "dog")), write_files(tmp_path / "flat", "1.png", "2.png")
+
+    def loaded(predict: bool, evaluate: bool, **given: Path) -> ImageTask:
+        arguments = ImageDataArguments(**{name: str(path) for name, path in given.items()})
+        return load_image_task(arguments, predict, 0, evaluate, classes=["dog", "cow", "cat"])
+
+    task = loaded(True, False, test_dir=flat)
+    assert task.evaluation == {} and len(task.train) == 0 and task.file_names == {"": ["1.png", "2.png"]}
+    assert task.read == [f"--test_dir {flat}: images in column 'image', no labels", "predicted: 2 examples"]
+    task = loaded(True, True, validation_dir=test, test_dir=flat)
+    assert task.evaluation[""]["label"] == [2] * 4 + [0] * 4 and task.labels == ["dog", "cow", "cat"]
+    assert loaded(False, True, test_dir=test).evaluation[""]["label"] == [2] * 4 + [0] * 4
+    with pytest.raises(BadInput, match="nothing to evaluate on"):
+        loaded(False, True, test_dir=flat)
+    pd.DataFrame({"img": FILES, "id": range(COUNT)}).to_parquet(flat / "test.parquet")
+    for path in flat.glob("*.png"):
+        path.unlink()
+    assert len(loaded(True, False, dataset_name=flat).prediction[""]) == COUNT
+    with pytest.raises(BadInput, match="--train_dir: not given beside --test_dir"):
+        load(True, test_dir=str(test))
+
+
+def test_predicted_rows_of_a_table_are_named_if_they_have_paths(tmp_path):
+    for folder, images in (("named", DECODED), ("bytes", FILES)):
+        (tmp_path / folder).mkdir()
+        table = pd.DataFrame({"image": images, "label": CATS_AND_DOGS})
+        for split in ("train", "test"):
+            table.to_parquet(tmp_path / folder / f"{split}.parquet")
+    assert load(True, dataset_name=str(tmp_path / "named")).file_names == {"": [f"{i}.png" for i in range(COUNT)]}
+    assert load(True, dataset_name=str(tmp_path / "bytes")).file_names == {"": []}

@@ -13,7 +13,7 @@ from transformers import EvalPrediction
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
 from experiments.tasks.base import PreparedTask
-from experiments.tasks.labels import has_labels, label_ids, label_names, listed, matched, with_label_ids, with_numbers
+from experiments.tasks.labels import has_labels, label_ids, label_names, listed, matched, with_labels
 from experiments.tasks.scores import classes
 
 
@@ -107,7 +107,7 @@ def test_names_of_own_labels(values, names):
     dataset = Dataset.from_dict({"label": values})
     assert label_names(dataset, "label", "here") == names
     if names:
-        ids = with_label_ids(dataset, "label", names, "here")["label"]
+        ids = with_labels(dataset, "label", names, "here")["label"]
         assert [names[index] for index in ids] == list(map(str, values))
 
 
@@ -133,23 +133,21 @@ def test_labels_that_may_be_numbers_or_classes_are_refused(values, says):
 def test_unless_they_are_called_classes(values):
     dataset = Dataset.from_dict({"label": values})
     names = label_names(dataset, "label", "here", regression=False)
-    assert [names[index] for index in with_label_ids(dataset, "label", names, "here")["label"]] == list(
-        map(str, values)
-    )
+    assert [names[index] for index in with_labels(dataset, "label", names, "here")["label"]] == list(map(str, values))
 
 
 @pytest.mark.parametrize("values", [[1, 2], ["1", "2"], ["1.0", "2"], [1.0, 2.0]])
 def test_or_numbers(values):
     dataset = Dataset.from_dict({"label": values})
     assert label_names(dataset, "label", "here", regression=True) is None
-    assert with_numbers(dataset, "label", "here")["label"] == [1.0, 2.0]
+    assert with_labels(dataset, "label", [], "here")["label"] == [1.0, 2.0]
 
 
 def test_one_name_in_two_forms_of_unicode_or_with_spaces_is_one_class():
     dataset = Dataset.from_dict({"label": ["caf\u00e9", "cafe\u0301", "x", "x ", "\u00a0x\u200b"]})
     names = label_names(dataset, "label", "here")
     assert names == ["caf\u00e9", "x"]
-    assert with_label_ids(dataset, "label", names, "here")["label"] == [0, 0, 1, 1, 1]
+    assert with_labels(dataset, "label", names, "here")["label"] == [0, 0, 1, 1, 1]
 
 
 def test_names_of_different_case_are_two_classes_and_said_to_be(caplog):
@@ -159,7 +157,7 @@ def test_names_of_different_case_are_two_classes_and_said_to_be(caplog):
 
 @pytest.mark.parametrize(("values", "labels"), [(["1", "02"], ["01", "2"]), ([1.0, 2.0], ["1", "2"])])
 def test_numbers_of_another_split_go_by_value(values, labels):
-    assert with_label_ids(Dataset.from_dict({"label": values}), "label", labels, "here")["label"] == [0, 1]
+    assert with_labels(Dataset.from_dict({"label": values}), "label", labels, "here")["label"] == [0, 1]
 
 
 @pytest.mark.parametrize("values", [[[1], [2]], [{"a": 1}, {"a": 2}], [None, None], [b"x", b"y"]])
@@ -171,7 +169,7 @@ def test_labels_of_other_kinds_are_refused(values):
 def test_the_order_of_names_in_the_data_is_not_that_of_the_task():
     features = Features({"label": ClassLabel(names=["yes", "no"])})
     dataset = Dataset.from_dict({"label": [0, 1, 1]}, features=features)
-    assert with_label_ids(dataset, "label", ["no", "yes"], "here")["label"] == [1, 0, 0]
+    assert with_labels(dataset, "label", ["no", "yes"], "here")["label"] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("value", [-1, None, 7])
@@ -182,13 +180,13 @@ def test_missing_labels_are_counted(value):
     dataset = Dataset.from_dict(table, features=Features({"label": Value("int64")}))
     dataset.info.features = features
     with pytest.raises(BadInput, match="here: column 'label' has no value.* in 2 of 4 examples, .* example 2"):
-        with_label_ids(dataset, "label", ["no", "yes"], "here")
+        with_labels(dataset, "label", ["no", "yes"], "here")
 
 
 @pytest.mark.parametrize("values", [["x", None, ""], [1, -1, -1], ["1", "-1", "-1"], ["x", "", None]])
 def test_missing_names_are_counted(values):
     with pytest.raises(BadInput, match="2 of 3 examples, .* example 1"):
-        with_label_ids(Dataset.from_dict({"label": values}), "label", ["x", "1"], "here")
+        with_labels(Dataset.from_dict({"label": values}), "label", ["x", "1"], "here")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +201,7 @@ def test_missing_names_are_counted(values):
 )
 def test_numbers_are_finite(values, says):
     with pytest.raises(BadInput, match=says):
-        with_numbers(Dataset.from_dict({"label": values}), "label", "here")
+        with_labels(Dataset.from_dict({"label": values}), "label", [], "here")
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,7 @@ def test_data_that_are_not_there(folder, given, says):
 
 def test_a_file_to_predict_is_refused_and_not_ignored(tmp_path):
     (tmp_path / "test.txt").write_text("one\n")
-    with pytest.raises(BadInput, match=r"^--test_file .*test.txt: allowed for classification.* --validation_file$"):
+    with pytest.raises(BadInput, match=r"^--test_file .*test.txt: is for classification.* --validation_file$"):
         load_mlm_task(MlmDataArguments(test_file=str(tmp_path / "test.txt")), predict=False, seed=0)
 
 
@@ -400,7 +400,7 @@ def test_a_sweep_takes_the_data_that_the_checkpoint_is_for(folder, tmp_path):
     with pytest.raises(BadInput, match="--task_name mrpc.*PerceiverForMaskedLM.*finds masked tokens"):
         load_sweep_task(SweepDataArguments(task_name="mrpc"), model, seed=0)
     data.max_predict_samples = 3
-    with pytest.raises(BadInput, match="^--max_predict_samples 3: allowed for classification"):
+    with pytest.raises(BadInput, match="^--max_predict_samples 3: is for classification"):
         load_sweep_task(data, model, seed=0)
 
 
@@ -409,5 +409,5 @@ def test_a_sweep_of_a_classifier_takes_files_of_its_kind(tmp_path):
     stock_model("ForSequenceClassification").save_pretrained(tmp_path / "classifier")
     (tmp_path / "lines.txt").write_text("a\nb\n")
     data = SweepDataArguments(train_file=str(tmp_path / "lines.txt"))
-    with pytest.raises(BadInput, match=r"lines.txt: allowed are files that end in .csv"):
+    with pytest.raises(BadInput, match=r"lines.txt: must end in .csv"):
         load_sweep_task(data, ModelArguments(model_name_or_path=str(tmp_path / "classifier")), seed=0)

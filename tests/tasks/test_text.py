@@ -55,7 +55,7 @@ def test_the_tokenizer_learns_the_positions_of_the_model(tmp_path):
     [
         ({"vocab_size": 100}, ["262", "100", "--tokenizer_name"]),
         ({"max_seq_length": POSITIONS + 1}, [f"--max_seq_length {POSITIONS + 1}", str(POSITIONS)]),
-        ({"max_seq_length": 2}, ["--max_seq_length 2: allowed are 3 to"]),
+        ({"max_seq_length": 2}, ["--max_seq_length 2: must be 3 to"]),
     ],
 )
 def test_a_tokenizer_or_a_length_that_does_not_fit_is_named(tmp_path, given, says):
