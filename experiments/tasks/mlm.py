@@ -340,7 +340,7 @@ def _refuse_prediction(arguments: MlmDataArguments, predict: bool) -> None:
 
 def _read_lines(pool: list[Split], selected: dict[str, Dataset], named: Sequence[str]) -> list[str]:
     """Return lines that say which columns of what are sentences, and how many of these there are."""
-    lines = {}
+    lines: dict[str, None] = {}
     for argument, examples in pool:
         columns = masked_columns(examples.column_names, argument, named)
         others = [name for name in examples.column_names if name not in columns]

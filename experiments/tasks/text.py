@@ -142,7 +142,7 @@ class TextTask(Task):
         `datasets` knows it by its code and by what it closes over.
         """
         names = self.sentence_columns
-        how = {"truncation": True, "max_length": length}
+        how: dict[str, Any] = {"truncation": True, "max_length": length}
         how["padding"] = "max_length" if self.arguments.pad_to_max_length else False
         # A fast tokenizer carries how it was called last, by which `datasets` would not know it again when something
         # has been tokenized in between.

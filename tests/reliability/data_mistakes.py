@@ -43,7 +43,7 @@ TRAIN_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "points.json": (b'{"text": "a", "label": "1.0"}\n{"text": "b", "label": "2.0"}\n', ("--do_regression",)),
     "comma.csv": (b'text,label\na,"2,5"\nb,"3,5"\n', ("--do_regression", "'2,5'")),
     "not_all_numbers.csv": (b"text,label\na,0.5\nb,n/a\nc,1.5\n", ("--do_regression", "'n/a'")),
-    "minus_one.csv": (b"text,label\na,1\nb,-1\n", ("-1 stands for a missing one",)),
+    "minus_one.csv": (b"text,label\na,1\nb,-1\n", ("-1 says that there is none",)),
     "two_spellings.csv": (b"text,label\na,01\nb,1\nc,2\n", ("'01' and '1'",)),
     "empty.parquet": (b"", ("empty.parquet",)),
     "garbage.parquet": (b"PAR1 and nothing else", ("garbage.parquet",)),
