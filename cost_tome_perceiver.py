@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging settings of a model, and their cost: FLOPs in closed form, schedules that meet a share of them, time.
+"""Merging settings of a model and what they cost: FLOPs in closed form, time, schedules that meet a share of the FLOPs.
 
 No model is built to count. Matrix products and convolutions count, 2 FLOPs for each multiply-add, as in
 `torch.utils.flop_counter`; norms, activations, softmax, embeddings, sorting and the merge itself do not. Channel counts
 follow the constructors of `transformers.models.perceiver.modeling_perceiver` (Jaegle et al., 2022).
 
 Letters: B batch, S inputs of the encoder, L self-attention layers, N latents that reach a layer, M latents that leave
-it, Q decoder queries, T frames, A audio samples, K labels. All figures but those of `ForwardCost` are for one row.
+it, Q decoder queries, T frames, A audio samples, K labels.
 """
 
 # mypy: disable-error-code="import-not-found"
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -48,8 +48,8 @@ ARCHITECTURES = (
     "PerceiverForOpticalFlow",
     MULTIMODAL,
 )
-# Widths that upstream's constructors set, as are the numbers of the functions below: the queries and keys of the masked
-# language model's decoder, and the Fourier positions of images (`_fourier_channels` of 64 bands, 2 dimensions).
+# Widths set by upstream's constructors: the queries and keys of the masked language model's decoder, and the Fourier
+# positions of images (`_fourier_channels` of 64 bands, 2 dimensions).
 RGB_CHANNELS, MASKED_LM_QK_CHANNELS, IMAGE_POSITIONS = 3, 8 * 32, 2 * (2 * 64 + 1)
 
 InputShape = Sequence[int] | Mapping[str, Sequence[int]]
@@ -64,8 +64,7 @@ class ForwardCost:
 
     Attributes:
         preprocessing: convolutions and projections before the encoder.
-        cross_attention: the encoder's cross-attention layer with its MLP; the only part that grows with S, but for
-            the preprocessing and the decoder of models with an output for each input.
+        cross_attention: the encoder's cross-attention layer with its MLP.
         self_attention: each of the L layers in the order in which they run: attention on N latents, MLP on M.
         matching: the similarities by which each of the L layers finds what merges; 0 where nothing is matched.
         decoder: the decoder's cross-attention layer and everything after it.
@@ -81,8 +80,8 @@ class ForwardCost:
     def total(self) -> int:
         """FLOPs of the model's own products, without the matching.
 
-        The figure to compare with the GFLOPs that "Token Merging Perceiver" prints. They are this count and 5 FLOPs
-        for each element of a layer norm besides, to within 0.02 GFLOPs; the matching would not fit in between.
+        Compare it with the GFLOPs printed in "Token Merging Perceiver", which are this count and 5 FLOPs for each
+        element of a layer norm, to within 0.02 GFLOPs.
         """
         return self.preprocessing + self.cross_attention + sum(self.self_attention) + self.decoder
 
@@ -98,10 +97,10 @@ def forward_cost(
     architecture: str | None = None,
     output_points: Mapping[str, int] | None = None,
 ) -> ForwardCost:
-    """FLOPs of one forward pass.
+    """Count the FLOPs of one forward pass.
 
     Args:
-        config: a model's, with its merging settings.
+        config: of the model, with its merging settings.
         input_shape: of the model's `inputs`: text (B, S), images (B, 3, height, width), optical flow
             (B, 2, 27, height, width), base model (B, S, d_model); for multimodal autoencoding by modality: `"audio"`
             (B, A, 1), `"image"` (B, T, 3, height, width) and `"label"` (B, K).
@@ -110,24 +109,13 @@ def forward_cost(
             lengths of `subsampled_output_points`).
 
     Raises:
-        ValueError: for an architecture, an input shape or a merging method that is not known here, in one line naming
-            the value and what is allowed.
+        ValueError: in one line, for an unknown architecture or merging method, or a wrong input shape.
     """
-    ends = _ends(config, input_shape, architecture, output_points)
-    reaching = [config.latents_at_start, *config.latents_per_layer]
-    layers = list(pairwise(reaching))
-    method = None if config.merge_groups is not None else config.merge_method
-    return ForwardCost(
-        preprocessing=ends.batch * ends.preprocessing,
-        cross_attention=ends.batch * _encoder_flops(config, ends, reaching[0]),
-        self_attention=tuple(ends.batch * self_attention_layer_flops(config, *layer) for layer in layers),
-        matching=tuple(ends.batch * _matching_flops(config, *layer, method, config.merge_metric) for layer in layers),
-        decoder=ends.batch * _decoder_flops(config, ends, reaching[-1]),
-    )
+    return FlopsShare(config, input_shape, architecture, output_points).count(*_counted(config))
 
 
 class Queries(NamedTuple):
-    """Queries of a cross-attention layer; `None` for upstream's default width."""
+    """Queries of a decoder, and the widths of its attention; `None` for upstream's default."""
 
     number: int
     channels: int
@@ -136,8 +124,15 @@ class Queries(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """What an architecture has before and after the latents: B, S inputs as wide as the encoder sees them, FLOPs before
-    the encoder, the decoder's queries (`None` without a decoder), and FLOPs after the decoder's layer."""
+    """Parts of an architecture before and after the latents, for inputs of one shape.
+
+    Attributes:
+        batch: B.
+        inputs, input_channels: S, and their width as the encoder reads them.
+        preprocessing: FLOPs before the encoder, of one row.
+        decoder: queries of the decoder; `None` without one.
+        after: FLOPs after the decoder's layer, of one row.
+    """
 
     batch: int
     inputs: int
@@ -147,66 +142,48 @@ class Ends(NamedTuple):
     after: int = 0
 
 
+class LayerWidths(NamedTuple):
+    """Channels of a layer of attention and MLP. Heads divide them, which leaves the FLOPs as they are."""
+
+    queries: int
+    keys: int
+    qk: int
+    v: int
+    widening_factor: int
+
+    @classmethod
+    def of(
+        cls, queries: int, keys: int, widening_factor: int, qk: int | None, v: int | None, default: int
+    ) -> LayerWidths:
+        """Fill in upstream's defaults: keys are `default` wide, values as wide as keys."""
+        qk = default if qk is None else qk
+        return cls(queries, keys, qk, qk if v is None else v, widening_factor)
+
+    @classmethod
+    def of_self_attention(cls, config: ToMePerceiverConfig) -> LayerWidths:
+        d, factor = config.d_latents, config.self_attention_widening_factor
+        return cls.of(d, d, factor, config.qk_channels, config.v_channels, d)
+
+
+@cache  # A search asks for few numbers of latents, many times each.
+def _layer_flops(widths: LayerWidths, queries: int, keys: int, mlp_rows: int) -> int:
+    """FLOPs of multi-head attention with its output projection, and of the MLP, which may run on fewer rows."""
+    projections = product_flops(queries, widths.queries, widths.qk) + product_flops(queries, widths.v, widths.queries)
+    projections += product_flops(keys, widths.keys, widths.qk + widths.v)
+    scores_and_values = product_flops(queries, keys, widths.qk + widths.v)
+    mlp = 2 * product_flops(mlp_rows, widths.queries, widths.widening_factor * widths.queries)
+    return projections + scores_and_values + mlp
+
+
 def self_attention_layer_flops(config: ToMePerceiverConfig, before: int, after: int) -> int:
-    """A layer that N = `before` latents reach and M = `after` leave: they merge between attention and the MLP."""
-    channels, widths = config.d_latents, _attention_channels(config.qk_channels, config.v_channels, config.d_latents)
-    attention = _attention_flops(before, before, channels, channels, *widths)
-    return attention + _mlp_flops(after, channels, config.self_attention_widening_factor)
+    """FLOPs of a layer that N = `before` latents reach and M = `after` leave: they merge before the MLP."""
+    return _layer_flops(LayerWidths.of_self_attention(config), before, before, after)
 
 
-def _encoder_flops(config: ToMePerceiverConfig, ends: Ends, latents: int) -> int:
-    queries = Queries(latents, config.d_latents, config.qk_channels, config.v_channels)
-    widening_factor = config.cross_attention_widening_factor
-    return _cross_attention_flops(config, queries, ends.inputs, ends.input_channels, widening_factor)
-
-
-def _decoder_flops(config: ToMePerceiverConfig, ends: Ends, latents: int) -> int:
-    """The decoder and what follows it."""
-    if ends.decoder is None:
-        return 0
-    return _cross_attention_flops(config, ends.decoder, latents, config.d_latents, 1) + ends.after
-
-
-def _cross_attention_flops(
-    config: ToMePerceiverConfig, queries: Queries, keys: int, key_channels: int, widening_factor: int
-) -> int:
-    """A layer whose queries attend to something else, in the encoder or in a decoder."""
-    # Upstream lets the config choose the default width only where nothing else does.
-    default = key_channels if config.cross_attention_shape_for_attention == "kv" else queries.channels
-    widths = _attention_channels(queries.qk_channels, queries.v_channels, default)
-    attention = _attention_flops(queries.number, keys, queries.channels, key_channels, *widths)
-    return attention + _mlp_flops(queries.number, queries.channels, widening_factor)
-
-
-def _attention_flops(
-    queries: int, keys: int, query_channels: int, key_channels: int, qk_channels: int, v_channels: int
-) -> int:
-    """Multi-head attention with its output projection. Heads divide the channels and so leave the count as it is."""
-    projections = product_flops(queries, query_channels, qk_channels)
-    projections += product_flops(keys, key_channels, qk_channels + v_channels)
-    scores, weighted_values = product_flops(queries, qk_channels, keys), product_flops(queries, keys, v_channels)
-    return projections + scores + weighted_values + product_flops(queries, v_channels, query_channels)
-
-
-def _mlp_flops(rows: int, channels: int, widening_factor: int) -> int:
-    return 2 * product_flops(rows, channels, widening_factor * channels)
-
-
-def _matching_flops(config: ToMePerceiverConfig, before: int, after: int, method: str | None, metric: str) -> int:
-    """The matching of one layer; 0 where nothing merges, or for fixed groups (`None` as the method)."""
-    if method is None or before == after:
-        return 0
-    qk_channels, v_channels = _attention_channels(config.qk_channels, config.v_channels, config.d_latents)
-    heads = config.num_self_attention_heads
-    # The keys or values of one head, or the latents.
-    channels = {"key": qk_channels // heads, "value": v_channels // heads, "hidden": config.d_latents}
-    return matching_flops(method, before, channels[metric])
-
-
-def _attention_channels(qk_channels: int | None, v_channels: int | None, default: int) -> tuple[int, int]:
-    """Upstream's defaults: keys are as wide as told or as `default`, values as told or as the keys."""
-    qk_channels = default if qk_channels is None else qk_channels
-    return qk_channels, qk_channels if v_channels is None else v_channels
+def _counted(config: ToMePerceiverConfig) -> tuple[list[int], str | None, str]:
+    """Return what `FlopsShare.count` takes: latents reaching each layer and left at last, method and metric."""
+    method = None if config.merge_groups is not None else config.merge_method
+    return [config.latents_at_start, *config.latents_per_layer], method, config.merge_metric
 
 
 def _ends(
@@ -214,16 +191,16 @@ def _ends(
 ) -> Ends:
     if architecture is None:
         if not config.architectures:
-            raise ValueError("architecture = None: config.architectures names none either; give a model class's name")
+            raise ValueError("architecture=None: config.architectures names none either; give a model class's name")
         architecture = config.architectures[0]
     # Our classes are called as the stock ones, with a prefix.
     name = architecture.removeprefix("ToMe")
     if name not in ARCHITECTURES:
-        raise ValueError(f"architecture = {architecture!r}: allowed are {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"architecture={architecture!r} is unknown; choose from {', '.join(ARCHITECTURES)}")
     if name == MULTIMODAL:
         return _multimodal_ends(config, shape, points)
     if isinstance(shape, Mapping):
-        raise ValueError(f"input_shape: shapes by modality are for {MULTIMODAL} only, not for {name}")
+        raise ValueError(f"input_shape: must be a list of sizes for {name}; shapes by modality are for {MULTIMODAL}")
     if name == "PerceiverForOpticalFlow":
         return _optical_flow_ends(shape)
     ends = _image_ends(name, shape) if "Image" in name else _text_ends(config, name, shape)
@@ -276,9 +253,9 @@ def _optical_flow_ends(shape: Sequence[int]) -> Ends:
 
 def _multimodal_ends(config: ToMePerceiverConfig, shapes: InputShape, output_points: Mapping[str, int] | None) -> Ends:
     if not isinstance(shapes, Mapping) or set(shapes) != {"audio", "image", "label"}:
-        raise ValueError(f"input_shape = {shapes!r}: {MULTIMODAL} takes a shape for 'audio', 'image' and 'label'")
+        raise ValueError(f"input_shape={shapes!r}: {MULTIMODAL} takes a shape for 'audio', 'image' and 'label'")
     if output_points is None or set(output_points) != {"audio", "image"}:
-        raise ValueError(f"output_points = {output_points!r}: {MULTIMODAL} takes a number for 'audio' and 'image'")
+        raise ValueError(f"output_points={output_points!r}: {MULTIMODAL} takes a number for 'audio' and 'image'")
     batch, samples, _ = _sizes(shapes["audio"], "B", "A", 1)
     _, frames, _, height, width = _sizes(shapes["image"], batch, "T", RGB_CHANNELS, "height", "width")
     _, labels = _sizes(shapes["label"], batch, _num_labels(config))
@@ -309,26 +286,26 @@ def _fourier_channels(bands: int, dimensions: int) -> int:
     return (2 * bands + 1) * dimensions
 
 
-def _sizes(shape: Sequence[int], *allowed: int | str) -> tuple[int, ...]:
-    """Return `shape`, if it has as many sizes as are allowed, and those that are given as numbers."""
-    if len(shape) != len(allowed) or any(
-        isinstance(wanted, int) and size != wanted for size, wanted in zip(shape, allowed, strict=True)
+def _sizes(shape: Sequence[int], *expected: int | str) -> tuple[int, ...]:
+    """Return `shape`, checked to have the expected number of sizes, and the sizes expected as numbers."""
+    if len(shape) != len(expected) or any(
+        isinstance(wanted, int) and size != wanted for size, wanted in zip(shape, expected, strict=True)
     ):
-        raise ValueError(f"input_shape = {tuple(shape)}: allowed is ({', '.join(map(str, allowed))})")
+        raise ValueError(f"input_shape={tuple(shape)}: must be ({', '.join(map(str, expected))})")
     return tuple(shape)
 
 
 def interleaved_seconds(
     run: Callable[[Any], object], variants: Sequence[Any], rounds: int, bar: tqdm | None = None
 ) -> list[list[float]]:
-    """Time variants in alternating rounds: seconds of each in each round. A first round is not counted.
+    """Return the seconds of each variant in each of several alternating rounds, after a round of warm-up.
 
-    What slows a machine for a while slows all variants of a round, so their ratios within a round are what counts.
+    A machine that is slower for a while slows all variants of a round, so only ratios within a round are meaningful.
 
     Args:
         run: called with a variant, which runs once in every round; each round starts with another one.
-        variants: what to compare.
-        rounds: that are counted.
+        variants: to compare.
+        rounds: number of rounds that count.
         bar: is updated after each round.
     """
     # Kernels on a GPU run after the call that starts them.
@@ -405,7 +382,7 @@ class Merging:
             before.apply(config)
 
     def asked_of(self, config: ToMePerceiverConfig) -> ToMePerceiverConfig:
-        """Return a copy of a config with these settings, which `apply` sets."""
+        """Return a copy of a config with these settings."""
         asked = copy.copy(config)
         self.apply(asked)
         return asked
@@ -424,46 +401,62 @@ class Merging:
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
     """Run the block in evaluation mode without gradients, then restore the merging and the mode of each module."""
-    before = Merging.of(model.config)
     modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
+    with Merging.of(model.config).applied(model.config), torch.no_grad():
+        try:
+            model.eval()
             yield
-    finally:
-        before.apply(model.config)
-        for module, mode in modes:
-            module.training = mode
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
 
 class FlopsShare:
-    """FLOPs of the whole forward pass with its matching, as a share of the unmerged model's.
+    """FLOPs of forward passes on inputs of one shape, by default as a share of the unmerged model's.
 
     Args:
         config: of the unmerged model; its merging settings have no effect.
-        input_shape: as `forward_cost` takes it.
-        architecture: name of the model class.
+        input_shape, architecture, output_points: as `forward_cost` takes them.
     """
 
-    def __init__(self, config: ToMePerceiverConfig, input_shape: InputShape, architecture: str) -> None:
+    def __init__(
+        self,
+        config: ToMePerceiverConfig,
+        input_shape: InputShape,
+        architecture: str | None = None,
+        output_points: Mapping[str, int] | None = None,
+    ) -> None:
         self.config, self.input_shape = Merging.none(config).asked_of(config), input_shape
-        ends = _ends(config, input_shape, architecture)
-        # A search asks for few numbers of latents, many times each.
-        self._preprocessing, self._encoder = ends.preprocessing, cache(partial(_encoder_flops, self.config, ends))
-        self._layer = cache(partial(self_attention_layer_flops, self.config))
-        self._decoder = cache(partial(_decoder_flops, self.config, ends))
-        self.unmerged_flops = self._flops([config.num_latents] * (config.num_self_attention_layers + 1), None, "key")
+        self._ends = ends = _ends(config, input_shape, architecture, output_points)
+        keys_decide, latents = config.cross_attention_shape_for_attention == "kv", config.d_latents
+        self._layer = LayerWidths.of_self_attention(config)
+        self._encoder = LayerWidths.of(
+            latents,
+            ends.input_channels,
+            config.cross_attention_widening_factor,
+            config.qk_channels,
+            config.v_channels,
+            default=ends.input_channels if keys_decide else latents,
+        )
+        if (queries := ends.decoder) is not None:
+            default = latents if keys_decide else queries.channels
+            widths = queries.qk_channels, queries.v_channels, default
+            self._decoder = LayerWidths.of(queries.channels, latents, 1, *widths)
+        heads = config.num_self_attention_heads
+        # Width of the metric: the keys or values of one head, or the latents.
+        self._metrics = {"key": self._layer.qk // heads, "value": self._layer.v // heads, "hidden": latents}
+        self.unmerged_flops = self.count(*_counted(self.config)).total / ends.batch
 
     def __call__(self, merging: Merging) -> float:
         """Return the share of one setting."""
-        asked, method = (
-            merging.asked_of(self.config),
-            None if merging.merge_groups is not None else merging.merge_method,
-        )
-        return self.of([asked.latents_at_start, *asked.latents_per_layer], method, merging.merge_metric)
+        return self.of(*_counted(merging.asked_of(self.config)))
 
     def of(self, reaching: Sequence[int], method: str | None, metric: str) -> float:
-        """Return the share for given numbers of latents.
+        """Return the share for given numbers of latents, as `count` takes them."""
+        return self.count(reaching, method, metric).total_with_matching / self._ends.batch / self.unmerged_flops
+
+    def count(self, reaching: Sequence[int], method: str | None, metric: str) -> ForwardCost:
+        """Count the FLOPs for given numbers of latents.
 
         Args:
             reaching: L + 1 numbers: latents that read the inputs, then those left after each layer that runs.
@@ -472,28 +465,30 @@ class FlopsShare:
         Raises:
             ValueError: if the FLOPs of the method are not known.
         """
-        return self._flops(reaching, method, metric) / self.unmerged_flops
-
-    def _flops(self, reaching: Sequence[int], method: str | None, metric: str) -> int:
-        layers = sum(
-            self._layer(before, after) + _matching_flops(self.config, before, after, method, metric)
-            for before, after in pairwise(reaching)
+        ends, layers, decoder = self._ends, list(pairwise(reaching)), 0
+        if ends.decoder is not None:
+            queries = ends.decoder.number
+            decoder = _layer_flops(self._decoder, queries, reaching[-1], queries) + ends.after
+        batch, channels = ends.batch, self._metrics[metric]
+        return ForwardCost(
+            preprocessing=batch * ends.preprocessing,
+            cross_attention=batch * _layer_flops(self._encoder, reaching[0], ends.inputs, reaching[0]),
+            self_attention=tuple(batch * _layer_flops(self._layer, n, n, m) for n, m in layers),
+            matching=tuple(
+                0 if method is None or n == m else batch * matching_flops(method, n, channels) for n, m in layers
+            ),
+            decoder=batch * decoder,
         )
-        return self._preprocessing + self._encoder(reaching[0]) + layers + self._decoder(reaching[-1])
-
-
-def _linear(latents: int, layers: int, strength: float) -> list[float]:
-    """Merge 2r latents in the first layer, falling to none in the last (Bolya et al., 2023, appendix D)."""
-    r = strength * latents / 2
-    falling = [2 * r * (1 - layer / max(layers - 1, 1)) for layer in range(layers)]
-    return [latents - sum(falling[: layer + 1]) for layer in range(layers)]
 
 
 DEFAULT_SCHEDULE = "floor"
 SCHEDULES: dict[str, Callable[[int, int, float], list[float]]] = {
     # The same number in every layer, as in the source paper.
     "constant": lambda n, layers, strength: [n - strength * n / 2 * (layer + 1) for layer in range(layers)],
-    "linear": _linear,
+    # Twice the mean number in the first layer, falling to none in the last (Bolya et al., 2023, appendix D).
+    "linear": lambda n, layers, strength: [
+        n - strength * n * (layer + 1) * (1 - layer / 2 / max(layers - 1, 1)) for layer in range(layers)
+    ],
     # As many as possible from the first layer on, down to a number that then stays.
     "floor": lambda n, layers, strength: [n ** (1 - strength)] * layers,
     # The same share of the remaining latents in every layer.
@@ -528,65 +523,58 @@ def whole_schedule(latents: int, left_after: Sequence[float], min_latents: int =
     return removed
 
 
-def named_family(config: ToMePerceiverConfig, name: str, base: Merging | None = None) -> Callable[[float], Merging]:
-    """Return a schedule of `SCHEDULES` or `SKIP_BLOCKS` as merging settings by their strength in [0, 1].
-
-    At 0 nothing merges, at 1 as much as the schedule allows.
+def merging_at(config: ToMePerceiverConfig, name: str, strength: float, base: Merging | None = None) -> Merging:
+    """Return the settings of a schedule at a strength in [0, 1]: at 0 nothing merges, at 1 as much as it allows.
 
     Args:
         config: of the model; its own merging has no effect.
-        name: of the schedule.
+        name: of the schedule, in `SCHEDULES` or `SKIP_BLOCKS`.
+        strength: from 0 to 1.
         base: the other settings; by default those of the config.
     """
-    settings = base or Merging.none(config)
-
-    def family(strength: float) -> Merging:
-        left = latents_left(config, name, strength)
-        removed = whole_schedule(config.num_latents, left, settings.min_latents)
-        return settings.by(removed, num_blocks=len(left) // config.num_self_attends_per_block)
-
-    return family
+    settings, left = base or Merging.none(config), latents_left(config, name, strength)
+    removed = whole_schedule(config.num_latents, left, settings.min_latents)
+    return settings.by(removed, num_blocks=len(left) // config.num_self_attends_per_block)
 
 
-def weakest(of_strength: Callable[[float], Any], ratio: float, share: Callable[[Any], float]) -> Any:
-    """Return the weakest member of a family that costs at most `ratio`; `None` if the strongest costs more.
-
-    Args:
-        of_strength: the family by strength in [0, 1]; the cost falls as the strength rises.
-        ratio: share of the unmerged model's cost.
-        share: of a member.
-    """
-    if share(of_strength(0.0)) <= ratio:
-        return of_strength(0.0)
-    if share(of_strength(1.0)) > ratio:
-        return None
-    weak, strong = 0.0, 1.0
-    # Fine enough to tell two numbers of latents apart.
-    for _ in range(20):
-        middle = (weak + strong) / 2
-        weak, strong = (weak, middle) if share(of_strength(middle)) <= ratio else (middle, strong)
-    return of_strength(strong)
-
-
-def scheduled(
+def merging_within(
     config: ToMePerceiverConfig, name: str, flops_ratio: float, share: FlopsShare, base: Merging | None = None
 ) -> Merging:
-    """Return the weakest member of the schedule called `name` within a share of the FLOPs.
+    """Return the settings of a schedule at the least strength that costs at most a share of the FLOPs.
 
     Args:
-        config, name, base: as for `named_family`.
+        config, name, base: as for `merging_at`.
         flops_ratio, share: of the unmerged model's FLOPs.
 
     Raises:
         ValueError: in one line, if the schedule does not reach it.
     """
-    family = named_family(config, name, base)
-    found = weakest(family, flops_ratio, share)
+    found = weakest(lambda strength: merging_at(config, name, strength, base), flops_ratio, share)
     if found is None:
-        raise out_of_reach(flops_ratio, share(family(1.0)), f"schedule {name}")
+        raise out_of_reach(flops_ratio, share(merging_at(config, name, 1.0, base)), f"schedule {name}")
     return found
 
 
+def weakest(at: Callable[[float], Any], ratio: float, share: Callable[[Any], float]) -> Any:
+    """Return `at(strength)` for the least strength in [0, 1] that costs at most `ratio`; `None` if 1 costs more.
+
+    Args:
+        at: settings or a candidate by strength, whose cost falls as the strength rises.
+        ratio: share of the unmerged model's cost.
+        share: cost of what `at` returns.
+    """
+    if share(at(0.0)) <= ratio:
+        return at(0.0)
+    if share(at(1.0)) > ratio:
+        return None
+    weak, strong = 0.0, 1.0
+    # Fine enough to tell two numbers of latents apart.
+    for _ in range(20):
+        middle = (weak + strong) / 2
+        weak, strong = (weak, middle) if share(at(middle)) <= ratio else (middle, strong)
+    return at(strong)
+
+
 def out_of_reach(flops_ratio: float, least: float, what: str) -> ValueError:
-    """Return the error for a share of the FLOPs below the `least` that something reaches."""
+    """Return the error for a share of the FLOPs below the least that `what` reaches."""
     return ValueError(f"flops_ratio={flops_ratio} is out of reach: {what} reaches {least:.3f} at best")

@@ -164,12 +164,15 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
             raise
 
     @classmethod
-    def from_pretrained(cls, *args: Any, flops_ratio: float | None = None, **kwargs: Any) -> Any:
-        """Upstream's, with a share of the FLOPs to merge to, as `merge_to` takes it."""
+    def from_pretrained(
+        cls, *args: Any, flops_ratio: float | None = None, max_changed: float | None = None, **kwargs: Any
+    ) -> Any:
+        """Upstream's, with a budget to merge to, as `merge_to` takes it."""
         loaded = super().from_pretrained(*args, **kwargs)
-        if flops_ratio is not None:
+        if flops_ratio is not None or max_changed is not None:
             # With `output_loading_info` it is a pair.
-            (loaded[0] if isinstance(loaded, tuple) else loaded).merge_to(flops_ratio=flops_ratio)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.merge_to(flops_ratio=flops_ratio, max_changed=max_changed)
         return loaded
 
     @property
@@ -209,8 +212,8 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
             samples: a few hundred inputs without labels that the model was not trained on: what `forward` takes, a
                 batch or several. A quarter of them chooses what merges; the others measure it.
             seconds: ends the search after about this time with the best it has; the result then depends on the clock.
-            options: `flops_ratios`, `schedules`, `merge_methods`, `merge_metrics`, `input_shape`, `log_file`, as
-                `frontier_tome_perceiver.calibrate` takes them.
+            options: `flops_ratios`, `schedules`, `merge_methods`, `merge_metrics`, `input_shape`, `log_file`:
+                `frontier_tome_perceiver.SearchOptions` describes them.
 
         Returns:
             The frontier; `print` shows its rows. What the model merges stays as it is.

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.published_models import DTYPES, PUBLISHED_MODELS, PublishedModel
 from configuration_tome_perceiver import ToMePerceiverConfig
-from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, FlopsShare, scheduled
+from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, FlopsShare, merging_within
 from experiments.command_line import shown_command
 from experiments.errors import BadInput, naming
 from experiments.files import write_text
@@ -151,7 +151,7 @@ class SpeedArguments:
         share = FlopsShare(config, input_shape, self.model.architecture)
         for schedule, ratio in product(self.schedule, self.flops_ratio):
             with naming_arguments():
-                fields = asdict(scheduled(config, schedule, ratio, share))
+                fields = asdict(merging_within(config, schedule, ratio, share))
             settings[f"{schedule} {ratio}"] = fields
             settings[f"{schedule} {ratio}, fixed groups"] = consecutive_groups(self.model.config(**fields))
         return settings

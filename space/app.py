@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +31,7 @@ from transformers.image_utils import load_image
 BESIDE = Path(__file__).resolve().parent / "checkpoint"
 BY_BUDGET, BY_FRONTIER = "Share of the computation", "Along the frontier"
 BY_R, AS_SAVED = "Latents per layer", "As it was saved"
-# Digits that no model of the demo was trained on: the last 500 of scikit-learn's are its test split.
+# Digits of the demo's test split, which is the last 500 of scikit-learn's.
 DIGITS = range(-8, 0)
 SENTENCES = {
     TEXT: [
@@ -76,22 +77,16 @@ def main() -> None:
     page.block_thread()
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        stop(message)
-
-
 def stop(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def parsed_arguments() -> argparse.Namespace:
-    parser = OneLineParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.error = stop  # type: ignore[method-assign]
     parser.add_argument(
         "--model_name_or_path",
         default=os.environ.get("MODEL_NAME_OR_PATH") or (str(BESIDE) if BESIDE.is_dir() else None),
@@ -102,118 +97,119 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=None, help="by default the first free one from 7860 on")
     arguments = parser.parse_args()
     if arguments.model_name_or_path is None:
-        parser.error(
-            f"--model_name_or_path: is missing; allowed is a Hub id or a folder, also in MODEL_NAME_OR_PATH or {BESIDE}"
-        )
+        stop(f"--model_name_or_path: is missing; give a Hub id or a folder, also in MODEL_NAME_OR_PATH or {BESIDE}")
     return arguments
 
 
 def build_page(checkpoint: Checkpoint, examples: list[str] | None, name: str) -> gr.Blocks:
-    """The page of a checkpoint.
+    """Build the page of a checkpoint.
 
     Args:
-        checkpoint: what runs.
+        checkpoint: that runs.
         examples: image files or sentences; `None` for ours.
         name: of the checkpoint, for the title.
 
     Raises:
-        NotFitting: for examples that are not there, or that the model cannot read.
+        NotFitting: for examples that are missing, or that the model cannot read.
     """
     examples = examples or default_examples(checkpoint)
     first = read_example(checkpoint, examples[0])
-    config = checkpoint.model.config
-    layers, latents = len(config.merge_schedule), config.num_latents
-    # A frontier says how many answers change; without one, a schedule keeps to a share of the computation. Where
-    # reading the input is nearly all that a pass costs, merging cannot come down to any of the budgets.
-    rows = len(checkpoint.rows)
-    least = 1.0 if rows else checkpoint.smallest_budget(first)
-    by_cost = [BY_FRONTIER] if rows else [BY_BUDGET] if least < 1 else []
-    ways = [*by_cost, BY_R, *([AS_SAVED] if checkpoint.saved is not None else [])]
-    most_r = max(1, latents // layers * 2)
-
-    def merging(way: str, share: float, r: float, row: float, given: Any) -> Any:
-        if way == AS_SAVED and checkpoint.saved is not None:
-            return checkpoint.saved
-        if way == BY_FRONTIER:
-            return checkpoint.row(int(row)).merging
-        return checkpoint.by(int(r)) if way == BY_R else checkpoint.within(share, given)
-
-    def show(given: Any, way: str, share: float, r: float, row: float) -> Iterator[tuple[Any, Any]]:
-        """The comparison first, the picture when it is drawn."""
-        if given is None:
-            yield note("Choose or upload an image."), None
-            return
-        try:
-            chosen = merging(way, share, r, row, given)
-            result = comparison_html(checkpoint.compare(given, chosen))
-            yield result, gr.skip()
-            yield result, checkpoint.picture(given, chosen)
-        except NotFitting as error:
-            yield note(str(error)), None
-
+    latents, layers = checkpoint.config.num_latents, len(checkpoint.config.merge_schedule)
     with gr.Blocks(title="Merge a Perceiver", fill_width=False) as page:
         gr.Markdown(
             f"## Merge a Perceiver\n**{Path(name).name}** reads its input into {latents} *latents*, vectors that it "
-            f"works on for {layers} layers. Latents that come to say the same can be merged, so that a pass costs "
-            "less. Move the slider and see what that does to one input."
+            f"works on for {layers} layers. Redundant latents can be merged, so that a pass costs less. Move the "
+            "slider and see what that does to one input."
         )
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
-                if checkpoint.kind == IMAGE:
-                    # As PNG: what the browser sends by default is changed by compression.
-                    given: Any = gr.Image(
-                        first, label="Image", type="pil", format="png", height=190, elem_id="image", sources=["upload"]
-                    )
-                else:
-                    gap = f"; write {checkpoint.processor.mask_token} for the word to guess"
-                    label = f"Sentence{gap if checkpoint.kind == MASKED else ''} (Enter runs it)"
-                    given = gr.Textbox(first, label=label, lines=2, max_lines=2, submit_btn=True, elem_id="text")
+                given = input_field(checkpoint, first)
                 gr.Examples([[example] for example in examples], [given], label="Examples", examples_per_page=12)
-                way = gr.Radio(ways, value=ways[0], label="How much is merged", elem_id="way")
-                row = gr.Slider(
-                    1, max(2, rows), value=max(1, rows // 2), step=1, elem_id="row", visible=rows > 0,
-                    label="Row of the frontier, from mild to strong",
-                )  # fmt: skip
-                row_line = gr.Markdown(checkpoint.row_line(rows // 2) if rows else "", visible=rows > 0)
-                share = gr.Slider(
-                    min(least, 1 - BUDGET_STEP), 1.0, value=max(least, 0.6), step=BUDGET_STEP, elem_id="share",
-                    visible=ways[0] == BY_BUDGET,
-                    label="Share of the computation to keep", info="1 is the whole model, in which nothing merges.",
-                )  # fmt: skip
-                r = gr.Slider(
-                    0, most_r, value=min(4, most_r), step=1, elem_id="r", visible=ways[0] == BY_R,
-                    label="Latents merged in each layer (r)", info="At most half of those left. 0 merges nothing.",
-                )  # fmt: skip
+                settings = merging_fields(checkpoint, first)
             with gr.Column(scale=8, min_width=480):
                 result = gr.HTML(note("Running ..."), elem_id="result")
                 gr.Markdown(
                     "**What merged.** The bars are the latents left after each layer. Below them, each latent left: "
-                    "how many it stands for, and where in the input these look."
+                    "its size, the number of latents merged into it, and where in the input these look."
                 )
                 picture = gr.Image(
                     show_label=False, interactive=False, elem_id="picture", buttons=["fullscreen"], format="png"
                 )
-        inputs, outputs = [given, way, share, r, row], [result, picture]
-        way.change(
-            lambda chosen: [gr.update(visible=chosen == each) for each in (BY_FRONTIER, BY_FRONTIER, BY_BUDGET, BY_R)],
-            [way], [row, row_line, share, r], show_progress="hidden", api_visibility="private",
+        triggers = [page.load, given.change] if checkpoint.kind == IMAGE else [page.load, given.submit, given.blur]
+        gr.on(
+            [*triggers, *(field.change for field in settings)],
+            partial(show, checkpoint), [given, *settings], [result, picture], show_progress="hidden",
+            api_name="compare",
+            # While one comparison runs, only the last change since then waits.
+            trigger_mode="always_last",
         )  # fmt: skip
-        if rows:
-            row.change(
-                lambda number: checkpoint.row_line(int(number)),
-                [row], [row_line], show_progress="hidden", api_visibility="private",
-            )  # fmt: skip
-        triggers = [page.load, given.change if checkpoint.kind == IMAGE else given.submit]
-        if checkpoint.kind != IMAGE:
-            triggers.append(given.blur)
-        triggers += [way.change, row.change, share.change, r.change]
-        # While one runs, only the last of the changes since then is waited for.
-        gr.on(triggers, show, inputs, outputs, trigger_mode="always_last", show_progress="hidden", api_name="compare")
     return page
 
 
+def input_field(checkpoint: Checkpoint, first: Any) -> Any:
+    """Make the field for an image or a sentence."""
+    if checkpoint.kind == IMAGE:
+        # As PNG: the browser's default format changes pixels by compression.
+        return gr.Image(first, label="Image", type="pil", format="png", height=190, elem_id="image", sources=["upload"])
+    gap = f"; write {checkpoint.processor.mask_token} for the word to guess" if checkpoint.kind == MASKED else ""
+    label = f"Sentence{gap} (Enter runs it)"
+    return gr.Textbox(first, label=label, lines=2, max_lines=2, submit_btn=True, elem_id="text")
+
+
+def merging_fields(checkpoint: Checkpoint, first: Any) -> list[Any]:
+    """Make the choice of how much merges, and a slider for each answer: share, r, row of the frontier."""
+    rows = len(checkpoint.rows)
+    # Where reading the input is nearly the whole cost of a pass, merging reaches none of the shares.
+    least = 1.0 if rows else checkpoint.smallest_budget(first)
+    by_cost = [BY_FRONTIER] if rows else [BY_BUDGET] if least < 1 else []
+    ways = [*by_cost, BY_R, *([AS_SAVED] if checkpoint.saved is not None else [])]
+    most_r = max(1, checkpoint.config.num_latents // len(checkpoint.config.merge_schedule) * 2)
+    way = gr.Radio(ways, value=ways[0], label="How much is merged", elem_id="way")
+    row = gr.Slider(
+        1, max(2, rows), value=max(1, rows // 2), step=1, elem_id="row", visible=rows > 0,
+        label="Row of the frontier, from mild to strong",
+    )  # fmt: skip
+    row_line = gr.Markdown(checkpoint.row_line(rows // 2) if rows else "", visible=rows > 0)
+    share = gr.Slider(
+        min(least, 1 - BUDGET_STEP), 1.0, value=max(least, 0.6), step=BUDGET_STEP, elem_id="share",
+        visible=ways[0] == BY_BUDGET,
+        label="Share of the computation to keep", info="1 is the whole model, in which nothing merges.",
+    )  # fmt: skip
+    r = gr.Slider(
+        0, most_r, value=min(4, most_r), step=1, elem_id="r", visible=ways[0] == BY_R,
+        label="Latents merged in each layer (r)", info="At most half of those left. 0 merges nothing.",
+    )  # fmt: skip
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    way.change(
+        lambda chosen: [gr.update(visible=chosen == each) for each in (BY_FRONTIER, BY_FRONTIER, BY_BUDGET, BY_R)],
+        [way], [row, row_line, share, r], **quiet,
+    )  # fmt: skip
+    if rows:
+        row.change(lambda number: checkpoint.row_line(int(number)), [row], [row_line], **quiet)
+    return [way, share, r, row]
+
+
+def show(checkpoint: Checkpoint, given: Any, way: str, share: float, r: float, row: float) -> Iterator[tuple[Any, Any]]:
+    """Yield the comparison first, then the picture, which takes longer."""
+    if given is None:
+        yield note("Choose or upload an image."), None
+        return
+    try:
+        if way == AS_SAVED and checkpoint.saved is not None:
+            merging = checkpoint.saved
+        elif way == BY_FRONTIER:
+            merging = checkpoint.at_row(int(row))
+        else:
+            merging = checkpoint.model.unmerged.by(int(r)) if way == BY_R else checkpoint.within(share, given)
+        result = comparison_html(checkpoint.compare(given, merging))
+        yield result, gr.skip()
+        yield result, checkpoint.picture(given, merging)
+    except NotFitting as error:
+        yield note(str(error)), None
+
+
 def default_examples(checkpoint: Checkpoint) -> list[str]:
-    """Paths of images, or sentences: scikit-learn's digits for a model of digits, its photographs for other images."""
+    """Return sentences, or paths of images: scikit-learn's digits for a model of digits, otherwise its photographs."""
     if checkpoint.kind == MASKED:
         return [sentence.format(checkpoint.processor.mask_token) for sentence in SENTENCES[MASKED]]
     if checkpoint.kind == TEXT:
@@ -234,10 +230,10 @@ def default_examples(checkpoint: Checkpoint) -> list[str]:
 
 
 def read_example(checkpoint: Checkpoint, example: str) -> Any:
-    """An image as a pipeline reads it, or the sentence itself.
+    """Return an image as a pipeline reads it, or the sentence itself.
 
     Raises:
-        NotFitting: for an image that is not there or a sentence that the model cannot read.
+        NotFitting: for an image that is missing or a sentence that the model cannot read.
     """
     try:
         if checkpoint.kind == IMAGE:
@@ -256,33 +252,25 @@ def note(text: str) -> str:
 
 
 def comparison_html(comparison: Comparison) -> str:
-    """The two sides, below a sentence of what merging did."""
-    unmerged, merged = comparison.unmerged, comparison.merged
+    """Format both sides, below a sentence on the effect of merging."""
+    unmerged, merged, speedup = comparison.unmerged, comparison.merged, comparison.speedup
     same = [name for name, _ in unmerged.predictions[:1]] == [name for name, _ in merged.predictions[:1]]
     answer = "Same prediction" if same else "<b>Another prediction</b>"
-    speed = (
-        f"{comparison.speedup:.2f} times as fast"
-        if comparison.speedup >= 1
-        else f"slower ({comparison.speedup:.2f} times as fast)"
-    )
+    speed = f"{speedup:.2f} times as fast" if speedup >= 1 else f"slower ({speedup:.2f} times as fast)"
     if merged.latents_left == unmerged.latents_left and merged.flops_ratio >= 1:
         sentence = "Nothing merges: both are the same model, so times differ by noise alone."
     else:
         sentence = f"{answer} with {merged.flops_ratio:.0%} of the computation, {speed}."
-    if comparison.speedup < 1 and merged.flops_ratio < 1:
+    if speedup < 1 and merged.flops_ratio < 1:
         sentence += (
-            "<small>Finding what merges takes time, too. In a small model, or where little merges, it can be more than "
-            "is saved.</small>"
+            "<small>Matching takes time, too. In a small model, or where little merges, it can take more than merging "
+            "saves.</small>"
         )
-    return (
-        f'<p class="verdict">{sentence}</p><div class="sides">'
-        + _side_html("Unmerged", "unmerged", unmerged, comparison)
-        + _side_html("Merged", "merged", merged, comparison)
-        + "</div>"
-    )
+    sides = _side_html("Unmerged", unmerged, comparison) + _side_html("Merged", merged, comparison)
+    return f'<p class="verdict">{sentence}</p><div class="sides">{sides}</div>'
 
 
-def _side_html(title: str, name: str, side: Side, comparison: Comparison) -> str:
+def _side_html(title: str, side: Side, comparison: Comparison) -> str:
     guesses = "".join(
         f'<span>{escape(label)}</span><span><div class="bar" style="width: {100 * probability:.1f}%"></div></span>'
         f"<span>{probability:.1%}</span>"
@@ -291,7 +279,8 @@ def _side_html(title: str, name: str, side: Side, comparison: Comparison) -> str
     )
     label = escape(side.predictions[0][0])
     return (
-        f'<div class="side {name}"><h3>{title}</h3><div class="label">{label}</div><div class="guess">{guesses}</div>'
+        f'<div class="side {title.lower()}"><h3>{title}</h3><div class="label">{label}</div>'
+        f'<div class="guess">{guesses}</div>'
         f'<div class="figures"><div><b>{side.milliseconds:.1f} ms</b><span>median of {comparison.rounds} passes</span>'
         f"</div><div><b>{side.flops_ratio:.0%}</b><span>of the computation</span></div>"
         f"<div><b>{side.latents_left} of {comparison.latents}</b><span>latents at the end</span></div></div></div>"

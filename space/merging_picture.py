@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the latents that are left read of an input, and a picture of it.
+"""Picture of the positions of an input that each latent left attends to.
 
-Latents read the input once, in the encoder's cross-attention, and merge afterwards. So what a latent that is left
-reads is the mean of what the latents that it stands for read. The model is one of ours, of whichever copy of its code:
-this module imports nothing of the repository, so that the Space stands on its own.
+Latents read the input once, in the encoder's cross-attention, and merge afterwards. So the attention of a merged latent
+is the mean over its sources. This module imports nothing of the repository, so that the Space stands on its own.
 
 Letters: B batch, H heads, S positions of the input (pixels, bytes or tokens), N latents, M latents left.
 """
@@ -24,8 +23,8 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PerceiverTokenizer, PreTrainedModel
 from transformers.image_utils import load_image
 
+# Largest number of latents drawn of one input: a panel each for an image, a row each for a text.
 IMAGE_PANELS, TEXT_ROWS = 12, 24
-"""Latents drawn of one input at most: a panel each for an image, a row each for a text."""
 LATENT_COLORS = np.array([matplotlib.colormaps["tab20"](index)[:3] for index in (*range(0, 20, 2), 1, 5)])
 LATENT_COLORS[7] = (1.0, 1.0, 0.2)  # in place of a grey one
 OTHER_COLOR = np.full(3, 0.55)
@@ -39,27 +38,13 @@ SHOWN_QUANTILE = 0.995
 SPACES = {" ": "␣", "\n": "↵", "\t": "→", "\r": "↵"}
 
 
-def latent_maps(cross_attention: Tensor, latent_sources: Tensor) -> Tensor:
-    """What each latent left reads: the mean over heads and over the latents that it stands for.
-
-    Args:
-        cross_attention: (B, H, N, S), the encoder's weights; the rows sum to one.
-        latent_sources: (B, M, N) of 0 and 1, none of the rows empty.
-
-    Returns:
-        (B, M, S), the rows sum to one.
-    """
-    sources = latent_sources.to(cross_attention.dtype)
-    return (sources @ cross_attention.mean(dim=1)) / sources.sum(dim=-1, keepdim=True)
-
-
 @dataclass(frozen=True)
 class Reading:
-    """What the latents left read of one input.
+    """Attention of the latents left to one input.
 
     Attributes:
         maps: (M, S), the rows sum to one.
-        sizes: (M,) how many of the N latents each one left stands for.
+        sizes: (M,) number of the N latents merged into each.
         num_latents: N.
         prediction: name of the class that the model predicts; `None` for a model that predicts none.
     """
@@ -76,12 +61,12 @@ class Reading:
 
     @property
     def order(self) -> np.ndarray:
-        """(M,) the latents left, largest first; of equal ones first who reads more positions most."""
+        """(M,) the latents left, largest first; of equal ones, first those with more `readers` positions."""
         positions_read = np.bincount(self.readers, minlength=len(self.sizes))
         return np.lexsort((-positions_read, -self.sizes))
 
     def summary(self, shown: int) -> str:
-        """In words, with how many of the latents left are drawn."""
+        """Summarise prediction and latents in words, with the number that is drawn."""
         left = len(self.sizes)
         parts = [] if self.prediction is None else [f"predicted {self.prediction}"]
         parts.append(f"{left} latent{'s' * (left > 1)} left of {self.num_latents}")
@@ -95,7 +80,7 @@ class Reading:
 
 @torch.no_grad()
 def read_input(model: PreTrainedModel, inputs: Tensor, attention_mask: Tensor | None = None) -> Reading:
-    """Run a model on one input.
+    """Run a model on one input and return the attention of the latents left.
 
     Args:
         model: for text or image classification or masked language modelling, in evaluation mode.
@@ -111,24 +96,24 @@ def read_input(model: PreTrainedModel, inputs: Tensor, attention_mask: Tensor | 
         return_dict=True,
     )
     # The encoder's weights come first, the decoder's last.
-    weights, groups = output.cross_attentions[0].float(), getattr(model.config, "latent_groups", None)
-    if groups is not None:
+    attention, sources = output.cross_attentions[0][0].float().mean(dim=0), output.latent_sources[0].float()
+    if model.config.latent_groups is not None:
         # Learned latents of a group read as one.
-        weights = weights[:, :, groups]
-    maps = latent_maps(weights, output.latent_sources)[0]
+        attention = attention[model.config.latent_groups]
+    sizes = sources.sum(dim=-1)
+    maps = sources @ attention / sizes[:, None]
     if attention_mask is not None:
         maps = maps[:, attention_mask[0].bool()]
     config, prediction = model.config, None
     one_label = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
     if one_label and "Classification" in type(model).__name__:
         prediction = str(config.id2label[int(output.logits[0].argmax())])
-    sizes = output.latent_sources[0].sum(dim=-1).long()
-    return Reading(maps.numpy(), sizes.numpy(), config.num_latents, prediction)
+    return Reading(maps.numpy(), sizes.long().numpy(), config.num_latents, prediction)
 
 
 @dataclass(frozen=True)
 class PixelGrid:
-    """Where in an image the positions stand that latents read.
+    """Pixels at which the positions of an image stand.
 
     Attributes:
         rows, columns: of positions; rows * columns = S.
@@ -150,11 +135,7 @@ class PixelGrid:
 
 @torch.no_grad()
 def pixel_grid(model: PreTrainedModel, pixel_values: Tensor) -> PixelGrid:
-    """The grid of positions of a model for images.
-
-    Args:
-        model: for image classification.
-        pixel_values: (1, 3, height, width).
+    """Return the grid of positions of a model for image classification that reads (1, 3, height, width).
 
     Raises:
         ValueError: for an image of a size that the model cannot read.
@@ -172,7 +153,7 @@ def pixel_grid(model: PreTrainedModel, pixel_values: Tensor) -> PixelGrid:
 
 
 class Example(Protocol):
-    """One input of the picture: how much room it takes, in inches, and how it is drawn."""
+    """One input of the picture, with its size in inches."""
 
     @property
     def size(self) -> tuple[float, float]: ...
@@ -182,23 +163,12 @@ class Example(Protocol):
 
 @dataclass(frozen=True)
 class ImageExample:
-    """An image and what the latents left read of it.
-
-    Attributes:
-        name: of the image.
-        pixels: (height, width, 3) from 0 to 1, as the model sees it.
-        grid: where the S positions stand.
-        reading: what the latents left read.
-    """
+    """An image, its pixels (height, width, 3) from 0 to 1 as the model sees them, and the attention to it."""
 
     name: str
     pixels: np.ndarray
     grid: PixelGrid
     reading: Reading
-
-    def __post_init__(self) -> None:
-        if self.reading.maps.shape[1] != self.grid.rows * self.grid.columns:
-            raise AssertionError(f"{self.reading.maps.shape[1]} positions on a grid of {self.grid}")
 
     @property
     def size(self) -> tuple[float, float]:
@@ -211,11 +181,11 @@ class ImageExample:
 
     @property
     def _columns(self) -> int:
-        # At least so many that the title has room.
+        # Fewer leave too little room for the title.
         return max(3, (len(self._shown) + 1) // 2)
 
     def draw(self, figure: Any) -> None:
-        """Two rows: the image and who reads what in the first column, then a panel for each latent."""
+        """Draw two rows: the image and its readers in the first column, then a panel for each latent."""
         reading, shown = self.reading, self._shown
         figure.suptitle(f"{self.name}: {reading.summary(len(shown))}", fontsize=11, parse_math=False)
         axes = figure.subplots(2, 1 + self._columns)
@@ -260,21 +230,11 @@ class ImageExample:
 
 @dataclass(frozen=True)
 class TextExample:
-    """A text and what the latents left read of it.
-
-    Attributes:
-        name: the text, or its beginning.
-        tokens: S labels.
-        reading: what the latents left read.
-    """
+    """A text or its beginning, the labels of its S tokens, and the attention to them."""
 
     name: str
     tokens: Sequence[str]
     reading: Reading
-
-    def __post_init__(self) -> None:
-        if self.reading.maps.shape[1] != len(self.tokens):
-            raise AssertionError(f"{self.reading.maps.shape[1]} positions and {len(self.tokens)} labels")
 
     @property
     def size(self) -> tuple[float, float]:
@@ -285,7 +245,7 @@ class TextExample:
         return self.reading.order[:TEXT_ROWS]
 
     def draw(self, figure: Any) -> None:
-        """A row for each latent, a column for each token."""
+        """Draw a row for each latent, a column for each token."""
         reading, shown = self.reading, self._shown
         figure.suptitle(f"{self.name}\n{reading.summary(len(shown))}", fontsize=10, parse_math=False)
         panel = figure.subplots()
@@ -309,7 +269,7 @@ class TextExample:
 def image_example(
     model: PreTrainedModel, processor: BaseImageProcessor, name: str, image: PilImage.Image
 ) -> ImageExample:
-    """An image as a model for image classification reads it.
+    """Read an image with a model for image classification.
 
     Raises:
         ValueError: for an image of a size that the model cannot read.
@@ -320,7 +280,7 @@ def image_example(
 
 
 def text_example(model: PreTrainedModel, tokenizer: Any, text: str, max_length: int) -> TextExample:
-    """A text as a model for text reads it, cut to `max_length` tokens and to what the model has positions for."""
+    """Read a text with a model for text, cut to `max_length` tokens and to the model's positions."""
     longest = min(max_length, model.config.max_position_embeddings)
     # One text at a time, so that there is no padding.
     encoded = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
@@ -329,7 +289,7 @@ def text_example(model: PreTrainedModel, tokenizer: Any, text: str, max_length: 
 
 
 def visible_pixels(pixel_values: np.ndarray, processor: BaseImageProcessor) -> np.ndarray:
-    """(height, width, 3) from 0 to 1: what the model is given, (3, height, width), before it was normalised."""
+    """Undo the normalisation of (3, height, width): return (height, width, 3) from 0 to 1."""
     pixels = pixel_values.transpose(1, 2, 0)
     if getattr(processor, "do_normalize", False):
         pixels = pixels * np.array(processor.image_std) + np.array(processor.image_mean)
@@ -337,7 +297,7 @@ def visible_pixels(pixel_values: np.ndarray, processor: BaseImageProcessor) -> n
 
 
 def token_labels(tokenizer: Any, ids: list[int]) -> list[str]:
-    """What stands below the column of each token: for bytes their characters, one of several bytes at its first."""
+    """Return the label of each token's column: for bytes, their characters."""
     tokens = tokenizer.convert_ids_to_tokens(ids)
     if isinstance(tokenizer, PerceiverTokenizer):
         tokens = byte_characters(tokens)
@@ -345,36 +305,27 @@ def token_labels(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 def byte_characters(tokens: list[str]) -> list[str]:
-    """Tokens that are bytes, `chr(byte)`, as the characters that they spell in UTF-8; longer ones stay."""
-    labels, index = [], 0
-    while index < len(tokens):
-        first = ord(tokens[index]) if len(tokens[index]) == 1 else 0
-        # How many bytes a character has is in its first one.
+    """Replace bytes, `chr(byte)`, by the characters that they spell in UTF-8, each at its first byte."""
+    labels = list(tokens)
+    for index, token in enumerate(tokens):
+        first = ord(token) if len(token) == 1 else 0
+        # The first byte of a character tells their number.
         length = 1 + (first >= 0xC2) + (first >= 0xE0) + (first >= 0xF0)
         spelled = tokens[index : index + length]
-        if length > 1 and len(spelled) == length and all(len(token) == 1 for token in spelled):
+        if 1 < length == len(spelled) and all(len(each) == 1 for each in spelled):
             character = bytes(map(ord, spelled)).decode("utf-8", errors="replace")
-            labels += [character[0], *[""] * (length - 1)]
-        else:
-            labels += spelled
-        index += length
+            labels[index : index + length] = [character[0], *[""] * (length - 1)]
     return labels
 
 
 def shortened(text: str, length: int = 70) -> str:
-    """The beginning of a text, on one line."""
+    """Return the beginning of a text, on one line."""
     line = " ".join(text.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
 def draw_merging(title: str, latents_per_layer: Sequence[int], examples: Sequence[Example]) -> Figure:
-    """The latents left after each layer, and below it what those at the end read of each example.
-
-    Args:
-        title: of the picture.
-        latents_per_layer: N, then how many are left after each layer.
-        examples: one or more.
-    """
+    """Draw the latents left, N at first and after each layer, and below them the examples, one or more."""
     head_height = 1.9
     width = max(example.size[0] for example in examples)
     heights = [head_height, *(example.size[1] for example in examples)]
@@ -400,12 +351,11 @@ def _draw_latents_left(figure: Any, title: str, latents_per_layer: Sequence[int]
 
 
 def _attention_scale(maps: np.ndarray) -> Any:
-    # The root, because latents that stand for many spread over what these read.
+    # The root shows weak attention too: that of a large latent spreads over all positions of its sources.
     return PowerNorm(0.5, vmin=0, vmax=np.quantile(maps, SHOWN_QUANTILE))
 
 
 def _attention_bar(figure: Any, picture: Any, axes: Any, label: str) -> None:
-    """A colour bar; its top stands for everything above, too."""
     bar = figure.colorbar(picture, ax=axes, extend="max", fraction=0.04, pad=0.01)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=8)

@@ -219,7 +219,7 @@ class Run:
         choice = merging.choose(self.model, self.loaded.samples, self.input_shape)
         assert choice is not None
         self.choice = choice.chosen
-        say(f"chosen: {self.choice.name}")
+        say(f"chosen: {self.choice.describe(self.model.unmerged.num_blocks)}")
 
     def _calibrate(self, merging: MergeArguments, log_dir: Path | None) -> None:
         """Measure the frontier of the weights as they are, if anything is searched for."""
@@ -347,7 +347,9 @@ class Run:
             flops_ratio=share,
             speedup=speedup,
             batch_size=len(next(iter(batch.values()))),
-            chosen=f"{how}, {fixed}" if self.choice is None else f"{self.choice.name}; {how}",
+            chosen=f"{how}, {fixed}"
+            if self.choice is None
+            else f"{self.choice.describe(self.model.unmerged.num_blocks)}; {how}",
             changes=self._changes,
             saved=str(self.output_dir),
         )
@@ -367,7 +369,9 @@ class Run:
         budget = self.merging.budget_line
         if self.choice is not None:
             searched = "" if self.choice.divergence is None else f", calibrated on {self._samples}"
-            budget = "; ".join([f"{budget}{searched}: {self.choice.name}", *self._changes])
+            budget = "; ".join(
+                [f"{budget}{searched}: {self.choice.describe(self.model.unmerged.num_blocks)}", *self._changes]
+            )
             figures = {f"merging_{name}": value for name, value in asdict(self.choice).items() if name in FIGURES}
             save_metrics(self.output_dir, "merging", figures)
         card = Card(

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from configuration_tome_perceiver import ToMePerceiverConfig
-from cost_tome_perceiver import SCHEDULES, Merging, named_family, self_attention_layer_flops
+from cost_tome_perceiver import SCHEDULES, Merging, merging_at, self_attention_layer_flops
 from experiments.training.trainer import TaskTrainer
 from frontier_tome_perceiver import output_divergence
 
@@ -56,9 +56,8 @@ class MergingDraw:
         # Of each shape the members with the share that they take, the weakest first.
         self.shapes: list[list[tuple[float, tuple[int, ...]]]] = []
         for name in sorted(SCHEDULES):
-            family = named_family(config, name)
             strengths = (strength / (2 * latents) for strength in range(2 * latents + 1))
-            members = {tuple(family(strength).r) for strength in strengths}  # type: ignore[arg-type]
+            members = {tuple(merging_at(config, name, each).r) for each in strengths}  # type: ignore[arg-type]
             self.shapes.append(sorted(((share(member), member) for member in members), reverse=True))
 
     def at(self, step: int) -> tuple[float, list[int]]:

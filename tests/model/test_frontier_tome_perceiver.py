@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`model.calibrate` and what chooses from it: rows are measured as a direct computation does, promises hold, runs
-repeat."""
+"""`model.calibrate` and `model.merge_to`: rows have the figures of a direct computation, promises hold, runs repeat."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +16,7 @@ from scipy.stats import beta
 import frontier_tome_perceiver as frontier_module
 from cost_tome_perceiver import FlopsShare, Merging
 from frontier_tome_perceiver import Frontier, FrontierRow, average_linkage, binomial_bound, output_divergence
+from tests.support.tiny_merges import AT_START
 from tests.support.tiny_models import repeat_latents, run, tiny_config, tiny_inputs, tiny_model, tome_class
 
 HEAD = "ForSequenceClassification"
@@ -78,10 +77,9 @@ def test_it_leaves_the_model_as_it_was_but_for_the_frontier(calibrated):
     assert all(line in str(frontier) for line in ("| share of FLOPs |", "measured on 48 others"))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_same_samples_give_the_same_frontier_on_any_number_of_threads(calibrated, threads):
+def test_the_same_samples_give_the_same_frontier_on_any_number_of_threads(calibrated):
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1 if before > 1 else 2)
     try:
         again = tiny_model(HEAD)
         again.calibrate(batches())
@@ -95,14 +93,13 @@ def test_exact_duplicates_are_found_and_nothing_changes():
     model = repeat_latents(tiny_model(HEAD), DUPLICATES)
     inputs = tiny_inputs(HEAD, batch=64)
     before = run(model, inputs).logits
-    share = FlopsShare(model.config, inputs["inputs"].shape if "inputs" in inputs else SHAPE, type(model).__name__)
-    five = share.of([12, 6, 5, 5, 5, 5, 5], "leader", "hidden")
+    five = FlopsShare(model.config, SHAPE, type(model).__name__).of([12, 6, 5, 5, 5, 5, 5], "leader", "hidden")
     choice = model.merge_to(flops_ratio=five, samples=inputs)
     assert choice.chosen.divergence < 1e-12 and choice.chosen.changed == 0
     assert (run(model, inputs).logits - before).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("ratio", [0.9, 0.62, 0.4])
+@pytest.mark.parametrize("ratio", [0.9, 0.4])
 def test_a_share_is_met_at_once_by_the_row_that_changes_least(calibrated, ratio):
     model, frontier = calibrated
     within = [row for row in frontier.rows if row.flops_ratio <= ratio]
@@ -124,23 +121,40 @@ def test_a_saved_checkpoint_carries_its_frontier(calibrated, tmp_path):
     assert Merging.of(loaded.config) == model.merge_to(flops_ratio=0.5).chosen.merging
     Merging.none(model.config).apply(model.config)
     assert loaded.merge_to(max_changed=0.2).chosen.changed_bound <= 0.2
+    promising = tome_class(HEAD).from_pretrained(tmp_path, max_changed=0.2, dtype=torch.float64)
+    assert Merging.of(promising.config) == Merging.of(loaded.config)
     assert loaded.unmerged.num_blocks == model.unmerged.num_blocks and loaded.unmerged.r == 0
 
 
 def test_a_row_reads_alike_before_and_after_it_was_saved():
     """A config is saved with its keys sorted, which puts "over 9" before "up to 9 tokens"."""
     groups = {"class LABEL_1": [0.5, 4], "up to 9 tokens": [0.5, 2], "over 9": [0.5, 2]}
-    who = {"samples": 4, "groups": groups, "worst_tenth": 0.5}
-    row = FrontierRow(Merging.of(tiny_config(r=2)), 0.5, 0.1, 0.5, 0.9, who)
-    saved = replace(row, who=json.loads(json.dumps(who, sort_keys=True)))
+    row = FrontierRow(
+        Merging.of(tiny_config(r=2)), 0.5, 0.1, 0.5, 0.9, {"samples": 4, "groups": groups, "worst_tenth": 1}
+    )
+    saved = replace(row, who=json.loads(json.dumps(row.who, sort_keys=True)))
     assert list(saved.who["groups"]) != list(groups) and saved.lines() == row.lines()
-    assert row.lines()[1] == "changed most: class LABEL_1 50.0% of 4, up to 9 tokens 50.0% of 2, over 9 50.0% of 2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "nothing merges"),
+        ({"r": 2}, "bipartite on key, 2 in each layer"),
+        ({"r": [0, 3, 0, 1, 0, 0], "merge_method": "leader"}, "leader on key, 3 in layer 2, 1 in layer 4"),
+        ({"r": [1, 0, 0], "num_blocks": 1}, "bipartite on key, 1 in layer 1 (1 block)"),
+        ({"latent_groups": AT_START}, "9 groups of learned latents"),
+        ({"merge_groups": [DUPLICATES, *[None] * 5]}, "fixed groups, 5 in layer 1"),
+    ],
+)
+def test_a_row_names_what_merges_and_the_blocks_if_some_are_left_out(settings, said):
+    assert FrontierRow(Merging.of(tiny_config(**settings)), 0.5).describe(num_blocks=2) == said
 
 
 def test_a_frontier_of_other_weights_makes_no_promise(calibrated):
     model = tiny_model(HEAD)
     model.config.merge_frontier = calibrated[0].config.merge_frontier
-    assert model.merge_to(max_changed=0.2)
+    model.merge_to(max_changed=0.2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
@@ -151,36 +165,29 @@ def test_a_frontier_of_other_weights_makes_no_promise(calibrated):
 def with_figures(bounds: list[float], held_out: int = 1000):
     """A model whose frontier has rows with these bounds, from mild to strong."""
     model = tiny_model(HEAD)
-    row = {"divergence": 0.1, "changed": 0.0, "who": {"samples": held_out, "groups": {}, "worst_tenth": 0.5}}
+    who = {"samples": held_out, "groups": {}, "worst_tenth": 0.5}
     rows = [
-        row
-        | {"flops_ratio": 0.9 - 0.1 * place, "changed_bound": bound, "divergence": float(place)}
-        | {"merging": {"r": [place + 1, 0, 0, 0, 0, 0], "num_blocks": 2}}
+        FrontierRow(model.unmerged.by([place + 1, 0, 0, 0, 0, 0]), 0.9 - 0.1 * place, float(place), 0.0, bound, who)
         for place, bound in enumerate(bounds)
     ]
-    given = {"num_blocks": 2, "input_shape": [1, 9], "searched": 300, "held_out": held_out}
-    model.config.merge_frontier = given | {"rows": rows, "weights": frontier_module._some_weights(model)}
+    frontier = Frontier(rows, 2, SHAPE, 300, held_out, frontier_module._some_weights(model))
+    model.config.merge_frontier = frontier.kept()
     return model
 
 
-@pytest.mark.parametrize(("limit", "place"), [(0.01, 0), (0.03, 1), (0.2, 3)])
-def test_a_promise_goes_down_the_rows_and_stops_at_the_first_that_breaks_it(limit, place):
-    """The third row breaks 0.04, so the fourth is not looked at whatever its bound is."""
+def test_a_promise_goes_down_the_rows_and_stops_at_the_first_that_breaks_it():
+    """The third row breaks 0.03, so the fourth does not count, although it keeps it."""
     model = with_figures([0.005, 0.02, 0.1, 0.03])
-    assert model.merge_to(max_changed=limit).chosen.merging.r == [place + 1, 0, 0, 0, 0, 0]
-
-
-def test_a_promise_that_no_row_keeps_merges_nothing_and_says_so():
-    model = with_figures([0.05, 0.1])
+    for limit, place in ((0.01, 0), (0.03, 1), (0.2, 3)):
+        assert model.merge_to(max_changed=limit).chosen.merging.r == [place + 1, 0, 0, 0, 0, 0]
     with pytest.warns(UserWarning, match="nothing merges"):
-        choice = model.merge_to(max_changed=0.01)
-    assert choice.chosen.merging.r == 0 and model.r == 0 and "nothing merges" in str(choice)
+        choice = model.merge_to(max_changed=0.004)
+    assert choice.chosen.merging.r == model.r == 0 and "nothing merges" in str(choice)
 
 
 def test_too_few_samples_are_told_how_many_would_do():
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="415 samples"):
         with_figures([0.0], held_out=100).merge_to(max_changed=0.01)
-    assert "415 samples" in str(error.value)
     assert binomial_bound(0, 299) <= 0.01 < binomial_bound(0, 298)
 
 
@@ -225,80 +232,56 @@ def test_without_samples_a_share_is_met_early_by_what_is_most_alike():
     ],
 )
 def test_a_search_can_be_held_to_methods_and_schedules(options, holds):
-    frontier = tiny_model(HEAD).calibrate(batches(), **options)
+    frontier = tiny_model(HEAD).merge_to(max_changed=0.9, samples=batches(), **options).frontier
     assert all(holds(row.merging) for row in frontier.rows)
 
 
-def test_what_a_search_can_reach_is_known_without_samples(calibrated):
-    model, frontier = calibrated
-    frontier_module.check_reach(model, frontier.rows[-1].flops_ratio + 1e-9, SHAPE)
-    with pytest.raises(ValueError, match="out of reach: merging reaches"):
-        frontier_module.check_reach(model, frontier.rows[-1].flops_ratio - 0.05, SHAPE)
+def test_a_share_that_a_search_cannot_reach_is_known_without_samples():
+    model, said = tiny_model(HEAD), []
+    for check in (
+        lambda: frontier_module.check_reach(model, 0.15, SHAPE),
+        lambda: model.calibrate(batches(), flops_ratios=[0.15]),
+    ):
+        with pytest.raises(ValueError, match="out of reach: merging reaches") as error:
+            check()
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    frontier_module.check_reach(model, 0.25, SHAPE)
 
 
-def test_shares_that_are_asked_for_have_rows_of_their_own():
+def test_shares_that_are_asked_for_have_rows_of_their_own(calibrated):
     frontier = tiny_model(HEAD).calibrate(batches(), flops_ratios=[0.63])
-    assert len(frontier.rows) == len(tiny_model(HEAD).calibrate(batches()).rows) + 1
-    assert any(0.5 < row.flops_ratio <= 0.63 for row in frontier.rows)
+    assert len(frontier.rows) == len(calibrated[1].rows) + 1
 
 
-def test_a_search_that_was_stopped_goes_on_from_its_log(tmp_path, monkeypatch):
-    log, ran = tmp_path / "calibration.json", []
-    compared = frontier_module._Runner.compared
-    monkeypatch.setattr(frontier_module._Runner, "compared", lambda *each: ran.append(each) or compared(*each))
-    first = tiny_model(HEAD).calibrate(batches(), log_file=log)
-    whole = len(ran)
-    ran.clear()
-    again = tiny_model(HEAD).calibrate(batches(), log_file=log)
-    assert again == first and len(ran) == len(again.rows) * 12 < whole
-    ran.clear()
-    assert tiny_model(HEAD).calibrate(batches(seed=1), log_file=log) != first and len(ran) > len(again.rows) * 12
+def test_a_search_that_was_stopped_goes_on_from_its_log(calibrated, tmp_path, monkeypatch):
+    """Only if it is of the same samples and attention; held-out samples are measured anew."""
+    log, compared, compare = tmp_path / "calibration.json", [], frontier_module._Evaluator.compare
+    monkeypatch.setattr(frontier_module._Evaluator, "compare", lambda *each: compared.append(1) or compare(*each))
+
+    def calibrate(seed: int = 0, **changed):
+        compared.clear()
+        return tiny_model(HEAD, **changed).calibrate(batches(seed=seed), log_file=log), len(compared)
+
+    frontier, searched = calibrate()
+    again, ran = calibrate()
+    assert again == frontier == calibrated[1] and ran == len(frontier.rows) * 12 < searched
+    # The unmerged outputs are the same with and without proportional attention, and merged ones are not.
+    for other in ({"seed": 1}, {"proportional_attention": False}):
+        assert calibrate(**other)[1] > len(frontier.rows) * 12
 
 
-def test_a_log_of_other_attention_is_not_used(tmp_path):
-    """The unmerged outputs are the same with and without proportional attention, and merged ones are not."""
-    log = tmp_path / "calibration.json"
-    tiny_model(HEAD).calibrate(batches(), log_file=log)
-    expected = tiny_model(HEAD, proportional_attention=False).calibrate(batches())
-    assert tiny_model(HEAD, proportional_attention=False).calibrate(batches(), log_file=log) == expected
-
-
-def test_states_that_are_let_go_of_at_any_time_change_nothing(calibrated, monkeypatch):
-    """A state that another thread drops right after it was found, and room for a single one."""
-
-    class Dropped(dict):
-        def __contains__(self, key):
-            chunk.latents = {}
-            return super().__contains__(key)
-
+def test_states_that_are_dropped_at_any_time_change_nothing(calibrated, monkeypatch):
     monkeypatch.setattr(frontier_module, "KEPT_BYTES", 0)
-    made, outputs = [], frontier_module._Runner.outputs
-    monkeypatch.setattr(frontier_module._Runner, "outputs", lambda *each: made.append(each[:2]) or outputs(*each))
     assert tiny_model(HEAD).calibrate(batches()) == calibrated[1]
-    assert all(len(chunk.latents) <= 1 for _, chunk in made)
-    runner, chunk = made[0]
-    with torch.no_grad():
-        expected = outputs(runner, chunk, runner.unmerged)
-        chunk.latents = Dropped(chunk.latents)
-        assert torch.equal(outputs(runner, chunk, runner.unmerged), expected)
-
-
-def test_a_promise_is_made_by_the_schedules_that_are_asked_for():
-    choice = tiny_model(HEAD).merge_to(max_changed=0.5, samples=batches(), schedules=["skip_blocks"])
-    assert all(not any(np.atleast_1d(row.merging.r)) for row in choice.frontier.rows)
-
-
-def test_a_share_just_out_of_reach_is_refused():
-    model, way = tiny_model(HEAD, num_blocks=1), {"merge_methods": ["leader"], "merge_metrics": ["key"]}
-    least = model.calibrate(batches(), **way).rows[-1].flops_ratio
-    assert model.calibrate(batches(), flops_ratios=[least], **way).rows[-1].flops_ratio == least
-    with pytest.raises(ValueError, match="out of reach"):
-        model.calibrate(batches(), flops_ratios=[np.nextafter(least, 0)], **way)
 
 
 def test_a_search_that_is_out_of_time_has_rows_all_the_same():
-    """Within every share, not searched for, and without figures that nobody measured."""
-    frontier = tiny_model(HEAD).calibrate(batches(), seconds=0.0)
+    """Within every share, not searched for, without figures that nobody measured, and without a promise."""
+    model = tiny_model(HEAD)
+    with pytest.warns(UserWarning, match="seconds=0.0"), pytest.raises(ValueError, match="time ran out"):
+        model.merge_to(max_changed=0.1, samples=batches(), seconds=0.0)
+    frontier = Frontier.of(model.config)
     assert len(frontier.rows) >= 8 and frontier.held_out == 0
     assert all(row.divergence is None and row.changed_bound is None for row in frontier.rows)
 
@@ -318,19 +301,28 @@ def test_masked_words_are_compared_where_they_are_asked_for():
     assert row.changed == float((after.argmax(-1) != before.argmax(-1)).double().mean())
 
 
-def test_numbers_have_changed_if_they_moved_by_a_tenth_of_their_deviation():
-    model, given = tiny_model(HEAD, num_labels=1, problem_type="regression"), batches()
+@pytest.mark.parametrize("head", [HEAD, "ForOpticalFlow"])
+def test_numbers_have_changed_if_they_moved_by_a_tenth_of_their_deviation(head):
+    """For optical flow, the mean over the pixels."""
+    if head == HEAD:
+        model, given = tiny_model(HEAD, num_labels=1, problem_type="regression"), batches()
+    else:
+        model, inputs = tiny_model(head), tiny_inputs(head, batch=64)["inputs"]
+        given = [{"inputs": inputs[place : place + 4]} for place in range(0, 64, 4)]
     row = model.calibrate(given).rows[-1]
 
     def outputs(chosen):
-        return torch.cat([model(**batch).logits for place, batch in enumerate(given) if chosen(place)])
+        logits = torch.cat([model(**batch).logits for place, batch in enumerate(given) if chosen(place)])
+        return logits.flatten(1, -2) if logits.dim() > 2 else logits[:, None]
 
     with torch.no_grad():
-        deviation, before = outputs(lambda place: place % 4 == 0).std(), outputs(lambda place: place % 4)
+        deviation = outputs(lambda place: place % 4 == 0).flatten(0, 1).std(dim=0).mean()
+        before = outputs(lambda place: place % 4)
         with row.merging.applied(model.config):
             after = outputs(lambda place: place % 4)
-    assert row.divergence == pytest.approx(float((after - before).square().mean()), rel=1e-3)
-    assert row.changed == float(((after - before).abs() > 0.1 * deviation).double().mean())
+    assert row.divergence == pytest.approx(float((after - before).square().sum(-1).mean()), rel=1e-3)
+    moved = (after - before).abs().amax(-1).mean(1)
+    assert row.changed == float((moved > 0.1 * deviation).double().mean())
 
 
 def test_who_pays_names_the_class_and_the_length_that_change_most():
@@ -342,8 +334,8 @@ def test_who_pays_names_the_class_and_the_length_that_change_most():
     row = model.calibrate(given).rows[-1]
     assert row.who["samples"] == 192 and 0.1 <= row.who["worst_tenth"] <= 1
     assert {"up to 5 tokens", "over 5"} <= set(row.who["groups"])
-    shares = [share for name, (share, _) in row.who["groups"].items() if "class" not in name]
-    counts = [count for name, (_, count) in row.who["groups"].items() if "class" not in name]
+    lengths = [figures for name, figures in row.who["groups"].items() if "class" not in name]
+    shares, counts = zip(*lengths, strict=True)
     assert sum(counts) == 192 and np.average(shares, weights=counts) == pytest.approx(row.changed)
     assert len(row.lines()) <= 3 and all("\n" not in line for line in row.lines())
 
@@ -354,7 +346,6 @@ def test_who_pays_names_the_class_and_the_length_that_change_most():
         ({}, "use one of"),
         ({"flops_ratio": 0.5, "max_changed": 0.1}, "use one of"),
         ({"flops_ratio": 0}, "flops_ratio=0"),
-        ({"flops_ratio": True}, "flops_ratio=True"),
         ({"max_changed": 0.01}, "max_changed: needs samples"),
         ({"latency_ratio": 0.5}, "latency_ratio: needs samples"),
         ({"flops_ratio": 0.5, "samples": []}, "samples: none given"),
@@ -368,7 +359,7 @@ def test_who_pays_names_the_class_and_the_length_that_change_most():
         ({"flops_ratio": 0.01, "input_shape": SHAPE}, "flops_ratio=0.01 is out of reach"),
         ({"flops_ratio": 0.5, "seconds": 3}, "seconds: needs samples"),
         ({"flops_ratio": 0.5, "samples": batches(), "seconds": -1}, "seconds=-1: must be a number"),
-        ({"flops_ratio": 0.5, "samples": batches(), "seconds": "soon"}, "seconds='soon': must be a number"),
+        ({"max_changed": 0.5, "samples": batches(), "flops_ratios": 0.63}, "flops_ratios=0.63: must be a list"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line_and_changes_nothing(asked, said):
@@ -377,26 +368,14 @@ def test_what_cannot_be_meant_is_one_line_and_changes_nothing(asked, said):
         model.merge_to(**asked)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert Merging.of(model.config) == Merging.of(tiny_config(r=2)) and model.config.merge_frontier is None
-
-
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        ({"samples": None}, "samples: none given"),
-        ({"samples": batches(), "flops_ratios": 0.63}, "flops_ratios=0.63: must be a list, [0.63]"),
-    ],
-)
-def test_what_cannot_be_calibrated_with_is_one_line(asked, said):
-    with pytest.raises(ValueError) as error:
-        tiny_model(HEAD).calibrate(**asked)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="samples: none given"):
+        model.calibrate(None)
 
 
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
         ([], "must be a dict"),
-        ({"rows": []}, "1 to 100 rows"),
         ({"rows": [{}] * 1000}, "1 to 100 rows"),
         ({"rows": [{"merging": {"hidden_act": "x"}}]}, "row 0: must have merging settings"),
         ({"rows": [{"merging": {"r": 2}, "flops_ratio": "half"}]}, "row 0: must have a number"),
@@ -427,9 +406,6 @@ def test_few_samples_and_samples_that_are_all_alike_are_warned_of():
     alike = [{"input_ids": torch.full((4, 9), 7)} for _ in range(16)]
     with pytest.warns(UserWarning, match="alike"):
         tiny_model(HEAD).calibrate(alike)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tiny_model(HEAD).calibrate(batches())
 
 
 def test_divergence_is_that_of_kullback_and_leibler_or_squared():
@@ -441,7 +417,7 @@ def test_divergence_is_that_of_kullback_and_leibler_or_squared():
     assert numbers.tolist() == [0, 4]
 
 
-@pytest.mark.parametrize("count", [1, 4, 7, 12])
+@pytest.mark.parametrize("count", [1, 5, 12])
 def test_average_linkage_is_that_of_scipy(count):
     vectors = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
     similarity = torch.cosine_similarity(vectors[:, None], vectors[None], dim=-1).numpy()

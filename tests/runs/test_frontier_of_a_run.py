@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from frontier_tome_perceiver import Frontier
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
@@ -86,31 +84,13 @@ def test_what_was_chosen_is_promised_and_recorded(finetuned, promised):
     )
     assert figures["merging_flops_ratio"] == chosen["flops_ratio"]
     card = (promised / "README.md").read_text()
-    for said in ("at most 0.9 of the answers changed", "calibrated on 64 inputs of the test split", "changed answers: ",
-                 "## Frontier", "frontier.png"):  # fmt: skip
-        assert said in card, said
-    assert (promised / "frontier.png").exists()
+    assert "calibrated on 64 inputs of the test split" in card and (promised / "frontier.png").exists()
     # Whoever downloads it moves on along the frontier, and measures nothing: what the card says can be asked for.
     budgets = re.findall(r"model\.merge_to\((flops_ratio|max_changed)=([\d.]+)\)", card)
     assert [name for name, _ in budgets] == ["flops_ratio", "flops_ratio", "max_changed"]
     for name, value in budgets:
         assert model.merge_to(**{name: float(value)}).chosen.flops_ratio < 1.0
     assert model.merge_to(flops_ratio=1.0).chosen.flops_ratio <= 1.0
-
-
-def test_the_last_lines_say_once_which_latents_merge(data, promised, tmp_path, capsys):
-    """Layers merge of the latents that groups leave, and groups alone leave none to merge in layers."""
-    for groups, r, said in (
-        ([0, 0, 0, 1, 1, 1, 2, 2], [1, 1, 0, 0], "2 of 3 latents in layers, r = [1, 1, 0, 0]"),
-        ([0, 0, 0, 1, 1, 1, 2, 2], 0, "none in layers"),
-    ):
-        model = loaded(promised)
-        model.config.merge_groups, model.config.latent_groups, model.config.r = None, groups, r
-        folder = shutil.copytree(promised, tmp_path / said[:4])
-        model.save_pretrained(folder)
-        call_script("run_glue.py", "--model_name_or_path", folder, *data, "--output_dir", tmp_path / f"out {said[:4]}")
-        line = capsys.readouterr().out.rpartition("merges: ")[2].partition("\n")[0]
-        assert line.startswith(f"learned latents in 3 fixed groups, then {said}") and line.count("groups") == 1
 
 
 def test_training_drops_a_frontier_of_other_weights(data, promised, tmp_path):
@@ -140,16 +120,10 @@ def test_a_share_of_changed_answers_is_promised_of_the_trained_weights(data, tmp
     figures = json.loads((tmp_path / "out" / "merging_results.json").read_text())
     assert figures["merging_changed_bound"] <= MOST_CHANGED
     assert "before " not in out.rpartition("saved: ")[0].rpartition("merges: ")[2]
-    if not retraining:
-        assert {"unmerged_accuracy", "eval_accuracy_change"} <= set(
-            json.loads((tmp_path / "out" / "all_results.json").read_text())
-        )
     # Again, nothing is trained, and the same is found.
-    before = (tmp_path / "out" / "config.json").read_bytes(), load_file(tmp_path / "out" / "model.safetensors")
+    before = [(tmp_path / "out" / name).read_bytes() for name in ("config.json", "model.safetensors")]
     call_script("run_glue.py", *given, "--resume_from_checkpoint", "last")
-    assert (tmp_path / "out" / "config.json").read_bytes() == before[0]
-    after = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(value.equal(after[name]) for name, value in before[1].items())
+    assert [(tmp_path / "out" / name).read_bytes() for name in ("config.json", "model.safetensors")] == before
 
 
 def test_without_a_test_split_samples_are_held_out_from_training(files, tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""space/app.py on tiny checkpoints: what is compared, the page as a client sees it, and what it says of bad input.
+"""space/app.py on tiny checkpoints: the comparison, the page as a client sees it, and refusals of bad input.
 
 Gradio is in an environment of its own, so `make test` runs this file with `.venv/space/bin/python`.
 """
@@ -44,9 +44,8 @@ def folder(tmp_path_factory) -> Path:
     """Checkpoints named as their heads, one of them stock and one that merges as it was saved, and an image file."""
     folder = tmp_path_factory.mktemp("checkpoints")
     tiny_model(IMAGE_MODEL, torch.float32, num_labels=10).save_pretrained(folder / IMAGE_MODEL)
-    PerceiverImageProcessorPil(do_center_crop=False, size={"height": 16, "width": 12}).save_pretrained(
-        folder / IMAGE_MODEL
-    )
+    size = {"height": 16, "width": 12}
+    PerceiverImageProcessorPil(do_center_crop=False, size=size).save_pretrained(folder / IMAGE_MODEL)
     tiny_model(TEXT_MODEL, torch.float32, r=1).save_pretrained(folder / TEXT_MODEL)
     stock_model(MASKED_MODEL, torch.float32).save_pretrained(folder / MASKED_MODEL)
     for head in (TEXT_MODEL, MASKED_MODEL):
@@ -56,38 +55,46 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def checkpoints(folder, space_on_path):
+    from comparison import Checkpoint
+
+    return {head: Checkpoint(str(folder / head)) for head in (IMAGE_MODEL, TEXT_MODEL, MASKED_MODEL)}
+
+
 def given_for(folder: Path, head: str) -> PilImage.Image | str:
     return PilImage.open(folder / "grey.png") if head == IMAGE_MODEL else SENTENCES[head]
 
 
-@pytest.mark.parametrize("head", [IMAGE_MODEL, TEXT_MODEL, MASKED_MODEL])
-def test_unmerged_and_merged_are_compared(folder, head):
-    from comparison import Checkpoint
+def choices(page) -> list[str]:
+    """The ways to say how much merges that a page offers."""
+    (found,) = [block.choices for block in page.blocks.values() if hasattr(block, "choices")]
+    return [name for name, _ in found]
 
-    checkpoint, given = Checkpoint(str(folder / head)), given_for(folder, head)
-    before = checkpoint.model.config.to_dict()
-    nothing = checkpoint.compare(given, checkpoint.by(0))
-    assert nothing.unmerged.predictions == nothing.merged.predictions
-    assert nothing.merged.flops_ratio == 1
-    comparison = checkpoint.compare(given, checkpoint.by(2))
+
+@pytest.mark.parametrize("head", [IMAGE_MODEL, TEXT_MODEL, MASKED_MODEL])
+def test_unmerged_and_merged_are_compared(checkpoints, folder, head):
+    checkpoint, given = checkpoints[head], given_for(folder, head)
+    before, merging = checkpoint.config.to_dict(), checkpoint.model.unmerged
+    nothing = checkpoint.compare(given, merging)
+    assert nothing.unmerged.predictions == nothing.merged.predictions and nothing.merged.flops_ratio == 1
+    comparison = checkpoint.compare(given, merging.by(2))
     assert (comparison.unmerged.latents_left, comparison.merged.latents_left) == (12, 1)
     assert comparison.merged.flops_ratio < 1 and comparison.rounds >= 3
     assert comparison.unmerged.milliseconds > 0 and comparison.speedup > 0
-    # Predictions are the model's own.
     with torch.no_grad():
         logits = checkpoint.model(**checkpoint.encoded(given), r=2).logits
     if head != MASKED_MODEL:
-        best = checkpoint.model.config.id2label[int(logits[0].argmax())]
-        assert comparison.merged.predictions[0][0] == best
-    assert checkpoint.picture(given, checkpoint.by(2)).size[0] > 300
-    assert checkpoint.model.config.to_dict() == before
+        assert comparison.merged.predictions[0][0] == checkpoint.config.id2label[int(logits[0].argmax())]
+    assert checkpoint.picture(given, merging.by(2)).size[0] > 300
+    assert checkpoint.config.to_dict() == before
 
 
 @pytest.mark.parametrize("head", [IMAGE_MODEL, TEXT_MODEL])
-def test_a_budget_is_kept_to_for_this_input(folder, head):
-    from comparison import Checkpoint, NotFitting
+def test_a_budget_is_kept_to_for_this_input(checkpoints, folder, head):
+    from comparison import NotFitting
 
-    checkpoint, given = Checkpoint(str(folder / head)), given_for(folder, head)
+    checkpoint, given = checkpoints[head], given_for(folder, head)
     least = checkpoint.smallest_budget(given)
     assert 0 < least < 1
     for share in (least, 1.0):
@@ -96,71 +103,59 @@ def test_a_budget_is_kept_to_for_this_input(folder, head):
         checkpoint.within(0.01, given)
 
 
-def test_where_no_budget_can_be_kept_to_only_r_is_offered(folder, tmp_path):
+def test_where_no_budget_can_be_kept_to_only_r_is_offered(tmp_path):
     from app import BY_R, build_page
     from comparison import Checkpoint
 
-    # Reading 64 pixels is nearly all that this model does.
+    # Reading 64 pixels is nearly the whole cost of this model.
     tiny_model("ForImageClassificationLearned", torch.float32, num_labels=10).save_pretrained(tmp_path)
     PerceiverImageProcessorPil(do_center_crop=False, size={"height": 8, "width": 8}).save_pretrained(tmp_path)
-    checkpoint = Checkpoint(str(tmp_path))
-    assert checkpoint.smallest_budget(given_for(folder, IMAGE_MODEL)) == 1
-    page = build_page(checkpoint, None, "a model")
-    assert [block.choices for block in page.blocks.values() if hasattr(block, "choices")] == [[(BY_R, BY_R)]]
+    assert choices(build_page(Checkpoint(str(tmp_path)), None, "a model")) == [BY_R]
 
 
 def test_a_checkpoint_with_a_frontier_is_moved_along_it(tmp_path):
-    """Each row says what it costs and how many answers change, and merges so."""
+    """Each row tells its cost and its share of changed answers, and merges as it says."""
     from app import BY_FRONTIER, build_page
     from comparison import Checkpoint
 
     model = tiny_model(TEXT_MODEL, torch.float32).eval()
-    samples = [{"input_ids": torch.randint(0, 100, (4, 9))} for _ in range(10)]
-    rows = model.calibrate(samples).rows
+    rows = model.calibrate([{"input_ids": torch.randint(0, 100, (4, 9))} for _ in range(10)]).rows
     model.save_pretrained(tmp_path)
     PerceiverTokenizer().save_pretrained(tmp_path)
     checkpoint = Checkpoint(str(tmp_path))
-    assert [row.flops_ratio for row in checkpoint.rows] == [row.flops_ratio for row in rows]
-    assert checkpoint.row(99) == checkpoint.rows[-1] and checkpoint.row(0) == checkpoint.rows[0]
+    assert [checkpoint.at_row(number + 1).r for number in range(len(rows))] == [row.merging.r for row in rows]
+    assert checkpoint.at_row(99) == checkpoint.at_row(len(rows)) and checkpoint.at_row(0) == checkpoint.at_row(1)
     assert "of the answers changed, at most" in checkpoint.row_line(1)
-    compared = checkpoint.compare("A text.", checkpoint.row(len(rows)).merging)
-    assert compared.merged.flops_ratio < 1
-    page = build_page(checkpoint, None, "a model")
-    (choices,) = [block.choices for block in page.blocks.values() if hasattr(block, "choices")]
-    assert choices[0][0] == BY_FRONTIER
+    assert checkpoint.compare("A text.", checkpoint.at_row(len(rows))).merged.flops_ratio < 1
+    assert choices(build_page(checkpoint, None, "a model"))[0] == BY_FRONTIER
 
 
-def test_what_a_checkpoint_was_saved_with_is_known(folder):
-    from comparison import Checkpoint
-
-    assert Checkpoint(str(folder / TEXT_MODEL)).saved.r == 1
-    assert Checkpoint(str(folder / IMAGE_MODEL)).saved is None
+def test_settings_that_a_checkpoint_was_saved_with_are_known(checkpoints):
+    assert checkpoints[TEXT_MODEL].saved.r == 1 and checkpoints[IMAGE_MODEL].saved is None
 
 
-def test_a_gap_is_asked_for_and_filled(folder):
-    from comparison import Checkpoint, NotFitting
+def test_a_gap_is_asked_for_and_filled(checkpoints):
+    from comparison import NotFitting
 
-    checkpoint = Checkpoint(str(folder / MASKED_MODEL))
+    checkpoint = checkpoints[MASKED_MODEL]
     with pytest.raises(NotFitting, match=r"Write \[MASK\]"):
         checkpoint.encoded("No gap.")
     encoded = checkpoint.encoded("a[MASK]b[MASK]")
     with torch.no_grad():
         best = checkpoint.model(**encoded, r=0).logits[0].argmax(dim=-1)
     gaps = encoded["input_ids"][0] == checkpoint.processor.mask_token_id
-    found = checkpoint.compare("a[MASK]b[MASK]", checkpoint.by(0)).unmerged.predictions
-    assert [name for name, _ in found] == [
-        checkpoint.processor.decode([token]) for token in best[: len(gaps)][gaps].tolist()
-    ]
+    found = checkpoint.compare("a[MASK]b[MASK]", checkpoint.model.unmerged).unmerged.predictions
+    expected = [checkpoint.processor.decode([token]) for token in best[: len(gaps)][gaps].tolist()]
+    assert [name for name, _ in found] == expected
 
 
-def test_what_is_typed_is_not_taken_for_markup():
+def test_input_is_not_taken_for_markup():
     from app import comparison_html, note
     from comparison import Comparison, Side
 
     sides = [Side([("<b>", 0.75), ("b", 0.25)], 2.0, share, 3) for share in (1.0, 0.5)]
     page = comparison_html(Comparison(*sides, speedup=1.5, rounds=5, latents=12))
-    assert "&lt;b&gt;" in page and ">&lt;b&gt;<" in page
-    assert "Same prediction with 50% of the computation, 1.50 times as fast." in page
+    assert ">&lt;b&gt;<" in page and "Same prediction with 50% of the computation, 1.50 times as fast." in page
     assert "&lt;i&gt;" in note("<i>")
 
 
@@ -172,11 +167,10 @@ def server(request, folder, tmp_path):
     for name in ("app.py", "comparison.py", "merging_picture.py"):
         (copied / name).write_text((ROOT / "space" / name).read_text())
     (copied / "checkpoint").symlink_to(folder / request.param)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
     process = subprocess.Popen(
         [sys.executable, "app.py"],
         cwd=copied,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -191,7 +185,7 @@ def server(request, folder, tmp_path):
         else:
             pytest.fail("".join(lines))
     finally:
-        # Not as Ctrl-C does: a shell in the background has its programs ignore that.
+        # A shell in the background has its programs ignore Ctrl-C.
         process.terminate()
         process.wait(timeout=30)
 
@@ -215,21 +209,15 @@ def test_a_client_moves_the_slider(server, folder):
     ("model", "arguments", "says"),
     [
         ("nowhere", (), "--model_name_or_path "),
-        ("ForOpticalFlow", (), "is of PerceiverForOpticalFlow; allowed are"),
+        ("ForOpticalFlow", (), "is a PerceiverForOpticalFlow; must be"),
         (IMAGE_MODEL, ("--examples", "missing.png"), "--examples missing.png: "),
-        (IMAGE_MODEL, ("--port", "many"), "--port"),
         (IMAGE_MODEL, ("--prot", "1"), "--prot"),
+        (None, (), "--model_name_or_path: is missing"),
     ],
 )
 def test_bad_arguments_are_one_line(folder, model, arguments, says):
-    result = run_script("space/app.py", "--model_name_or_path", folder / model, *arguments)
+    named = () if model is None else ("--model_name_or_path", folder / model)
+    result = run_script("space/app.py", *named, *arguments)
     assert result.returncode == 2, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and says in errors[0], result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_a_checkpoint_has_to_be_named():
-    result = run_script("space/app.py")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: --model_name_or_path: is missing")
+    assert len(errors) == 1 and says in errors[0] and "Traceback" not in result.stderr, result.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is drawn is what the latents left read, and where it stands in the image."""
+"""Pictures of merging: the attention of each latent left, and its place in the image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from space.merging_picture import (
     Reading,
     TextExample,
     draw_merging,
-    latent_maps,
     pixel_grid,
     read_input,
     token_labels,
@@ -58,16 +57,8 @@ def direct_cross_attention(model, inputs: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_unmerged_latents_read_the_cross_attention(head):
-    model, (inputs, mask) = tiny_model(head, r=0), one_input(head)
-    reading = read_input(model, inputs, mask)
-    torch.testing.assert_close(torch.tensor(reading.maps), direct_cross_attention(model, inputs).float())
-    assert reading.sizes.tolist() == [1] * NUM_LATENTS
-
-
-@pytest.mark.parametrize("head", HEADS)
 def test_learned_latents_of_a_group_read_as_one(head):
-    """Equal ones, which read alike, so that a group reads what each of them does."""
+    """Equal ones, which read alike, so that a group reads as each of them does."""
     model, (inputs, mask) = repeat_latents(tiny_model(head, latent_groups=AT_START), AT_START), one_input(head)
     reading = read_input(model, inputs, mask)
     first = [AT_START.index(group) for group in range(9)]
@@ -75,25 +66,18 @@ def test_learned_latents_of_a_group_read_as_one(head):
     assert reading.sizes.tolist() == [AT_START.count(group) for group in range(9)]
 
 
+@pytest.mark.parametrize("r", [0, 1])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_latent_left_reads_the_mean_of_its_sources(head):
-    model, (inputs, mask) = tiny_model(head, r=1), one_input(head)
+def test_a_latent_left_reads_the_mean_of_its_sources(head, r):
+    model, (inputs, mask) = tiny_model(head, r=r), one_input(head)
     reading = read_input(model, inputs, mask)
     unmerged = direct_cross_attention(model, inputs).float()
     sources = run(model, take_row(tiny_inputs(head), 0)).base.latent_sources[0]
-    assert len(reading.sizes) == len(sources) < NUM_LATENTS == reading.sizes.sum()
+    assert len(reading.sizes) == len(sources) == NUM_LATENTS // (1 + r) and reading.sizes.sum() == NUM_LATENTS
     for row, size, source in zip(reading.maps, reading.sizes, sources, strict=True):
         torch.testing.assert_close(torch.tensor(row), unmerged[source.bool()].mean(dim=0))
         assert size == source.sum()
     torch.testing.assert_close(reading.maps.sum(axis=1), torch.ones(len(sources)).numpy())
-
-
-def test_maps_of_a_batch_are_those_of_its_rows():
-    attention = torch.rand(3, 2, 5, 7).softmax(dim=-1)
-    sources = torch.eye(4)[torch.stack([torch.tensor([0, 1, 2, 3, 3])[torch.randperm(5)] for _ in range(3)])].mT
-    maps = latent_maps(attention, sources)
-    for row in range(3):
-        torch.testing.assert_close(maps[row : row + 1], latent_maps(attention[row : row + 1], sources[row : row + 1]))
 
 
 def test_padding_is_left_out():
@@ -179,11 +163,7 @@ def test_the_image_shown_is_the_one_that_the_model_sees():
     ],
 )
 def test_every_byte_has_a_label(text, labels):
+    """Also those of a character that is cut in two."""
     tokenizer = PerceiverTokenizer()
     assert token_labels(tokenizer, tokenizer(text)["input_ids"]) == labels
-
-
-def test_a_character_cut_in_two_keeps_a_label_for_each_byte():
-    tokenizer = PerceiverTokenizer()
-    ids = tokenizer("n€", truncation=True, max_length=5)["input_ids"]
-    assert len(token_labels(tokenizer, ids)) == 5
+    assert len(token_labels(tokenizer, tokenizer("n€", truncation=True, max_length=5)["input_ids"])) == 5
