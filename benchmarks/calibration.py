@@ -31,13 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cost_tome_perceiver import undisturbed
 from experiments.command_line import parse_arguments, shown_command
 from experiments.errors import BadInput, exit_on_bad_input
-from experiments.files import write_text
+from experiments.files import write_json, write_text
 from experiments.measurement import describe_environment, environment_line
 from experiments.publishing.tables import markdown_table
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.runs.start import load
 from experiments.training.model_arguments import ModelArguments
-from experiments.training.output_folder import write_json
 from experiments.training.trainer_arguments import TrainerArguments
 from frontier_tome_perceiver import Frontier, binomial_bound, choose
 

@@ -24,10 +24,9 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, FlopsShare, merging_within
 from experiments.command_line import shown_command
 from experiments.errors import BadInput, naming
-from experiments.files import write_text
+from experiments.files import write_json, write_text
 from experiments.measurement import describe_environment, environment_line
 from experiments.merging.arguments import naming_arguments
-from experiments.training.output_folder import write_json
 
 Fields = dict[str, Any]
 """Of a config, what merges; the others are as they are by default."""

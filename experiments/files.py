@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from experiments.errors import BadInput, one_line
+from experiments.errors import BadInput, naming, one_line
 
 
 def check_writable(name: str, folder: Path) -> None:
@@ -65,6 +67,25 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; characters that UTF-8 lacks, as in some file names, become \\udcff."""
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of an output folder.
+
+    Raises:
+        BadInput: if it cannot be read.
+    """
+    with naming(f"--output_dir {path.parent}: {path.name}", OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that every parser takes, whole or not at all.
+
+    Raises:
+        ValueError: for a number that is not finite.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def save_whole(folder: Path, save: Callable[[Path], object]) -> None:

@@ -34,7 +34,7 @@ from experiments.errors import BadInput, exit_on_bad_input
 from experiments.tasks.base import LABELS, Batch, PreparedTask
 from experiments.tasks.mlm import MlmDataArguments, MlmTask, load_mlm_task
 from experiments.tasks.scores import NOT_ASKED
-from experiments.training.identity import digest_of, weights_fingerprint
+from experiments.training.fingerprints import digest_of, weights_fingerprint
 from experiments.training.trainer import TaskTrainer
 
 MASKED_WEIGHT = 0.3

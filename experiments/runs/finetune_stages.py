@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,33 +19,27 @@ from experiments.publishing.card import Card, Measured, WhatMerges, measured_in,
 from experiments.runs.ending import Ending, cost_and_speed
 from experiments.runs.start import Loaded
 from experiments.training.evaluation import Evaluation, evaluate_and_save
-from experiments.training.identity import (
+from experiments.training.fingerprints import config_fingerprint, weights_fingerprint
+from experiments.training.model_arguments import ModelArguments
+from experiments.training.output_folder import check_disk_space, claim, claim_for_evaluation, save_metrics
+from experiments.training.progress import announce, say
+from experiments.training.run_record import (
     CALIBRATION,
-    CONTENT,
-    Noted,
-    config_fingerprint,
+    CONFIG,
+    CONTINUED,
+    PREDICTION,
+    RESOLVED,
+    START,
+    START_CONFIG,
+    WEIGHTS,
+    RunRecord,
     content,
     data_fields,
     evaluation_fields,
-    noted_arguments,
+    recorded_arguments,
     training_fields,
-    weights_fingerprint,
+    update_record,
 )
-from experiments.training.model_arguments import ModelArguments
-from experiments.training.output_folder import (
-    CONFIG,
-    RESOLVED,
-    START,
-    WEIGHTS,
-    check_disk_space,
-    claim,
-    claim_for_evaluation,
-    note,
-    note_content,
-    read_note,
-    save_metrics,
-)
-from experiments.training.progress import announce, say
 from experiments.training.stage import (
     RetrainArguments,
     check_begins,
@@ -94,33 +88,32 @@ class Run:
         self.writes = self.training.should_save
         read = content(self.task, self.prepared, train=self.training.do_train, calibrates=self.merging.searches)
         # Predictions are of other data than training and its figures.
-        self.predicted = {name: read.pop(name) for name in ("prediction",) if name in read}
+        self.predicted = {name: read.pop(name) for name in (PREDICTION,) if name in read}
         calibrated = {name: read.pop(name) for name in (CALIBRATION,) if name in read}
         self.read = read
         start = {START: weights_fingerprint(self.model)} | read
         self.unmerged: Evaluation | None = None
-        self._resolved: Noted = {}
+        self._resolved: dict[str, Any] = {}
         self.choice: FrontierRow | None = None
         # Before a budget changes the config. Finetuning in a stage of its own merges nothing.
         self.start, self.unmerged_start = (
-            start | {f"{CONFIG}_to_start_from": config_fingerprint(self.model.config, merging=merging)}
-            for merging in (True, False)
+            start | {START_CONFIG: config_fingerprint(self.model.config, merging=merging)} for merging in (True, False)
         )
         self.start |= calibrated
 
     @cached_property
-    def finetuning(self) -> Noted:
-        """What decides the first of two stages: nothing that merges, and nothing of the second."""
-        return self._noted(self.model_args, self.data) | {CONTENT: self.unmerged_start}
+    def finetuning(self) -> RunRecord:
+        """Record of the first of two stages: nothing that merges, and nothing of the second."""
+        return self._record(self.unmerged_start, self.model_args, self.data)
 
     @cached_property
-    def whole(self) -> Noted:
-        """What decides all that comes out."""
-        return self._noted(self.model_args, self.data, self.merging, self.retraining) | {CONTENT: self.start}
+    def whole(self) -> RunRecord:
+        """Record of all results."""
+        return self._record(self.start, self.model_args, self.data, self.merging, self.retraining)
 
-    def _noted(self, *groups: Any) -> Noted:
-        noted = noted_arguments(*groups) | training_fields(self.training)
-        return {name: value for name, value in noted.items() if name not in ONLY_PREDICTED}
+    def _record(self, contents: dict[str, str], *groups: Any) -> RunRecord:
+        recorded = recorded_arguments(*groups) | training_fields(self.training)
+        return RunRecord({name: value for name, value in recorded.items() if name not in ONLY_PREDICTED}, contents)
 
     def claim(self, write: bool) -> None:
         """Claim the folder of each stage, or of an evaluation, before anything is written.
@@ -133,31 +126,30 @@ class Run:
         """
         training, resume = self.training, self.training.resume_from_checkpoint
         if self.saves_merged:
-            noted = noted_arguments(self.model_args, self.data, self.merging) | evaluation_fields(training)
+            arguments = recorded_arguments(self.model_args, self.data, self.merging) | evaluation_fields(training)
             # Before a budget is resolved, the config is not yet the one that comes out.
             config = {CONFIG: config_fingerprint(self.model.config)} if self._resolved else {}
-            noted |= {CONTENT: self.start | config}
-            claim(self.output_dir, noted | self._resolved, longer=False, write=write and self.writes)
+            record = RunRecord(arguments, self.start | config, self._resolved)
+            claim(self.output_dir, record, longer=False, write=write and self.writes)
             return
         if not training.do_train:
             contents = {WEIGHTS: self.start[START], CONFIG: config_fingerprint(self.model.config)} | self.predicted
             if self.prepared.evaluation:
                 contents |= {name: self.read[name] for name in ("evaluation", "inputs")}
             # Of how the model was made, its weights and config are what is left.
-            noted = {"model_name_or_path": self.model_args.model_name_or_path, CONTENT: contents}
-            noted |= evaluation_fields(training)
-            claim_for_evaluation(self.output_dir, noted, write and self.writes)
+            arguments = {"model_name_or_path": self.model_args.model_name_or_path} | evaluation_fields(training)
+            claim_for_evaluation(self.output_dir, RunRecord(arguments, contents), write and self.writes)
             return
         stages = {self.finetuned_dir: self.finetuning} if self.retrains else {}
         stages[self.output_dir] = self.whole
         check_disk_space(self.output_dir, self.model, training, models=len(stages))
-        for folder, noted in stages.items():
+        for folder, record in stages.items():
             check_writable(f"--output_dir {self.output_dir}", folder)
             # What was retrained began from what finetuning left.
             longer = resumes(resume) and (folder == self.finetuned_dir or not self.retrains)
             resolved = self._resolved if folder == self.output_dir else {}
-            claim(folder, noted | resolved, longer=longer, write=write and self.writes)
-            check_resume(stage_resume(resume, folder, self.output_dir) if self.retrains else resume, noted)
+            claim(folder, replace(record, notes=resolved), longer=longer, write=write and self.writes)
+            check_resume(stage_resume(resume, folder, self.output_dir) if self.retrains else resume, record)
         check_begins(resume, *stages)
 
     @property
@@ -190,8 +182,9 @@ class Run:
 
     def _resolve(self) -> None:
         """Resolve a budget, or take over what it came to here before: time is not measured the same twice."""
-        of = noted_arguments(self.merging) | {CONTENT: self.start | {START: weights_fingerprint(self.model)}}
-        earlier, config = read_note(self.output_dir).get(RESOLVED) or {}, self.model.config
+        contents = self.start | {START: weights_fingerprint(self.model)}
+        of = RunRecord(recorded_arguments(self.merging), contents).flatten()
+        earlier, config = RunRecord.read(self.output_dir).notes.get(RESOLVED) or {}, self.model.config
         if earlier.get("of") == of:
             self.choice = FrontierRow(**earlier["chosen"] | {"merging": Merging(**earlier["chosen"]["merging"])})
             self.choice.merging.apply(config)
@@ -263,9 +256,7 @@ class Run:
                 self._finish(trainer)
             return trainer
         with Merging.of(self.model.config).by(0).applied(self.model.config):
-            finetuning = task_trainer(
-                self.model, self.prepared, training, self.finetuned_dir, experiment=self.finetuning
-            )
+            finetuning = task_trainer(self.model, self.prepared, training, self.finetuned_dir, record=self.finetuning)
             announce("finetuning, unmerged")
             train_and_save(finetuning, stage_resume(resume, self.finetuned_dir, self.output_dir))
             announce("evaluating what was finetuned, unmerged")
@@ -273,7 +264,7 @@ class Run:
         if self.merging.has_budget:
             self._resolve()
             if self.writes:
-                note(self.output_dir, RESOLVED, self._resolved[RESOLVED])
+                update_record(self.output_dir, notes=self._resolved)
         arguments = self.retraining.training_arguments(training)
         trainer = task_trainer(
             self.model, self.prepared, arguments, self.output_dir, self.retraining.trainer_class, self.whole
@@ -297,7 +288,7 @@ class Run:
         if self.saves_merged and self.writes:
             save_whole(self.output_dir, self.model.save_pretrained)
             save_whole(self.output_dir, self.prepared.processing_class.save_pretrained)
-            note_content(self.output_dir, WEIGHTS, weights_fingerprint(self.model))
+            update_record(self.output_dir, {WEIGHTS: weights_fingerprint(self.model)})
 
     @property
     def _merged(self) -> str:
@@ -365,7 +356,7 @@ class Run:
 
     def write_card(self, ending: Ending | None) -> None:
         """Write the card of the checkpoint that the run left, and note its config, which is what is evaluated."""
-        note_content(self.output_dir, CONFIG, config_fingerprint(self.model.config))
+        update_record(self.output_dir, {CONFIG: config_fingerprint(self.model.config)})
         budget = self.merging.budget_line
         if self.choice is not None:
             searched = "" if self.choice.divergence is None else f", calibrated on {self._samples}"
@@ -398,14 +389,14 @@ class Run:
         card.write(self.output_dir)
 
     @property
-    def _steps(self) -> dict[str, Noted]:
+    def _steps(self) -> dict[str, dict[str, Any]]:
         """What decided each training, by its name."""
         if not self.training.do_train:
             return {}
         trainings = {"Finetuning" if self.retrains else "Training": training_fields(self.training)}
         if self.retrains:
             trainings["Retraining"] = training_fields(self.retraining.training_arguments(self.training))
-        extended = read_note(self.output_dir).get("continued_from", {})
+        extended = RunRecord.read(self.output_dir).notes.get(CONTINUED, {})
         trainings[list(trainings)[-1]] |= {
             "elastic": self.retraining.elastic or None,
             "distillation_weight": self.retraining.distillation_weight if self.retraining.elastic else None,

@@ -23,19 +23,12 @@ from experiments.runs.start import Loaded
 from experiments.runs.sweep_arguments import SweepArguments
 from experiments.runs.sweep_report import PICTURE, Best, Row, SweepResults, write_report
 from experiments.training.evaluation import Evaluation, evaluate
-from experiments.training.identity import (
-    config_fingerprint,
-    content,
-    data_fields,
-    digest_of,
-    noted_arguments,
-    training_fields,
-    weights_fingerprint,
-)
+from experiments.training.fingerprints import config_fingerprint, digest_of, weights_fingerprint
 from experiments.training.loading import load_config, load_model
 from experiments.training.model_arguments import ModelArguments
-from experiments.training.output_folder import CONFIG, START, check_disk_space, claim
+from experiments.training.output_folder import check_disk_space, claim
 from experiments.training.progress import announce, results_line, say
+from experiments.training.run_record import CONFIG, START, content, data_fields, recorded_arguments, training_fields
 from experiments.training.stage import RetrainArguments, task_trainer, train_and_save
 from frontier_tome_perceiver import Frontier
 
@@ -71,12 +64,12 @@ class Sweep:
         self.output_dir, self.writes = Path(self.training.output_dir), self.training.should_save
         self.retrains = self.retraining.retrain_epochs > 0
         self.baseline = model.unmerged
-        noted = noted_arguments(self.model_args, self.data, self.sweep_args, self.retraining)
+        recorded = recorded_arguments(self.model_args, self.data, self.sweep_args, self.retraining)
         read = content(task, prepared, train=self.retrains, calibrates=self.sweep_args.searches)
         if self.sweep_args.frontier and model.config.merge_frontier is not None:
             read["frontier"] = digest_of(model.config.merge_frontier)
         self.results = SweepResults(
-            arguments=noted | training_fields(self.training),
+            arguments=recorded | training_fields(self.training),
             content={START: weights_fingerprint(model), CONFIG: config_fingerprint(model.config)} | read,
             environment=describe_environment(),
             source=task.source,
@@ -191,11 +184,12 @@ class Sweep:
             model = load_model(self.model_args, config, self.loaded.task)
         with self.results.spending("retraining"):
             folder = self.output_dir / RETRAINED / (ELASTIC if row is None else row.branch)
-            experiment = self.results.noted | {"row": asdict(merging)}
-            claim(folder, experiment, longer=False, write=self.writes)
+            recorded = self.results.record
+            record = replace(recorded, arguments={**recorded.arguments, "row": asdict(merging)})
+            claim(folder, record, longer=False, write=self.writes)
             arguments = self.retraining.training_arguments(self.training)
             trainer = task_trainer(
-                model, self.loaded.prepared, arguments, folder, self.retraining.trainer_class, experiment
+                model, self.loaded.prepared, arguments, folder, self.retraining.trainer_class, record
             )
             announce(f"retraining, {'for every row' if row is None else row.name}")
             train_and_save(trainer, "last" if self.continued else None)

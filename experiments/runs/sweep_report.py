@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 
 from cost_tome_perceiver import Merging, forward_cost
 from experiments.errors import BadInput
-from experiments.files import write_text
+from experiments.files import read_json, write_json, write_text
 from experiments.measurement import Quartiles, environment_line
 from experiments.merging.arguments import WAYS
 from experiments.publishing.card import METRIC_NAMES, metric_name, undefined_note
@@ -40,14 +40,8 @@ from experiments.publishing.picture_style import (
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.tasks.base import Source
 from experiments.tasks.scores import Score, Scores, flatten_scores, parse_scores
-from experiments.training.identity import CONTENT, Noted
-from experiments.training.output_folder import (
-    SWEEP_FILE,
-    check_no_other_experiment,
-    check_same_experiment,
-    read_json,
-    write_json,
-)
+from experiments.training.output_folder import SWEEP_FILE, check_no_other_run, check_same_run
+from experiments.training.run_record import RunRecord
 from frontier_tome_perceiver import GROUPS
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
@@ -200,9 +194,9 @@ class SweepResults:
     frontier: dict[str, Any] | None = None
 
     @property
-    def noted(self) -> Noted:
-        """What decides every cell."""
-        return self.arguments | {CONTENT: self.content}
+    def record(self) -> RunRecord:
+        """Record of what decides every cell."""
+        return RunRecord(self.arguments, self.content)
 
     @property
     def title(self) -> str:
@@ -219,7 +213,7 @@ class SweepResults:
         Raises:
             BadInput: if the folder holds another run, or a file of a version that did not say what made it.
         """
-        check_no_other_experiment(output_dir, SWEEP_FILE)
+        check_no_other_run(output_dir, SWEEP_FILE)
         path = output_dir / SWEEP_FILE
         if not path.exists():
             return False
@@ -231,8 +225,7 @@ class SweepResults:
                 f"--output_dir {output_dir}: its {SWEEP_FILE} does not say what was measured; use another folder, or "
                 "the file as a sweep wrote it"
             )
-        noted = earlier["arguments"] | {CONTENT: earlier["content"]}
-        check_same_experiment(output_dir, noted, self.noted, NOT_COMPARED)
+        check_same_run(output_dir, RunRecord(earlier["arguments"], earlier["content"]), self.record, NOT_COMPARED)
         self.rows = [Row.from_json(row) for row in earlier["rows"]]
         self.environment, self.seconds = earlier["environment"], earlier["seconds"]
         self.timing, self.frontier = earlier.get("timing"), earlier.get("frontier")

@@ -1,166 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints to go on from: whole, and of the experiment that goes on.
+"""Checkpoints to resume from: whole ones, of the run that resumes.
 
-Beside what Trainer writes, a checkpoint has `experiment.json`: what decided it, and the fingerprint of each of its
-files. It is written last, so what was cut short or has changed since is known for it.
+Beside what Trainer writes, a checkpoint has `run_record.json`: the record of its run and the fingerprint of each of its
+files. It is written last, so a checkpoint that was cut short has none, and one that has changed since shows.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
-import zipfile
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from experiments.errors import BadInput
-from experiments.files import write_text
-from experiments.training.identity import CONTENT, PLACES, Noted, file_fingerprint
+from experiments.files import read_json, write_json
+from experiments.training.fingerprints import file_fingerprint
+from experiments.training.run_record import RunRecord
 
 logger = logging.getLogger(__name__)
 
-STAMP_FILE = "experiment.json"
-STATE_FILE = "trainer_state.json"
-# Training may go on for longer than was first asked.
-LENGTH_FIELDS = ("num_train_epochs", "max_steps")
+RECORD_FILE = "run_record.json"
+# Arguments that may grow when training resumes.
+LENGTHS = ("num_train_epochs", "max_steps")
+# Files of a checkpoint without which the optimizer and the learning rate would start anew.
+STATES = ("rng_state*.pth", "optimizer*", "scheduler.pt")
 
 
-def difference(noted: Noted, current: Noted, ignored: tuple[str, ...] = ()) -> str | None:
-    """What tells two experiments apart, in words; `None` if nothing does.
-
-    Args:
-        noted: of the one that is there.
-        current: of the one that is asked for; only what it names is compared.
-        ignored: names that may differ.
-    """
-    # Through JSON, as the noted ones went.
-    current = json.loads(json.dumps(current))
-    for name, value in current.items():
-        if name != CONTENT and name not in PLACES and name not in ignored and noted.get(name) != value:
-            return f"whose {name} is {noted.get(name)} and not {value}"
-    noted_contents = noted.get(CONTENT) or {}
-    for name, value in current.get(CONTENT, {}).items():
-        if noted_contents.get(name) != value:
-            return f"with another content of its {name.replace('_', ' ')}"
-    return None
-
-
-def stamp(checkpoint: Path, experiment: Noted, loss_sum: float | None) -> None:
-    """Note in a checkpoint, when all of it is written, what decided it.
+def record_checkpoint(checkpoint: Path, record: RunRecord, loss_sum: float | None) -> None:
+    """Write the record of a checkpoint, when all else of it is written.
 
     Args:
         checkpoint: its folder.
-        experiment: whose it is.
-        loss_sum: of the losses of all steps so far, if it is known.
+        record: of its run.
+        loss_sum: the sum of the losses of all steps so far, if it is known.
     """
-    files = {str(path.relative_to(checkpoint)): file_fingerprint(path) for path in _files(checkpoint)}
-    stamped = {"experiment": experiment, "loss_sum": loss_sum, "files": files}
-    write_text(checkpoint / STAMP_FILE, json.dumps(stamped, indent=1) + "\n")
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != RECORD_FILE)
+    files = {str(path.relative_to(checkpoint)): file_fingerprint(path) for path in paths}
+    write_json(checkpoint / RECORD_FILE, {"record": record.flatten(), "loss_sum": loss_sum, "files": files})
 
 
-def read_stamp(checkpoint: Path) -> dict[str, Any]:
-    """What `stamp` wrote; nothing if it is not there, as in checkpoints of other programs."""
-    try:
-        return json.loads((checkpoint / STAMP_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+def read_loss_sum(checkpoint: Path) -> float | None:
+    """Return the sum of the losses up to a checkpoint, if it is known."""
+    return read_json(checkpoint / RECORD_FILE)["loss_sum"]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, the newest first."""
+    """List the checkpoints in a folder, whole or not, the newest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
-def last_checkpoint(folder: Path, experiment: Noted | None = None) -> Path | None:
-    """The newest checkpoint that is whole and of this experiment; what is passed over is named in a warning.
+def last_checkpoint(folder: Path, record: RunRecord | None = None) -> Path | None:
+    """Return the newest whole checkpoint of a run, and warn of those that are passed over.
 
     Args:
         folder: with the checkpoints.
-        experiment: that goes on; `None`: whatever it is.
+        record: of the run that resumes; `None` for any.
     """
     for path in checkpoints(folder):
-        found = fault(path) or other_experiment(path, experiment)
+        found = fault(path, record)
         if found is None:
             return path
         logger.warning("%s is passed over: %s", path, found)
     return None
 
 
-def other_experiment(checkpoint: Path, experiment: Noted | None) -> str | None:
-    """What tells a checkpoint's experiment from another one, in words; `None` if nothing does, or it does not say."""
-    noted = read_stamp(checkpoint).get("experiment")
-    if noted is None or experiment is None:
-        return None
-    different = difference(noted, experiment, LENGTH_FIELDS)
-    return None if different is None else f"it is of another experiment, {different}"
+def fault(checkpoint: Path, record: RunRecord | None = None) -> str | None:
+    """Say why a run cannot resume from a folder; `None` if it can.
 
-
-def fault(checkpoint: Path) -> str | None:
-    """Why training cannot go on from a folder, in words; `None` if it can: a whole checkpoint, with more than weights.
-
-    Weights alone are what training leaves at its end, and `--save_only_model` in between: going on from them would
-    start the optimizer and the learning rate anew, and say nothing.
+    Args:
+        checkpoint: the folder.
+        record: of the run that resumes; `None` for any.
     """
     try:
-        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))  # written last by Trainer
-    except (OSError, ValueError):
-        return f"it has no whole {STATE_FILE}"
-    for pattern in ("rng_state*.pth", "optimizer*", "scheduler.pt"):
+        written = read_json(checkpoint / RECORD_FILE)
+        files, of = written["files"], RunRecord.parse(written["record"])
+    except (BadInput, ValueError, KeyError, TypeError):
+        return f"it has no whole {RECORD_FILE}, so it is not whole or another program wrote it"
+    for pattern in STATES:
         if not any(checkpoint.glob(pattern)) and not any(checkpoint.glob("global_step*")):  # DeepSpeed's own folder
             return f"it has no {pattern}, so holds only weights"
-    files = read_stamp(checkpoint).get("files") or {}
     for name in files:
         path = checkpoint / name
         if not path.is_file() or file_fingerprint(path) != files[name]:
             return f"{name} is not what was written"
-    return None if files else next((found for path in _files(checkpoint) if (found := _unreadable(path))), None)
+    different = None if record is None else of.difference(record, LENGTHS)
+    return None if different is None else f"it is of another run ({different})"
 
 
-def check_checkpoint(name: str, experiment: Noted | None) -> None:
-    """Check a checkpoint that the user names.
+def check_checkpoint(name: str, record: RunRecord | None) -> None:
+    """Check a checkpoint that the user names with `--resume_from_checkpoint`.
 
     Args:
-        name: of `--resume_from_checkpoint`.
-        experiment: that is to go on from it; `None`, as long as it is not known.
+        name: its folder.
+        record: of the run that resumes; `None` as long as it is not known.
 
     Raises:
-        BadInput: if training cannot go on from it, or would go on as another experiment.
+        BadInput: if the run cannot resume from it.
     """
-    found = fault(Path(name)) or other_experiment(Path(name), experiment)
-    if found is not None:
+    if (found := fault(Path(name), record)) is not None:
         raise BadInput(
-            f"--resume_from_checkpoint {name}: {found}; allowed is 'true' or 'last', for the newest one in "
-            "--output_dir, or the folder of a whole checkpoint of the same experiment, with the optimizer's state "
-            "beside the weights"
+            f"--resume_from_checkpoint {name}: {found}; use 'last' for the newest one in --output_dir, or the folder "
+            "of a whole checkpoint of the same run"
         )
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove what an earlier training left in a folder, before another one begins there at the start."""
+    """Remove the checkpoints in a folder, before a training begins there at the start."""
     for path in checkpoints(folder):
-        # The stamp last would leave, of a removal that is cut short, a folder that looks whole without it.
-        (path / STATE_FILE).unlink(missing_ok=True)
+        # First, so that a removal that is cut short leaves nothing that looks whole.
+        (path / RECORD_FILE).unlink(missing_ok=True)
         shutil.rmtree(path)
-
-
-def _unreadable(path: Path) -> str | None:
-    """Of a checkpoint that no stamp vouches for: whether a file of weights or states is cut or damaged."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):
-                return None
-        if path.suffix in (".pt", ".pth", ".bin"):
-            with zipfile.ZipFile(path) as archive:
-                return None if archive.testzip() is None else f"{path.name} is damaged"
-    except (OSError, SafetensorError, zipfile.BadZipFile):
-        return f"{path.name} is damaged"
-    return None
-
-
-def _files(checkpoint: Path) -> list[Path]:
-    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != STAMP_FILE)

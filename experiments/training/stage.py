@@ -26,8 +26,9 @@ from experiments.tasks.base import PreparedTask
 from experiments.tasks.scores import SCORES
 from experiments.training.checkpoint import check_checkpoint, checkpoints, last_checkpoint, remove_checkpoints
 from experiments.training.elastic import ElasticTrainer
-from experiments.training.identity import CONTENT, Noted, weights_fingerprint
-from experiments.training.output_folder import TRAINED_FILE, WEIGHTS, note_content, read_note, save_metrics
+from experiments.training.fingerprints import weights_fingerprint
+from experiments.training.output_folder import TRAINED_FILE, save_metrics
+from experiments.training.run_record import WEIGHTS, RunRecord, update_record
 from experiments.training.trainer import TaskTrainer
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def task_trainer(
     arguments: TrainingArguments,
     output_dir: Path,
     trainer_class: Callable[..., TaskTrainer] = TaskTrainer,
-    experiment: Noted | None = None,
+    record: RunRecord | None = None,
 ) -> TaskTrainer:
     """A Trainer for the task that writes to `output_dir` and saves what makes its inputs beside the model.
 
@@ -116,7 +117,7 @@ def task_trainer(
         model, task, arguments: what to train, on what, and how.
         output_dir: in place of that of the arguments.
         trainer_class: as `RetrainArguments.trainer_class`.
-        experiment: what decides the outcome; needed to train.
+        record: of the run; needed to train.
 
     Raises:
         BadInput: for a task with a trainer of its own and another one than the plain one.
@@ -143,7 +144,7 @@ def task_trainer(
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduce_logits,
         callbacks=[*task.callbacks, NameOfSharded()],
-        experiment=experiment,
+        record=record,
     )
     if trainer.is_fsdp_enabled:
         # accelerate shards the module that embeds inputs by itself; a Perceiver's are a parameter, in no such module.
@@ -224,19 +225,19 @@ def check_sharding(untrained: str | None) -> None:
         )
 
 
-def check_resume(resume_from_checkpoint: str | None, experiment: Noted | None = None) -> None:
+def check_resume(resume_from_checkpoint: str | None, record: RunRecord | None = None) -> None:
     """Check `--resume_from_checkpoint`, as far as is known; before anything is loaded, whether it is a checkpoint.
 
     Args:
         resume_from_checkpoint: as given.
-        experiment: that is to go on from it, once it is known.
+        record: of the run that resumes, once it is known.
 
     Raises:
-        BadInput: for a folder that is no checkpoint, or of another experiment.
+        BadInput: for a folder that is no checkpoint, or of another run.
     """
     name = resume_from_checkpoint
     if resumes(name) and name.lower() not in LAST:
-        check_checkpoint(name, experiment)
+        check_checkpoint(name, record)
 
 
 def resumes(resume_from_checkpoint: str | None) -> TypeGuard[str]:
@@ -269,7 +270,7 @@ def check_begins(resume_from_checkpoint: str | None, *stages: Path) -> None:
 
     Args:
         resume_from_checkpoint: as given.
-        stages: folders of the trainings, which hold this experiment or nothing.
+        stages: folders of the trainings, which hold this run or nothing.
 
     Raises:
         BadInput: if there is something to go on from, and nobody said what to do with it.
@@ -307,14 +308,14 @@ def train_and_save(trainer: TaskTrainer, resume_from_checkpoint: str | None = No
         if _has_ended(trainer):
             _load_trained(trainer)
             return
-        newest = last_checkpoint(folder, trainer.experiment)
+        newest = last_checkpoint(folder, trainer.record)
         if newest is None:
             logger.warning("no checkpoint in %s yet: training begins at the start", folder)
         resume = None if newest is None else str(newest)
     trainer.accelerator.wait_for_everyone()
     if writes:
         (folder / TRAINED_FILE).unlink(missing_ok=True)
-        note_content(folder, WEIGHTS, None)
+        update_record(folder, {WEIGHTS: None})
         if resume is None:
             remove_checkpoints(folder)
     trainer.accelerator.wait_for_everyone()
@@ -336,7 +337,7 @@ def train_and_save(trainer: TaskTrainer, resume_from_checkpoint: str | None = No
         metrics["train_resumed_from"] = Path(resume).name
     trainer.log_metrics("train", metrics)
     if writes:
-        note_content(folder, WEIGHTS, _saved_weights(folder))
+        update_record(folder, {WEIGHTS: _saved_weights(folder)})
         save_metrics(folder, "train", metrics)
     trainer.accelerator.wait_for_everyone()
 
@@ -344,10 +345,10 @@ def train_and_save(trainer: TaskTrainer, resume_from_checkpoint: str | None = No
 def _load_trained(trainer: TaskTrainer) -> None:
     """Load what an ended training left, if it still is that."""
     folder = Path(trainer.args.output_dir)
-    noted = read_note(folder).get(CONTENT, {}).get(WEIGHTS)
+    recorded = RunRecord.read(folder).content.get(WEIGHTS)
     with naming(f"--output_dir {folder}: {WEIGHTS_FILE}", Exception):
         found = _saved_weights(folder)
-        if noted is not None and found != noted:
+        if recorded is not None and found != recorded:
             raise ValueError("is not what training left there; --resume_from_checkpoint false begins anew")
         load_model(trainer.model, folder / WEIGHTS_FILE)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Trainer of every training here: it stops where training diverges, and says of a checkpoint whose it is."""
+"""The Trainer of every training here: it stops where training diverges, and records whose each checkpoint is."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments.errors import Stopped
 from experiments.tasks.base import Batch
-from experiments.training.checkpoint import last_checkpoint, read_stamp, stamp
-from experiments.training.identity import Noted
+from experiments.training.checkpoint import last_checkpoint, read_loss_sum, record_checkpoint
 from experiments.training.masked_positions import decoding_only_masked
 from experiments.training.progress import PrintedProgress, Progress, results_line, say
+from experiments.training.run_record import RunRecord
 
 
 class Diverged(Stopped):
@@ -31,7 +31,7 @@ class TaskTrainer(Trainer):
     Modifications:
     - of a masked language model only the masked positions are decoded, see `experiments.training.masked_positions`
     - stops at the first loss that is not finite, and saves no weights that are not
-    - stamps each checkpoint with the experiment that it is of, see `experiments.training.checkpoint`
+    - writes the record of the run into each checkpoint, see `experiments.training.checkpoint`
     - `train_loss` is the mean over all steps, also after a resume; upstream's is over those since
     - logs no gradient norm that is not finite, which would make `trainer_state.json` unreadable to other parsers
     - a figure that is not defined is never the best
@@ -39,21 +39,20 @@ class TaskTrainer(Trainer):
       as 0 for a model that has inputs of another name
 
     Args:
-        experiment: what decides the outcome of this training.
+        record: of the run that trains.
     """
 
-    def __init__(self, *args: Any, experiment: Noted | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, record: RunRecord | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.experiment = experiment or {}
+        self.record = record or RunRecord()
         self._loss_sum = 0.0
         for upstreams, ours in ((ProgressCallback, Progress), (PrinterCallback, PrintedProgress)):
             if self.pop_callback(upstreams) is not None:
                 self.add_callback(ours)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        stamped = {"loss_sum": 0.0} if resume_from_checkpoint is None else read_stamp(Path(resume_from_checkpoint))
-        loss_sum = stamped.get("loss_sum")
-        # NaN for a checkpoint that does not say: what is not known is left out of the figures.
+        loss_sum = 0.0 if resume_from_checkpoint is None else read_loss_sum(Path(resume_from_checkpoint))
+        # NaN where it is not known leaves the mean out of the figures.
         self._loss_sum = math.nan if loss_sum is None else loss_sum
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         result.metrics.pop("total_flos", None)
@@ -110,7 +109,7 @@ class TaskTrainer(Trainer):
         # Each process writes files of its own.
         self.accelerator.wait_for_everyone()
         if self.args.should_save and folder.exists():
-            stamp(folder, self.experiment, loss_sum if math.isfinite(loss_sum) else None)
+            record_checkpoint(folder, self.record, loss_sum if math.isfinite(loss_sum) else None)
 
     def _mean_over_processes(self) -> float:
         summed = torch.tensor(self._loss_sum, dtype=torch.float64, device=self.args.device)

@@ -34,8 +34,8 @@ from experiments.publishing.card import (
 )
 from experiments.tasks.base import Source
 from experiments.tasks.scores import Score
-from experiments.training.identity import training_fields
 from experiments.training.output_folder import save_metrics
+from experiments.training.run_record import training_fields
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
 from tests.support.tiny_models import stock_model, tiny_config
 

@@ -183,13 +183,13 @@ def test_what_an_earlier_sweep_measured_is_of_the_same_weights_data_and_argument
         given = (*given, f"--{change}", {"label_smoothing_factor": 0.1, "min_latents": 2}[change])
     line = bad_input_line(capsys, "eval_sweep.py", *given)
     says = {"weights": "weights to start from", "label": "content of its evaluation"}.get(change, change)
-    assert "holds another experiment" in line and says in line
+    assert "holds another run" in line and says in line
 
 
 def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, capsys):
     before = (sweep / "sweep_results.json").read_bytes()
     line = bad_input_line(capsys, "eval_sweep.py", *inputs, "--r", "1", "--output_dir", sweep)
-    assert "another experiment" in line and str(sweep) in line
+    assert "another run" in line and str(sweep) in line
     assert (sweep / "sweep_results.json").read_bytes() == before
 
 

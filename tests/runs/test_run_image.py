@@ -118,7 +118,7 @@ def test_a_search_that_is_refused_changes_nothing(inputs, finetuned, grouped, ca
         capsys, "run_image.py", "--model_name_or_path", finetuned / "finetuned", *inputs[2:], "--do_eval", "--use_cpu",
         "--flops_ratio", 0.99, "--merge_method", "groups", "--calibration_samples", 8, "--output_dir", grouped,
     )  # fmt: skip
-    assert line.startswith(f"error: --output_dir {grouped}: holds another experiment")
+    assert line.startswith(f"error: --output_dir {grouped}: holds another run")
     assert {path: path.read_bytes() for path in grouped.rglob("*") if path.is_file()} == before
 
 

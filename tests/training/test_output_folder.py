@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a folder of results may hold, and what is said when the disk is full."""
+"""Output folders: each holds the results of one run; what is said when the disk is full."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
-import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -24,60 +20,33 @@ from experiments.runs.finetune_stages import Run
 from experiments.training.checkpoint import last_checkpoint
 from experiments.training.output_folder import (
     check_disk_space,
-    check_no_other_experiment,
+    check_no_other_run,
     claim,
     claim_for_evaluation,
     lock_folder,
-    note_content,
-    read_note,
+    run_files,
     save_metrics,
-    traces,
-    write_json,
 )
+from experiments.training.run_record import RunRecord, update_record
 from tests.support.script_run import ROOT, bad_input_line, call_script
 from tests.support.tiny_texts import write_glue, write_model_config
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
 
 
-@pytest.mark.parametrize(
-    ("strategy", "models", "copies"), [("no", 1, 1), ("no", 2, 2), ("steps", 1, 4), ("epoch", 2, 5)]
-)
-def test_a_disk_without_room_is_named_before_training(tmp_path, monkeypatch, strategy, models, copies):
-    """Every model that stays, and with checkpoints the weights and two averages of the gradient besides."""
+@pytest.mark.parametrize(("strategy", "copies"), [("no", 2), ("steps", 5)])
+def test_a_disk_without_room_is_named_before_training(tmp_path, monkeypatch, strategy, copies):
+    """Two models that stay, and with checkpoints the weights and two averages of the gradient besides."""
     model = nn.Linear(1000, 1000, bias=False)  # 4 MB
-    needed = copies * 4_000_000
+    needed, folder = copies * 4_000_000, tmp_path / "not" / "there"
     arguments = TrainingArguments(output_dir=str(tmp_path), save_strategy=strategy, use_cpu=True)
-    asked = []
-
-    def usage(free: int):
-        def disk_usage(folder: Path) -> Usage:
-            asked.append(Path(folder))
-            return Usage(10**9, 0, free)
-
-        return disk_usage
-
-    monkeypatch.setattr(shutil, "disk_usage", usage(needed))
-    folder = tmp_path / "not" / "there" / "yet"
-    check_disk_space(folder, model, arguments, models)
-    monkeypatch.setattr(shutil, "disk_usage", usage(needed - 1))
-    model.weight.data = torch.zeros(1)
-    check_disk_space(folder, model, arguments, models)
-    model.weight.data = torch.zeros(1000, 1000)
-    with pytest.raises(BadInput) as error:
-        check_disk_space(folder, model, arguments, models)
-    assert f"--output_dir {folder}" in str(error.value)
-    assert f"{needed / 1e9:.2f} GB" in str(error.value) and "are free" in str(error.value)
-    assert set(asked) == {tmp_path}  # of the folder that is there
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**9, 0, free) if place.exists() else None)
+    free = needed
+    check_disk_space(folder, model, arguments, models=2)
+    free = needed - 1
+    with pytest.raises(BadInput, match=f"--output_dir {folder}: .*GB are free there; .*{needed / 1e9:.2f} GB"):
+        check_disk_space(folder, model, arguments, models=2)
     assert not (tmp_path / "not").exists()
-
-
-def test_a_disk_without_room_says_both_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, 2_500_000_000))
-    monkeypatch.setattr(nn.Parameter, "numel", lambda parameter: 10**9)
-    arguments = TrainingArguments(output_dir=str(tmp_path), save_strategy="no", use_cpu=True)
-    with pytest.raises(BadInput, match=r"2\.50 GB are free there; training writes at least 8\.00 GB"):
-        check_disk_space(tmp_path, nn.Linear(1, 1), arguments, models=1)
 
 
 def test_metrics_add_up(tmp_path):
@@ -93,132 +62,99 @@ def test_metrics_add_up(tmp_path):
     assert read("eval_results.json") == {"eval_accuracy": 0.5}
 
 
-@pytest.mark.parametrize("call", [1, 2])
-def test_metrics_are_whole_or_not_there(tmp_path, monkeypatch, call):
-    """A stop in the middle of writing either file leaves the other one, and this one as it was."""
-    save_metrics(tmp_path, "eval", {"eval_accuracy": 0.5})
-    write_text, calls = Path.write_text, []
-
-    def stopping(path: Path, text: str, **options: object) -> int:
-        calls.append(path)
-        if len(calls) == call:
-            write_text(path, text[: len(text) // 2])
-            raise KeyboardInterrupt
-        return write_text(path, text, **options)
-
-    monkeypatch.setattr(Path, "write_text", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        save_metrics(tmp_path, "eval", {"eval_accuracy": 0.75})
-    monkeypatch.undo()
-    everything, own = (json.loads((tmp_path / f"{name}_results.json").read_text()) for name in ("all", "eval"))
-    assert (everything["eval_accuracy"], own["eval_accuracy"]) == ((0.5, 0.5) if call == 1 else (0.75, 0.5))
-    save_metrics(tmp_path, "eval", {"eval_accuracy": 1.0})
-    assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_accuracy": 1.0}
-
-
-def noted(**changes: object) -> dict[str, object]:
-    """What decides a training."""
+def record(content: dict[str, str] | None = None, **changes: object) -> RunRecord:
+    """Return the record of a training."""
     contents = {"weights_to_start_from": "a", "train": "b", "evaluation": "c"}
-    return {"seed": 1, "betas": (0.9, 0.99), "content": contents | changes.pop("content", {}), **changes}
+    return RunRecord({"seed": 1, "betas": (0.9, 0.99), **changes}, contents | (content or {}))
 
 
-def test_a_folder_is_claimed_once_something_is_there(tmp_path):
-    """A note alone owns nothing; with anything beside it, the same arguments and contents are the same experiment."""
+def test_a_folder_is_claimed_once_results_are_there(tmp_path):
+    """A record alone owns nothing; beside results, equal arguments and contents are the same run."""
     folder = tmp_path / "out"
-    claim(folder, noted(), longer=False, write=False)
+    claim(folder, record(), longer=False, write=False)
     assert not folder.exists()
-    claim(folder, noted(seed=2), longer=False, write=True)
-    claim(folder, noted(), longer=False, write=True)
+    claim(folder, record(seed=2), longer=False, write=True)
+    claim(folder, record(), longer=False, write=True)
     (folder / "config.json").write_text("{}")
     before = (folder / "arguments.json").read_bytes()
-    claim(folder, noted(), longer=False, write=True)
-    assert (folder / "arguments.json").read_bytes() == before
-    with pytest.raises(BadInput, match="holds another experiment, whose seed is 1 and not 2"):
-        claim(folder, noted(seed=2), longer=True, write=True)
-    with pytest.raises(BadInput, match="whose task is None and not rte"):
-        claim(folder, noted(task="rte"), longer=False, write=True)
-    for name in noted()["content"]:
-        with pytest.raises(BadInput, match=f"with another content of its {name.replace('_', ' ')}"):
-            claim(folder, noted(content={name: "x"}), longer=False, write=True)
+    claim(folder, record(), longer=False, write=True)
+    with pytest.raises(BadInput, match=r"holds another run \(seed 1, now 2\)"):
+        claim(folder, record(seed=2), longer=True, write=True)
+    with pytest.raises(BadInput, match="task None, now rte"):
+        claim(folder, record(task="rte"), longer=False, write=True)
+    for name in record().content:
+        with pytest.raises(BadInput, match=f"other content of its {name.replace('_', ' ')}"):
+            claim(folder, record({name: "x"}), longer=False, write=True)
     assert (folder / "arguments.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["num_train_epochs", "max_steps"])
-def test_only_what_goes_on_may_be_longer_and_says_so(tmp_path, name):
+def test_only_a_run_that_resumes_may_be_longer_and_records_it(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
-    write_json(tmp_path / "arguments.json", noted(**{name: 2}))
-    with pytest.raises(BadInput, match=f"whose {name} is 2 and not 3"):
-        claim(tmp_path, noted(**{name: 3}), longer=False, write=True)
-    with pytest.raises(BadInput, match=f"whose {name} is 2 and not 1"):
-        claim(tmp_path, noted(**{name: 1}), longer=True, write=True)
+    record(**{name: 2}).write(tmp_path)
+    with pytest.raises(BadInput, match=f"{name} 2, now 3"):
+        claim(tmp_path, record(**{name: 3}), longer=False, write=True)
+    with pytest.raises(BadInput, match=f"{name} 2, now 1"):
+        claim(tmp_path, record(**{name: 1}), longer=True, write=True)
     for _ in range(2):
-        claim(tmp_path, noted(**{name: 3}), longer=True, write=True)
-        note = read_note(tmp_path)
-        assert note[name] == 3 and note["continued_from"] == {name: 2}
+        claim(tmp_path, record(**{name: 3}), longer=True, write=True)
+        written = RunRecord.read(tmp_path)
+        assert written.arguments[name] == 3 and written.notes == {"continued_from": {name: 2}}
 
 
 @pytest.mark.parametrize(
-    "trace", ["config.json", "trainer_state.json", "sweep_results.json", "all_results.json", "checkpoint-3"]
+    "file", ["config.json", "trainer_state.json", "sweep_results.json", "all_results.json", "checkpoint-3"]
 )
-def test_what_is_there_without_a_claim_is_another_experiment(tmp_path, trace):
-    (tmp_path / trace).mkdir()
+def test_results_without_a_record_are_another_run(tmp_path, file):
+    (tmp_path / file).mkdir()
     for check in (
-        lambda: check_no_other_experiment(tmp_path, "sweep.json"),
-        lambda: claim(tmp_path, noted(), longer=True, write=True),
-        lambda: claim_for_evaluation(tmp_path, {"content": {"weights": "a"}}, write=True),
+        lambda: check_no_other_run(tmp_path, "sweep.json"),
+        lambda: claim(tmp_path, record(), longer=True, write=True),
+        lambda: claim_for_evaluation(tmp_path, RunRecord({}, {"weights": "a"}), write=True),
     ):
-        with pytest.raises(BadInput, match=r"holds another experiment, \(") as error:
+        with pytest.raises(BadInput, match=rf"--output_dir {tmp_path}: holds another run \({file}\)"):
             check()
-        assert trace in str(error.value) and str(tmp_path) in str(error.value)
     (tmp_path / "sweep.json").write_text("{}")
-    check_no_other_experiment(tmp_path, "sweep.json")
+    check_no_other_run(tmp_path, "sweep.json")
 
 
-def test_other_files_are_no_experiment(tmp_path):
+def test_other_files_are_no_results(tmp_path):
     for name in ("train.log", "checkpoint-best"):
         (tmp_path / name).write_text("")
-    check_no_other_experiment(tmp_path, "sweep.json")
-    check_no_other_experiment(tmp_path / "not_there", "sweep.json")
-    claim(tmp_path, noted(), longer=False, write=True)
+    check_no_other_run(tmp_path, "sweep.json")
+    check_no_other_run(tmp_path / "not_there", "sweep.json")
+    claim(tmp_path, record(), longer=False, write=True)
 
 
-def test_an_evaluation_is_of_what_a_training_left_or_has_a_folder_of_its_own(tmp_path):
-    evaluation = {"bf16": False, "content": {"weights": "z", "config": "y", "evaluation": "c"}}
-    claim(tmp_path, noted(bf16=False), longer=False, write=True)
+def test_an_evaluation_is_of_the_result_of_a_training_or_has_a_folder_of_its_own(tmp_path):
+    contents = {"weights": "z", "config": "y", "evaluation": "c"}
+    evaluation = RunRecord({"bf16": False}, contents)
+    claim(tmp_path, record(bf16=False), longer=False, write=True)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(BadInput, match="holds another experiment"):
+    with pytest.raises(BadInput, match="holds another run"):
         claim_for_evaluation(tmp_path, evaluation, write=True)  # training has not ended
-    for name, fingerprint in (("weights", "z"), ("config", "y")):
-        note_content(tmp_path, name, fingerprint)
+    update_record(tmp_path, {"weights": "z", "config": "y"})
     claim_for_evaluation(tmp_path, evaluation, write=True)
-    with pytest.raises(BadInput, match="whose bf16 is False and not True"):
-        claim_for_evaluation(tmp_path, evaluation | {"bf16": True}, write=True)
-    for name in evaluation["content"]:
-        other = evaluation | {"content": evaluation["content"] | {name: "x"}}
+    with pytest.raises(BadInput, match="bf16 False, now True"):
+        claim_for_evaluation(tmp_path, RunRecord({"bf16": True}, contents), write=True)
+    for name in contents:
         with pytest.raises(BadInput, match=f"content of its {name}"):
-            claim_for_evaluation(tmp_path, other, write=True)
-    # Predictions are noted when they come, and then count too.
-    predicting = evaluation | {"content": evaluation["content"] | {"prediction": "p"}}
-    claim_for_evaluation(tmp_path, predicting, write=True)
+            claim_for_evaluation(tmp_path, RunRecord({"bf16": False}, contents | {name: "x"}), write=True)
+    # Predictions are recorded when they come, and then count too.
+    claim_for_evaluation(tmp_path, RunRecord({"bf16": False}, contents | {"prediction": "p"}), write=True)
     with pytest.raises(BadInput, match="content of its prediction"):
-        claim_for_evaluation(tmp_path, evaluation | {"content": {"prediction": "q"}}, write=True)
-    claim(tmp_path, noted(bf16=False), longer=False, write=True)  # the training is still the same
+        claim_for_evaluation(tmp_path, RunRecord({"bf16": False}, {"prediction": "q"}), write=True)
+    claim(tmp_path, record(bf16=False), longer=False, write=True)  # the training is still the same
 
 
 def test_a_checkpoint_of_another_program_may_be_evaluated_where_it_is(tmp_path):
-    """As long as there are no figures of something else."""
+    """As long as there are no figures of another run."""
     (tmp_path / "config.json").write_text("{}")
-    evaluation = {"model_name_or_path": str(tmp_path), "content": {"weights": "z"}}
+    evaluation = RunRecord({"model_name_or_path": str(tmp_path)}, {"weights": "z"})
     claim_for_evaluation(tmp_path, evaluation, write=False)
     (tmp_path / "all_results.json").write_text("{}")
-    with pytest.raises(BadInput, match="holds another experiment"):
+    with pytest.raises(BadInput, match="holds another run"):
         claim_for_evaluation(tmp_path, evaluation, write=False)
-
-
-def test_json_is_what_every_parser_takes(tmp_path):
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "results.json", {"loss": float("nan")})
-    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +169,9 @@ def command(tmp_path_factory) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [".eval_results.json.partial", ".predict_results_sst2.txt.partial"])
-def test_a_full_disk_is_one_line_and_what_was_written_stays(command, tmp_path, capsys, name):
+def test_a_full_disk_is_one_line_and_written_files_stay(command, tmp_path, capsys):
     """Where a file should go is a device that is always full."""
+    name = ".predict_results_sst2.txt.partial"
     (tmp_path / name).symlink_to("/dev/full")
     line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", tmp_path)
     assert "--output_dir" in line and "No space left on device" in line
@@ -278,24 +214,6 @@ def test_a_disk_that_is_full_as_the_optimizer_is_written(command, tmp_path, caps
     assert last_checkpoint(tmp_path) is None
 
 
-def test_a_disk_that_is_full_behind_another_error(command, tmp_path, capsys, monkeypatch):
-    """Libraries raise their own error from it; any other error keeps its traceback."""
-
-    def save(*arguments: object) -> None:
-        try:
-            raise OSError(code, os.strerror(code))
-        except OSError as error:
-            raise RuntimeError("writing failed") from error
-
-    monkeypatch.setattr("experiments.training.stage.save_metrics", save)
-    code = errno.ENOSPC
-    line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", tmp_path / "full")
-    assert "No space left on device; writing failed" in line
-    code = errno.EIO
-    with pytest.raises(RuntimeError, match="writing failed"):
-        call_script("run_glue.py", *command, "--output_dir", tmp_path / "broken")
-
-
 HOLDING = """
 import sys, time
 from pathlib import Path
@@ -306,7 +224,7 @@ with lock_folder(Path(sys.argv[1])):
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_a_second_run_is_refused_while_one_writes_and_not_after_it_was_killed(command, tmp_path, capsys, end):
     folder = tmp_path / "out"
     with subprocess.Popen(
@@ -316,7 +234,7 @@ def test_a_second_run_is_refused_while_one_writes_and_not_after_it_was_killed(co
         assert first.stdout.readline() == "locked\n"
         line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", folder)
         assert line.startswith(f"error: --output_dir {folder}: another run is writing there")
-        assert traces(folder) == [] and not (folder / "arguments.json").exists()
+        assert run_files(folder) == [] and not (folder / "arguments.json").exists()
         first.send_signal(end)
     call_script("run_glue.py", *command, "--output_dir", folder)
     assert (folder / "eval_results.json").exists() and not (folder / ".lock").exists()
@@ -337,10 +255,10 @@ def test_what_another_run_left_is_refused_before_a_search(command, tmp_path, cap
     call_script("run_glue.py", *command, "--output_dir", tmp_path / "out")
     monkeypatch.setattr(Run, "resolve_merging", None)
     model = ("--model_name_or_path", tmp_path / "out", "--flops_ratio", 0.985, "--do_train", "false")
-    before = read_note(tmp_path / "out")
+    before = RunRecord.read(tmp_path / "out")
     line = bad_input_line(capsys, "run_glue.py", *command[2:], *model, "--output_dir", tmp_path / "out")
     assert "--output_dir" in line and "holds another" in line
-    assert read_note(tmp_path / "out") == before
+    assert RunRecord.read(tmp_path / "out") == before
 
 
 def test_a_finished_checkpoint_predicts_another_file_into_its_own_folder(command, tmp_path):

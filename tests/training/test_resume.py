@@ -260,7 +260,7 @@ def test_finetuning_before_retraining_may_not_go_on_for_longer(both_stages, tmp_
     line = bad_input_line(
         capsys, "run_glue.py", *arguments, *LAST, "--num_train_epochs", 3, "--output_dir", tmp_path / "copy"
     )
-    assert "num_train_epochs is 2" in line
+    assert "num_train_epochs 2" in line
     assert contents(tmp_path / "copy") == contents(whole)
 
 
@@ -276,9 +276,9 @@ def test_what_is_trained_may_be_evaluated_where_it_is(inputs, trained, tmp_path,
         assert after[name] == pytest.approx(before[name], rel=1e-6)
     left_there = contents(copy)
     others = {
-        "another content of its config": ("--model_name_or_path", copy, "--r", 2),
-        "another content of its weights": ("--model_name_or_path", whole / "checkpoint-3"),
-        "another content of its evaluation": ("--model_name_or_path", copy, "--max_eval_samples", 5),
+        "other content of its config": ("--model_name_or_path", copy, "--r", 2),
+        "other content of its weights": ("--model_name_or_path", whole / "checkpoint-3"),
+        "other content of its evaluation": ("--model_name_or_path", copy, "--max_eval_samples", 5),
     }
     for says, other in others.items():
         assert says in bad_input_line(capsys, "run_glue.py", *evaluation, *other)
@@ -393,14 +393,14 @@ def test_another_experiment_in_the_folder_is_named_and_stays(trained, tmp_path, 
         (folder / ("config.json" if kind == "foreign" else "sweep_results.json")).write_text("{}")
     before = contents(folder)
     changes, says = {
-        "another learning rate": (("--learning_rate", 1e-4), "learning_rate is 0.003 and not 0.0001"),
-        "another model": (("--config_overrides", "num_latents=6"), "config_overrides is None and not num_latents=6"),
+        "another learning rate": (("--learning_rate", 1e-4), "learning_rate 0.003, now 0.0001"),
+        "another model": (("--config_overrides", "num_latents=6"), "config_overrides None, now num_latents=6"),
         "foreign": ((), "config.json"),
         "a sweep": ((), "sweep_results.json"),
     }[kind]
     for resume in ((), LAST):
         line = bad_input_line(capsys, "run_glue.py", *arguments, *changes, *resume, "--output_dir", folder)
-        assert f"--output_dir {folder}: holds another experiment" in line and says in line, line
+        assert f"--output_dir {folder}: holds another run" in line and says in line, line
     assert contents(folder) == before
 
 

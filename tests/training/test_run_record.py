@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decides an outcome: whatever changes it changes the identity, and where things were read does not."""
+"""Whatever changes results changes the record of a run, and where things were read does not."""
 
 from __future__ import annotations
 
@@ -15,15 +15,9 @@ from PIL import Image as PilImage
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 
-from experiments.training.identity import (
-    EVALUATION,
-    MAY_DIFFER,
-    WHEN,
-    config_fingerprint,
-    data_fingerprint,
-    training_fields,
-    weights_fingerprint,
-)
+from experiments.errors import BadInput
+from experiments.training.fingerprints import config_fingerprint, data_fingerprint, weights_fingerprint
+from experiments.training.run_record import EVALUATION, SAVING, WITHOUT_EFFECT, RunRecord, training_fields
 from tests.support.tiny_models import HEADS, tiny_config, tiny_model
 
 TEXTS = st.lists(st.tuples(st.text(max_size=4), st.integers(0, 2)), min_size=1, max_size=5)
@@ -107,19 +101,40 @@ def test_what_a_config_says_counts_and_not_where_it_was(tmp_path):
 def test_every_training_argument_counts_but_those_that_are_named():
     """And those in time for the next transformers: a new argument counts until somebody says that it does not."""
     names = set(TrainingArguments.__dataclass_fields__)
-    assert (MAY_DIFFER | WHEN | set(EVALUATION)) - {"local_rank"} <= names
+    assert (WITHOUT_EFFECT | SAVING | set(EVALUATION)) - {"local_rank"} <= names
     fields = training_fields(TrainingArguments(output_dir="out", use_cpu=True))
-    assert set(fields) == {name for name in names if not name.startswith("_")} - MAY_DIFFER - WHEN | {"processes"}
+    assert set(fields) == {name for name in names if not name.startswith("_")} - WITHOUT_EFFECT - SAVING | {"processes"}
     assert json.loads(json.dumps(fields)) == fields and fields["lr_scheduler_type"] == "linear"
 
 
 def test_when_to_save_counts_where_an_evaluation_decides():
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     arguments = TrainingArguments(output_dir="out", use_cpu=True, **best)
-    assert set(training_fields(arguments)) >= WHEN
+    assert set(training_fields(arguments)) >= SAVING
 
 
 def test_the_number_of_processes_counts(monkeypatch):
     arguments = TrainingArguments(output_dir=str(Path("out")), use_cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert training_fields(arguments)["processes"] == 2
+
+
+def test_the_first_difference_between_two_records():
+    """JSON has no tuples; sources are compared by content; only values that the current run names are compared."""
+    record = RunRecord({"r": [1, 2], "seed": 1, "train_file": "a.csv"}, {"train": "x"})
+    assert record.difference(RunRecord({"r": (1, 2), "train_file": "b.csv"}, {"train": "x"})) is None
+    assert record.difference(RunRecord({"r": (2, 1)})) == "r [1, 2], now [2, 1]"
+    assert record.difference(RunRecord({"seed": 2}), may_differ=("seed",)) is None
+    assert record.difference(RunRecord({}, {"train": "y"})) == "other content of its train"
+    assert record.difference(RunRecord({"more": 1})) == "more None, now 1"
+    assert record.difference(RunRecord({"more": 1}, {"evaluation": "z"}), shared=True) is None
+
+
+def test_a_record_is_read_as_it_was_written_and_a_file_that_is_none_is_refused(tmp_path):
+    record = RunRecord({"seed": 1}, {"train": "x"}, {"continued_from": {"max_steps": 2}})
+    record.write(tmp_path)
+    assert RunRecord.read(tmp_path) == record and RunRecord.read(tmp_path / "not_there") == RunRecord()
+    for text in ("{", "[]", '{"seed": 1}'):
+        (tmp_path / "arguments.json").write_text(text)
+        with pytest.raises(BadInput, match="--output_dir .*arguments.json"):
+            RunRecord.read(tmp_path)

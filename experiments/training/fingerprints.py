@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fingerprints of weights, configs and data, by their content, wherever it was read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from configuration_tome_perceiver import ToMePerceiverConfig
+
+# Fields of a config that merge, and do nothing else.
+MERGING = (
+    "r", "r_inflection", "min_latents", "proportional_attention", "merge_method", "merge_metric", "merge_groups",
+    "latent_groups",
+)  # fmt: skip
+# Fields of a config that do not change outputs: where it was, who wrote it, and the frontier.
+WITHOUT_EFFECT = (
+    "_name_or_path", "transformers_version", "architectures", "auto_map", "model_type", "dtype", "merge_frontier",
+)  # fmt: skip
+ROWS_PER_READ = 256
+
+
+def weights_fingerprint(weights: PreTrainedModel | Path) -> str:
+    """Return the fingerprint of a model's parameters and buffers, or of those in a safetensors file."""
+    digest = hashlib.sha256()
+    if isinstance(weights, Path):
+        with safe_open(weights, framework="pt") as file:
+            for name in sorted(file.keys()):
+                _update_tensor(digest, name, file.get_tensor(name))
+    else:
+        for name, tensor in sorted(weights.state_dict().items()):
+            _update_tensor(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def config_fingerprint(config: ToMePerceiverConfig, *, merging: bool = True) -> str:
+    """Return the fingerprint of the settings of a config, with or without those that merge."""
+    left_out = WITHOUT_EFFECT if merging else (*WITHOUT_EFFECT, *MERGING)
+    return digest_of(sorted((name, repr(value)) for name, value in config.to_dict().items() if name not in left_out))
+
+
+def data_fingerprint(splits: Mapping[str, Any], desc: str, labels: Iterable[str]) -> str:
+    """Return the fingerprint of examples in their order: the values of every column, and the bytes of image files.
+
+    Args:
+        splits: by suffix a `datasets.Dataset`, of which transforms are not applied, or a list of dictionaries.
+        desc: text of the progress bar.
+        labels: the names of the classes.
+    """
+    digest = hashlib.sha256(repr(list(labels)).encode())
+    for suffix, split in splits.items():
+        _update(digest, suffix)
+        with tqdm(total=len(split), desc=f"fingerprint of {desc}", unit="example", delay=2) as bar:
+            for rows in _batches(split):
+                for row in rows:
+                    _update(digest, row)
+                bar.update(len(rows))
+    return digest.hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """Return the fingerprint of the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """Return the fingerprint of JSON's types and tensors; the order of a dictionary's keys does not count."""
+    digest = hashlib.sha256()
+    _update(digest, value)
+    return digest.hexdigest()
+
+
+def _batches(split: Any) -> Iterable[list[dict[str, Any]]]:
+    if isinstance(split, Dataset):
+        # As they are stored: neither decoded nor transformed.
+        yield from (table.to_pylist() for table in split.with_format("arrow").iter(ROWS_PER_READ))
+    else:
+        yield from ([split[index]] for index in range(len(split)))
+
+
+def _update(digest: Any, value: Any) -> None:
+    """Add a value to a digest; its type and length come first, so that different values add different bytes."""
+    if isinstance(value, Tensor):
+        _update_tensor(digest, "", value)
+    elif isinstance(value, dict) and set(value) == {"bytes", "path"}:
+        data = value["bytes"]
+        _update(digest, Path(value["path"]).read_bytes() if data is None and value["path"] is not None else data)
+    elif isinstance(value, dict):
+        digest.update(f"d{len(value)}:".encode())
+        for name in sorted(value):
+            _update(digest, name)
+            _update(digest, value[name])
+    elif isinstance(value, (list, tuple)) and not (value and isinstance(value[0], (int, float))):
+        digest.update(f"l{len(value)}:".encode())
+        for entry in value:
+            _update(digest, entry)
+    else:
+        spelled = value if isinstance(value, bytes) else repr(value).encode()
+        digest.update(f"{type(value).__name__[0]}{len(spelled)}:".encode())
+        digest.update(spelled)
+
+
+def _update_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}:".encode())
+    data = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(np.ascontiguousarray(data.view(torch.uint8).numpy()).data)

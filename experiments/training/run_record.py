@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a run: the arguments, weights and data that its results were made from.
+
+Runs with equal records end in the same figures. A folder of results, a sweep and a checkpoint each hold one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from experiments.errors import BadInput
+from experiments.files import read_json, write_json
+from experiments.tasks.base import PreparedTask, Task
+from experiments.tasks.redrawn_examples import RedrawnExamples
+from experiments.training.fingerprints import data_fingerprint, digest_of
+
+ARGUMENTS_FILE = "arguments.json"
+# Arguments that are not recorded: secrets and caches.
+NOT_RECORDED = ("token", "cache_dir", "overwrite_cache")
+# Arguments that say where something is read. They are recorded and not compared: what was read there is, by content.
+SOURCES = (
+    "model_name_or_path", "model_revision", "config_name", "tokenizer_name", "image_processor_name",
+    "trust_remote_code", "code_revision", "dataset_name", "train_file", "validation_file", "test_file", "train_dir",
+    "validation_dir", "test_dir", "teacher_name_or_path",
+)  # fmt: skip
+# Fields of `TrainingArguments` that change neither weights nor figures. Every other field is recorded.
+WITHOUT_EFFECT = frozenset({
+    "output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
+    "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter",
+    "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
+    "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "debug",
+    "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
+    "per_device_eval_batch_size", "eval_accumulation_steps", "eval_use_gather_object", "eval_do_concat_batches",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context", "torch_empty_cache_steps", "save_on_each_node", "enable_jit_checkpoint",
+    "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_find_unused_parameters", "ddp_backend",
+    "ddp_timeout", "local_rank",
+})  # fmt: skip
+# Fields that matter only where an evaluation decides which weights are kept or how training goes on. When training
+# evaluates always matters: an evaluation draws random numbers, which changes the dropout after it.
+SAVING = frozenset({
+    "save_strategy", "save_steps", "save_total_limit", "save_only_model", "metric_for_best_model", "greater_is_better",
+})  # fmt: skip
+# Fields that change the figures of an evaluation.
+EVALUATION = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "label_smoothing_factor")
+# Names of contents: weights and config at the start, weights and config of the result, and data.
+START, START_CONFIG, WEIGHTS, CONFIG = "weights_to_start_from", "config_to_start_from", "weights", "config"
+TRAIN, CALIBRATION, PREDICTION = "train", "calibration", "prediction"
+# Names of notes: the row that a budget took, with what it follows from, and the length before training was extended.
+RESOLVED, CONTINUED = "resolved_merging", "continued_from"
+FIRST_INPUTS = 8
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What decided the results in a folder.
+
+    Attributes:
+        arguments: by name.
+        content: fingerprints of weights, config and data, by name.
+        notes: values that are recorded beside and decide nothing.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    content: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, fields: Any) -> RunRecord:
+        """Return the record that `flatten` made a mapping of.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        if not isinstance(fields, dict) or not isinstance(fields.get("content"), dict):
+            raise ValueError("is no record of a run")
+        notes = {name: fields[name] for name in (RESOLVED, CONTINUED) if name in fields}
+        arguments = {name: value for name, value in fields.items() if name != "content" and name not in notes}
+        return cls(arguments, fields["content"], notes)
+
+    def flatten(self) -> dict[str, Any]:
+        """Return the record as JSON files hold it."""
+        return {**self.arguments, "content": dict(self.content), **self.notes}
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """Read the record of a folder; an empty one if there is none.
+
+        Raises:
+            BadInput: if it cannot be read.
+        """
+        path = folder / ARGUMENTS_FILE
+        try:
+            return cls.parse(read_json(path)) if path.exists() else cls()
+        except ValueError as error:
+            raise BadInput(f"--output_dir {folder}: its {ARGUMENTS_FILE} {error}; use another folder") from error
+
+    def write(self, folder: Path) -> None:
+        """Write the record into a folder, which is made if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / ARGUMENTS_FILE, self.flatten())
+
+    def difference(self, current: RunRecord, may_differ: Collection[str] = (), shared: bool = False) -> str | None:
+        """Describe the first difference between two records, or return None.
+
+        Args:
+            current: record of the run that is asked for; only what it names is compared.
+            may_differ: names of arguments that may differ.
+            shared: compare only what this record names, too.
+        """
+        # Through JSON, as the recorded values went.
+        for name, value in json.loads(json.dumps(dict(current.arguments))).items():
+            compared = name not in SOURCES and name not in may_differ and not (shared and name not in self.arguments)
+            if compared and self.arguments.get(name) != value:
+                return f"{name} {self.arguments.get(name)}, now {value}"
+        for name, value in current.content.items():
+            if self.content.get(name) != value and not (shared and name not in self.content):
+                return f"other content of its {name.replace('_', ' ')}"
+        return None
+
+
+def update_record(
+    folder: Path, content: Mapping[str, str | None] | None = None, notes: Mapping[str, Any] | None = None
+) -> None:
+    """Add contents and notes to the record of a folder; a content of None is removed."""
+    record = RunRecord.read(folder)
+    contents = {name: value for name, value in {**record.content, **(content or {})}.items() if value is not None}
+    RunRecord(record.arguments, contents, {**record.notes, **(notes or {})}).write(folder)
+
+
+def recorded_arguments(*groups: Any) -> dict[str, Any]:
+    """Return dataclasses of arguments as one mapping, without secrets and caches."""
+    return {name: value for group in groups for name, value in asdict(group).items() if name not in NOT_RECORDED}
+
+
+def data_fields(data: Any) -> dict[str, Any]:
+    """Return the arguments that say how data are read, where they are not the default."""
+    defaults = {each.name: each.default for each in type(data).__dataclass_fields__.values()}
+    return {
+        name: value
+        for name, value in recorded_arguments(data).items()
+        if name not in (*SOURCES, "task_name", "dataset_config_name") and value != defaults[name]
+    }
+
+
+def training_fields(arguments: TrainingArguments) -> dict[str, Any]:
+    """Return the training arguments that decide weights or figures, as JSON has them, and the number of processes."""
+    by_evaluation = (
+        arguments.load_best_model_at_end
+        or arguments.save_strategy == SaveStrategy.BEST
+        or _to_json(arguments.lr_scheduler_type) == "reduce_lr_on_plateau"
+    )
+    left_out = WITHOUT_EFFECT if by_evaluation else WITHOUT_EFFECT | SAVING
+    names = [name for name in type(arguments).__dataclass_fields__ if name not in left_out and name[0] != "_"]
+    fields = {name: _to_json(getattr(arguments, name)) for name in names}
+    return fields | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
+
+
+def evaluation_fields(arguments: TrainingArguments) -> dict[str, Any]:
+    """Return the training arguments that decide the figures of an evaluation."""
+    return {name: _to_json(getattr(arguments, name)) for name in EVALUATION}
+
+
+def content(task: Task, prepared: PreparedTask, *, train: bool, calibrates: bool) -> dict[str, str]:
+    """Return the fingerprints of the examples, and of the first inputs as the model gets them.
+
+    Args:
+        task: the data as they are.
+        prepared: the same as a model sees them.
+        train: whether the run trains.
+        calibrates: whether the run measures a frontier, on training examples if there are no others.
+    """
+
+    def fingerprint(splits: Mapping[str, Any], desc: str) -> str:
+        return data_fingerprint(splits, desc, task.labels)
+
+    read = {"evaluation": fingerprint(prepared.evaluation, "evaluated examples")}
+    if calibrates and prepared.calibration is not None:
+        read[CALIBRATION] = fingerprint({"": prepared.calibration}, "samples to calibrate on")
+    if train or calibrates and prepared.calibration is None:
+        examples = prepared.train.examples if isinstance(prepared.train, RedrawnExamples) else prepared.train
+        read[TRAIN] = fingerprint({"": examples}, "training examples")
+        if prepared.trained_with is not None:
+            read[TRAIN] = digest_of([read[TRAIN], prepared.trained_with])
+    if prepared.prediction:
+        read[PREDICTION] = fingerprint(prepared.prediction, "examples to predict")
+    # A tokenizer or image processor counts by its output: its files also hold how it was called last.
+    return read | {"inputs": digest_of(prepared.batch(FIRST_INPUTS))}
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _to_json(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(entry) for entry in value]
+    value = getattr(value, "value", value)
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
