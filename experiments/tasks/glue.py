@@ -250,12 +250,12 @@ def _load_splits(
         by_name = read_dataset(argument, dataset or GLUE_DATASET, task, anew, **download)
     elif dataset is not None:
         source = Source.of_dataset(dataset, config)
-        by_name = read_dataset(source.argument, dataset, config, anew, arguments.texts, **download)
+        by_name = read_dataset(source.argument, dataset, config, anew, **download)
     else:
         files = _own_files(arguments, predict, evaluate, classes is None, calibrate)
         own = {name: f"--{name}_file {path}" for name, path in files.items()}
         source = Source(next(iter(own.values())), Path(next(iter(files.values()))).stem)
-        by_name = {name: read_file(own[name], path, anew, arguments.texts, **download) for name, path in files.items()}
+        by_name = {name: read_file(own[name], path, anew, **download) for name, path in files.items()}
     return Splits(source.argument, {name: _with_label(split) for name, split in by_name.items()}, own), source
 
 

@@ -359,9 +359,7 @@ def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple
         source = Source.of_dataset(arguments.dataset_name, configs)
         sources.append(source)
         for config in [None] if configs is None else configs.split(","):
-            splits = read_dataset(
-                source.argument, arguments.dataset_name, config, anew, arguments.text_column, **download
-            )
+            splits = read_dataset(source.argument, arguments.dataset_name, config, anew, **download)
             if TRAIN not in splits:
                 raise BadInput(f"{source.argument}: has no split '{TRAIN}', only {listed(splits)}")
             for role, pool in pools.items():
@@ -377,7 +375,7 @@ def _load_splits(arguments: MlmDataArguments, download: dict[str, Any]) -> tuple
     for role, path in ((TRAIN, arguments.train_file), (VALIDATION, arguments.validation_file)):
         if path is not None:
             argument = f"--{role}_file {path}"
-            pools[role].append(Split(argument, read_file(argument, path, anew, arguments.text_column, **download)))
+            pools[role].append(Split(argument, read_file(argument, path, anew, **download)))
     return pools, sources[0]
 
 

@@ -10,11 +10,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from time import time_ns
+from typing import Any, TextIO
 
 import pyarrow.parquet as pq
 from datasets import (
@@ -24,30 +25,27 @@ from datasets import (
     DownloadMode,
     Features,
     Json,
-    List,
     Value,
     VerificationMode,
     concatenate_datasets,
     load_dataset,
     load_dataset_builder,
 )
+from datasets.exceptions import DatasetGenerationError
 
-from experiments.errors import BadInput, naming, one_line
+from experiments.errors import BadInput, naming
 
 logger = logging.getLogger(__name__)
 
-# Only an empty cell is missing: a sentence "null" and a class "None" are not.
-_ONLY_EMPTY_IS_MISSING: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-_READERS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text"}
 # Excel writes semicolons where the decimal mark is a comma.
 _SEPARATORS = {"csv": (",", ";", "\t"), "tsv": ("\t",)}
 TABLE_FORMATS = ("csv", "tsv", "json", "jsonl", "parquet")
 """Endings of files with columns."""
 TEXT_FORMATS = (*TABLE_FORMATS, "txt")
 """The same, and of files whose lines are sentences."""
+_EMPTY = "has no example; there must be one or more, in a table below a line with the names of its columns"
 # The index of a data frame, which pandas stores as a column.
 _INDEX = re.compile(r"__index_level_\d+__")
-_UNNAMED = "__unnamed_{}__"
 # Names of splits that `datasets` knows in lower case only; files of any other name are its training split.
 _HELD_OUT = re.compile(r"(?i)(.*[-._ 0-9/])?(val|valid|validation|dev|eval|evaluation|test|testing)([-._ 0-9/].*)?")
 _TEXT_NAMES = (
@@ -71,193 +69,238 @@ def ending(path: str) -> str:
     return Path(path).suffix.removeprefix(".").lower()
 
 
-def read_dataset(
-    argument: str, dataset: str, config: str | None, anew: bool, texts: Collection[str] = (), **download: Any
-) -> DatasetDict:
-    """The splits of a dataset on the Hub or in a local folder.
+def read_dataset(argument: str, dataset: str, config: str | None, anew: bool, **download: Any) -> DatasetDict:
+    """Return the splits of a dataset on the Hub or in a local folder.
 
     Args:
-        argument: that chose the dataset, with its value, for error messages.
+        argument: that chose the dataset, with its value.
         dataset, config: as `datasets.load_dataset` takes them.
         anew: whether to read again what is cached, also what was downloaded.
-        texts: names of columns that hold text, beside those that mean it; their numbers and dates keep their spelling.
         download: `cache_dir` and `token`.
 
     Raises:
         BadInput: for whatever keeps `datasets` from reading it.
     """
     options = dict(download)
-    if is_local := Path(dataset).is_dir():
-        if any(character in str(Path(dataset).resolve()) for character in "*?["):
-            raise BadInput(f"{argument}: must be a folder without *, ? and [ in its path, which stand for others")
+    is_local = Path(dataset).is_dir()
+    if is_local and any(character in str(Path(dataset).resolve()) for character in "*?["):
+        raise BadInput(f"{argument}: must be a folder without *, ? and [ in its path, which are patterns")
+    if is_local:
         options["config_id"] = f"{config or 'default'}-{_state(_files_below(Path(dataset)))}"
     with naming(argument, Exception):
         builder = load_dataset_builder(dataset, config, **download)
         files = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
-        endings = {ending(file) for paths in files.values() for file in paths}
-        of_images = builder.name == "imagefolder"
-        if is_local and list(files) == ["train"] and "data_files" not in download:
-            _check_split_names(argument, Path(dataset), files["train"], of_images)
-        for file in (file for paths in files.values() for file in paths if is_local and of_images):
-            if Path(file).name == "metadata.csv":
-                _check_metadata(f"{argument}: metadata.csv", file)
-        if is_local and builder.name in ("csv", "json") and endings <= {"csv", "tsv", "json", "jsonl"}:
-            return _read_files(argument, files, builder.info.features, anew, texts, **download)
-        if is_local and builder.name == "csv":
-            raise BadInput(f"{argument}: holds {', '.join(sorted(endings))} files; unpack them to .csv or .tsv files")
+        local = [path for paths in files.values() for path in paths] if is_local else []
+        if local and list(files) == ["train"] and "data_files" not in download:
+            _check_split_names(argument, Path(dataset), local, builder.name == "imagefolder")
+        if local and builder.name in ("csv", "json"):
+            return _read_tables(argument, files, builder.info.features, anew, **download)
+        for path in local:
+            if builder.name == "imagefolder" and Path(path).name == "metadata.csv":
+                _check_metadata(f"{argument}: metadata.csv", path)
         if builder.name == "csv":
-            options |= _ONLY_EMPTY_IS_MISSING
+            # Only an empty cell is missing: a sentence "null" and a class "None" are not.
+            options |= {"keep_default_na": False, "na_values": [""]}
         if anew:
             options |= {"download_mode": DownloadMode.FORCE_REDOWNLOAD, "verification_mode": VerificationMode.NO_CHECKS}
         splits = load_dataset(dataset, config, **options)
-        if is_local:
-            _check_stored_names([file for paths in files.values() for file in paths])
+        _check_stored_names(local)
     if not isinstance(splits, DatasetDict):
         raise BadInput(f"{argument}: must be a dataset with splits")
     return DatasetDict({name: _without_index(split) for name, split in splits.items()})
 
 
-def _read_files(
-    argument: str,
-    files: dict[str, list[str]],
-    features: Features | None,
-    anew: bool,
-    texts: Collection[str],
-    **download: Any,
+def _read_tables(
+    argument: str, files: dict[str, list[str]], features: Features | None, anew: bool, **download: Any
 ) -> DatasetDict:
     """Read the tables of a local folder as if each were named by an argument."""
+    endings = {ending(path) for paths in files.values() for path in paths}
+    if not endings <= set(TABLE_FORMATS):
+        raise BadInput(f"{argument}: holds {', '.join(sorted(endings))} files; unpack them to .csv or .tsv files")
     splits = DatasetDict()
     for split, paths in files.items():
-        tables = [read_file(f"{argument}: {Path(path).name}", path, anew, texts, **download) for path in paths]
+        tables = [read_file(f"{argument}: {Path(path).name}", path, anew, **download) for path in paths]
         joined = concatenate_datasets(tables)
         splits[split] = joined if features is None else joined.cast(features)
     return splits
 
 
-def read_file(argument: str, path: str, anew: bool, texts: Collection[str] = (), **download: Any) -> Dataset:
-    """The examples of one file.
+def read_file(argument: str, path: str, anew: bool, **download: Any) -> Dataset:
+    """Return the examples of one file.
 
-    Every column of a .csv or .tsv file is text, spelled as it is there, and only an empty cell is missing.
+    Every column of a .csv, .tsv, .json or .jsonl file is text, spelled as it is there; an empty cell is missing.
 
     Args:
-        argument: that names the file, with its value, for error messages.
+        argument: that names the file, with its value.
         path: of a file that ends in one of `TEXT_FORMATS`.
-        anew, texts, download: as for `read_dataset`.
+        anew, download: as for `read_dataset`.
 
     Raises:
         BadInput: for a file that is cut, empty, or of another shape than its name says.
     """
-    kind, options = _READERS[ending(path)], dict(download)
-    table = _check_table(argument, path) if kind == "csv" else None
-    if kind in ("json", "text"):
-        with naming(argument, OSError):
-            _check_text(argument, path)
-    if table is not None:
-        columns = Features({name: Value("string") for name in table.names})
-        options |= _ONLY_EMPTY_IS_MISSING
-        options |= {"sep": table.separator, "names": table.names, "header": 0, "features": columns}
-    if anew:
-        options["download_mode"] = DownloadMode.FORCE_REDOWNLOAD
-    absolute = Path(path).resolve()
-    if "::" in str(absolute):
+    kind, absolute = ending(path), str(Path(path).resolve())
+    if "::" in absolute:
         raise BadInput(f"{argument}: must be a path without '::', which `datasets` takes for an archive")
+    # A file that was changed, or replaced by one with the time of the old one, is another.
+    state = _state([Path(absolute)])
     with naming(argument, Exception):
-        # A file that was changed, or replaced by one with the time of the old one, is another.
-        config_id = f"default-{_state([absolute])}"
-        # Whatever is in a single file, `datasets` calls it "train".
-        dataset = load_dataset(
-            kind, data_files=glob.escape(str(absolute)), split="train", config_id=config_id, **options
-        )
-    if kind == "json":
-        dataset = _with_spellings(dataset, path, texts)
-    if table is not None:
-        if len(dataset) != table.rows:
-            raise BadInput(
-                f"{argument}: has {table.rows} rows below its header and {len(dataset)} examples, because of a "
-                "quotation mark; put fields with one in quotation marks, and double it"
+        if kind in ("parquet", "txt"):
+            if kind == "txt":
+                _check_lines(path)
+            options = {"config_id": f"default-{state}", "data_files": glob.escape(absolute), **download}
+            if anew:
+                options["download_mode"] = DownloadMode.FORCE_REDOWNLOAD
+            # Whatever is in a single file, `datasets` calls it "train".
+            return _without_index(load_dataset("text" if kind == "txt" else kind, split="train", **options))
+        features = (_csv_columns if kind in _SEPARATORS else _json_columns)(path)
+        if not features:
+            raise ValueError(_EMPTY)
+        cause = None
+        try:
+            dataset = Dataset.from_generator(
+                _rows,
+                features=features,
+                cache_dir=download.get("cache_dir"),
+                gen_kwargs={"path": absolute, "names": tuple(features), "state": f"{state}{time_ns() if anew else ''}"},
             )
-        if table.empty:
-            logger.warning("%s: %d empty rows at its end are left out", argument, table.empty)
-            dataset = dataset.select(range(table.rows - table.empty))
-    return _without_index(dataset)
+        except DatasetGenerationError as error:
+            cause = error.__cause__ or error
+        if cause is not None:
+            raise cause  # out of the block, or it would be its own context
+    count = len(dataset)
+    while count and not any(dataset[count - 1].values()):
+        count -= 1
+    if count == 0:
+        raise BadInput(f"{argument}: {_EMPTY}")
+    if count < len(dataset):
+        logger.warning("%s: %d empty rows at its end are left out", argument, len(dataset) - count)
+    return _without_index(dataset.select(range(count)))
 
 
-def with_column(dataset: Dataset, column: str, values: Sequence[Any], feature: Any) -> Dataset:
-    """The same examples with other values in a column."""
-    added = dataset.add_column(f"{column} ", values, feature=feature)
+def _rows(path: str, names: tuple[str, ...], state: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table; `datasets` keeps them by these arguments, of which `state` is of the file."""
+    for row in (_csv_rows if ending(path) in _SEPARATORS else _json_rows)(path):
+        yield {name: row.get(name) for name in names}
+
+
+def with_column(dataset: Dataset, column: str, values: Iterable[Any], feature: Any) -> Dataset:
+    """Return the examples with other values in a column."""
+    added = dataset.add_column(f"{column} ", list(values), feature=feature)
     return added.remove_columns(column).rename_column(f"{column} ", column).select_columns(dataset.column_names)
 
 
+def is_string(feature: Any) -> bool:
+    """Whether a column of this feature holds strings."""
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
 def _without_index(dataset: Dataset) -> Dataset:
-    unnamed = re.compile(_UNNAMED.format(r"\d+"))
-    return dataset.remove_columns(
-        [name for name in dataset.column_names if _INDEX.fullmatch(name) or unnamed.fullmatch(name)]
-    )
+    return dataset.remove_columns([name for name in dataset.column_names if _INDEX.fullmatch(name)])
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Shape of a .csv or .tsv file: how many rows are below its header, and how many of them, at its end, are empty."""
+def _csv_header(path: str) -> tuple[str, list[str]]:
+    """Return the separator of a .csv or .tsv file and the names in its first line, "" for a column without one."""
+    with _opened(path) as file:
+        first = next((line for line in file if line.strip()), "")
+        separator = max(_SEPARATORS[ending(path)], key=partial(_known_names, first))
+        file.seek(0)
+        names = [name.strip() for name in next(filter(None, csv.reader(file, delimiter=separator, strict=True)), [])]
+    if twice := {name for name in names if name and names.count(name) > 1}:
+        raise ValueError(f"has the column '{min(twice)}' twice; give each column a name of its own")
+    return separator, names
 
-    separator: str
-    names: list[str]
-    rows: int
-    empty: int
+
+def _known_names(header: str, separator: str) -> tuple[int, bool]:
+    """Return how much speaks for a separator: names of columns that are known, or any others."""
+    names = next(csv.reader([header], delimiter=separator), [])
+    return sum(means_text(name) or column_key(name) == "label" for name in names), len(names) > 1
 
 
-def _check_table(argument: str, path: str) -> _Table:
-    """Read through a .csv or .tsv file; pandas shifts columns and joins lines where it should stop.
+def _csv_columns(path: str) -> Features:
+    return Features({name: Value("string") for name in _csv_header(path)[1] if name})
 
-    Raises:
-        BadInput: for names that are there twice, or lines that have more or fewer fields than the header.
-    """
+
+def _csv_rows(path: str) -> Iterator[dict[str, str | None]]:
+    """Yield the rows of a .csv or .tsv file; pandas shifts columns and joins lines where it should stop."""
+    separator, names = _csv_header(path)
     csv.field_size_limit(2**31 - 1)
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            first = next((line for line in file if line.strip()), "")
-            separator = max(_SEPARATORS[ending(path)], key=partial(_known_names, first))
-            file.seek(0)
-            lines = csv.reader(file, delimiter=separator, strict=True)
-            header = [name.strip() for name in next(filter(None, lines), [])]
-            if twice := {name for name in header if name and header.count(name) > 1}:
-                raise BadInput(f"{argument}: has the column '{min(twice)}' twice; give each column a name of its own")
-            rows = empty = blank = 0
+    with _opened(path) as file:
+        lines = csv.reader(file, delimiter=separator, strict=True)
+        try:
+            next(filter(None, lines), None)
+            blank = 0
             for fields in lines:
                 if not fields:
                     blank = lines.line_num
                     continue
-                if blank and len(header) == 1:
-                    raise BadInput(f"{argument}: line {blank} is empty; remove it, or write a text there")
-                rows += 1
-                empty = 0 if any(fields) else empty + 1
-                _check_fields(f"{argument}: line {lines.line_num}", fields, len(header), separator)
-    except OSError as error:
-        raise BadInput(f"{argument}: {one_line(error)}") from error
-    except UnicodeDecodeError as error:
-        raise _not_utf8(argument, error) from error
-    except csv.Error as error:
-        raise BadInput(
-            f"{argument}: line {lines.line_num}: {error}; put a field with a quotation mark in quotation marks, and "
-            "double those inside"
-        ) from error
-    if rows == empty:
-        raise BadInput(f"{argument}: has no example below its header; there must be one or more")
-    names = [name or _UNNAMED.format(place) for place, name in enumerate(header)]
-    return _Table(separator, names, rows, empty)
+                if blank and len(names) == 1:
+                    raise ValueError(f"line {blank} is empty; remove it, or write a text there")
+                _check_fields(f"line {lines.line_num}", fields, len(names), separator)
+                yield {name: field or None for name, field in zip(names, fields, strict=True) if name}
+        except csv.Error as error:
+            raise ValueError(
+                f"line {lines.line_num}: {error}; put a field with a quotation mark in quotation marks, and double "
+                "those inside"
+            ) from None
 
 
-def _check_text(argument: str, path: str) -> None:
+def _check_fields(where: str, fields: list[str], count: int, separator: str) -> None:
+    if len(fields) != count:
+        more = "more" if len(fields) > count else "fewer"
+        raise ValueError(
+            f"{where}: has {more} fields than its header ({len(fields)}, not {count}); put a field with "
+            f"{separator!r} in quotation marks"
+        )
+    if separator == "\t" and any("\n" in field or "\r" in field for field in fields):
+        raise ValueError(
+            f"{where}: ends an example that began in a line before, at a quotation mark; put fields with one in "
+            "quotation marks, and double it"
+        )
+
+
+def _json_columns(path: str) -> Features:
+    features = Features()
+    for row in _json_rows(path):
+        for name, value in row.items():
+            nested = isinstance(value, (dict, list)) or isinstance(features.get(name), Json)
+            features[name] = Json() if nested else Value("string")
+    return features
+
+
+def _json_rows(path: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a list, or of one in each line, with values spelled as in the file."""
+    with _opened(path) as file:
+        is_list = next(filter(str.strip, file), "").lstrip().startswith("[")
+        file.seek(0)
+        for part in [file.read()] if is_list else filter(str.strip, file):
+            read = json.loads(part, parse_int=str, parse_float=str, object_pairs_hook=_json_object)
+            for row in read if is_list else [read]:
+                if not isinstance(row, dict):
+                    raise ValueError(f"holds {str(row)[:40]!r}; must hold an object with a value for each column")
+                yield {name: json.dumps(value) if isinstance(value, bool) else value for name, value in row.items()}
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"has a column twice, among {', '.join(repr(name) for name, _ in pairs)}")
+    return dict(pairs)
+
+
+def _check_lines(path: str) -> None:
     """Check that a file is UTF-8 and not empty; pyarrow reads other text and fails where it is used."""
+    with _opened(path) as file:
+        if not sum(bool(part.strip()) for part in iter(partial(file.read, 2**20), "")):
+            raise ValueError(_EMPTY)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[TextIO]:
+    """Open a text file; an encoding that is none of UTF-8 is a `ValueError` that says what to do."""
     try:
-        with Path(path).open(encoding="utf-8-sig") as file:
-            if not sum(bool(part.strip()) for part in iter(partial(file.read, 2**20), "")):
-                raise BadInput(f"{argument}: is empty; there must be one example or more")
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            yield file
     except UnicodeDecodeError as error:
-        raise _not_utf8(argument, error) from error
-
-
-def _not_utf8(argument: str, error: UnicodeDecodeError) -> BadInput:
-    return BadInput(f"{argument}: {error}; save it as UTF-8 (in Excel: CSV UTF-8)")
+        raise ValueError(f"{error}; save it as UTF-8 (in Excel: CSV UTF-8)") from None
 
 
 def _check_split_names(argument: str, folder: Path, files: Iterable[str], of_images: bool) -> None:
@@ -276,59 +319,14 @@ def _check_split_names(argument: str, folder: Path, files: Iterable[str], of_ima
 
 def _check_metadata(argument: str, path: str) -> None:
     """Check that a metadata.csv is one that `datasets` can read."""
-    table = _check_table(argument, path)
-    if table.separator != ",":
-        raise BadInput(f"{argument}: has {table.separator!r} between its columns; it must be ','")
-    if not any(re.fullmatch(r"(.*_)?file_names?", name) for name in table.names):
-        raise BadInput(f"{argument}: has no column 'file_name', only {', '.join(map(repr, table.names))}; add it")
-
-
-def _known_names(header: str, separator: str) -> tuple[int, bool]:
-    """How much speaks for a separator: names of columns that are known, or any others."""
-    names = next(csv.reader([header], delimiter=separator), [])
-    return sum(means_text(name) or column_key(name) == "label" for name in names), len(names) > 1
-
-
-def _check_fields(where: str, fields: list[str], count: int, separator: str) -> None:
-    if len(fields) != count:
-        more = "more" if len(fields) > count else "fewer"
-        raise BadInput(
-            f"{where}: has {more} fields than its header ({len(fields)}, not {count}); put a field with "
-            f"{separator!r} in quotation marks"
-        )
-    if separator == "\t" and any("\n" in field or "\r" in field for field in fields):
-        raise BadInput(
-            f"{where}: ends an example that began in a line before, at a quotation mark; put fields with one in "
-            "quotation marks, and double it"
-        )
-
-
-def _with_spellings(dataset: Dataset, path: str, texts: Collection[str]) -> Dataset:
-    """Give columns of text that a JSON reader took for dates, numbers or truth values the spelling of the file."""
-    columns = [
-        name
-        for name, feature in dataset.features.items()
-        if isinstance(feature, Json)
-        or str(getattr(feature, "dtype", "")).startswith(("timestamp", "date", "time"))
-        or ((name in texts or means_text(name)) and not is_string(feature) and not isinstance(feature, (dict, List)))
-    ]
-    if not columns:
-        return dataset
-    content = Path(path).read_text(encoding="utf-8-sig")
-    parts = [content] if content.lstrip().startswith("[") else filter(str.strip, content.split("\n"))
-    read = [json.loads(part, parse_int=str, parse_float=str) for part in parts]
-    rows = read[0] if isinstance(read[0], list) else read
-    for name in columns:
-        values = [row.get(name) for row in rows]
-        if not any(isinstance(value, (dict, list)) for value in values):
-            spelled = [json.dumps(value) if isinstance(value, bool) else value for value in values]
-            dataset = with_column(dataset, name, spelled, Value("string"))
-    return dataset
-
-
-def is_string(feature: Any) -> bool:
-    """Whether a column of this feature holds strings."""
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+    with naming(argument, Exception):
+        separator, names = _csv_header(path)
+        if separator != ",":
+            raise ValueError(f"has {separator!r} between its columns; it must be ','")
+        if not any(re.fullmatch(r"(.*_)?file_names?", name) for name in names):
+            raise ValueError(f"has no column 'file_name', only {', '.join(map(repr, names))}; add it")
+        for _ in _csv_rows(path):
+            pass
 
 
 def _check_stored_names(files: list[str]) -> None:
@@ -355,8 +353,11 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _state(files: Iterable[Path]) -> str:
-    """Of files as they are now. `datasets` knows a folder with a card by its name, and a file by its time, which a copy
-    of another may have too; the time of the last change of the file itself cannot be set."""
+    """Return a digest of files as they are now.
+
+    `datasets` knows a folder with a card by its name, and a file by its time, which a copy of another may have too; the
+    time of the last change of the file itself cannot be set.
+    """
     digest = hashlib.sha256()
     for path in sorted(files):
         if path.exists():

@@ -231,8 +231,8 @@ def test_where_nothing_is_evaluated_there_need_not_be_anything(tmp_path):
         ({"id": ["a1", "b2", "c3"], "label": GOOD["label"]}, GOOD, "no column with sentences.*--sentence1_column"),
         (GOOD | {"text": ["a", None, "b"]}, GOOD, "split 'train': column 'text' has no value"),
         (GOOD, GOOD | {"text": ["a", "b", None]}, "split 'validation': column 'text' has no value"),
-        (GOOD, GOOD | {"text": [["a"], ["b"], ["c"]]}, "split 'validation': column 'text' holds List"),
-        (GOOD, GOOD | {"label": [True, False, True]}, "labels 'False', 'True'; they must be among 'x', 'y'"),
+        (GOOD, GOOD | {"text": [["a"], ["b"], ["c"]]}, "split 'validation': column 'text' holds Json"),
+        (GOOD, GOOD | {"label": [True, False, True]}, "labels 'false', 'true'; they must be among 'x', 'y'"),
     ],
 )
 def test_what_is_missing_or_of_another_kind_is_refused(tmp_path, train, validation, says):

@@ -366,7 +366,7 @@ def test_a_file_to_predict_is_refused_and_not_ignored(tmp_path):
     ("splits", "says"),
     [
         ({"train": ["a"], "validation": ["A."]}, ["train.csv", "'train'", "duplicates of evaluated ones"]),
-        ({"train": ["a", "b"], "validation": [" "]}, ["validation.csv", "no data"]),
+        ({"train": ["a", "b"], "validation": [" "]}, ["no sentences for 'validation'"]),
         ({"train": ["a", "b"]}, ["train.csv", "'validation'"]),  # 5% of two
     ],
 )
