@@ -79,11 +79,6 @@ class GlueDataArguments(TextDataArguments):
                 if (value := getattr(self, name)) is not None:
                     raise BadInput(f"--{name} {value}: is for own data; --task_name {self.task_name} says which it is")
 
-    @property
-    def texts(self) -> list[str]:
-        """Columns that are named as those with the sentences."""
-        return [name for name in (self.sentence1_column, self.sentence2_column) if name is not None]
-
 
 @dataclass
 class GlueTask(TextTask):
@@ -154,26 +149,20 @@ def load_glue_task(
         download: `cache_dir` and `token` for `datasets.load_dataset`.
 
     Raises:
-        BadInput: for a dataset, split or column that is not there, an empty split, text or labels that are missing or
-            no text and no labels, or labels that are not among those of the training split.
+        BadInput: for data that are not there or do not fit.
     """
     splits, source = _load_splits(arguments, predict, evaluate, classes, calibration_samples > 0, download)
     ends = SPLITS.get(arguments.task_name or "", {"": ""})
     evaluated = _evaluated_names(arguments, splits, evaluate)
     predicted = {suffix: f"test{end}" for suffix, end in ends.items()} if predict else {}
     has_train = "train" in splits.by_name or classes is None
-    first_name = "train" if has_train else next(iter((evaluated or predicted).values()))
-    first = splits.take(first_name)
+    first = splits.take("train" if has_train else next(iter((evaluated or predicted).values())))
     if (has_train or evaluated) and LABEL not in first.features:
         raise BadInput(
             f"{splits.argument}: has no column '{LABEL}', only {listed(first.column_names)}; give the column with the "
             "labels this name (in the first line of a csv or tsv file)"
         )
-    sentences = SENTENCES.get(arguments.task_name or "") or input_columns(
-        first, splits.argument, arguments.sentence1_column, arguments.sentence2_column
-    )
-    if not has_train and not evaluated and not arguments.texts and ending(splits.argument) in ("csv", "tsv"):
-        _check_header(first.column_names, sentences, splits.argument)
+    sentences = _sentences(arguments, splits.argument, first, is_predicted=not has_train and not evaluated)
     labels = _labels(arguments, first, splits.argument) if has_train else list(classes or ())
 
     def taken(name: str, count: int | None = None, train: Dataset | None = None, labelled: bool = True) -> Dataset:
@@ -187,8 +176,8 @@ def load_glue_task(
     prediction = {
         suffix: taken(name, arguments.max_predict_samples, labelled=False) for suffix, name in predicted.items()
     }
-    unseen = f"test{ends['']}"
-    calibration = splits.unseen(unseen, evaluated.values(), calibration_samples)
+    test = f"test{ends['']}"
+    calibration = splits.unseen(test, evaluated.values(), calibration_samples)
     read = {evaluated[suffix]: split for suffix, split in evaluation.items()}
     read |= {f"{predicted[suffix]} (to predict)": split for suffix, split in prediction.items()}
     if train is None:
@@ -203,7 +192,7 @@ def load_glue_task(
         train=train,
         evaluation=evaluation,
         prediction=prediction,
-        calibration=None if calibration is None else with_text(calibration, sentences, splits.where(unseen)),
+        calibration=None if calibration is None else with_text(calibration, sentences, splits.where(test)),
         main_metric=MAIN_METRIC.get(arguments.task_name or "", "accuracy" if labels else "pearson"),
         read=read_lines(_used(arguments, splits.argument, first, sentences, read), read, labels),
         arguments=arguments,
@@ -293,13 +282,24 @@ def _evaluated_names(arguments: GlueDataArguments, splits: Splits, evaluate: boo
     return {"": splits.evaluated()}
 
 
-def _check_header(names: list[str], sentences: tuple[str, ...], argument: str) -> None:
-    """Refuse a file to predict whose first line may be an example, which would be taken for the names of columns."""
-    if not any(map(means_text, sentences)) and (len(names) == 1 or any(name.isdecimal() for name in names)):
+def _sentences(arguments: GlueDataArguments, argument: str, first: Dataset, is_predicted: bool) -> tuple[str, ...]:
+    """Return the columns of sentences.
+
+    Raises:
+        BadInput: if they are not certain, or for a file to predict whose first line may be an example, which would be
+            taken for the names of columns.
+    """
+    if arguments.task_name is not None:
+        return SENTENCES[arguments.task_name]
+    names, named = first.column_names, (arguments.sentence1_column, arguments.sentence2_column)
+    sentences = input_columns(first, argument, *named)
+    is_certain = any(named) or any(map(means_text, sentences)) or ending(argument) not in ("csv", "tsv")
+    if is_predicted and not is_certain and (len(names) == 1 or any(name.isdecimal() for name in names)):
         raise BadInput(
             f"{argument}: its first line may be an example, {listed(names)}; put a line with the names of the columns "
             "above it, such as 'text', or if it is one, use --sentence1_column"
         )
+    return sentences
 
 
 def _labels(arguments: GlueDataArguments, train: Dataset, argument: str) -> list[str]:

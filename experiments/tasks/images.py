@@ -278,16 +278,12 @@ def load_image_task(
 
     Args:
         arguments: which images.
-        predict: whether the test split is needed too.
+        predict, classes, calibration_samples, download: as for `load_glue_task`.
         seed: for a validation split made here and for `max_train_samples`.
         evaluate: whether anything is evaluated; beside images to train on, something always is.
-        classes: those of the checkpoint, for a run that does not train, which then needs no training split.
-        calibration_samples: number of unlabelled images of the test split to take at most.
-        download: `cache_dir` and `token` for `datasets.load_dataset`.
 
     Raises:
-        BadInput: for a dataset, split or column that is not there, an empty split, labels that are missing or that
-            training has not, or an image that cannot be opened.
+        BadInput: for data that are not there or do not fit, or an image that cannot be opened.
     """
     images = _read_images(arguments, classes, download)
     splits = images.splits

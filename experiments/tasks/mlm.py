@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from experiments.tasks.labels import listed
 from experiments.tasks.reading import TEXT_FORMATS, read_dataset, read_file
 from experiments.tasks.redrawn_examples import RedrawnExamples
 from experiments.tasks.scores import NOT_ASKED
-from experiments.tasks.sentences import SENTENCE, Split, distinct, read_sentences
+from experiments.tasks.sentences import SENTENCE, Line, Split, distinct, read_sentences
 from experiments.tasks.text import Columns, TextDataArguments, TextTask, Tokens
 from experiments.tasks.text_columns import masked_columns
 
@@ -288,31 +288,27 @@ def load_mlm_task(
     pools, source = _load_splits(arguments, download)
     if not calibration_samples:
         pools[TEST] = []
-    lines, places = {}, {}
-    for role, pool in pools.items():
-        lines[role] = read_sentences(pool, arguments.text_column, not arguments.line_by_line, arguments.overwrite_cache)
-        places[role] = distinct(lines[role])
-    train, evaluated = places[TRAIN], places[VALIDATION]
-    if not pools[VALIDATION]:
-        lines[VALIDATION] = lines[TRAIN]
-        held_out = len(train) * arguments.validation_split_percentage // 100
-        chosen = random.Random(EVALUATION_SEED).sample(list(train), held_out) if arguments.line_by_line else train
-        evaluated = {key: train[key] for key in islice(chosen, held_out)}
-    seen = {sentence for line in evaluated for sentence in line}
-    trained = {line: place for line, place in train.items() if seen.isdisjoint(line)}
-    selected = {}
-    for role, chosen_places, count, drawn in (
-        (TRAIN, trained, arguments.max_train_samples, seed),
-        (VALIDATION, evaluated, arguments.max_eval_samples, EVALUATION_SEED),
-    ):
-        if not chosen_places:
-            hint = " but duplicates of evaluated ones" if role == TRAIN and train else ""
-            raise BadInput(f"{source.argument}: has no sentences for '{role}'{hint}; use text with others")
-        selected[role] = lines[role].select(list(chosen_places.values()))
-        if arguments.line_by_line:
-            selected[role] = first_shuffled(selected[role], count, drawn)
-    known = {sentence for line in (*train, *evaluated) for sentence in line}
+    lines = {
+        role: read_sentences(pool, arguments.text_column, not arguments.line_by_line, arguments.overwrite_cache)
+        for role, pool in pools.items()
+    }
+    places = {role: distinct(split) for role, split in lines.items()}
+    known = {sentence for role in (TRAIN, VALIDATION) for line in places[role] for sentence in line}
     unseen = lines[TEST].select([place for line, place in places[TEST].items() if known.isdisjoint(line)])
+    if not pools[VALIDATION]:
+        lines[VALIDATION], places[VALIDATION] = lines[TRAIN], _held_out(places[TRAIN], arguments)
+    seen = {sentence for line in places[VALIDATION] for sentence in line}
+    trained = {line: place for line, place in places[TRAIN].items() if seen.isdisjoint(line)}
+    selected = {}
+    for role, chosen, count, drawn in (
+        (TRAIN, trained, arguments.max_train_samples, seed),
+        (VALIDATION, places[VALIDATION], arguments.max_eval_samples, EVALUATION_SEED),
+    ):
+        if not chosen:
+            hint = " but duplicates of evaluated ones" if role == TRAIN and places[TRAIN] else ""
+            raise BadInput(f"{source.argument}: has no sentences for '{role}'{hint}; use text with others")
+        split = lines[role].select(list(chosen.values()))
+        selected[role] = first_shuffled(split, count, drawn) if arguments.line_by_line else split
     return MlmTask(
         source=source,
         labels=[],
@@ -325,6 +321,15 @@ def load_mlm_task(
         arguments=arguments,
         sentence_columns=(SENTENCE,),
     )
+
+
+def _held_out(train: dict[Line, int], arguments: MlmDataArguments) -> dict[Line, int]:
+    """Return the training lines to evaluate on where there are no others: of joined lines the first ones."""
+    count = len(train) * arguments.validation_split_percentage // 100
+    chosen = (
+        random.Random(EVALUATION_SEED).sample(list(train), count) if arguments.line_by_line else list(train)[:count]
+    )
+    return {line: train[line] for line in chosen}
 
 
 def _refuse_prediction(arguments: MlmDataArguments, predict: bool) -> None:

@@ -14,6 +14,8 @@ from experiments.tasks.text_columns import as_text, masked_columns
 
 SENTENCE = "sentence"
 """The column that sentences are read to."""
+Line = tuple[bytes, ...]
+"""The sentences of a line, each by a digest of its letters and digits, in any case."""
 BATCH = 1000
 
 
@@ -66,11 +68,8 @@ def _sentences(batch: dict[str, list], columns: list[str], joined: bool) -> dict
     return {SENTENCE: [row if joined else row[0] for row in rows if row]}
 
 
-def distinct(lines: Dataset) -> dict[tuple[bytes, ...], int]:
-    """Return where each line stands, by a digest of its sentences' letters and digits, in any case.
-
-    Of several alike, the place of the last, in the order of the first.
-    """
+def distinct(lines: Dataset) -> dict[Line, int]:
+    """Return where each line stands: of several alike, the place of the last, in the order of the first."""
     batches = lines.iter(BATCH) if len(lines) else ()
     read = ([line] if isinstance(line, str) else line for batch in batches for line in batch[SENTENCE])
     return {tuple(map(_letters, sentences)): place for place, sentences in enumerate(read)}

@@ -307,9 +307,3 @@ def test_a_metadata_file_that_is_none(tmp_path, content, says):
     (tmp_path / "metadata.csv").write_bytes(content.encode("latin-1"))
     with pytest.raises(BadInput, match=f"^--test_dir x: {says}"):
         read_image_folder("--test_dir x", str(tmp_path))
-
-
-def test_a_flat_folder_without_readable_images_needs_other_files_and_no_folders(tmp_path):
-    write(tmp_path / "1.heic")
-    with pytest.raises(BadInput, match=r"no image that can be read \(1 .heic\); put JPEG or PNG files into it$"):
-        read_image_folder("--test_dir x", str(tmp_path), unlabelled=True)

@@ -45,14 +45,6 @@ def test_no_score_depends_on_the_order_of_label2id(order, seed, kind):
     assert other.references(ids).tolist() == references.tolist()
 
 
-@given(order=st.permutations(range(4)))
-def test_three_and_more_classes_too(order):
-    ids, names = np.array(order), list("abcd")
-    task = prepared(names, list(order), "classification")
-    assert task.references(ids).tolist() == [0, 1, 2, 3]
-    assert task.written(task.predictions(np.eye(4)[ids])) == names
-
-
 @pytest.mark.parametrize(
     ("data", "checkpoint", "expected"),
     [

@@ -63,12 +63,6 @@ def test_a_changed_file_is_read_again_whatever_its_time_says(tmp_path):
         assert read(path)["text"] == [letter]
 
 
-def test_a_changed_folder_with_a_card_is_read_again(tmp_path):
-    for count in (18, 9):
-        folder = str(write_glue(tmp_path / "glue", "sst2", validation=count))
-        assert len(read_dataset("--dataset_name", folder, "sst2", anew=False)["validation"]) == count
-
-
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
