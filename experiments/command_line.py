@@ -74,15 +74,10 @@ def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]
 
 def _refuse_unknown(word: str, names: list[str]) -> NoReturn:
     if word.startswith("--"):
-        raise BadInput(f"{word}: unknown argument{_suggestion(word, names, '--')}")
+        near = get_close_matches(word.removeprefix("--").replace("-", "_"), names, n=1, cutoff=0.7)
+        raise BadInput(f"{word}: unknown argument" + (f"; did you mean --{near[0]}?" if near else ""))
     hint = "; a file of arguments comes first" if word.endswith(FILE_ENDINGS) else ""
     raise BadInput(f"{word}: unexpected; arguments are given as --NAME VALUE{hint}")
-
-
-def _suggestion(name: str, names: list[str], prefix: str = "") -> str:
-    """Return the end of a message: the known name that was probably meant, if there is one."""
-    near = get_close_matches(name.removeprefix(prefix).replace("-", "_"), names, n=1, cutoff=0.7)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -100,13 +95,11 @@ def _check_value(name: str, value: Any) -> None:
 
 def _words_of_file(path: Path, fields: dict[str, dataclasses.Field]) -> list[str]:
     """Return the command line that says the same as a file, so that both are checked alike."""
-    words: list[str] = []
-    with naming(str(path), OSError, UnicodeError, ValueError, RecursionError, yaml.YAMLError):
+    with naming(str(path), OSError, ValueError, RecursionError, yaml.YAMLError):
         given = _read_mapping(path)
+    words: list[str] = []
     for name, value in given.items():
-        if name not in fields:
-            raise BadInput(f"{path}: {name}: unknown argument{_suggestion(str(name), [*fields])}")
-        words += _words(fields[name], value)
+        words += _words(fields[name], value) if name in fields else [f"--{name}={value}"]
     return words
 
 
@@ -188,7 +181,8 @@ def help_page(description: str, dataclass_types: tuple[type, ...], everything: b
         fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
         in_help: dict[str, tuple[str, ...]] = getattr(kind, "in_help", {})
         listed = {name: heading for heading, names in in_help.items() for name in names}
-        for name in [*listed, *(fields.keys() - listed if everything else ())] if listed else fields:
+        rest = [name for name in fields if name not in listed] if everything or not listed else []
+        for name in [*listed, *rest]:
             heading = listed.get(name, getattr(kind, "_argument_group_name", "arguments"))
             groups.setdefault(heading, []).append(_help_entry(fields[name], getattr(kind, "help_texts", {})))
     usage = f"usage: {Path(sys.argv[0]).name} [FILE.yaml | FILE.json] [arguments]"
@@ -202,7 +196,7 @@ def help_page(description: str, dataclass_types: tuple[type, ...], everything: b
 def _help_entry(field: dataclasses.Field, texts: dict[str, str]) -> str:
     text = " ".join(texts.get(field.name, field.metadata.get("help", "")).split())
     default = _default(field)
-    if default not in (None, False, [], dataclasses.MISSING) and "default" not in text:
+    if not (default is None or default is False or default in ([], dataclasses.MISSING)) and "default" not in text:
         shown = " ".join(map(str, default)) if isinstance(default, list) else getattr(default, "value", default)
         text += f" (default: {shown})"
     indent = f"  --{field.name:<30} "

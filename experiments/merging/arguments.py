@@ -8,12 +8,14 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from transformers.hf_argparser import HfArg
+
 import experiments.merging.controls  # noqa: F401  registers methods that only experiments have
-from configuration_tome_perceiver import MERGE_METRICS, ToMePerceiverConfig
+from configuration_tome_perceiver import MERGE_METRICS, MERGING_FIELDS, ToMePerceiverConfig
 from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, SKIP_BLOCKS, FlopsShare, Merging
 from experiments.errors import BadInput, Stopped, one_line
 from frontier_tome_perceiver import GROUPS, UNSEEN_METHOD, UNSEEN_METRIC, Batch, Choice, held_out_to_promise
@@ -58,71 +60,57 @@ class Samples:
 
 @dataclass
 class MergeArguments:
-    """How latents merge; each also a field of the config that is saved. What is not given stays as it is there."""
+    """How latents merge. Config fields that are not given stay as they are in the checkpoint."""
 
     _argument_group_name: ClassVar[str] = "merging"
 
-    r: str | None = field(
-        default=None,
-        metadata={"help": "Latents merged in each layer: an integer, or a comma-separated list, one entry a layer."},
+    r: str | None = HfArg(
+        default=None, help="Latents merged in each layer: an integer, or a comma-separated list, one entry a layer."
     )
-    flops_ratio: float | None = field(
+    flops_ratio: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Instead of --r: largest share of the unmerged model's FLOPs. What merges then is what changes the "
-            "outputs least on unlabelled samples."
-        },
+        help="Instead of --r: largest share of the unmerged model's FLOPs. Merging is then chosen so that it changes "
+        "the outputs least on unlabelled samples.",
     )
-    latency_ratio: float | None = field(
+    latency_ratio: float | None = HfArg(
+        default=None, help="Instead of --r: largest share of the unmerged model's time, measured on this machine."
+    )
+    max_changed: float | None = HfArg(
         default=None,
-        metadata={"help": "Instead of --r: largest share of the unmerged model's time, measured on this machine."},
+        help="Instead of --r: largest share of inputs whose answer merging may change (95 percent confidence). Needs "
+        "samples that the model was not trained on: a test split, or --calibration_samples with --do_train.",
     )
-    max_changed: float | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of --r: largest share of inputs whose answer merging may change (95 percent confidence). "
-            "Needs samples that the model was not trained on: a test split, or --calibration_samples with --do_train."
-        },
-    )
-    schedule: str = field(
+    schedule: str = HfArg(
         default=SEARCH,
-        metadata={
-            "help": f"How such a budget is spread over the layers. '{SEARCH}' finds that, with the method, the metric "
-            f"or fixed groups of latents; {', '.join(sorted(SCHEDULE_NAMES[:-1]))} are taken as they are, and merge by "
-            f"'{UNSEEN_METHOD}' on {UNSEEN_METRIC}s, unless a method or a metric is given. A model that is trained "
-            f"from scratch with merging on takes '{DEFAULT_SCHEDULE}'."
-        },
+        help=f"How such a budget is spread over the layers. '{SEARCH}' finds that, with the method, the metric or "
+        f"fixed groups of latents. {', '.join(sorted(SCHEDULE_NAMES[:-1]))}: fixed schedules, by '{UNSEEN_METHOD}' on "
+        f"{UNSEEN_METRIC}s unless a method or metric is given. A model trained from scratch with merging on takes "
+        f"'{DEFAULT_SCHEDULE}'.",
     )
-    calibration_samples: int | None = field(
+    calibration_samples: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Unlabelled samples that a search looks at: of the test split if there is one that is not "
-            "evaluated on; otherwise, with --do_train, held out from training. By default as many as take a few "
-            f"minutes, at most {MOST_SAMPLES}, and training samples where there is no test split."
-        },
+        help="Number of unlabelled samples for a search: from the test split if there is one that is not evaluated on; "
+        "otherwise, with --do_train, held out from training. By default as many as take a few minutes, at most "
+        f"{MOST_SAMPLES}, and training samples if there is no test split.",
     )
-    r_inflection: float | None = field(
-        default=None, metadata={"help": "-1: merge early (2r falling to 0), 0: constant, 1: merge late."}
+    r_inflection: float | None = HfArg(
+        default=None, help="-1: merge early (2r falling to 0), 0: constant, 1: merge late."
     )
-    min_latents: int | None = field(default=None, metadata={"help": "Never merge below this many latents."})
-    merge_method: str | None = field(
+    min_latents: int | None = HfArg(default=None, help="Never merge below this many latents.")
+    merge_method: str | None = HfArg(
         default=None,
-        metadata={
-            "help": f"What merges with what: {', '.join(sorted(MERGE_METHODS))}. '{GROUPS}', with a budget and "
-            f"--schedule {SEARCH}: fixed groups of latents, which match nothing as the model runs."
-        },
+        help=f"How latents are matched: {', '.join(sorted(MERGE_METHODS))}. '{GROUPS}', with a budget and --schedule "
+        f"{SEARCH}: fixed groups of latents, which need no matching.",
     )
-    merge_metric: str | None = field(
-        default=None, metadata={"help": "What of the latents is compared: key, value or hidden."}
-    )
-    proportional_attention: bool | None = field(
-        default=None, metadata={"help": "Weight merged latents by their size in attention (the default)."}
+    merge_metric: str | None = HfArg(default=None, help="What latents are compared by: key, value or hidden.")
+    proportional_attention: bool | None = HfArg(
+        default=None, help="Weight merged latents by their size in attention (the default)."
     )
 
     def __post_init__(self) -> None:
         if self.r is not None:
             self.r = spelled_r(self.r)
-        check_merging(**{name: getattr(self, name) for name in (*AMOUNTS, "r_inflection", "min_latents", *WAYS[:2])})
+        check_merging(**vars(self))
         check_schedule(self.schedule, self.has_budget)
         check_groups([self.merge_method], self.has_budget and self.schedule == SEARCH)
         if len(given := self._given) > 1:
@@ -182,11 +170,12 @@ class MergeArguments:
 
     def config_fields(self) -> dict[str, Any]:
         """Return the fields that were given, as the config takes them."""
-        given = {name: getattr(self, name) for name in ("r_inflection", "min_latents", *WAYS)}
-        given["r"] = None if self.r is None else parse_r(self.r)
+        given = {name: value for name, value in vars(self).items() if name in MERGING_FIELDS and value is not None}
+        if self.r is not None:
+            given["r"] = parse_r(self.r)
         if self.merge_method == GROUPS:
             del given["merge_method"]  # a search sets the groups that it finds
-        return {name: value for name, value in given.items() if value is not None}
+        return given
 
     def sample_count(self, model: ToMePerceiverPreTrainedModel, samples: Samples, input_shape: tuple[int, ...]) -> int:
         """Return the number of samples to calibrate on: as given, or as many as take a few minutes.
@@ -343,7 +332,7 @@ def check_merging(**given: Any) -> None:
     """Check merging arguments as far as they can be without a model.
 
     Args:
-        given: one value for each argument, by its name; `None` for an argument that is not given.
+        given: value of each argument by its name, `None` if it is not given; other names are not checked.
 
     Raises:
         BadInput: for a value that fits no model.

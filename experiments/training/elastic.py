@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training one checkpoint for every r and every budget: a merging drawn anew in every step, taught by the unmerged one.
+"""Train one checkpoint for every r and every budget: each step draws a merging, and the unmerged model teaches it.
 
-In every step the unmerged forward pass learns the task, and a merged one learns to say what the unmerged one says: the
-in-place distillation of Yu & Huang (2019), "Universally slimmable networks", with latents in the place of channels.
+In every step the unmerged forward pass learns the task, and a merged one learns the unmerged outputs: the in-place
+distillation of Yu & Huang (2019), "Universally slimmable networks", with latents in the place of channels.
 
 Letters: B batch, S positions, K labels, N latents, L self-attention layers.
 """
@@ -22,29 +22,29 @@ from cost_tome_perceiver import SCHEDULES, Merging, merging_at, self_attention_l
 from experiments.training.trainer import TaskTrainer
 from frontier_tome_perceiver import output_divergence
 
+# Share of the self-attention layers' FLOPs that the strongest merging drawn leaves.
 LEAST_SHARE = 1 / 8
-"""Of the self-attention layers' FLOPs, what is left at the strongest merging that is drawn."""
-# Of a position that no loss counts.
+# Label of a position that no loss counts.
 UNLABELLED = -100
 
 
 class MergingDraw:
     """The merging of each training step: a schedule of any shape, within a budget drawn log-uniformly.
 
-    The shapes are `cost_tome_perceiver.SCHEDULES`, so constant numbers down to one latent left, as in the
-    source paper, are among them. The budget is a share of the FLOPs of the self-attention layers, without the matching,
-    from `LEAST_SHARE`, or the least that the shape comes down to, up to 1; log-uniform, since what is hard to learn
-    lies at the lower end.
+    The shapes are `cost_tome_perceiver.SCHEDULES`, with the constant numbers of the source paper down to one latent
+    left. The budget is a share of the FLOPs of the self-attention layers without the matching, from `LEAST_SHARE`, or
+    the least share of the shape, up to 1; log-uniform, because strong merging is harder to learn.
 
     Args:
-        config: of the model; its own merging does not count, but for its `min_latents`.
-        seed: decides with the step alone, so that a draw is the same after resuming and in every process.
+        config: config of the model; of its own merging only `min_latents` counts.
+        seed: seed of the draws. A draw depends on seed and step only, so it is the same after resuming and in every
+            process.
     """
 
     def __init__(self, config: ToMePerceiverConfig, seed: int) -> None:
         self.seed = seed
         latents = config.num_latents
-        # A layer costs its attention on the latents that reach it, and its MLP on those that leave it.
+        # The attention of a layer runs on the latents that reach it, its MLP on those that leave it.
         attention = [self_attention_layer_flops(config, count, 0) for count in range(latents + 1)]
         mlp = [self_attention_layer_flops(config, 0, count) for count in range(latents + 1)]
 
@@ -53,7 +53,7 @@ class MergingDraw:
             spent = sum(attention[count] for count in left[:-1]) + sum(mlp[count] for count in left[1:])
             return spent / (len(removed) * (attention[latents] + mlp[latents]))
 
-        # Of each shape the members with the share that they take, the weakest first.
+        # Share and schedule of each member of each shape, the weakest first.
         self.shapes: list[list[tuple[float, tuple[int, ...]]]] = []
         for name in sorted(SCHEDULES):
             strengths = (strength / (2 * latents) for strength in range(2 * latents + 1))
@@ -61,12 +61,7 @@ class MergingDraw:
             self.shapes.append(sorted(((share(member), member) for member in members), reverse=True))
 
     def at(self, step: int) -> tuple[float, list[int]]:
-        """The merging of a step.
-
-        Returns:
-            The share of the FLOPs that it takes, and what `config.r` takes: the latents to merge in each of the L
-            layers.
-        """
+        """Return the merging of a step: its share of the FLOPs, and its `config.r` with an entry for each layer."""
         random = np.random.default_rng([self.seed, step])
         members = self.shapes[random.integers(len(self.shapes))]
         budget = max(LEAST_SHARE, members[-1][0]) ** random.random()
@@ -75,11 +70,11 @@ class MergingDraw:
 
 
 def distance(merged: Tensor, unmerged: Tensor, labels: Tensor, regression: bool) -> Tensor:
-    """How far merged outputs are from unmerged ones, a scalar, the mean over what is labelled.
+    """Return the mean divergence of merged from unmerged outputs at labelled positions, a scalar.
 
     Args:
         merged, unmerged: (B, K) logits, or (B, S, K).
-        labels: (B,) or (B, S), `UNLABELLED` where nothing is asked.
+        labels: (B,) or (B, S), `UNLABELLED` at positions without a label.
         regression: as for `output_divergence`.
     """
     if not regression:
@@ -90,9 +85,9 @@ def distance(merged: Tensor, unmerged: Tensor, labels: Tensor, regression: bool)
 class ElasticTrainer(TaskTrainer):
     """A `TaskTrainer` for every merging at once.
 
-    Modifications: the loss of training is the task's, unmerged, and `distillation_weight` times the distance of the
-    outputs merged as `MergingDraw` says from the unmerged ones, which are constants in it. All batches of an
-    accumulated step merge alike. The config says before and after what it was given; evaluation merges by that.
+    Modifications: the training loss is the unmerged loss of the task plus `distillation_weight` times the distance
+    of the outputs merged by `MergingDraw` from the unmerged ones, which get no gradient from it. All batches of an
+    accumulated step merge alike. The config keeps its own merging, by which evaluation merges.
     """
 
     def __init__(self, *args: Any, distillation_weight: float = 1.0, **kwargs: Any) -> None:
@@ -112,7 +107,7 @@ class ElasticTrainer(TaskTrainer):
         config = self.model.config
         own = Merging.of(config)
         with own.by(0).applied(config):
-            # Upstream takes the labels out of what it is given if it smooths them.
+            # A copy: upstream removes the labels if it smooths them.
             loss, unmerged = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
         _, r = self.draw.at(self.state.global_step)
         with own.by(r).applied(config):

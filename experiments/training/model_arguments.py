@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets.config import HF_DATASETS_CACHE
+from transformers.hf_argparser import HfArg
 
 from experiments.files import check_writable
 
@@ -18,40 +19,33 @@ class ModelArguments:
 
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Hub id or local folder of a checkpoint, stock Perceiver or ours. Without it: from scratch."},
+    model_name_or_path: str | None = HfArg(
+        default=None, help="Hub id or local folder of a checkpoint, stock Perceiver or ours. Without it: from scratch."
     )
-    config_name: str | None = field(
-        default=None,
-        metadata={"help": "For a model from scratch: a JSON file with its config, or a checkpoint to take it from."},
+    config_name: str | None = HfArg(
+        default=None, help="For a model from scratch: a JSON file with its config, or a checkpoint to take it from."
     )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "Changes to the config of a model from scratch: num_latents=64,d_latents=128,..."},
+    config_overrides: str | None = HfArg(
+        default=None, help="Changes to the config of a model from scratch: num_latents=64,d_latents=128,..."
     )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer, if it is not that of --model_name_or_path."}
+    tokenizer_name: str | None = HfArg(default=None, help="Tokenizer, if it is not that of --model_name_or_path.")
+    image_processor_name: str | None = HfArg(
+        default=None, help="Image processor, if it is not that of --model_name_or_path."
     )
-    image_processor_name: str | None = field(
-        default=None, metadata={"help": "Image processor, if it is not that of --model_name_or_path."}
+    cache_dir: str | None = HfArg(default=None, help="Folder for downloads from the Hub.")
+    model_revision: str = HfArg(default="main", help="Branch, tag or commit of the checkpoint.")
+    token: str | None = HfArg(
+        default=None, help="Token for gated or private repositories; by default the one of `hf auth login`."
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
-    token: str | None = field(
-        default=None,
-        metadata={"help": "Token for gated or private repositories; by default the one of `hf auth login`."},
-    )
-    trust_remote_code: bool = field(
+    trust_remote_code: bool = HfArg(
         default=False,
-        metadata={"help": "Run a tokenizer's or image processor's own code. The model's is always this repository's."},
+        help="Run a tokenizer's or image processor's own code. The model's is always this repository's.",
     )
-    code_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of that code, if it is in a repository of its own."}
+    code_revision: str | None = HfArg(
+        default=None, help="Branch, tag or commit of that code, if it is in a repository of its own."
     )
-    ignore_mismatched_sizes: bool = field(
-        default=False,
-        metadata={"help": "Start a head of another size anew, for a checkpoint finetuned on other labels."},
+    ignore_mismatched_sizes: bool = HfArg(
+        default=False, help="Start a head of another size anew, for a checkpoint finetuned on other labels."
     )
 
     def __post_init__(self) -> None:
