@@ -268,7 +268,7 @@ def test_own_files(tmp_path):
     [
         (("--task_name", "glue"), ("--task_name glue", "sst2")),
         (("--r", "-1"), ("--r -1", "0 or more")),
-        (("--r", "1,1"), ("r = [1, 1]", str(NUM_LAYERS))),
+        (("--r", "1,1"), ("r=[1, 1]", str(NUM_LAYERS))),
         (("--flops_ratio", "0.9", "--r", "1"), ("--flops_ratio 0.9", "--r 1")),
         (("--flops_ratio", "0.1"), ("flops_ratio=0.1 is out of reach", "schedule floor")),
         (("--flops_ratio", "0.9", "--schedule", "steep"), ("--schedule steep", "geometric")),
