@@ -8,6 +8,8 @@ Letters: B batch, S inputs, N latents, M latents left, Q decoder queries, H head
 of a head's keys, E of a head's values.
 """
 
+# mypy: disable-error-code="import-not-found"
+
 from __future__ import annotations
 
 import math
@@ -24,41 +26,24 @@ from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
 from transformers.models.perceiver import modeling_perceiver as upstream
 from transformers.pytorch_utils import apply_chunking_to_forward
 
-# Inside a package (a Hub checkpoint's code) only the relative import may answer: a broken module there must not be
-# replaced in silence by another copy on the path.
+# A Hub checkpoint's code is a package, in which only the relative import may answer: another copy on the path must not
+# stand in for a broken module.
 try:
-    from .configuration_tome_perceiver import ToMePerceiverConfig  # type: ignore[import-not-found]
-    from .merging_tome_perceiver import (  # type: ignore[import-not-found]
-        MERGE_METHODS,
-        Match,
-        MergeMethod,
-        check_merge_method,
-        follow_latents,
-        log_size_bias,
-        match_groups,
-        merge_latents,
-        source_matrix,
-    )
+    from .configuration_tome_perceiver import ToMePerceiverConfig
+    from .merging_tome_perceiver import Match, log_size_bias, match_groups, merge_latents, merge_method, merge_sources
 except ImportError:
     if __package__:
         raise
     from configuration_tome_perceiver import ToMePerceiverConfig
-    from merging_tome_perceiver import (
-        MERGE_METHODS,
-        Match,
-        MergeMethod,
-        check_merge_method,
-        follow_latents,
-        log_size_bias,
-        match_groups,
-        merge_latents,
-        source_matrix,
-    )
+    from merging_tome_perceiver import Match, log_size_bias, match_groups, merge_latents, merge_method, merge_sources
+
+# Scores that a CPU's cache holds: 8 MB in float32.
+CACHED_SCORES = 2**21
 
 
 @dataclass
 class ToMePerceiverEncoderOutput(BaseModelOutputWithCrossAttentions):
-    """Upstream's encoder output with what became of the latents.
+    """Upstream's encoder output with the sizes and sources of the latents.
 
     Args:
         latent_sizes: (B, M) in float32 how many of the N latents each one left stands for, or `None` if none merged.
@@ -70,8 +55,7 @@ class ToMePerceiverEncoderOutput(BaseModelOutputWithCrossAttentions):
 
 
 class AttentionOutput(NamedTuple):
-    """What attention hands on: its output (B, Q, C), its keys (B, H, N, D), its values (B, H, N, E) and, if asked for,
-    its weights."""
+    """Output of attention (B, Q, C), its keys (B, H, N, D), its values (B, H, N, E) and, if asked for, its weights."""
 
     hidden_states: Tensor
     keys: Tensor
@@ -80,17 +64,7 @@ class AttentionOutput(NamedTuple):
 
 
 MatchLatents = Callable[[AttentionOutput, Tensor | None], Match]
-"""What a layer merges, from what its attention hands on and the sizes of the latents."""
-
-# 8 MB of them in float32: what caches of today's processors hold.
-CACHED_SCORES = 2**21
-# What the CPU's fused attention takes at once of a row of scores. What is left over at the end of a row it takes one by
-# one, which is slower than this many at once if there are more than half as many.
-KEYS_AT_ONCE = 16
-# In all heads of all rows.
-FEW_QUERIES = 256
-# In bfloat16 a CPU's plain products are the faster ones from heads of this width on.
-WIDE_HEADS = 128
+"""Decides what a layer merges, from the output of its attention and the sizes of the latents."""
 
 METRICS: dict[str, Callable[[AttentionOutput], Tensor]] = {
     # The mean over heads is ToMe's metric (section 3, "token similarity").
@@ -98,11 +72,11 @@ METRICS: dict[str, Callable[[AttentionOutput], Tensor]] = {
     "value": lambda attention: attention.values.mean(dim=1),
     "hidden": lambda attention: attention.hidden_states,
 }
-"""For each `config.merge_metric`: what latents are compared by, (B, N, D), (B, N, E) or (B, N, C)."""
+"""For each `config.merge_metric` the vectors that matching compares, (B, N, D), (B, N, E) or (B, N, C)."""
 
 
 class LayerOutput(NamedTuple):
-    """What a layer hands on: latents (B, M, C), their sizes (B, M), the merge it did and, if asked for, its weights."""
+    """Latents (B, M, C) that a layer leaves, their sizes (B, M), its merge and, if asked for, its attention weights."""
 
     hidden_states: Tensor
     sizes: Tensor | None
@@ -117,8 +91,7 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
     - `scaled_dot_product_attention` where that is the faster way, unless the weights are asked for or
       `attn_implementation="eager"`
     - an additive bias (B or 1, 1, 1, N) instead of a mask
-    - also returns the keys and the values, which may be the metric of matching
-    - a few heads at a time where all scores would not fit into a CPU's cache
+    - also returns the keys and the values, which matching may compare
     - queries that one row of the batch repeats to all (learned latents, a decoder's positions) are projected once
     """
 
@@ -132,84 +105,61 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
         queries = queries.expand(batch, -1, -1, -1)
         keys = self.transpose_for_scores(self.key(inputs), self.qk_channels_per_head)
         values = self.transpose_for_scores(self.value(inputs), self.v_channels_per_head)
-        weights = None
-        if output_attentions or not self._fused(queries):
-            # Scaled before the product: there are far fewer queries than scores.
-            queries = queries / math.sqrt(self.qk_channels_per_head)
-            heads = _heads_at_once(queries, keys)
-            if output_attentions or heads == queries.shape[1]:
-                context, weights = self._attend(queries, keys, values, bias)
-            else:
-                parts = zip(*(each.split(heads, dim=1) for each in (queries, keys, values)), strict=True)
-                context = torch.cat([self._attend(q, k, v, bias)[0] for q, k, v in parts], dim=1)
+        if output_attentions or not self._is_fused(queries):
+            context, weights = self._attend(queries, keys, values, bias, output_attentions)
         else:
-            dropout = self.dropout.p if self.training else 0.0
-            # All that a merge leaves has a bias.
-            k, v, mask = (keys, values, bias) if bias is None else _padded_keys(queries, keys, values, bias)
-            context = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, dropout_p=dropout)
-        return AttentionOutput(context.transpose(1, 2).flatten(2), keys, values, weights if output_attentions else None)
+            dropout, weights = self.dropout.p if self.training else 0.0, None
+            bias = None if bias is None else bias.to(queries.dtype)
+            k, v, bias = _fill_up_keys(keys, values, bias)
+            context = F.scaled_dot_product_attention(queries, k, v, attn_mask=bias, dropout_p=dropout)
+        return AttentionOutput(context.transpose(1, 2).flatten(2), keys, values, weights)
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        scores = queries @ keys.transpose(-1, -2)
-        if bias is not None:
-            scores += bias
-        weights = self.dropout(scores.softmax(dim=-1))
-        return weights @ values, weights
+    def _is_fused(self, queries: Tensor) -> bool:
+        """Whether to use `scaled_dot_product_attention`: a CPU's is slow to train in bfloat16, and for unequal widths.
 
-    def _fused(self, queries: Tensor) -> bool:
-        """Whether `scaled_dot_product_attention` is the faster way; on a CPU that was measured on a core of an AMD EPYC
-        with avx512_bf16 and torch 2.13, in microseconds of processor time, fused and plain:
-
-        | | float32 | bfloat16 |
-        |---|---|---|
-        | 32 rows, 64 latents, 6 heads of 64 | 4,203 and 5,266 | 5,194 and 3,077 |
-        | the same, forward and backward pass | 16,302 and 20,755 | 33,706 and 9,224 |
-        | 1 row of these | 104 and 113 | 127 and 134; 48 latents 88 and 130 |
-        | 32 rows, 48 latents, 2 heads of 32 | 427 and 489 | 599 and 695 |
-        | the same, forward and backward pass | 1,412 and 1,642 | 8,076 and 1,477 |
-        | 1 row of these | 20 and 26 | 27 and 73 |
-        | 1 row, 512 latents, 8 heads of 128 | 13,741 and 14,275 | 13,565 and 7,894 |
+        Measured in docs/results/throughput ("A training step under autocast to bfloat16").
         """
         if self.config._attn_implementation == "eager":
             return False
-        if queries.device.type != "cpu":
-            return True
-        if self.qk_channels_per_head != self.v_channels_per_head:
-            # PyTorch has no fused kernel for keys and values of different widths (the published language model has 32
-            # and 160); what it then falls back to makes more passes over the scores than this class does.
-            return False
-        # By `training`, which a checkpointed layer that runs again finds as it was, rather than by whether there are
-        # gradients.
-        return queries.dtype != torch.bfloat16 or not (self.training or self.qk_channels_per_head >= WIDE_HEADS)
+        slow = self.qk_channels_per_head != self.v_channels_per_head or (
+            self.training and queries.dtype == torch.bfloat16
+        )
+        return queries.device.type != "cpu" or not slow
+
+    def _attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend by plain products, on a CPU with as many heads at a time as leave the scores in its cache."""
+        # Scaled before the product: there are far fewer queries than scores.
+        queries = queries / math.sqrt(self.qk_channels_per_head)
+        heads = queries.shape[1]
+        if not (output_attentions or torch.compiler.is_compiling() or queries.device.type != "cpu"):
+            scores_per_head = queries.shape[0] * queries.shape[2] * keys.shape[2]
+            heads = min(max(CACHED_SCORES // max(scores_per_head, 1), 1), heads)
+        contexts = []
+        for q, k, v in zip(*(each.split(heads, dim=1) for each in (queries, keys, values)), strict=True):
+            scores = q @ k.transpose(-1, -2)
+            if bias is not None:
+                scores += bias
+            weights = self.dropout(scores.softmax(dim=-1))
+            contexts.append(weights @ v)
+        context = contexts[0] if heads == queries.shape[1] else torch.cat(contexts, dim=1)
+        return context, weights if output_attentions else None
 
 
-def _padded_keys(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and bias as the fused attention takes them fastest, the added keys with a weight of 0.
+def _fill_up_keys(keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Fill up the keys that a merge leaves to a multiple of 16, with keys of weight 0.
 
-    On a CPU that is with a number of keys that leaves over few; merging leaves any number. With 47 latents, 32 rows and
-    2 heads of 32, it took 714 microseconds of a core without this and 477 with it (48 latents: 427), forward and
-    backward 1,922 and 1,551; with 1 row, which is left as it is, 29 and 30.
+    A CPU's fused attention takes 16 keys at once and the others one by one, which is slower for more than 8 of them
+    (docs/results/throughput, "What merging leaves"). For a batch of one the copies cost what they save.
     """
-    bias = bias.to(queries.dtype)
-    if torch.compiler.is_compiling() or queries.device.type != "cpu":
+    added = -keys.shape[2] % 16
+    if bias is None or keys.device.type != "cpu" or torch.compiler.is_compiling():
         return keys, values, bias
-    added = -keys.shape[2] % KEYS_AT_ONCE
-    # For few queries, or few left over, the copies would cost what they save.
-    if added == 0 or added >= KEYS_AT_ONCE // 2 or queries.shape[:3].numel() < FEW_QUERIES:
+    if keys.shape[0] == 1 or not 0 < added < 8:
         return keys, values, bias
     keys, values = (F.pad(each, (0, 0, 0, added)) for each in (keys, values))
     return keys, values, F.pad(bias, (0, added), value=-math.inf)
-
-
-def _heads_at_once(queries: Tensor, keys: Tensor) -> int:
-    """How many heads attend together: on a CPU as many as leave the scores in its cache, at least one.
-
-    Compiled, all of them, since it is the compiler that decides what stays in a cache.
-    """
-    batch, heads, rows, _ = queries.shape
-    if torch.compiler.is_compiling() or queries.device.type != "cpu":
-        return heads
-    return min(max(CACHED_SCORES // max(batch * rows * keys.shape[2], 1), 1), heads)
 
 
 def _repeated_row(hidden_states: Tensor) -> Tensor:
@@ -303,35 +253,38 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
             inputs: (B, S, C'), preprocessed.
             bias: (B, 1, 1, S), the padding mask as scores.
             output_attentions, output_hidden_states, output_latent_sources: return them too.
-            plan: what merges in this call; `None` for what the config says.
+            plan: of this call's merges; `None` for the config's.
 
         Raises:
             ValueError: for a setting out of its range, or a config that is of another shape than the model by now.
         """
-        self._check_shape(hidden_states.shape[1])
+        batch, num_latents = hidden_states.shape[:2]
+        # The schedule is the config's, so a number changed in it later would merge other layers or latents.
+        for name, built in (("num_self_attends_per_block", len(self.self_attends)), ("num_latents", num_latents)):
+            if getattr(self.config, name) != built:
+                raise ValueError(f"{name}={getattr(self.config, name)}: must be {built}, as the model was built")
         self.config.check_settings()
         plan = merge_plan(self.config) if plan is None else plan
         all_hidden_states, all_attentions = [], []
-        batch, num_latents = hidden_states.shape[:2]
-        # Where each of the first latents stands now.
-        positions = torch.arange(num_latents, device=hidden_states.device).expand(batch, -1)
+        sources = None
+        if output_latent_sources:
+            sources = torch.eye(num_latents, device=hidden_states.device).expand(batch, -1, -1)
         layer = self.read(hidden_states, inputs, bias, plan, output_attentions)
         hidden_states, sizes, cross_attention_weights = layer.hidden_states, layer.sizes, layer.attention_weights
-        if layer.match is not None:
-            positions = follow_latents(positions, layer.match)
-        bias = latent_bias(self.config, sizes, hidden_states.dtype)
+        if sources is not None and layer.match is not None:
+            sources = merge_sources(sources, layer.match)
         for index, match_latents in enumerate(layer_matchers(plan, hidden_states.device)):
             # Only if asked for: held any longer, a layer's latents could not be reused for the next one's.
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            if layer.match is not None and index > 0:
+            if layer.match is not None or index == 0:
                 bias = latent_bias(self.config, sizes, hidden_states.dtype)
             module = self.self_attends[index % len(self.self_attends)]
             layer = call_layer(module, hidden_states, sizes, match_latents, None, bias, output_attentions)
             hidden_states, sizes = layer.hidden_states, layer.sizes
             all_attentions.append(layer.attention_weights)
-            if output_latent_sources and layer.match is not None:
-                positions = follow_latents(positions, layer.match)
+            if sources is not None and layer.match is not None:
+                sources = merge_sources(sources, layer.match)
             # As upstream: the state that ends a block stands twice, also as the one that starts the next.
             if output_hidden_states and (index + 1) % len(self.self_attends) == 0:
                 all_hidden_states.append(hidden_states)
@@ -341,7 +294,7 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
             attentions=tuple(all_attentions) if output_attentions else None,
             cross_attentions=(cross_attention_weights,) if output_attentions else None,
             latent_sizes=sizes,
-            latent_sources=source_matrix(positions, hidden_states.shape[1]) if output_latent_sources else None,
+            latent_sources=sources,
         )
 
     def read(
@@ -356,23 +309,14 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
         layer = call_layer(self.cross_attention, latents, None, None, inputs, bias, output_attentions)
         return layer._replace(sizes=sizes, match=match)
 
-    def _check_shape(self, num_latents: int) -> None:
-        """The schedule is the config's, so a number changed in it later would merge other layers or latents."""
-        for name, built in (("num_self_attends_per_block", len(self.self_attends)), ("num_latents", num_latents)):
-            if getattr(self.config, name) != built:
-                raise ValueError(f"{name}={getattr(self.config, name)}: must be {built}, as the model was built")
-
 
 def latent_bias(config: ToMePerceiverConfig, sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return what is added to the scores wherever latents are keys, (B, 1, 1, M).
-
-    `None` before anything merged, or without `proportional_attention`.
-    """
+    """Return the bias on scores whose keys are latents, (B, 1, 1, M); `None` if sizes make no difference."""
     return None if sizes is None or not config.proportional_attention else log_size_bias(sizes, dtype)
 
 
 class MergePlan(NamedTuple):
-    """What one forward pass merges.
+    """Merges of one forward pass.
 
     Attributes:
         schedule: latents removed in each layer that runs.
@@ -388,17 +332,18 @@ class MergePlan(NamedTuple):
     merge_metric: str
 
 
-def merge_plan(config: ToMePerceiverConfig, r: int | list[int] | None = None) -> MergePlan:
-    """Return what a config merges.
-
-    Args:
-        config: of the model.
-        r: in the place of the config's `r`, `r_inflection` and groups.
+def merge_plan(
+    config: ToMePerceiverConfig, r: int | list[int] | None = None, flops_ratio: float | None = None
+) -> MergePlan:
+    """Return the merges of a config, or in their place those of an `r` or of the frontier's best row within a share.
 
     Raises:
         ValueError: for a setting out of its range, in one line.
     """
-    check_merge_method(config.merge_method)
+    if r is not None and flops_ratio is not None:
+        raise ValueError(f"r={r}, flops_ratio={flops_ratio}: use one of them")
+    if flops_ratio is not None:
+        config = config.merged_as(config.frontier_row(flops_ratio))
     method, metric = config.merge_method, config.merge_metric
     if r is not None:
         return MergePlan(config.schedule_of(r), None, None, method, metric)
@@ -406,17 +351,15 @@ def merge_plan(config: ToMePerceiverConfig, r: int | list[int] | None = None) ->
 
 
 def layer_matchers(plan: MergePlan, device: torch.device) -> list[MatchLatents | None]:
-    """Return for each layer what decides its merge, `None` for none.
-
-    Matching at run time and fixed groups meet here and are one from here on.
-    """
+    """Return the function that decides the merge of each layer, by matching or fixed groups; `None` for no merge."""
     if plan.merge_groups is not None:
         # As tensors from here on: a compiled layer would take lists for constants, and be compiled for each.
         return [
             None if groups is None else partial(_match_fixed, match=match_groups(groups, device))
             for groups in plan.merge_groups
         ]
-    matching = partial(_match_by_metric, method=MERGE_METHODS[plan.merge_method], metric=METRICS[plan.merge_metric])
+    method, metric = merge_method(plan.merge_method), METRICS[plan.merge_metric]
+    matching = partial(_match_by_metric, method=method, metric=metric)
     layers = len(plan.schedule)
     return [partial(matching, r=r, depth=index / layers) if r else None for index, r in enumerate(plan.schedule)]
 
@@ -424,7 +367,7 @@ def layer_matchers(plan: MergePlan, device: torch.device) -> list[MatchLatents |
 def _match_by_metric(
     attention: AttentionOutput,
     sizes: Tensor | None,
-    method: MergeMethod,
+    method: Callable[..., Match],
     metric: Callable[[AttentionOutput], Tensor],
     r: int,
     depth: float,
@@ -436,53 +379,32 @@ def _match_fixed(attention: AttentionOutput, sizes: Tensor | None, match: Match)
     return match
 
 
-class ToMePerceiverBasicDecoder(upstream.PerceiverBasicDecoder):
-    """Upstream's cross-attention decoder.
+class WeighedLatents(NamedTuple):
+    """Latents (B, M, C) for a decoder, and the bias on their scores (B, 1, 1, M), `None` for none.
 
-    Modifications: a bias (B, 1, 1, M) on the scores, so that a merged latent counts as often as it stands for.
-    Upstream drops every mask on the way here.
+    Upstream's decoders hand the latents as they are to the one of cross-attention, and drop every mask on the way.
     """
 
+    latents: Tensor
+    bias: Tensor | None
+
+
+def weigh_latents(config: ToMePerceiverConfig, latents: Tensor, sizes: Tensor | None) -> WeighedLatents:
+    """Return latents (B, M, C) of these sizes (B, M) for a decoder."""
+    return WeighedLatents(latents, latent_bias(config, sizes, latents.dtype))
+
+
+class ToMePerceiverBasicDecoder(upstream.PerceiverBasicDecoder):
+    """Upstream's cross-attention decoder. Modifications: takes `WeighedLatents`."""
+
     def forward(
-        self, query: Tensor, z: Tensor, bias: Tensor | None = None, output_attentions: bool = False
+        self, query: Tensor, z: WeighedLatents, query_mask: Tensor | None = None, output_attentions: bool = False
     ) -> upstream.PerceiverDecoderOutput:
-        layer = call_layer(self.decoding_cross_attention, query, None, None, z, bias, output_attentions)
+        layer = call_layer(self.decoding_cross_attention, query, None, None, z.latents, z.bias, output_attentions)
         return upstream.PerceiverDecoderOutput(
             logits=self.final_layer(layer.hidden_states),
             cross_attentions=(layer.attention_weights,) if output_attentions else None,
         )
-
-
-class ToMePerceiverClassificationDecoder(upstream.PerceiverClassificationDecoder):
-    """Upstream's classification decoder. Modifications: passes the bias on."""
-
-    def forward(
-        self, query: Tensor, z: Tensor, bias: Tensor | None = None, output_attentions: bool = False
-    ) -> upstream.PerceiverDecoderOutput:
-        decoded = self.decoder(query, z, bias, output_attentions)
-        decoded.logits = decoded.logits[:, 0, :]
-        return decoded
-
-
-class ToMePerceiverOpticalFlowDecoder(upstream.PerceiverOpticalFlowDecoder):
-    """Upstream's optical flow decoder. Modifications: passes the bias on."""
-
-    def forward(
-        self, query: Tensor, z: Tensor, bias: Tensor | None = None, output_attentions: bool = False
-    ) -> upstream.PerceiverDecoderOutput:
-        decoded = self.decoder(query, z, bias, output_attentions)
-        flow = decoded.logits / self.rescale_factor
-        decoded.logits = flow.reshape(flow.shape[0], *self.output_image_shape, flow.shape[-1])
-        return decoded
-
-
-class ToMePerceiverMultimodalDecoder(upstream.PerceiverMultimodalDecoder):
-    """Upstream's multimodal decoder. Modifications: passes the bias on."""
-
-    def forward(
-        self, query: Tensor, z: Tensor, bias: Tensor | None = None, output_attentions: bool = False
-    ) -> upstream.PerceiverDecoderOutput:
-        return self.decoder(query, z, bias, output_attentions)
 
 
 class ToMePerceiverFourierPositionEncoding(upstream.PerceiverFourierPositionEncoding):
@@ -555,9 +477,6 @@ _TOME_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     upstream.PerceiverLayer: ToMePerceiverLayer,
     upstream.PerceiverEncoder: ToMePerceiverEncoder,
     upstream.PerceiverBasicDecoder: ToMePerceiverBasicDecoder,
-    upstream.PerceiverClassificationDecoder: ToMePerceiverClassificationDecoder,
-    upstream.PerceiverOpticalFlowDecoder: ToMePerceiverOpticalFlowDecoder,
-    upstream.PerceiverMultimodalDecoder: ToMePerceiverMultimodalDecoder,
     upstream.PerceiverFourierPositionEncoding: ToMePerceiverFourierPositionEncoding,
     upstream.PerceiverImagePreprocessor: ToMePerceiverImagePreprocessor,
 }

@@ -41,9 +41,14 @@ class Match(NamedTuple):
 
 
 MergeMethod = Callable[[Tensor, int, Tensor | None, float], Match]
-"""`method(metric, r, sizes, depth)`: what merges, from what the latents are compared by, (B, N, C); R, with
-0 < R <= N // 2; the sizes (B, N) in float32, `None` for 1 each; and the layer's index over the number of layers, in
-[0, 1). A method takes what it needs of them."""
+"""`method(metric, r, sizes, depth)` decides what merges.
+
+    metric: (B, N, C), what latents are compared by: cosine similarity in float32 or wider, in which a zero vector is
+        orthogonal to everything. Ties go to the lower position, of those that merge and of those merged into.
+    r: R, latents to merge away, from 1 to N // 2.
+    sizes: (B, N) in float32; `None` for 1 each.
+    depth: index of the layer over the number of layers, in [0, 1).
+"""
 
 MERGE_METHODS: dict[str, MergeMethod] = {}
 """The merging methods by the name that `config.merge_method` holds."""
@@ -52,7 +57,7 @@ MatchingFlops = Callable[[int, int], int]
 """From N and the channels of the metric to the FLOPs of matching them, for one row."""
 
 MATCHING_FLOPS: dict[str, MatchingFlops] = {}
-"""Of the methods that say what they cost."""
+"""FLOPs of one matching, by method name; methods registered without a cost are missing."""
 
 
 def register_merge_method(name: str, flops: MatchingFlops | None = None) -> Callable[[MergeMethod], MergeMethod]:
@@ -60,7 +65,7 @@ def register_merge_method(name: str, flops: MatchingFlops | None = None) -> Call
 
     Args:
         name: of the method.
-        flops: what it costs; without them it merges, and no budget can be kept with it.
+        flops: of its matching; without them it merges, and no budget can be kept with it.
     """
 
     def register(method: MergeMethod) -> MergeMethod:
@@ -83,15 +88,17 @@ def check_merge_method(name: str) -> None:
         raise ValueError(f"merge_method={name!r}: {why}; choose from {', '.join(sorted(MERGE_METHODS))}")
 
 
-def matching_flops(name: str, latents: int, channels: int) -> int:
-    """FLOPs of one matching of a row.
+def merge_method(name: str) -> MergeMethod:
+    """Return the method of the registry called `name`, after `check_merge_method`."""
+    check_merge_method(name)
+    return MERGE_METHODS[name]
 
-    Args:
-        name: of the method.
-        latents, channels: N, and those of the metric.
+
+def matching_flops(name: str, latents: int, channels: int) -> int:
+    """Return the FLOPs of one matching of a row, for N latents and the channels of the metric.
 
     Raises:
-        ValueError: if the method does not say what it costs.
+        ValueError: if the method was registered without a cost.
     """
     if name not in MATCHING_FLOPS:
         raise ValueError(
@@ -121,12 +128,6 @@ def all_pairs_flops(latents: int, channels: int) -> int:
 def match_bipartite(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """Bipartite soft matching: each even position proposes its most similar odd one; the best R proposals merge.
 
-    Args:
-        metric: (B, N, C) compared by cosine similarity, in float32 or wider. A zero vector is as similar to everything
-            as an orthogonal one (0). Ties: the lower position merges first, into the lowest of equals.
-        r: R, latents to merge away, from 1 to N // 2.
-        sizes, depth: without effect.
-
     Source: Bolya et al. (2023), section 3.
     """
     edge_score, edge_target = best_edges(cosine_similarity(metric, EVENS, ODDS))
@@ -136,18 +137,12 @@ def match_bipartite(metric: Tensor, r: int, sizes: Tensor | None = None, depth: 
 @register_merge_method("k_center", flops=all_pairs_flops)
 @torch.no_grad()
 def match_k_center(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
-    """The M latents that stay are spread as far as they go, and each other one merges into its most similar.
+    """Farthest-point selection: M latents stay, far from each other; each other one merges into its most similar.
 
     The first position stays; then, again and again, the latent that is least similar to all that stay already. No split
     limits what merges with what: as long as the latents are of M directions or fewer, only those of the same direction
-    merge. On the sphere, no latent is further from its target than twice the least that any choice of M could do.
-
-    Args:
-        metric: (B, N, C) compared by cosine similarity, in float32 or wider; a zero vector is orthogonal to everything.
-            Ties go to the lower position, of those that stay and of those merged into. The M steps run one after
-            another, which `torch.compile` unrolls.
-        r: R, latents to merge away, from 1 to N - 1.
-        sizes, depth: without effect.
+    merge. On the sphere, no latent is further from its target than twice the least that any choice of M could do. The M
+    steps run one after another, which `torch.compile` unrolls.
 
     Source: Gonzalez (1985), "Clustering to minimize the maximum intercluster distance"; as the selection of a
     core-set: Sener and Savarese (2018), "Active Learning for Convolutional Neural Networks" (arXiv:1708.00489).
@@ -167,17 +162,10 @@ def match_k_center(metric: Tensor, r: int, sizes: Tensor | None = None, depth: f
 @register_merge_method("leader", flops=all_pairs_flops)
 @torch.no_grad()
 def match_leader(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
-    """A latent goes if one before it says the same: the R that are most similar to any lower position merge, each into
-    its most similar of those that stay.
+    """The R latents that are most similar to any lower position merge, each into its most similar of those that stay.
 
     One pass over all pairs, without a split into two halves: of any number of exact duplicates the first one stays. The
     first position always does.
-
-    Args:
-        metric: (B, N, C) compared by cosine similarity, in float32 or wider; a zero vector is orthogonal to everything.
-            Ties go to the lower position, of those that merge and of those merged into.
-        r: R, latents to merge away, from 1 to N - 1.
-        sizes, depth: without effect.
 
     Source: after the leader algorithm of Hartigan (1975), "Clustering Algorithms", chapter 3, with a number of clusters
     in place of a threshold.
@@ -196,14 +184,8 @@ def match_leader(metric: Tensor, r: int, sizes: Tensor | None = None, depth: flo
 def match_ward(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """Agglomerative clustering: R times the two groups merge that add least to the squared distances from their means.
 
-    A group may take up any number of others, and no half of the positions is barred from merging with itself. The group
+    Distances are between vectors of length 1, weighted by the sizes. A group may take up any number of others, and
     stays where its lowest position is. R steps that depend on each other: costly where R is large and a step slow.
-
-    Args:
-        metric: (B, N, C), scaled to length 1 as for cosine similarity, in float32 or wider. Ties: the pair with the
-            lowest position, and of these with the lowest other.
-        r: R, latents to merge away.
-        sizes: (B, N) how many latents each one stands for; `None` for 1 each.
 
     Source: Ward (1963), "Hierarchical grouping to optimize an objective function", with the update of distances of
     Lance & Williams (1967).
@@ -317,11 +299,12 @@ def merge_latents(latents: Tensor, sizes: Tensor | None, match: Match) -> tuple[
     dtype = torch.promote_types(latents.dtype, torch.float32)
     # The rows of the batch laid end to end: whole rows are copied, and one set of positions serves latents and sizes.
     latents = latents.flatten(0, 1)
+    sizes = latents.new_ones(latents.shape[0], dtype=torch.float32) if sizes is None else sizes.flatten()
     kept = _flat_rows(match.kept, batch, num_latents)
-    means, total = latents.index_select(0, kept).to(dtype), _sizes_at(kept, sizes)
+    means, total = latents.index_select(0, kept).to(dtype), sizes.index_select(0, kept)
     if match.into is not None:
         merged, into = _flat_rows(match.merged, batch, num_latents), _flat_rows(match.into, batch, match.kept.shape[1])
-        merged_sizes = _sizes_at(merged, sizes)
+        merged_sizes = sizes.index_select(0, merged)
         total.index_add_(0, into, merged_sizes)
         weight = merged_sizes.to(dtype) / total.index_select(0, into)
         # The mean as a step from the latent that stays towards those that merge: it touches R rows and leaves the rest.
@@ -333,7 +316,7 @@ def merge_latents(latents: Tensor, sizes: Tensor | None, match: Match) -> tuple[
 
 
 def log_size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """What proportional attention adds to the scores, so that a merged key counts as often as the latents in it.
+    """Return the bias of proportional attention, by which a merged key counts as often as the latents in it.
 
     Args:
         sizes: (B, M).
@@ -347,37 +330,21 @@ def log_size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
     return sizes.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)[:, None, None, :]
 
 
-def follow_latents(positions: Tensor, match: Match) -> Tensor:
+def merge_sources(sources: Tensor, match: Match) -> Tensor:
     """Follow the first latents through one more merge.
 
     Args:
-        positions: (B, N0) where each of the N0 first latents stands among the N that reach this merge, -1 if dropped.
+        sources: (B, N, N0) of 0 and 1, the first latents in each of the N that reach this merge.
         match: of those N.
 
     Returns:
-        (B, N0) where each stands among the M left, -1 if dropped.
+        (B, M, N0), the first latents in each of the M left; a dropped one is in none.
     """
-    batch, device = positions.shape[0], positions.device
-    kept, merged = match.kept.expand(batch, -1), match.merged.expand(batch, -1)
-    moved_to = torch.full((batch, kept.shape[1] + merged.shape[1]), -1, dtype=torch.int64, device=device)
-    moved_to = moved_to.scatter(1, kept, torch.arange(kept.shape[1], device=device).expand(batch, -1))
-    if match.into is not None:
-        moved_to = moved_to.scatter(1, merged, match.into.expand(batch, -1))
-    return torch.where(positions < 0, positions, moved_to.gather(1, positions.clamp(min=0)))
-
-
-def source_matrix(positions: Tensor, num_left: int) -> Tensor:
-    """Which of the first latents each latent left stands for.
-
-    Args:
-        positions: (B, N0) as `follow_latents` gives them.
-        num_left: M.
-
-    Returns:
-        (B, M, N0) of 0 and 1 in float32; the rows partition the latents that were not dropped.
-    """
-    left = torch.arange(num_left, device=positions.device)
-    return (positions[:, None, :] == left[None, :, None]).to(torch.float32)
+    left = _take_rows(sources, match.kept)
+    if match.into is None:
+        return left
+    into = match.into[..., None].expand(left.shape[0], -1, left.shape[2])
+    return left.scatter_add(1, into, _take_rows(sources, match.merged))
 
 
 def _flat_rows(positions: Tensor, batch: int, length: int) -> Tensor:
@@ -386,13 +353,6 @@ def _flat_rows(positions: Tensor, batch: int, length: int) -> Tensor:
         return positions.flatten()
     offsets = torch.arange(0, batch * length, length, device=positions.device)
     return (positions + offsets[:, None]).flatten()
-
-
-def _sizes_at(positions: Tensor, sizes: Tensor | None) -> Tensor:
-    """(K,) in float32: the sizes (B, N) at K positions in their rows laid end to end; `None` is 1 each."""
-    if sizes is None:
-        return torch.ones(positions.shape, dtype=torch.float32, device=positions.device)
-    return sizes.flatten().index_select(0, positions)
 
 
 def _take_rows(latents: Tensor, positions: Tensor) -> Tensor:

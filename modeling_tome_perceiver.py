@@ -9,48 +9,38 @@ Letters: B batch, S inputs, N latents, M latents left, Q decoder queries, H head
 of a head's keys.
 """
 
+# mypy: disable-error-code="import-not-found"
+
 from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.models.perceiver import modeling_perceiver as upstream
 
-# As in the module of the layers, which says why.
+# A checkpoint carries the files named here. As in the module of the layers, only its own copies may answer.
 try:
-    from .configuration_tome_perceiver import ToMePerceiverConfig  # type: ignore[import-not-found]
-    from .layers_tome_perceiver import (  # type: ignore[import-not-found]
-        MergePlan,
-        ToMePerceiverEncoderOutput,
-        latent_bias,
-        merge_plan,
-        take_tome_classes,
-    )
-    from .merging_tome_perceiver import check_merge_method  # type: ignore[import-not-found]
+    from .configuration_tome_perceiver import ToMePerceiverConfig
+    from .layers_tome_perceiver import merge_plan, take_tome_classes, weigh_latents
+    from .merging_tome_perceiver import check_merge_method
 except ImportError:
     if __package__:
         raise
     from configuration_tome_perceiver import ToMePerceiverConfig
-    from layers_tome_perceiver import (
-        MergePlan,
-        ToMePerceiverEncoderOutput,
-        latent_bias,
-        merge_plan,
-        take_tome_classes,
-    )
+    from layers_tome_perceiver import merge_plan, take_tome_classes, weigh_latents
     from merging_tome_perceiver import check_merge_method
 
 if TYPE_CHECKING:
-    from .cost_tome_perceiver import Merging  # type: ignore[import-not-found]
-    from .frontier_tome_perceiver import Choice, Frontier  # type: ignore[import-not-found]
+    from .cost_tome_perceiver import Merging
+    from .frontier_tome_perceiver import Choice, Frontier
 
 # More than all layers of a model could need, each for itself.
 COMPILED_GRAPHS = 256
@@ -61,13 +51,13 @@ WITHOUT_EFFECT = ("token_type_ids", "special_tokens_mask", "num_items_in_batch")
 
 @dataclass
 class ToMePerceiverModelOutput(upstream.PerceiverModelOutput):
-    """Upstream's model output with what became of the latents.
+    """Upstream's model output with the sizes and sources of the latents.
 
     Args:
         latent_sizes: (B, M) in float32 how many of the N latents each one left stands for; the rows sum to N.
         latent_sources: (B, M, N) of 0 and 1, which of the N latents each one left stands for; returned when
             `output_latent_sources=True`. It partitions the N latents and its row sums are the sizes (but for the
-            latents that `merge_method="prune"` drops).
+            latents that a method drops).
     """
 
     latent_sizes: Tensor | None = None
@@ -75,12 +65,12 @@ class ToMePerceiverModelOutput(upstream.PerceiverModelOutput):
 
 
 class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
-    """What every ToMe Perceiver has beyond its upstream class, which comes after this one in the order of bases.
+    """Base of every ToMe Perceiver, before its upstream class in the order of bases.
 
     Modifications:
     - upstream's parts take the classes of `layers_tome_perceiver.py`
-    - `r`, settable at any time, and an `r` or a `flops_ratio` of each call's own
-    - `calibrate`, which measures cost against quality, and `merge_to` and `merged`, which choose from what it measured
+    - `r`, settable at any time, and an `r` or a `flops_ratio` for one call
+    - `calibrate` measures cost against quality; `merge_to` and `merged` choose from the result; `flops_ratio` counts
     - a keyword that `forward` does not know is an error
     - a checkpoint loads by `AutoModel` too, as the head that it is: upstream's bare model takes no text and no images
     - the input embeddings of a text model are its tokens', and can be resized
@@ -115,8 +105,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         self._built_num_blocks = config.num_blocks
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Upstream's; `auto_map` names this class for `AutoModel` and for the head's own Auto class, however the model
-        was loaded (upstream names it for the one Auto class that loaded it)."""
+        """Upstream's, with an `auto_map` for `AutoModel` and the head's own Auto class, whichever loaded the model."""
         code = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         named = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = named | {"AutoModel": code, self.auto_class: code}
@@ -137,20 +126,18 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
     def _text_preprocessor(self) -> upstream.PerceiverTextPreprocessor:
         preprocessor = self.base_model.input_preprocessor
         if not isinstance(preprocessor, upstream.PerceiverTextPreprocessor):
-            raise NotImplementedError(
-                f"input embeddings: {type(self).__name__} has none; allowed are models of text, whose tokens have them"
-            )
+            raise NotImplementedError(f"input embeddings: {type(self).__name__} has none; must be a model of text")
         return preprocessor
 
     @property
     def r(self) -> int | list[int]:
         """Latents merged in each layer, as `config.r`; what is set is checked at once and is what gets saved.
 
-        A wrapper takes what is set on it for an attribute of its own, in silence. Set `wrapper.module.r` (DataParallel,
-        DistributedDataParallel) or `peft_model.get_base_model().r`, or say it for each call: `wrapper(**inputs, r=8)`.
+        An r set on a wrapper has no effect. Set `wrapper.module.r` (DataParallel, DistributedDataParallel) or
+        `peft_model.get_base_model().r`, or say it for each call: `wrapper(**inputs, r=8)`.
 
         Raises:
-            ValueError: in one line naming the field, the value and what is allowed; the old value stays.
+            ValueError: in one line naming the field, the value and what it must be; the old value stays.
         """
         return self.config.r
 
@@ -179,7 +166,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
     def unmerged(self) -> Merging:
         """The baseline of every share: nothing merges, and as many blocks run as before any budget."""
         num_blocks = (self.config.merge_frontier or {}).get("num_blocks", self._built_num_blocks)
-        return _cost().Merging.of(self.config).by(0, num_blocks=num_blocks)
+        return _import("cost_tome_perceiver").Merging.of(self.config).by(0, num_blocks=num_blocks)
 
     def flops_ratio(self, input_shape: Any, r: int | list[int] | None = None, merging: Merging | None = None) -> float:
         """Return the share of the unmerged model's FLOPs that merging leaves, with the cost of its matching.
@@ -192,7 +179,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         Raises:
             ValueError: in one line, for a shape or merging settings that the model does not take.
         """
-        cost = _cost()
+        cost = _import("cost_tome_perceiver")
         if merging is None:
             merging = cost.Merging.of(self.config)
         if r is not None:
@@ -222,7 +209,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
             ValueError: in one line, for samples or options that cannot be searched with.
             FloatingPointError: for outputs that are not finite.
         """
-        return _frontier().calibrate(self, samples, seconds=seconds, **options)
+        return _import("frontier_tome_perceiver").calibrate(self, samples, seconds=seconds, **options)
 
     def merge_to(
         self,
@@ -252,7 +239,8 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
             ValueError: in one line, for a budget that cannot be met; what merges stays.
             FloatingPointError: for outputs that are not finite.
         """
-        choice = _frontier().choose(self, flops_ratio, latency_ratio, max_changed, samples, **options)
+        frontier = _import("frontier_tome_perceiver")
+        choice = frontier.choose(self, flops_ratio, latency_ratio, max_changed, samples, **options)
         choice.chosen.merging.apply(self.config)
         return choice
 
@@ -265,7 +253,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         Args:
             budget: as `merge_to` takes it.
         """
-        before = _cost().Merging.of(self.config)
+        before = _import("cost_tome_perceiver").Merging.of(self.config)
         try:
             yield self.merge_to(**budget)
         finally:
@@ -292,30 +280,13 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
             layer.compile(**kwargs)
 
 
-def _cost() -> Any:
-    """Import the module of costs when it is first needed: loading and running a checkpoint does without it."""
-    try:
-        from .cost_tome_perceiver import Merging
-    except ImportError:
-        if __package__:
-            raise
-        from cost_tome_perceiver import Merging
-    return sys.modules[Merging.__module__]
-
-
-def _frontier() -> Any:
-    """Import the module of frontiers when it is first needed."""
-    try:
-        from .frontier_tome_perceiver import Frontier
-    except ImportError:
-        if __package__:
-            raise
-        from frontier_tome_perceiver import Frontier
-    return sys.modules[Frontier.__module__]
+def _import(name: str) -> Any:
+    """Import a model file when it is first needed: loading and running a checkpoint does without it."""
+    return import_module(f".{name}", __package__) if __package__ else import_module(name)
 
 
 class EncodedInputs(NamedTuple):
-    """Inputs that were encoded before, so that a call only decodes them.
+    """Inputs after the encoder, which a call only has to decode.
 
     Attributes:
         preprocessed: (B, S, C'), the sizes of the modalities, and the inputs without positions.
@@ -326,31 +297,36 @@ class EncodedInputs(NamedTuple):
     preprocessed: tuple[Tensor, Any, Any]
     latents: Tensor
     sizes: Tensor | None
-    positions: Tensor | None
+    positions: Tensor | None = None
 
 
-class _CalledWith:
-    """A view of a head for one call: it behaves as the head, and hands its base model more arguments.
+class _WithBase:
+    """A view of a head for one call: it behaves as the head, but for the call of its base model.
 
     Upstream's heads hand none of their keywords to their base model. Each call has a view of its own, so threads that
     call one model with different arguments do not meet.
     """
 
-    def __init__(self, module: nn.Module, **arguments: Any) -> None:
-        self._module, self._arguments = module, arguments
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self._module, self._call = module, call
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
-        return _CalledWith(value, **self._arguments) if name == "perceiver" else value
+        return _WithBase(value, self._call) if name == "perceiver" else value
 
     def __call__(self, **kwargs: Any) -> Any:
-        return self._module(**kwargs, **self._arguments)
+        return self._call(**kwargs)
 
 
 def decode_encoded(head: nn.Module, encoded: EncodedInputs, inputs: Mapping[str, Tensor]) -> Any:
     """Return a head's output for inputs that were encoded before."""
+
+    def decode(subsampled_output_points: dict[str, Tensor] | None = None, **_: Any) -> ToMePerceiverModelOutput:
+        logits, _attentions = head.base_model.decode(encoded, subsampled_output_points)
+        return ToMePerceiverModelOutput(logits=logits, last_hidden_state=encoded.latents)
+
     upstream_forward = inspect.unwrap(type(head).forward)
-    return upstream_forward(_CalledWith(head, encoded=encoded), **inputs)
+    return upstream_forward(_WithBase(head, decode), **inputs)
 
 
 def _merging_in_each_call(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -360,41 +336,31 @@ def _merging_in_each_call(forward: Callable[..., Any]) -> Callable[..., Any]:
     the place of the config's `r`, `r_inflection`, `merge_groups` and `latent_groups`, or `flops_ratio` (`float`), by
     the best row of `config.merge_frontier` within it. An unknown keyword is a TypeError.
     """
-    parameters = dict(inspect.signature(forward).parameters)
-    others = parameters.pop("kwargs")
-    own = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        for name, annotation in (("r", "int | list[int] | None"), ("flops_ratio", "float | None"))
-    ]
-    known = frozenset(parameters)
+    parameters = [each for each in inspect.signature(forward).parameters.values() if each.kind != each.VAR_KEYWORD]
+    known = frozenset(each.name for each in parameters)
 
     @wraps(forward)
     def forward_and_merge(
         self: Any, *args: Any, r: int | list[int] | None = None, flops_ratio: float | None = None, **kwargs: Any
     ) -> Any:
         _check_keywords(self, kwargs, known)
-        given = {name: value for name, value in (("r", r), ("flops_ratio", flops_ratio)) if value is not None}
-        return forward(_CalledWith(self, **given) if given else self, *args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name in known}
+        if r is not None or flops_ratio is not None:
+            self = _WithBase(self, partial(self.perceiver, r=r, flops_ratio=flops_ratio))
+        return forward(self, *args, **kwargs)
 
-    # What Trainer, pipelines and torch.export read.
-    signature = inspect.Signature([*parameters.values(), *own, others])
+    # Trainer, pipelines and torch.export read the signature.
+    own = inspect.signature(forward_and_merge, follow_wrapped=False).parameters
+    signature = inspect.Signature([*parameters, own["r"], own["flops_ratio"], own["kwargs"]])
     forward_and_merge.__signature__ = signature  # type: ignore[attr-defined]
     return forward_and_merge
 
 
-def _plan_of_call(config: ToMePerceiverConfig, r: int | list[int] | None, flops_ratio: float | None) -> MergePlan:
-    if r is not None and flops_ratio is not None:
-        raise ValueError(f"r={r}, flops_ratio={flops_ratio}: use one of them")
-    if flops_ratio is not None:
-        return merge_plan(config.merged_as(config.frontier_row(flops_ratio)))
-    return merge_plan(config, r)
-
-
 def _check_keywords(model: nn.Module, keywords: dict[str, Any], known: frozenset[str] = frozenset()) -> None:
-    """Upstream swallows what it does not know. `None` says nothing, and so does no harm."""
+    """Refuse what upstream swallows: keywords that it does not know, unless they are `None`."""
     for name, value in keywords.items():
         if name not in known and name not in WITHOUT_EFFECT and value is not None:
-            raise TypeError(f"{name}: no argument of {type(model).__name__}; its forward says which are allowed")
+            raise TypeError(f"{name}: no argument of {type(model).__name__}; its forward names all it takes")
 
 
 class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
@@ -416,7 +382,6 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
         output_latent_sources: bool = False,
         r: int | list[int] | None = None,
         flops_ratio: float | None = None,
-        encoded: EncodedInputs | None = None,
         **kwargs: Any,
     ) -> tuple | ToMePerceiverModelOutput:
         """
@@ -430,7 +395,6 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
             r: merges so in this call, in the place of the config's `r`, `r_inflection`, `merge_groups` and
                 `latent_groups`.
             flops_ratio: merges in this call by the best row of `config.merge_frontier` within this share.
-            encoded: decode these and run no encoder.
 
         Raises:
             ValueError: for inputs longer or larger than the model's positions, a mask of another shape, or an r out of
@@ -443,42 +407,19 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
 
-        if encoded is None:
-            preprocessed = self.preprocess(inputs, interpolate_pos_encoding)
-            result = self.encoder(
-                self.embeddings(batch_size=preprocessed[0].shape[0]),
-                inputs=preprocessed[0],
-                bias=None if attention_mask is None else padding_bias(attention_mask, preprocessed[0]),
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                output_latent_sources=output_latent_sources,
-                plan=_plan_of_call(config, r, flops_ratio),
-            )
-            latents, sizes = result.last_hidden_state, result.latent_sizes
-        else:
-            preprocessed, latents, sizes = encoded.preprocessed, encoded.latents, encoded.sizes
-            result = ToMePerceiverEncoderOutput(last_hidden_state=latents, latent_sizes=sizes)
-        inputs, modality_sizes, inputs_without_pos = preprocessed
-
-        logits, decoder_attentions = None, ()
-        if self.decoder is not None:
-            query = self.decoder.decoder_query(
-                inputs, modality_sizes, inputs_without_pos, subsampled_points=subsampled_output_points
-            )
-            if encoded is not None and encoded.positions is not None:
-                query = query.gather(1, encoded.positions[..., None].expand(-1, -1, query.shape[-1]))
-            bias = latent_bias(config, sizes, latents.dtype)
-            decoded = self.decoder(query, latents, bias, output_attentions)
-            logits = decoded.logits
-            decoder_attentions = decoded.cross_attentions or ()
-            if self.output_postprocessor is not None:
-                if subsampled_output_points is not None:
-                    modality_sizes = {
-                        "audio": subsampled_output_points["audio"].shape[0],
-                        "image": subsampled_output_points["image"].shape[0],
-                        "label": 1,
-                    }
-                logits = self.output_postprocessor(logits, modality_sizes=modality_sizes)
+        preprocessed = self.preprocess(inputs, interpolate_pos_encoding)
+        result = self.encoder(
+            self.embeddings(batch_size=preprocessed[0].shape[0]),
+            inputs=preprocessed[0],
+            bias=None if attention_mask is None else padding_bias(attention_mask, preprocessed[0]),
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_latent_sources=output_latent_sources,
+            plan=merge_plan(config, r, flops_ratio),
+        )
+        latents, sizes = result.last_hidden_state, result.latent_sizes
+        encoded = EncodedInputs(preprocessed, latents, sizes)
+        logits, decoder_attentions = self.decode(encoded, subsampled_output_points, output_attentions)
 
         if not return_dict:
             # Upstream's tuple: its heads, and whoever counts its places, know nothing of sizes.
@@ -494,21 +435,35 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
             latent_sources=result.latent_sources,
         )
 
+    def decode(
+        self, encoded: EncodedInputs, output_points: dict[str, Tensor] | None, output_attentions: bool = False
+    ) -> tuple[Any, tuple]:
+        """Return the logits (`None` without a decoder) and the attention weights of the decoder."""
+        if self.decoder is None:
+            return None, ()
+        inputs, modality_sizes, inputs_without_pos = encoded.preprocessed
+        query = self.decoder.decoder_query(inputs, modality_sizes, inputs_without_pos, subsampled_points=output_points)
+        if encoded.positions is not None:
+            query = query.gather(1, encoded.positions[..., None].expand(-1, -1, query.shape[-1]))
+        latents = weigh_latents(self.config, encoded.latents, encoded.sizes)
+        decoded = self.decoder(query, latents, output_attentions=output_attentions)
+        logits = decoded.logits
+        if self.output_postprocessor is not None:
+            if output_points is not None:
+                modality_sizes = {name: output_points[name].shape[0] for name in ("audio", "image")} | {"label": 1}
+            logits = self.output_postprocessor(logits, modality_sizes=modality_sizes)
+        return logits, decoded.cross_attentions or ()
+
     def preprocess(self, inputs: Any, interpolate_pos_encoding: bool = False) -> tuple[Tensor, Any, Any]:
         """Return the encoder's inputs (B, S, C'), the sizes of the modalities, and the inputs without positions."""
         if self.input_preprocessor is None:
             if inputs.shape[-1] != self.config.d_model:
-                raise ValueError(
-                    f"inputs: last dimension is {inputs.shape[-1]}; allowed is config.d_model = {self.config.d_model}"
-                )
+                raise ValueError(f"inputs: last dimension is {inputs.shape[-1]}; must be d_model={self.config.d_model}")
             return inputs, None, None
         if isinstance(self.input_preprocessor, upstream.PerceiverTextPreprocessor):
-            allowed = self.config.max_position_embeddings
-            if inputs.shape[1] > allowed:
-                raise ValueError(
-                    f"inputs: a text of {inputs.shape[1]} positions; allowed are at most "
-                    f"config.max_position_embeddings = {allowed}"
-                )
+            most = self.config.max_position_embeddings
+            if inputs.shape[1] > most:
+                raise ValueError(f"inputs: {inputs.shape[1]} long; must be max_position_embeddings={most} or less")
         return self.input_preprocessor(inputs, interpolate_pos_encoding=interpolate_pos_encoding)
 
 
@@ -523,17 +478,12 @@ def padding_bias(attention_mask: Tensor, inputs: Tensor) -> Tensor:
     Raises:
         ValueError: for a mask of another length than the inputs, of other dimensions, or of another number of rows.
     """
-    dtype = inputs.dtype
-    if attention_mask.shape[-1] != inputs.shape[1]:
-        raise ValueError(
-            f"attention_mask: of shape {tuple(attention_mask.shape)}; allowed is a last dimension of "
-            f"{inputs.shape[1]}, one entry for each input"
-        )
+    dtype, (rows, length, _) = inputs.dtype, inputs.shape
     # A single row would be taken for every row's.
-    if attention_mask.dim() not in (2, 4) or attention_mask.shape[0] != inputs.shape[0]:
+    if attention_mask.dim() not in (2, 4) or attention_mask.shape[0] != rows or attention_mask.shape[-1] != length:
         raise ValueError(
-            f"attention_mask: of shape {tuple(attention_mask.shape)}; allowed are two dimensions, or four, the first "
-            f"of {inputs.shape[0]} rows"
+            f"attention_mask: has shape {tuple(attention_mask.shape)}; must have ({rows}, {length}) or "
+            f"({rows}, 1, 1, {length}), one entry for each input"
         )
     if attention_mask.dim() == 4 and attention_mask.is_floating_point():
         return attention_mask.to(dtype)
@@ -549,29 +499,25 @@ class ToMePerceiverForSequenceClassification(ToMePerceiverPreTrainedModel, upstr
     forward = _merging_in_each_call(upstream.PerceiverForSequenceClassification.forward)
 
 
-def _naming_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The `forward` of a masked language model. Modifications: labels of another length are refused in one line."""
-
-    @wraps(forward)
-    def forward_naming_labels(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        try:
-            return forward(self, *args, labels=labels, **kwargs)
-        except ValueError as error:
-            if labels is None or "target batch_size" not in str(error):
-                raise
-            raise ValueError(
-                f"labels: of shape {tuple(labels.shape)}; must have a label for each of the model's "
-                f"{self.config.max_position_embeddings} positions, -100 where nothing is asked"
-            ) from error
-
-    return forward_naming_labels
+@wraps(upstream.PerceiverForMaskedLM.forward)
+def _forward_naming_labels(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    """Upstream's, with an error of one line for labels of another length."""
+    try:
+        return upstream.PerceiverForMaskedLM.forward(self, *args, labels=labels, **kwargs)
+    except ValueError as error:
+        if labels is None or "target batch_size" not in str(error):
+            raise
+        raise ValueError(
+            f"labels: have shape {tuple(labels.shape)}; must have a label for each of the model's "
+            f"{self.config.max_position_embeddings} positions, -100 where nothing is asked"
+        ) from error
 
 
 class ToMePerceiverForMaskedLM(ToMePerceiverPreTrainedModel, upstream.PerceiverForMaskedLM):
     """Upstream's masked language model. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
     auto_class = "AutoModelForMaskedLM"
-    forward = _merging_in_each_call(_naming_labels(upstream.PerceiverForMaskedLM.forward))
+    forward = _merging_in_each_call(_forward_naming_labels)
 
     def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Upstream's, with the output's bias, which is 0 for a new token as it is at first for any."""

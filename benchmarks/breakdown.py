@@ -35,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 import layers_tome_perceiver
-import modeling_tome_perceiver
 from benchmarks.published_models import DTYPES
 from benchmarks.speed_rows import Cell, Fields, SpeedArguments, write_results
 from cost_tome_perceiver import Merging, forward_cost
@@ -151,7 +150,6 @@ def charged(model: ToMePerceiverPreTrainedModel, clock: PartClock) -> Iterator[N
             (layers_tome_perceiver, "merge_latents", clock.charging(MERGING, layers_tome_perceiver.merge_latents)),
             # The log of the sizes, which only what was merged needs.
             (layers_tome_perceiver, "latent_bias", latent_bias),
-            (modeling_tome_perceiver, "latent_bias", latent_bias),
         ):
             stack.enter_context(patch.object(owner, name, function))
         yield

@@ -16,13 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from configuration_tome_perceiver import ToMePerceiverConfig
+from configuration_tome_perceiver import MERGING_FIELDS, ToMePerceiverConfig
 
 # Fields of a config that merge, and do nothing else.
-MERGING = (
-    "r", "r_inflection", "min_latents", "proportional_attention", "merge_method", "merge_metric", "merge_groups",
-    "latent_groups",
-)  # fmt: skip
+MERGING = tuple(name for name in MERGING_FIELDS if name != "num_blocks")
 # Fields of a config that do not change outputs: where it was, who wrote it, and the frontier.
 WITHOUT_EFFECT = (
     "_name_or_path", "transformers_version", "architectures", "auto_map", "model_type", "dtype", "merge_frontier",

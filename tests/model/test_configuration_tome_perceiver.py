@@ -257,17 +257,6 @@ def test_inflection_moves_merging_about_and_leaves_its_total_alone(blocks, per_b
         assert abs(entry - r * (1 - inflection * middle)) <= 0.5 + 1e-9
 
 
-@given(shape=shapes(), r=st.integers(0, 40), inflection=st.floats(-1, 1, allow_nan=False))
-def test_inflected_schedule_is_capped_like_a_list(shape, r, inflection):
-    layers = shape["num_blocks"] * shape["num_self_attends_per_block"]
-    uncapped = ToMePerceiverConfig(
-        **{**shape, "num_latents": NO_CAP, "min_latents": 1}, r=r, r_inflection=inflection
-    ).merge_schedule
-    assert len(uncapped) == layers
-    by_number = ToMePerceiverConfig(**shape, r=r, r_inflection=inflection).merge_schedule
-    assert by_number == ToMePerceiverConfig(**shape, r=uncapped).merge_schedule
-
-
 @pytest.mark.parametrize("name", SHAPE_FIELDS)
 def test_a_shape_of_anything_but_positive_integers_is_one_line(name):
     """When built, and when set and saved. Channels of attention may be unset."""

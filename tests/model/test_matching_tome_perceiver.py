@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The laws of matching, on tensors alone: which latents merge, and into which, by every method of the registry."""
 
+import itertools
 import random
 
 import numpy as np
@@ -35,7 +36,11 @@ def plain_bipartite(score, r):
     return {even: target for _, even, target in sorted(proposals)[:r]}
 
 
-def plain_energy(metric, r, depth):
+def plain_size_penalty(metric, r, sizes, depth):
+    return plain_bipartite((cosines(metric) + 1) / 2 * (1 / np.outer(sizes, sizes)) ** (1 / 40), r)
+
+
+def plain_energy(metric, r, sizes, depth):
     """One row's edges from the definition: order by energy, alternate, merge into the most similar."""
     similarity, margin = cosines(metric), 0.9 - 0.9 * depth
     num_latents = len(similarity)
@@ -45,6 +50,52 @@ def plain_energy(metric, r, depth):
         energy.append(sum(x if x >= margin else np.exp(x - margin) - 1 for x in others) / num_latents)
     crowded = sorted(range(num_latents), key=lambda i: -energy[i])[: 2 * r]
     return {i: max(crowded[1::2], key=lambda j: similarity[i, j]) for i in crowded[::2]}
+
+
+def plain_k_center(metric, r, sizes, depth):
+    """One row's edges from the definition: the least similar to those that stay stays too."""
+    similarity = cosines(metric)
+    kept, others = [0], list(range(1, len(similarity)))
+    while len(others) > r:
+        kept.append(min(others, key=lambda i: max(similarity[i, j] for j in kept)))
+        others.remove(kept[-1])
+    return {i: max(sorted(kept), key=lambda j: similarity[i, j]) for i in others}
+
+
+def plain_ward(metric, r, sizes, depth):
+    """One row's edges from the definition: the two groups whose merge adds least to the squared distances from their
+    means, R times, with the means taken anew."""
+    vectors = torch.nn.functional.normalize(metric.double(), dim=-1).numpy()
+    members = {position: [position] for position in range(len(vectors))}
+
+    def added(pair):
+        weights = [sum(sizes[i] for i in members[group]) for group in pair]
+        means = [sum(sizes[i] * vectors[i] for i in members[group]) / w for group, w in zip(pair, weights, strict=True)]
+        return weights[0] * weights[1] / sum(weights) * np.square(means[0] - means[1]).sum()
+
+    for _ in range(r):
+        one, other = min(itertools.combinations(sorted(members), 2), key=added)
+        members[one] = members[one] + members.pop(other)
+    return {i: group for group, inside in members.items() for i in inside if i != group}
+
+
+def plain_leader(metric, r, sizes, depth):
+    """One row's edges from the definition: those most similar to any before them go, each to the most similar left."""
+    similarity = cosines(metric)
+    rest = range(1, len(similarity))
+    merged = sorted(rest, key=lambda i: -max(similarity[i, j] for j in range(i)))[:r]
+    kept = [i for i in range(len(similarity)) if i not in merged]
+    return {i: max(kept, key=lambda j: similarity[i, j]) for i in merged}
+
+
+PLAIN = {
+    "bipartite": lambda metric, r, sizes, depth: plain_bipartite(cosines(metric), r),
+    "energy": plain_energy,
+    "k_center": plain_k_center,
+    "leader": plain_leader,
+    "size_penalty": plain_size_penalty,
+    "ward": plain_ward,
+}
 
 
 def same(one, other):
@@ -172,20 +223,23 @@ def test_even_positions_merge_into_odd_ones(drawn):
         assert all(merged % 2 == 0 and target % 2 == 1 for merged, target in edges(drawn.match, row).items())
 
 
-@given(matches(["bipartite"], channels=2))
-def test_bipartite_takes_the_best_edges(drawn):
+@pytest.mark.parametrize("method", PLAIN)
+@given(data=st.data())
+def test_edges_are_those_of_a_plain_reference(method, data):
+    drawn = data.draw(matches([method], channels=2))
     for row, metric in enumerate(drawn.metric):
-        assert edges(drawn.match, row) == plain_bipartite(cosines(metric), drawn.r)
+        sizes = np.ones(len(metric)) if drawn.sizes is None else drawn.sizes[row].double().numpy()
+        assert edges(drawn.match, row) == PLAIN[method](metric, drawn.r, sizes, drawn.depth)
 
 
+@pytest.mark.parametrize("method", ["bipartite", "leader", "k_center"])
 @given(seed=st.integers(0, 2**31), num_latents=st.integers(2, 24), channels=st.integers(1, 4), data=st.data())
-def test_ties_go_to_the_lower_position_and_into_the_lowest_of_equals(seed, num_latents, channels, data):
+def test_ties_go_to_the_lower_position_and_into_the_lowest_of_equals(method, seed, num_latents, channels, data):
     r = data.draw(st.integers(1, num_latents // 2))
     metric = signed_basis_vectors(num_latents, channels, seed)
-    match = merging.match_bipartite(metric, r)
+    match = match_by(method, metric, r)
     for row in range(2):
-        assert edges(match, row) == plain_bipartite(cosines(metric[row]), r)
-    assert same(match, merging.match_bipartite(metric, r))
+        assert edges(match, row) == PLAIN[method](metric[row], r, None, 0)
 
 
 def test_zero_vector_is_as_similar_as_an_orthogonal_one():
@@ -222,86 +276,15 @@ def test_random_is_the_same_for_every_row_and_every_metric():
     assert edges(match, 0) == edges(other, 0)
 
 
-def test_random_is_no_order_in_disguise():
-    """What merges is spread over the positions, and what it merges into too."""
-    match = controls.match_random(torch.zeros(1, 256, 1), 32)
-    merged, targets = edges(match, 0).keys(), edges(match, 0).values()
-    assert sorted(merged) != list(range(0, 64, 2))
-    assert 80 < np.mean(list(merged)) < 176
-    assert len(set(targets)) > 16
-
-
-# Size penalty
-
-
-@given(drawn=matches(["bipartite"], channels=2), size=st.sampled_from([None, 1.0, 7.0]))
-def test_equal_sizes_are_no_penalty(drawn, size):
-    sizes = None if size is None else torch.full(drawn.metric.shape[:2], size)
-    assert same(controls.match_size_penalty(drawn.metric, drawn.r, sizes), drawn.match)
-
-
-@given(matches(["size_penalty"], channels=2))
-def test_size_penalty_takes_the_most_attracted_pairs(drawn):
-    for row, metric in enumerate(drawn.metric):
-        sizes = np.ones(len(metric)) if drawn.sizes is None else drawn.sizes[row].double().numpy()
-        attraction = (cosines(metric) + 1) / 2 * (1 / np.outer(sizes, sizes)) ** (1 / 40)
-        assert edges(drawn.match, row) == plain_bipartite(attraction, drawn.r)
-
-
-def test_the_smaller_of_two_similar_targets_wins_but_not_one_that_is_unlike():
-    """Latent 0 is most like the one at 1, of 500 latents; the penalty of that is (1 / 500) ^ (1 / 40) = 0.856."""
-    sizes = torch.tensor([[1.0, 500.0, 1.0, 1.0]])
-
-    def target(other_cosine):
-        other = [other_cosine, (1 - other_cosine**2) ** 0.5]
-        metric = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], other]])
-        assert edges(merging.match_bipartite(metric, 1), 0) == {0: 1}
-        return edges(controls.match_size_penalty(metric, 1, sizes), 0)[0]
-
-    assert target(0.75) == 3  # (1 + 0.75) / 2 = 0.875
-    assert target(0.65) == 1  # (1 + 0.65) / 2 = 0.825
-
-
-# Energy
-
-
-@pytest.mark.parametrize(
-    "margin, scores",
-    [
-        # Cosines: 0.6 of the first two, 0 of the outer ones, 0.8 of the last two.
-        (0.9, [np.exp(-0.3) + np.exp(-0.9) - 2, np.exp(-0.3) + np.exp(-0.1) - 2, np.exp(-0.9) + np.exp(-0.1) - 2]),
-        (0.45, [0.6 + np.exp(-0.45) - 1, 0.6 + 0.8, np.exp(-0.45) - 1 + 0.8]),
-    ],
-)
-def test_energy_of_three_vectors_by_hand(margin, scores):
-    vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=torch.float64)
-    energy = controls.energy_scores((vectors @ vectors.T)[None], margin)
-    np.testing.assert_allclose(energy[0], np.array(scores) / 3, rtol=1e-12)
-
-
-@given(matches(["energy"], channels=2))
-def test_energy_merges_the_most_crowded_in_alternation(drawn):
-    for row, metric in enumerate(drawn.metric):
-        assert edges(drawn.match, row) == plain_energy(metric, drawn.r, drawn.depth)
-
-
-@given(
-    seed=st.integers(0, 2**31), isolated=st.integers(1, 7), r=st.integers(1, 4), depth=st.sampled_from([0, 0.5, 0.9])
-)
-def test_energy_keeps_what_is_isolated(seed, isolated, r, depth):
-    """A tight cluster and latents that are orthogonal to it and to each other: the merge stays in the cluster."""
-    axes = torch.eye(isolated + 1, dtype=torch.float64)
-    cluster = axes[0] + 0.01 * randn(2 * r, isolated + 1, seed=seed)
-    order = torch.randperm(2 * r + isolated, generator=torch.Generator().manual_seed(seed))
-    metric = torch.cat([cluster, axes[1:]])[order][None]
-    crowded = {position for position, latent in enumerate(order.tolist()) if latent < 2 * r}
-    merged = edges(controls.match_energy(metric, r, depth=depth), 0)
-    assert set(merged) | set(merged.values()) <= crowded
-
-
-def test_margin_falls_with_the_depth():
-    metric = randn(1, 24, 3, seed=1)
-    assert edges(controls.match_energy(metric, 4), 0) != edges(controls.match_energy(metric, 4, depth=0.9), 0)
+@given(seed=st.integers(0, 2**31), num_latents=st.integers(2, 8), channels=st.integers(2, 4), data=st.data())
+def test_k_center_is_within_twice_the_best_radius(seed, num_latents, channels, data):
+    """Gonzalez' bound: the largest distance to a target, against every choice of as many latents."""
+    r = data.draw(st.integers(1, num_latents - 1))
+    metric = randn(1, num_latents, channels, seed=seed)
+    distance = np.sqrt(np.maximum(2 - 2 * cosines(metric[0]), 0))
+    choices = itertools.combinations(range(num_latents), num_latents - r)
+    best = min(distance[:, list(choice)].min(axis=1).max() for choice in choices)
+    assert max(distance[edge] for edge in edges(merging.match_k_center(metric, r), 0).items()) <= 2 * best + 1e-7
 
 
 # Fixed groups

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a caller may say to a model: r at any time, masks, settings and inputs; and the line that refuses the rest."""
 
-import json
-
 import pytest
 import torch
 
 import modeling_tome_perceiver as tome
 from tests.support.tiny_merges import (
-    GROUPS,
     MERGES,
     R_LIST,
     every_attention,
@@ -21,7 +18,6 @@ from tests.support.tiny_models import (
     relative_difference,
     run,
     stock_model,
-    tiny_config,
     tiny_inputs,
     tiny_model,
     tome_class,
@@ -54,16 +50,6 @@ def test_every_form_of_a_mask_means_the_same(head, attention):
     for form, value in masks_alike(mask).items():
         assert relative_difference(run(model, inputs | dict(attention_mask=value)).logits, expected) <= 1e-12, form
     assert relative_difference(run(model, inputs).logits, expected) > 1e-3
-
-
-@every_attention
-def test_what_stands_in_padding_does_not_matter(attention):
-    model = tiny_model("ForSequenceClassification", attn_implementation=attention, r=R_LIST)
-    inputs = tiny_inputs("ForSequenceClassification")
-    changed = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 7)
-    assert not torch.equal(changed, inputs["input_ids"])
-    expected = run(model, inputs).logits
-    assert relative_difference(run(model, inputs | dict(input_ids=changed)).logits, expected) <= 1e-12
 
 
 @every_attention
@@ -100,7 +86,7 @@ def test_r_is_set_at_any_time(head):
     assert torch.equal(run(model, inputs).logits, whole)
 
 
-@pytest.mark.parametrize("bad", [-1, "abc", 2.5, True, None, [1], [1] * 7, [1] * 5 + [True], [1] * 5 + [-1]], ids=str)
+@pytest.mark.parametrize("bad", [-1, None, [1]], ids=str)
 def test_bad_r_is_refused_and_the_old_one_stays(bad):
     model = tiny_model("ForSequenceClassification", r=R_LIST)
     with pytest.raises(ValueError) as error:
@@ -110,59 +96,24 @@ def test_bad_r_is_refused_and_the_old_one_stays(bad):
     assert model.config.merge_schedule == R_LIST
 
 
-def test_r_does_not_go_with_groups():
-    model, inputs = tiny_model("ForSequenceClassification", **MERGES["groups"]), tiny_inputs(TEXT_HEADS[0])
-    expected = run(model, inputs).logits
-    for r in (2, R_LIST):
-        with pytest.raises(ValueError, match=r"^merge_groups: [^\n]*r must be 0[^\n]*$"):
-            model.r = r
-    assert model.r == 0 and model.config.merge_groups == GROUPS
-    model.r = 0
-    assert torch.equal(run(model, inputs).logits, expected)
-
-
-def test_list_of_r_does_not_go_with_an_inflection():
-    model = tiny_model("ForSequenceClassification", r=1, r_inflection=0.5)
-    with pytest.raises(ValueError, match=r"^r_inflection=0\.5: [^\n]*$"):
-        model.r = R_LIST
-    assert model.r == 1
-
-
 # Bad input
-
-
-@every_head
-def test_unknown_method_is_refused_at_construction(head):
-    with pytest.raises(ValueError, match=r"^merge_method='best': is not registered; [^\n]*bipartite[^\n]*$"):
-        tome_class(head)(tiny_config(merge_method="best"))
 
 
 def test_bad_setting_over_a_stock_folder_is_refused(tmp_path):
     stock_model("ForSequenceClassification", torch.float32).save_pretrained(tmp_path)
     for bad, message in (
         (dict(r=-8), r"^r=-8: [^\n]*$"),
-        (dict(r="eight"), r"^r='eight': [^\n]*$"),
-        (dict(r=8, r_inflection=2.0), r"^r_inflection=2\.0: [^\n]*$"),
-        (dict(r=8, min_latents=13), r"^min_latents=13: [^\n]*num_latents=12[^\n]*$"),
-        (dict(r=8, merge_method="best"), r"^merge_method='best': [^\n]*$"),
-        (dict(r=8, merge_metric="query"), r"^merge_metric='query': [^\n]*key, value, hidden$"),
-        (dict(r=8, merge_groups=[None] * 6), r"^merge_groups: [^\n]*$"),
+        (dict(merge_method="best"), r"^merge_method='best': is not registered; [^\n]*bipartite[^\n]*$"),
     ):
         with pytest.raises(ValueError, match=message):
             tome.ToMePerceiverForSequenceClassification.from_pretrained(tmp_path, **bad)
-
-
-def test_another_architecture_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
-    with pytest.raises(ValueError, match=r"^model_type='bert': [^\n]*another architecture[^\n]*$"):
-        tome.ToMePerceiverForSequenceClassification.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("head", TEXT_HEADS)
 def test_too_long_a_text_is_one_line(head):
     model = tiny_model(head)
     run(model, dict(input_ids=torch.zeros(1, 20, dtype=torch.long)))
-    with pytest.raises(ValueError, match=r"^inputs: [^\n]*21[^\n]*max_position_embeddings = 20$"):
+    with pytest.raises(ValueError, match=r"^inputs: [^\n]*21[^\n]*max_position_embeddings=20 or less$"):
         model(input_ids=torch.zeros(1, 21, dtype=torch.long))
 
 
@@ -180,39 +131,23 @@ def test_image_of_another_size_is_one_line_for_learned_positions(height, width):
 
 
 def test_inputs_of_another_width_are_one_line():
-    with pytest.raises(ValueError, match=r"^inputs: [^\n]*17[^\n]*d_model = 16$"):
+    with pytest.raises(ValueError, match=r"^inputs: [^\n]*17[^\n]*d_model=16$"):
         tiny_model("Model")(inputs=torch.zeros(1, 5, 17, dtype=torch.float64))
 
 
-def test_mask_of_another_length_is_one_line():
-    """Also a mask of length 1, which would broadcast in silence."""
+@pytest.mark.parametrize("shape", [(2, 1), (2, 5), (1, 9), (2, 9, 9), (9,), (3, 1, 1, 9)], ids=str)
+def test_mask_of_another_shape_is_one_line(shape):
+    """A length or a number of rows of 1 would broadcast."""
     model = tiny_model("ForSequenceClassification")
-    for length in (1, 5):
-        with pytest.raises(
-            ValueError, match=rf"^attention_mask: [^\n]*\(2, {length}\)[^\n]*last dimension of 9[^\n]*$"
-        ):
-            model(input_ids=torch.zeros(2, 9, dtype=torch.long), attention_mask=torch.ones(2, length))
-
-
-@pytest.mark.parametrize("name, allowed", [("merge_method", "bipartite"), ("merge_metric", "key")])
-def test_unknown_method_or_metric_set_on_a_built_model_is_one_line(name, allowed):
-    model = tiny_model("ForSequenceClassification", r=1)
-    setattr(model.config, name, "best")
-    with pytest.raises(ValueError, match=rf"^{name}='best': [^\n]*{allowed}[^\n]*$"):
-        model(**tiny_inputs("ForSequenceClassification"))
-
-
-@pytest.mark.parametrize("shape", [(1, 9), (2, 9, 9), (9,), (3, 1, 1, 9)], ids=str)
-def test_mask_of_other_rows_or_dimensions_is_one_line(shape):
-    """A single row would be every row's, in silence."""
-    model = tiny_model("ForSequenceClassification")
-    with pytest.raises(ValueError, match=r"^attention_mask: of shape [^\n]*allowed are two dimensions[^\n]*2 rows$"):
+    with pytest.raises(ValueError, match=r"^attention_mask: has shape .*must have \(2, 9\) or \(2, 1, 1, 9\)[^\n]*$"):
         model(input_ids=torch.zeros(2, 9, dtype=torch.long), attention_mask=torch.ones(shape))
 
 
 @pytest.mark.parametrize(
     "name, value",
     [
+        ("merge_method", "best"),
+        ("merge_metric", "best"),
         ("r", "8"),
         ("min_latents", 0),
         ("proportional_attention", "no"),
@@ -275,7 +210,7 @@ def test_embeddings_are_set():
     assert model.get_input_embeddings() is new is model.base_model.get_input_embeddings()
 
 
-@pytest.mark.parametrize("head", [head for head in HEADS if head not in TEXT_HEADS])
+@pytest.mark.parametrize("head", ["Model", "ForOpticalFlow"])
 def test_a_model_without_tokens_says_so_in_one_line(head):
     for call in (lambda m: m.get_input_embeddings(), lambda m: m.resize_token_embeddings(270)):
         with pytest.raises(NotImplementedError, match=rf"^input embeddings: ToMePerceiver{head} has none; [^\n]*$"):
@@ -284,14 +219,14 @@ def test_a_model_without_tokens_says_so_in_one_line(head):
 
 def test_masked_language_labels_of_another_length_are_one_line():
     model = tiny_model("ForMaskedLM")
-    with pytest.raises(ValueError, match=r"^labels: of shape \(2, 9\); must have a label for each of .* 20 positions"):
+    with pytest.raises(ValueError, match=r"^labels: have shape \(2, 9\); must have a label for .* 20 positions"):
         model(**tiny_inputs("ForMaskedLM"), labels=torch.zeros(2, 9, dtype=torch.int64))
 
 
 # Inputs at the edge
 
 
-@pytest.mark.parametrize("merge", [{}, *MERGES.values(), dict(r=R_LIST, merge_method="ward")])
+@pytest.mark.parametrize("merge", [{}, MERGES["bipartite"], dict(MERGES["groups at the start"], merge_method="ward")])
 @pytest.mark.parametrize("head", [head for head in HEADS if head != "ForMultimodalAutoencoding"])
 def test_what_runs_unmerged_runs_merged_on_the_meta_device_and_on_no_rows(head, merge):
     model = tiny_model(head, **merge)

@@ -225,16 +225,19 @@ def test_a_broken_module_fails_with_its_own_error(checkpoints):
     saved = checkpoints.root / "saved" / "ForSequenceClassification"
     folders = {"whole": saved}
     for number, (name, text) in enumerate(breaks.items()):
-        folders[name] = checkpoints.root / f"broken_{number}"
-        folders[name].mkdir()
-        for file in saved.iterdir():
-            (folders[name] / file.name).write_bytes(file.read_bytes())
+        folders[name] = shutil.copytree(saved, checkpoints.root / f"broken_{number}")
         (folders[name] / "merging_tome_perceiver.py").write_text(text)
+    # A control of the experiments, which the copy on the path could register.
+    folders["control"] = shutil.copytree(saved, checkpoints.root / "control")
+    config = json.loads((saved / "config.json").read_text())
+    (folders["control"] / "config.json").write_text(json.dumps({**config, "merge_method": "prune"}))
     task = dict(folders={name: str(folder) for name, folder in folders.items()})
     report = json.loads(
         run_elsewhere("load_broken_checkpoints.py", task, checkpoints.root / "broken", REPOSITORY).read_text()
     )
     assert report["whole"]["loaded"].startswith("transformers_modules.")
+    assert report["control"]["error"] == "ValueError"
+    assert "merge_method='prune': is a control of the experiments" in report["control"]["message"]
     assert (report["raises"]["error"], report["raises"]["message"]) == ("RuntimeError", "broken on purpose")
     for name, missing in (("imports what is not there", "no_such_name"), ("lacks a name", "cannot import name")):
         assert report[name]["error"] == "ImportError"
