@@ -30,7 +30,7 @@ from pathlib import Path
 
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
-from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
+from experiments.publishing.hub import HubArguments, open_to_push
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.runs.start import load
 from experiments.runs.sweep import Sweep, push_sweep
@@ -51,7 +51,7 @@ def main() -> None:
         return
     check_sharding("--r")
     retraining.check_elastic(None if retraining.retrain_epochs > 0 else "--retrain_epochs")
-    repository = check_push(training, model_args.token)
+    repository = open_to_push(training, model_args.token) if training.push_to_hub else None
     with lock_folder(output_dir):
         load_task = partial(load_sweep_task, data, model_args, training.seed, sweep_args.most_samples)
         loaded = load(load_task, model_args, training)

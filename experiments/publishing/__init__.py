@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What others read: cards, pictures, the Hub."""
+"""Model cards, pictures, and pushes to the Hub."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pushing a checkpoint that is complete on disk to the Hugging Face Hub: one commit, and repeatable.
+"""Push a checkpoint that is complete on disk to the Hugging Face Hub: one commit, and repeatable.
 
-`upload_folder` will not do: with hf_xet installed it may commit in several parts, and sends a commit again whose answer
-was lost. `create_commit` makes one commit, never sends it twice by itself, and makes none where nothing has changed.
+`upload_folder` commits in several parts where hf_xet is installed, and repeats a commit whose answer was lost.
+`create_commit` makes one commit, never sends it twice, and makes none if nothing has changed.
 """
 
 from __future__ import annotations
@@ -15,41 +15,32 @@ import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.constants import HF_HUB_DISABLE_XET, HF_XET_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from experiments.errors import BadInput, Stopped, naming
+from experiments.files import check_writable
 from experiments.publishing.card import address_card
+from experiments.publishing.tables import without_places
 
+BRANCH = r"(?!.*\.\.)\w[\w./-]*(?<![./])"
+# Seconds before each further try of a push.
 RETRY_WAITS = (2.0, 5.0, 15.0, 45.0)
-"""Seconds before each further try of a push."""
-
-STAYS_AT_HOME = (
-    ".*",
-    "*.partial",
-    # The arguments, pickled, and among them the token.
-    "training_args.bin",
-    "optimizer*.pt",
-    "optimizer*.bin",
-    "scheduler*.pt",
-    "scheduler*.bin",
-    "scaler*.pt",
-    "rng_state*",
-    "random_states_*",
-)
-"""Files that are no part of a checkpoint to use, only of one to go on training."""
-
+# Files that are needed to resume training only, half-written files, and training_args.bin, which holds the token.
+NOT_PUSHED = (
+    ".*", "*.partial", "training_args.bin", "optimizer*.pt", "optimizer*.bin", "scheduler*.pt", "scheduler*.bin",
+    "scaler*.pt", "rng_state*", "random_states_*",
+)  # fmt: skip
+# Weights in a repository that would be loaded beside, or instead of, those that are pushed.
 STALE = ("*.safetensors", "*.bin", "*.index.json")
-"""Files in a repository that would be loaded beside, or instead of, the weights that are pushed."""
-
+# Files with paths of this machine, which are pushed without them.
 WITH_PLACES = ("arguments.json", "sweep_results.json", "trainer_state.json")
-"""Files that say where on this machine something was; they are pushed without, see `placeless`."""
-
-_FAILURES = (HTTPError, OSError, RuntimeError, ValueError)
-"""What huggingface_hub and hf_xet raise. `HTTPError` is that of the client (httpx2), also of no answer at all."""
 
 _log = logging.getLogger(__name__)
 
@@ -58,80 +49,109 @@ class PushFailed(Stopped):
     """A push that failed. The message says in one line why, where everything is, and how to push again."""
 
 
+@dataclass
+class HubArguments:
+    """Pushing to the Hub, at the end of a run: one commit for each checkpoint, which is on disk by then."""
+
+    _argument_group_name: ClassVar[str] = "pushing to the Hub"
+
+    push_only: bool = field(
+        default=False,
+        metadata={"help": "Push what an earlier run left in --output_dir, and do nothing else."},
+    )
+
+
 @dataclass(frozen=True)
 class HubRepository:
-    """A model repository that is there, and a token to write to it."""
+    """An existing model repository, and a token to write to it."""
 
     repo_id: str
     token: str = field(repr=False)
     url: str
 
 
-def open_repository(model_id: str | None, output_dir: Path, token: str | None, private: bool | None) -> HubRepository:
-    """Make sure, before hours of training, that there will be where to push to; create the repository if need be.
+def open_to_push(training: TrainingArguments, token: str | None) -> HubRepository:
+    """Open the repository that `--hub_model_id` names, by default after `--output_dir`, before any work is done.
 
     Args:
-        model_id: of the repository, with or without an owner; by default the name of `output_dir`.
-        output_dir: what is going to be pushed.
-        token: by default that of HF_TOKEN or of `hf auth login`.
-        private: whether a repository that has to be created is private; by default what its owner has set.
+        training: `hub_model_id`, `hub_token`, `hub_private_repo`, `hub_revision`, `hub_strategy`.
+        token: of `--token`, used if there is no `--hub_token`.
 
     Raises:
-        BadInput: no token, one that may not write, an impossible name, or a Hub that cannot be reached.
+        BadInput: if it cannot be written to, or an argument has no meaning here.
+    """
+    if training.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
+        raise BadInput(
+            f"--hub_strategy {training.hub_strategy.value}: use 'end'; checkpoints to resume from stay on disk"
+        )
+    revision = training.hub_revision
+    if revision is not None and not re.fullmatch(BRANCH, revision):
+        raise BadInput(f"--hub_revision {revision}: a branch is named by letters, digits, '.', '_', '-' and '/'")
+    if not HF_HUB_DISABLE_XET:  # xet cuts uploads into pieces in its cache
+        check_writable(f"HF_XET_CACHE={HF_XET_CACHE}", Path(HF_XET_CACHE))
+    output_dir = Path(training.output_dir)
+    return open_repository(training.hub_model_id, output_dir, training.hub_token or token, training.hub_private_repo)
+
+
+def open_repository(model_id: str | None, output_dir: Path, token: str | None, private: bool | None) -> HubRepository:
+    """Check that a repository can be written to; create it if it does not exist.
+
+    Args:
+        model_id: its name, with or without an owner; by default the name of `output_dir`.
+        output_dir: the folder to push.
+        token: by default that of HF_TOKEN or of `hf auth login`.
+        private: whether a new repository is private; by default as its owner has set.
+
+    Raises:
+        BadInput: for no token, one that cannot write, an invalid name, or a Hub that cannot be reached.
     """
     name = output_dir.resolve().name if model_id is None else model_id
     with naming("--hub_model_id", HFValidationError):
         validate_repo_id(name)
     token = token.strip() if token else get_token()
     if not token:
-        raise BadInput(
-            "--push_to_hub: there is no token; log in with `hf auth login`, or set HF_TOKEN, or give --hub_token"
-        )
+        raise BadInput("--push_to_hub: found no token; use `hf auth login`, HF_TOKEN or --hub_token")
     if not all("!" <= character <= "~" for character in token):
-        raise BadInput("--hub_token: this is no token, it has characters in it that no token has")
+        raise BadInput("--hub_token: contains characters that no token has")
     api = HfApi(token=token)
-    later = "without --push_to_hub everything stays on disk, for --push_only to push later"
+    later = "run without --push_to_hub and push later with --push_only"
     try:
         user = api.whoami()
-        # create_repo takes a read token where the repository exists already, and only the push would fail.
+        # create_repo accepts a read token if the repository exists; only the push would fail.
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise BadInput("--hub_token: this token may only read; a push takes one with write permission")
-        owned = name if "/" in name else f"{user['name']}/{name}"
-        url = api.create_repo(owned, private=private, exist_ok=True)
+            raise BadInput("--hub_token: can only read; use a token with write permission")
+        url = api.create_repo(name if "/" in name else f"{user['name']}/{name}", private=private, exist_ok=True)
     except HfHubHTTPError as error:
-        status, reason = error.response.status_code, _reason(error)
-        if status == 401:
-            raise BadInput(f"--hub_token: {api.endpoint} does not take this token ({reason})") from error
-        if status == 403:
-            raise BadInput(f"--hub_token: this token may not write to {name} ({reason})") from error
-        if status in (400, 404, 409, 422):
-            raise BadInput(f"--hub_model_id {name}: {reason}") from error
-        raise BadInput(f"--push_to_hub: {api.endpoint} fails ({reason}); {later}") from error
+        if error.response.status_code in (401, 403):
+            raise BadInput(f"--hub_token: {api.endpoint} refuses it for {name} ({_reason(error)})") from error
+        if error.response.status_code in (400, 404, 409, 422):
+            raise BadInput(f"--hub_model_id {name}: {_reason(error)}") from error
+        raise BadInput(f"--push_to_hub: {api.endpoint} fails ({_reason(error)}); {later}") from error
     except (HTTPError, OSError, ValueError) as error:
         raise BadInput(f"--push_to_hub: cannot reach {api.endpoint} ({_reason(error)}); {later}") from error
     return HubRepository(url.repo_id, token, str(url))
 
 
 def push_checkpoint(repository: HubRepository, folder: Path, message: str, revision: str = "main") -> str:
-    """Make the repository hold the checkpoint in a folder, in one commit, or in none where it holds it already.
+    """Make a repository hold the checkpoint in a folder, by one commit, or by none if it holds it already.
 
-    Its card is made to show how to load it from there, and of what was on this machine only the name goes. Weights in
-    the repository that are not in the folder go. What passes by itself is tried again, see `RETRY_WAITS`.
+    The card is changed to load the checkpoint from the repository, and paths of this machine are left out. Weights in
+    the repository that are not in the folder are deleted. Failures that may pass are tried again after `RETRY_WAITS`.
 
     Args:
         repository: from `open_repository`.
-        folder: with the checkpoint; only files right in it are pushed, and none that `STAYS_AT_HOME`.
+        folder: with the checkpoint; its subfolders and the files of `NOT_PUSHED` are not pushed.
         message: of the commit.
-        revision: branch to push to; created if need be.
+        revision: branch to push to, created if it does not exist.
 
     Returns:
         The commit's URL.
 
     Raises:
-        PushFailed: the folder has all that it had, and pushing again does what is left to do.
-        BadInput: there is no checkpoint in the folder, or one of `WITH_PLACES` is no JSON.
+        PushFailed: the folder is unchanged, and pushing again does what is left to do.
+        BadInput: if the folder holds no checkpoint, or one of `WITH_PLACES` is not JSON.
     """
-    # Or else a wrong folder would take the weights out of the repository.
+    # Otherwise a wrong folder would delete the weights of the repository.
     if not (folder / "config.json").is_file():
         raise BadInput(f"--output_dir {folder}: holds no config.json, so no checkpoint to push")
     address_card(folder, repository.repo_id)
@@ -139,9 +159,9 @@ def push_checkpoint(repository: HubRepository, folder: Path, message: str, revis
     while True:
         try:
             return _commit(repository, folder, message, revision)
-        except _FAILURES as error:
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:  # of huggingface_hub, httpx and hf_xet
             wait = next(waits, None)
-            if wait is None or not _passes(error):
+            if wait is None or not _may_pass(error):
                 raise PushFailed(
                     f"pushing to {repository.url} failed ({_reason(error)}). Everything is in {folder}: "
                     "the same command with --push_only repeats only the push."
@@ -150,100 +170,63 @@ def push_checkpoint(repository: HubRepository, folder: Path, message: str, revis
             time.sleep(wait)
 
 
-def files_to_push(folder: Path) -> dict[str, Path]:
-    """The files of a checkpoint, by name: those right in the folder that do not stay at home."""
-    return {
-        path.name: path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in STAYS_AT_HOME)
-    }
-
-
-def content_to_push(path: Path) -> Path | bytes:
-    """What of a file is pushed: itself, or with names in place of where things were on this machine.
-
-    Raises:
-        BadInput: for a file that should be JSON and is not.
-    """
-    if path.name not in WITH_PLACES:
-        return path
-    with naming(f"--output_dir {path.parent}: {path.name}", ValueError):
-        written = json.loads(path.read_text(encoding="utf-8"))
-    pushed = placeless(written)
-    return path if pushed == written else (json.dumps(pushed, indent=2) + "\n").encode()
-
-
-def placeless(value: Any) -> Any:
-    """A JSON value in which whatever is a place on this machine is its last name; Hub ids stay.
-
-    A relative path of two parts that is not there is taken for a Hub id.
-    """
-    if isinstance(value, dict):
-        return {name: placeless(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [placeless(each) for each in value]
-    if not isinstance(value, str) or "\n" in value:
-        return value
-    if re.match(r"--\w+ ", value):  # an argument with its value
-        name, _, given = value.partition(" ")
-        return f"{name} {placeless(given)}"
-    parts = value.split("/")
-    here = parts[0] in ("", ".", "..", "~") or len(parts) > 2 or "/" in value and Path(value).exists()
-    if not value or not here or "://" in value:
-        return value
-    named = [part for part in parts if part not in ("", ".", "..", "~")]
-    return named[-1] if named else Path(value).expanduser().resolve().name
-
-
 def _commit(repository: HubRepository, folder: Path, message: str, revision: str) -> str:
-    """One try. What it does follows from what the repository holds by now, so that it may come after any other."""
+    """Try once to commit the difference between the folder and what the repository holds now."""
     api = HfApi(token=repository.token)
     if revision != "main":
         api.create_branch(repository.repo_id, branch=revision, exist_ok=True)
     head = api.model_info(repository.repo_id, revision=revision)
-    files = files_to_push(folder)
-    stale = [
-        file.rfilename
-        for file in head.siblings or []
-        # "*" stands for "/" too, and a folder in the repository is none of ours.
-        if "/" not in file.rfilename
-        and file.rfilename not in files
-        and any(fnmatchcase(file.rfilename, pattern) for pattern in STALE)
-    ]
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and not _matches(path, NOT_PUSHED)}
+    # Folders of the repository are left alone, and so "*", which matches "/" too, must not see them.
+    present = [file.rfilename for file in head.siblings or [] if "/" not in file.rfilename]
+    stale = [name for name in present if name not in files and _matches(Path(name), STALE)]
     commit = api.create_commit(
         repository.repo_id,
         [
             *(CommitOperationDelete(name, is_folder=False) for name in stale),
-            *(CommitOperationAdd(name, content_to_push(path)) for name, path in files.items()),
+            *(CommitOperationAdd(name, _content(path)) for name, path in files.items()),
         ],
         commit_message=message,
         revision=revision,
-        # The Hub refuses (412) where another commit came first, such as that of a try whose answer was lost.
+        # The Hub refuses (412) if another commit came first, such as that of a try whose answer was lost.
         parent_commit=head.sha,
     )
     return commit.commit_url
 
 
-def _passes(error: BaseException) -> bool:
-    """Whether it may be gone at the next try."""
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(path.name, pattern) for pattern in patterns)
+
+
+def _content(path: Path) -> Path | bytes:
+    """Return the content to push of a file: the file, or bytes without the paths of this machine."""
+    if path.name not in WITH_PLACES:
+        return path
+    with naming(f"--output_dir {path.parent}: {path.name}", ValueError):
+        written = json.loads(path.read_text(encoding="utf-8"))
+    pushed = without_places(written)
+    return path if pushed == written else (json.dumps(pushed, indent=2) + "\n").encode()
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Return whether a failure may be gone at the next try."""
     error = _origin(error)
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 412, 429) or error.response.status_code >= 500
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
-    # hf_xet raises ConnectionError. A failing gateway's page, where JSON was due, is a JSONDecodeError.
-    return isinstance(error, (HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError))
+    # hf_xet raises ConnectionError; the HTML page of a failing gateway is a JSONDecodeError.
+    passing = (HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError)
+    return isinstance(error, passing) and not isinstance(error, OfflineModeIsEnabled)
 
 
 def _origin(error: BaseException) -> BaseException:
-    """The upload of a file hides what went wrong behind a RuntimeError."""
+    """Return the failure behind the RuntimeError that the upload of a file raises."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _reason(error: BaseException) -> str:
-    """In one line; in the Hub's own words where there are any."""
+    """Describe a failure in one line, in the Hub's own words if there are any."""
     error = _origin(error)
     text = str(error)
     if isinstance(error, HfHubHTTPError):
@@ -251,5 +234,5 @@ def _reason(error: BaseException) -> str:
         if error.server_message:
             text += f": {error.server_message}"
     elif isinstance(error, json.JSONDecodeError):
-        text = "what came back is not the Hub's JSON"
+        text = "the answer is not the Hub's JSON"
     return textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__

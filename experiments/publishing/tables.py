@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and figures in Markdown, the same in cards, reports and benchmarks."""
+"""Text for people: Markdown tables, figures with errors, escaped names, and values without paths of this machine."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 RULES = {"l": "---", "r": "---:"}
+UNDEFINED = "undefined"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], align: str = "l") -> str:
-    """A table: a line for the header, one for the alignment, one for each row, none of them ended.
+    """Return a table whose last line is not ended.
 
     Args:
-        header: what stands over each column.
-        rows: a cell for each column; `None` is an empty one.
-        align: "l" (left) or "r" (right) for each column; the last letter is for all that come after it too.
+        header: a heading for each column.
+        rows: a cell for each column, in Markdown; `None` is an empty one.
+        align: "l" (left) or "r" (right) for each column; the last letter also aligns all further columns.
 
     Raises:
         ValueError: for a row with more or fewer cells than the header.
@@ -34,19 +38,43 @@ def _line(cells: Iterable[object]) -> str:
     return f"| {' | '.join(shown)} |"
 
 
-UNDEFINED = "undefined"
-
-
 def with_error(value: float | None, error: float | None, form: str = ".2f", scale: float = 1) -> str:
-    """A figure with its standard error, "81.23 ± 0.40", both in one format; a sign that it asks for is the figure's.
+    """Return a figure with its standard error, "81.23 ± 0.40".
 
     Args:
-        value: `None` for a figure that is not defined.
-        error: `None` for a figure that has none, such as that of a single example.
-        form: of both.
-        scale: what both are multiplied by.
+        value: `None` if it is undefined.
+        error: `None` if it has none, as with a single example.
+        form: format of both; a sign is shown of the figure only.
+        scale: factor of both.
     """
     if value is None:
         return UNDEFINED
     shown = f"{scale * value:{form}}"
     return shown if error is None else f"{shown} ± {scale * error:{form.removeprefix('+')}}"
+
+
+def escape_markdown(value: object) -> str:
+    """Return a name or value on one line, with a backslash before each character that Markdown would interpret."""
+    # An underscore within a word has no meaning in Markdown.
+    return re.sub(r"([\\`*<>\[|~&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(str(value).split()))
+
+
+def without_places(value: Any) -> Any:
+    """Return a JSON value in which every path of this machine is reduced to its last name; Hub ids stay.
+
+    A relative path of two parts that does not exist is taken for a Hub id.
+    """
+    if isinstance(value, dict):
+        return {name: without_places(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_places(each) for each in value]
+    if not isinstance(value, str) or not value or "\n" in value or "://" in value:
+        return value
+    if re.match(r"--\w+ ", value):  # an argument with its value
+        name, _, given = value.partition(" ")
+        return f"{name} {without_places(given)}"
+    parts = value.split("/")
+    if not (parts[0] in ("", ".", "..", "~") or len(parts) > 2 or "/" in value and Path(value).exists()):
+        return value
+    named = [part for part in parts if part not in ("", ".", "..", "~")]
+    return named[-1] if named else Path(value).expanduser().resolve().name

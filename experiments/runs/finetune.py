@@ -14,8 +14,7 @@ from transformers import TrainingArguments
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput
 from experiments.merging.arguments import MergeArguments
-from experiments.publishing.hub import push_checkpoint
-from experiments.publishing.hub_arguments import HubArguments, check_push, open_to_push
+from experiments.publishing.hub import HubArguments, open_to_push, push_checkpoint
 from experiments.runs.finetune_stages import Run
 from experiments.runs.start import load
 from experiments.tasks.base import Task, hold_out
@@ -85,7 +84,7 @@ def run_experiment(experiment: Experiment) -> None:
         print(push_checkpoint(open_to_push(training, experiment.model.token), output_dir, COMMIT_MESSAGE, revision))
         return
     _check(experiment)
-    repository = check_push(training, experiment.model.token)
+    repository = open_to_push(training, experiment.model.token) if training.push_to_hub else None
     with lock_folder(output_dir):
         _run(experiment)
         if repository is not None and training.should_save:

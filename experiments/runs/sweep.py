@@ -17,7 +17,7 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
 from experiments.files import check_writable, save_whole
 from experiments.measurement import describe_environment, peak_memory_mb, time_interleaved
-from experiments.publishing.card import TOKEN_MERGING, Card, Measured, WhatMerges, shown_r
+from experiments.publishing.card import Card, Measured, WhatMerges, shown_r
 from experiments.publishing.hub import HubRepository, push_checkpoint
 from experiments.runs.start import Loaded
 from experiments.runs.sweep_arguments import SweepArguments
@@ -37,10 +37,6 @@ PREDICTIONS = "predictions"
 RETRAINED = "retrained"
 # Folder below it, and branch, of the one checkpoint for all rows.
 ELASTIC = "elastic"
-WHAT = """and what merging its latents ({merging}) does to it on {source}. A row "r" merges that many latents in every \
-self-attention layer; a row "flops" keeps to that share of the FLOPs, and a row "changed" to that share of changed \
-answers; a row "frontier" is one of the checkpoint's own. The checkpoint here merges nothing until `model.merge_to` is \
-called or `model.r` is set."""
 
 
 @dataclass(kw_only=True)
@@ -289,7 +285,6 @@ class Sweep:
             names = ", ".join(row.branch for row in self.results.rows)
             branches = f"Each retrained checkpoint is on a branch of its own: `revision` is one of {names}."
         self._card(
-            what=WHAT.format(merging=TOKEN_MERGING, source=task.source.name),
             frontier=Frontier.of(model.config),
             measured=self._measured(*self.stage_names),
             report=report,

@@ -25,7 +25,7 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from examples.language.learn_from_teacher import TaughtArguments
 from experiments.command_line import parse_arguments
 from experiments.merging.arguments import MergeArguments
-from experiments.publishing.hub_arguments import HubArguments
+from experiments.publishing.hub import HubArguments
 from experiments.runs.checkpoint_task import SweepDataArguments
 from experiments.runs.sweep_arguments import SweepArguments
 from experiments.tasks.glue import GlueDataArguments

@@ -176,7 +176,7 @@ def test_a_budget_of_flops_becomes_a_list(inputs, tmp_path, schedule):
     assert any(model.config.merge_schedule) or schedule == "search" and fewer
     assert schedule == "search" or len(model.r) == model.config.num_self_attention_layers
     assert (tmp_path / "out" / "schedule_search.json").exists() == (schedule == "search")
-    share = re.search(r"([0-9.]+)% of what it", (tmp_path / "out" / "README.md").read_text().replace("\n", " "))
+    share = re.search(r"([0-9.]+)% of the unmerged", (tmp_path / "out" / "README.md").read_text().replace("\n", " "))
     assert 0 < float(share[1]) <= 98.5
     assert unmerged.config.merge_schedule == [0] * NUM_LAYERS
 
@@ -223,7 +223,7 @@ def test_the_card_compares_with_all_blocks_where_fewer_run(inputs, finetuned, tm
     assert config["num_blocks"] == 1 and not any(config["r"])
     share = re.search(r"cost: ([0-9.]+) of the FLOPs", capsys.readouterr().out)
     card = (tmp_path / "out" / "README.md").read_text().replace("\n", " ")
-    assert float(share[1]) < 0.9 and f"{float(share[1]):.1%} of what it takes unmerged" in card
+    assert float(share[1]) < 0.9 and f"{float(share[1]):.1%} of the unmerged model's" in card
 
 
 def test_a_merged_checkpoint_is_not_saved_over_the_unmerged_one(inputs, finetuned, tmp_path, capsys):
@@ -327,7 +327,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_training(inputs, tm
     monkeypatch.setenv(place, str(below))
     monkeypatch.setattr("experiments.training.model_arguments.HF_DATASETS_CACHE", os.environ["HF_DATASETS_CACHE"])
     if place == "HF_XET_CACHE":
-        monkeypatch.setattr("experiments.publishing.hub_arguments.HF_XET_CACHE", str(below))
+        monkeypatch.setattr("experiments.publishing.hub.HF_XET_CACHE", str(below))
     if place == "TENSORBOARD_LOGGING_DIR":
         available = "experiments.training.trainer_arguments.get_available_reporting_integrations"
         monkeypatch.setattr(available, lambda: ["tensorboard"])
@@ -401,7 +401,7 @@ def test_a_correlation_that_is_not_defined_is_said_to_be(inputs, tmp_path):
     assert results(tmp_path / "out", "merged")["merged_pearson_change"] is None
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert {result.metric_type for result in card.data.eval_results} == {"mse"}
-    assert "| undefined |" in card.text and "What is undefined has no value on these examples" in card.text
+    assert "| undefined |" in card.text and "An undefined figure has no value on these examples" in card.text
 
 
 WORDS = ["a", "bb bb", "ccc " * 30, "\u00e9" * 50, " spaces ", "1.50"]

@@ -83,7 +83,7 @@ def test_the_card_says_what_was_measured_and_shows_code_that_runs(trained):
         results(trained / "finetuned")["eval_accuracy"], results(trained)["merged_accuracy"],
         results(trained)["eval_accuracy"],
     ]  # fmt: skip
-    assert f'pipe = pipeline("fill-mask", "{trained.name}", trust_remote_code=True)' in card.text
+    assert f'checkpoint = "{trained.name}"\npipe = pipeline("fill-mask", checkpoint, ' in card.text
     pipe = pipeline("fill-mask", str(trained / "finetuned"), trust_remote_code=True)
     shown = next(line for line in card.text.splitlines() if line.startswith("pipe("))
     assert len(eval(shown, {"pipe": pipe})) == 5
