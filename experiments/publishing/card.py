@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of a checkpoint: `card.md.jinja`, filled from what a run recorded, with the scores as `model-index`."""
+"""The model card of a checkpoint: `card.md.jinja`, filled from what a run recorded, and its scores as `model-index`."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ class Sweep:
 
     def _write(self) -> None:
         """Write the report, the best row's checkpoint, and the unmerged one with a card that is the report, last."""
-        model, task = self.loaded.model, self.loaded.task
+        model = self.loaded.model
         self.baseline.apply(model.config)
         save_whole(self.output_dir, model.save_pretrained)
         save_whole(self.output_dir, self.loaded.prepared.processing_class.save_pretrained)

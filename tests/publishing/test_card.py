@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint's card says, and that the Hub's own classes read it back."""
+"""The content of a checkpoint's card, and that the Hub's own classes read it back."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 import transformers
@@ -21,84 +23,106 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import Merging
 from experiments.measurement import Quartiles, describe_environment
 from experiments.publishing.card import (
-    AUTO_CLASSES,
-    PROCESSORS,
     TRAINING_SHOWN,
+    USAGES,
     Card,
     Measured,
     WhatMerges,
     address_card,
     measured_in,
-    results_table,
     shown_r,
 )
 from experiments.tasks.base import Source
 from experiments.tasks.scores import Score
 from experiments.training.output_folder import save_metrics
 from experiments.training.run_record import training_fields
+from frontier_tome_perceiver import Frontier, FrontierRow
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
 from tests.support.tiny_models import stock_model, tiny_config
 
 GLUE = Source("--task_name stsb", "nyu-mll/glue", True, "stsb", "validation")
 ROWS = [
     Measured("finetuned", 0, {"pearson": Score(0.85, 0.01), "spearmanr": Score(0.84, 0.02)}),
-    Measured("retrained", [2, 0], {"pearson": Score(0.8, 0.03), "spearmanr": Score(0.7, 0.04)}),
+    Measured("retrained", [2, 0], {"pearson": Score(0.8, 0.03), "spearmanr": Score(0.7, 0.04, -0.1, 0.01, True)}),
 ]
+CONFIG = tiny_config(r=2, architectures=["ToMePerceiverForSequenceClassification"])
+
+
+@pytest.fixture(autouse=True)
+def strict_template(monkeypatch):
+    """A name in the template that nothing defines is an error, and not empty text."""
+    monkeypatch.setattr(jinja2, "Template", partial(jinja2.Template, undefined=jinja2.StrictUndefined))
 
 
 def card_of(**fields: object) -> Card:
-    """A card that says no more than it has to, and `fields`."""
+    """Return a card with the given fields and as few others as possible."""
     least = {"model_id": "model", "source": GLUE, "hub_task": "text-classification", "base_model": None}
     return Card(**least | fields)
 
 
-def test_rows_do_not_collapse_on_the_hub():
-    """The Hub keys a result by task, dataset and the metric's type, name and arguments."""
-    data = card_of(measured=ROWS).data
-    read = ModelCard(f"---\n{data.to_yaml()}\n---\n").data.eval_results
+def full_card(**fields: object) -> Card:
+    """Return a card with a text in every section."""
+    merging = WhatMerges(CONFIG, (1, 20), "at most 0.5", speedup=Quartiles(1.5, 1.25, 1.75), batch_size=8)
+    training = training_fields(TrainingArguments(output_dir="out", deepspeed=None, seed=7))
+    everything = {
+        "base_model": "deepmind/language-perceiver", "measured": ROWS, "evaluated_on": 1500, "trained_on": 3000,
+        "merging": merging, "steps": {"Training": training}, "labels": ["no", "yes"],
+        "data_fields": {"max_seq_length": 48}, "sections": {"Branches": "Two.", "Nothing": ""},
+    }  # fmt: skip
+    return card_of(**everything | fields)
+
+
+def text_of(card: Card) -> str:
+    return card.render().text
+
+
+def code_of(card: Card) -> str:
+    return text_of(card).partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_head_is_what_the_hub_documents():
+    """`ModelCard.validate` needs a network; this is the documented form, and huggingface_hub reads and writes it."""
+    card = full_card().render()
+    head = yaml.safe_load(card.content.split("---\n")[1])
+    assert head["base_model"] == "deepmind/language-perceiver" and head["pipeline_tag"] == "text-classification"
+    assert head["datasets"] == ["nyu-mll/glue"] and head["metrics"] == ["pearson", "spearmanr"] and head["tags"]
+    (model,) = head["model-index"]
+    for result in model["results"]:
+        assert set(result) == {"task", "dataset", "metrics"} and result["task"] == {"type": "text-classification"}
+        assert set(result["dataset"]) == {"name", "type", "config", "split"}
+        assert all(isinstance(value, str) for value in result["dataset"].values())
+        assert all(math.isfinite(metric["value"]) for metric in result["metrics"])
+    name, read = model_index_to_eval_results(head["model-index"])
+    assert eval_results_to_model_index(name, read) == head["model-index"] and card.data.to_dict() == head
+    # The Hub keys a result by task, dataset and the metric's type, name and arguments.
     assert len({(result.metric_type, result.metric_name, str(result.metric_args)) for result in read}) == 4
     assert [result.metric_value for result in read] == [0.85, 0.84, 0.8, 0.7]
     assert read[2].metric_name == "Pearson (r=2,0, retrained)"
     assert read[2].metric_args == {"r": [2, 0], "model": "retrained", "standard_error": 0.03}
 
 
-def test_changes_are_no_results():
-    """They are of two rows; what stands beside a row is a figure of its own."""
-    row = Measured("merged", 2, {"f1": Score(0.5, 0.1, -0.2, 0.1, compared=True)})
-    assert [result.metric_type for result in card_of(measured=[row]).data.eval_results] == ["f1"]
+def test_what_is_on_this_machine_only_is_not_linked(tmp_path):
+    data = card_of(source=Source("", "nyu-mll/glue", False), base_model=str(tmp_path)).data
+    assert data.datasets is None and data.base_model is None
 
 
-@pytest.mark.parametrize(("on_hub", "datasets"), [(True, ["nyu-mll/glue"]), (False, None)])
-def test_data_that_are_not_on_the_hub_are_not_linked(on_hub, datasets):
-    source = Source("", "nyu-mll/glue", on_hub)
-    assert card_of(source=source).data.datasets == datasets
+def test_the_results_are_a_table_or_a_report():
+    assert """
+|  | r | Pearson | Spearman | change, paired by example |
+|---|---|---|---|---|
+| finetuned | 0 | 0.8500 ± 0.0100 | 0.8400 ± 0.0200 |  |
+| retrained | 2,0 | 0.8000 ± 0.0300 | 0.7000 ± 0.0400 | -0.1000 ± 0.0100 |
+
+On 1,500 examples""" in text_of(full_card())
+    card = card_of(measured=ROWS, evaluated_on=1500, report="As measured.")
+    assert "## Results\n\nAs measured.\n\n" in text_of(card) and "On 1,500" not in text_of(card)
+    assert len(card.data.eval_results) == 4
 
 
-def test_a_folder_is_no_base_model(tmp_path):
-    assert card_of(base_model=str(tmp_path)).data.base_model is None
-    assert card_of(base_model="some/model").data.base_model == "some/model"
-
-
-def test_the_table_has_a_column_for_each_metric():
-    assert results_table(ROWS).splitlines() == [
-        "|  | r | Pearson | Spearman |",
-        "|---|---|---|---|",
-        "| finetuned | 0 | 0.8500 ± 0.0100 | 0.8400 ± 0.0200 |",
-        "| retrained | 2,0 | 0.8000 ± 0.0300 | 0.7000 ± 0.0400 |",
-    ]
-
-
-def test_what_has_changed_stands_beside_the_figure():
-    rows = [
-        Measured("unmerged", 0, {"f1": Score(0.5, 0.1)}),
-        Measured("merged", 2, {"f1": Score(0.4, 0.1, -0.1, 0.02, compared=True)}),
-    ]
-    assert results_table(rows).splitlines() == [
-        "|  | r | F1 | change, paired by example |",
-        "|---|---|---|---|",
-        "| unmerged | 0 | 0.5000 ± 0.1000 |  |",
-        "| merged | 2 | 0.4000 ± 0.1000 | -0.1000 ± 0.0200 |",
-    ]
+def test_an_undefined_score_is_said_to_be_and_is_no_result():
+    card = card_of(measured=[Measured("trained", 0, {"pearson": Score(None), "mse": Score(0.5, None)})])
+    assert "| undefined | 0.5000 |" in text_of(card) and "An undefined figure has no value" in text_of(card)
+    assert [result.metric_type for result in card.data.eval_results] == ["mse"]
 
 
 @pytest.mark.parametrize(
@@ -121,160 +145,13 @@ def test_what_was_not_measured_is_no_row(tmp_path):
     assert measured_in(tmp_path, "eval", "eval", 2) == []
 
 
-@pytest.mark.parametrize("hub_task", sorted(AUTO_CLASSES))
-def test_the_code_that_a_card_shows_is_code(hub_task):
-    usage = card_of(hub_task=hub_task, model_id="someone/model", revision="r2").usage
-    code = usage.partition("```python\n")[2].partition("```")[0]
+@pytest.mark.parametrize("hub_task", sorted(USAGES))
+def test_the_code_of_every_task_compiles(hub_task):
+    code = code_of(card_of(hub_task=hub_task, revision="r2"))
     compile(code, "card", "exec")
-    assert (
-        f"import {AUTO_CLASSES[hub_task]}, {PROCESSORS[hub_task][0]}, pipeline" in code
-        and f'pipeline("{hub_task}", ' in code
-    )
-    assert hasattr(transformers, AUTO_CLASSES[hub_task]) and hasattr(transformers, PROCESSORS[hub_task][0])
-
-
-def test_a_card_says_only_what_there_is_to_say(tmp_path):
-    """No merging, figures or training: no picture and no heading without a text; other sections where there are."""
-    card_of(sections={"Branches": "Two.", "Nothing": ""}).write(tmp_path)
-    text = ModelCard.load(tmp_path / "README.md").text
-    assert [line for line in text.splitlines() if line.startswith("#")] == [
-        "# model", "## Use it", "## Data", "## Branches", "## Limits", "## Licence", "## Made with",
-    ]  # fmt: skip
-    assert not (tmp_path / "schedule.png").exists()
-
-
-def test_a_report_stands_in_place_of_the_table():
-    card = card_of(measured=ROWS, evaluated_on=1500, report="As measured.", what="and what it does.")
-    assert "## Results\n\nAs measured.\n\n" in card.text and "On 1,500" not in card.text
-    assert "A [Perceiver IO](https://arxiv.org/abs/2107.14795) and what it does.\n" in card.text
-    assert len(card.data.eval_results) == 4
-
-
-@pytest.mark.parametrize("measured", [ROWS, []])
-def test_a_card_is_whole_and_moves_to_its_repository(tmp_path, measured):
-    config = tiny_config(r=2, architectures=["ToMePerceiverForSequenceClassification"])
-    card = card_of(
-        model_id=str(tmp_path), revision="r2", measured=measured, evaluated_on=1500, trained_on=3000,
-        merging=WhatMerges(config, (1, 20), "at most 0.5 of the FLOPs"),
-        steps={
-            "Finetuning": {"learning_rate": 0.1, "data_seed": None, "max_grad_norm": 1.0},
-            "Retraining": {"learning_rate": 0.2, "max_grad_norm": 2.0, "elastic": True},
-        },
-    )  # fmt: skip
-    card.write(tmp_path)
-    before = (tmp_path / "README.md").read_text()
-    assert f'from_pretrained("{tmp_path.name}", revision="r2"' in before and str(tmp_path) not in before
-    assert "12 latents to 1" in before.replace("\n", " ") and "data_seed" not in before
-    assert ("On 1,500 examples" in before) == bool(measured)
-    assert "`learning_rate`: 0.1" in before and "`learning_rate`: 0.2" in before and "samples: 3,000" in before
-    assert "`max_grad_norm`: 2.0" in before and "`max_grad_norm`: 1.0" not in before and "`elastic`: True" in before
-    assert "As finetuning, but:" in before and "for an input of shape (20,)" in before
-    assert "merge_method: bipartite" in before and "budget: at most 0.5 of the FLOPs" in before
-    address_card(tmp_path, "someone/model")
-    after = (tmp_path / "README.md").read_text()
-    assert f'"{tmp_path.name}"' not in after and after.count('"someone/model", revision="r2"') == 3
-    address_card(tmp_path, "someone/other")
-    assert (tmp_path / "README.md").read_text() == after.replace("someone/model", "someone/other")
-    with Image.open(tmp_path / "schedule.png") as picture:
-        assert picture.width > 500 and len(picture.convert("L").getcolors()) > 10
-
-
-def written(folder: Path, **fields: object) -> ModelCard:
-    """A card with all that there can be in one, as it is read back from its file."""
-    config = tiny_config(r=2, architectures=["ToMePerceiverForSequenceClassification"])
-    merging = WhatMerges(config, (1, 20), "at most 0.5", speedup=Quartiles(1.5, 1.25, 1.75), batch_size=8)
-    training = training_fields(TrainingArguments(output_dir=str(folder), deepspeed=None, seed=7))
-    everything = {
-        "model_id": str(folder), "measured": ROWS, "evaluated_on": 1500, "trained_on": 3000, "merging": merging,
-        "steps": {"Training": training}, "labels": ["no", "yes"], "data_fields": {"max_seq_length": 48},
-    }  # fmt: skip
-    card_of(**everything | fields).write(folder)
-    return ModelCard.load(folder / "README.md")
-
-
-def test_the_head_is_what_the_hub_documents(tmp_path):
-    """What `ModelCard.validate` would ask the Hub needs a network; this is the specification as it is documented, and
-    that huggingface_hub reads and writes it without losing anything."""
-    card = written(tmp_path, base_model="deepmind/language-perceiver")
-    head = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
-    for name in ("library_name", "pipeline_tag", "base_model"):
-        assert isinstance(head[name], str)
-    for name in ("tags", "datasets", "metrics"):
-        assert head[name] and all(isinstance(entry, str) for entry in head[name])
-    (model,) = head["model-index"]
-    assert isinstance(model["name"], str) and len(model["results"]) == 1
-    for result in model["results"]:
-        assert set(result) == {"task", "dataset", "metrics"} and result["task"] == {"type": "text-classification"}
-        assert {name: type(value) for name, value in result["dataset"].items()} == dict.fromkeys(
-            ("name", "type", "config", "split"), str
-        )
-        for metric in result["metrics"]:
-            assert isinstance(metric["type"], str) and isinstance(metric["name"], str)
-            assert isinstance(metric["value"], float) and math.isfinite(metric["value"])
-    name, read = model_index_to_eval_results(head["model-index"])
-    assert eval_results_to_model_index(name, read) == head["model-index"]
-    assert len(read) == 4 and card.data.to_dict() == head
-
-
-def test_no_card_says_where_on_this_machine_anything_is(tmp_path):
-    (tmp_path / "base").mkdir()
-    settings = tmp_path / "deepspeed.json"
-    settings.write_text("{}")
-    steps = {"Training": {"learning_rate": 0.1, "deepspeed": str(settings)}}
-    written(tmp_path, base_model=str(tmp_path / "base"), steps=steps, data_fields={"anything": str(settings)})
-    text = (tmp_path / "README.md").read_text()
-    assert str(tmp_path) not in text and "/tmp" not in text and str(Path.home()) not in text
-    assert "`deepspeed`: deepspeed.json" in text and "from `base`" in text
-
-
-def test_a_card_lists_no_default_that_it_does_not_always_list(tmp_path):
-    text = written(tmp_path).text
-    listed = re.findall(r"^- `(\w+)`: ", text.partition("## Training\n")[2].partition("## ")[0], re.MULTILINE)
-    assert set(listed) <= set(TRAINING_SHOWN) and "accelerator_config" not in text
-
-
-def test_a_card_says_what_it_stands_on_how_fast_it_is_and_where(tmp_path):
-    text = written(tmp_path, base_model="deepmind/language-perceiver").text
-    for said in (
-        "trained on stsb, from [deepmind/language-perceiver](https://huggingface.co/deepmind/language-perceiver)",
-        "it was 1.50 times as fast as unmerged (quartiles 1.25 to 1.75, 8 inputs at once)",
-        f"On {describe_environment()['processor']}",
-        "- [nyu-mll/glue](https://huggingface.co/datasets/nyu-mll/glue), configuration stsb",
-        "- 3,000 training examples",
-        "- 1,500 evaluated examples, of its split 'validation'",
-        "- tells apart: no, yes",
-        "- `max_seq_length`: 48",
-        f"transformers {transformers.__version__}",
-        "The weights are made from deepmind/language-perceiver, whose terms hold.",
-    ):
-        assert said in text, said
-
-
-def test_what_was_not_trained_is_not_said_to_be(tmp_path):
-    text = written(tmp_path, base_model="someone/model", steps={}).text
-    assert "made from [someone/model]" in text and "without training" in text
-    assert "trained on" not in text and "training examples" not in text
-
-
-def test_a_checkpoint_that_merges_nothing_says_so(tmp_path):
-    config = tiny_config(architectures=["ToMePerceiverForSequenceClassification"])
-    text = written(tmp_path, merging=WhatMerges(config, (1, 20))).text
-    assert "whose latents can be merged" in text and "Nothing, until `model.merge_to`" in text
-    assert not (tmp_path / "schedule.png").exists() and "FLOPs are" not in text
-
-
-@pytest.mark.parametrize(
-    ("base_card", "licence"), [("---\nlicense: mit\n---\n", "mit"), ("---\nlicense: [\n---\n", None), (None, None)]
-)
-def test_the_licence_is_that_of_what_it_was_made_from(tmp_path, base_card, licence):
-    base = tmp_path / "base"
-    base.mkdir()
-    if base_card is not None:
-        (base / "README.md").write_text(base_card)
-    card = written(tmp_path, base_model=str(base))
-    assert card.data.license == licence
-    assert ("The weights are under mit" in card.text) == (licence is not None)
-    assert ("adds `license:`" in card.text) == (licence is None)
+    for name in (USAGES[hub_task].auto_class, USAGES[hub_task].processor_class):
+        assert name in code and hasattr(transformers, name)
+    assert code.count('(checkpoint, revision="r2", trust_remote_code=True)') == 2
 
 
 def test_the_code_of_a_card_runs(tmp_path, monkeypatch):
@@ -283,8 +160,114 @@ def test_the_code_of_a_card_runs(tmp_path, monkeypatch):
     stock_model("ForSequenceClassification", dtype=torch.float32).save_pretrained(folder)
     ToMePerceiverForSequenceClassification.from_pretrained(folder, r=1).save_pretrained(folder)
     PerceiverTokenizer().save_pretrained(folder)
-    code = written(folder).text.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
     names: dict = {}
+    code = code_of(full_card(model_id=str(folder)))
     exec(code.replace("flops_ratio=0.9", "flops_ratio=0.99"), names)  # the least that so small a model can do
     assert names["logits"].shape[0] == 1 and names["model"].r == 0
+
+
+@pytest.mark.parametrize("bound", [None, 0.02])
+def test_the_frontier_says_how_to_move_along_it(tmp_path, bound):
+    changed = None if bound is None else 0.0
+    rows = [
+        FrontierRow(Merging.none(CONFIG), 1.0, 0.0, changed, bound),
+        FrontierRow(Merging.of(CONFIG), 0.623, 0.25, changed, bound),
+    ]
+    frontier = Frontier(rows, CONFIG.num_blocks, (1, 20), 10, 30, [1.0])
+    full_card(frontier=frontier).write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("model.merge_to(flops_ratio=0.63)") == 2 and "0.623 |" in text
+    assert ("model.merge_to(max_changed=0.02)" in text) == (bound is not None)
+    assert ("![Share of changed answers" in text) == (bound is not None)
+    assert (tmp_path / "frontier.png").exists()
+
+
+def test_a_card_has_a_section_for_what_there_is_to_say(tmp_path):
+    card_of(sections={"Branches": "Two.", "Nothing": ""}).write(tmp_path)
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# model", "## Use it", "## Data", "## Branches", "## Limits", "## Licence", "## Made with",
+    ]  # fmt: skip
+    assert not (tmp_path / "schedule.png").exists() and "without training" in text and "trained on" not in text
+
+
+def test_a_card_says_what_was_done_how_fast_it_is_and_where():
+    text = text_of(full_card(revision="r2"))
+    for said in (
+        "# model, r2",
+        "trained on stsb, from [deepmind/language-perceiver](https://huggingface.co/deepmind/language-perceiver)",
+        "12 latents become 1", "for an input of shape (20,)", "merge_method: bipartite", "budget: at most 0.5",
+        "it was 1.50 times as fast as unmerged", "1.25 to 1.75, 8 inputs at once",
+        "- [nyu-mll/glue](https://huggingface.co/datasets/nyu-mll/glue), configuration stsb",
+        "- 3,000 training examples", "- 1,500 evaluated examples, of its split 'validation'",
+        "- classes: no, yes", "- `max_seq_length`: 48", "- `seed`: 7", f"transformers {transformers.__version__}",
+        "The weights are made from deepmind/language-perceiver, whose terms hold.", describe_environment()["python"],
+    ):  # fmt: skip
+        assert said in text, said
+
+
+def test_a_training_lists_what_is_not_the_default_and_the_next_one_what_has_changed():
+    text = text_of(full_card())
+    listed = re.findall(r"^- `(\w+)`: ", text.partition("## Training\n")[2].partition("## ")[0], re.MULTILINE)
+    assert "learning_rate" in listed and set(listed) <= set(TRAINING_SHOWN)
+    first = {"learning_rate": 0.1, "data_seed": None, "max_grad_norm": 1.0}
+    steps = {"Finetuning": first, "Retraining": first | {"max_grad_norm": 2.0, "elastic": True}}
+    text = text_of(full_card(steps=steps))
+    assert text.count("`learning_rate`: 0.1") == 1 and "data_seed" not in text
+    assert "The same as finetuning, except:\n\n- `max_grad_norm`: 2.0\n- `elastic`: True\n" in text
+
+
+def test_a_checkpoint_that_merges_nothing_says_so(tmp_path):
+    config = tiny_config(architectures=["ToMePerceiverForSequenceClassification"])
+    full_card(merging=WhatMerges(config, (1, 20))).write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "whose latents can be merged" in text and "Nothing, until `model.merge_to`" in text
+    assert not (tmp_path / "schedule.png").exists() and "FLOPs are" not in text
+
+
+def test_no_card_says_where_on_this_machine_anything_is(tmp_path):
+    (tmp_path / "base").mkdir()
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text("{}")
+    steps = {"Training": {"learning_rate": 0.1, "deepspeed": str(settings)}}
+    card = full_card(
+        model_id=str(tmp_path), base_model=str(tmp_path / "base"), steps=steps, data_fields={"anything": str(settings)}
+    )
+    content = card.render().content
+    assert str(tmp_path) not in content and "/tmp" not in content and str(Path.home()) not in content
+    assert "`deepspeed`: deepspeed.json" in content and "from `base`" in content
+
+
+def test_names_cannot_break_the_card(tmp_path):
+    """Neither the YAML, nor the code, nor the text around them."""
+    source = Source("", "*d* | <b>: [x](y)\n# z", False, "a: b", "sp`lit")
+    card = full_card(model_id='mo"del: *a*', source=source, labels=["<i>", "_x_", "a_b", "#"], revision='r"2')
+    text = text_of(card)
+    assert ModelCard(card.render().content).data.to_dict() == card.data.to_dict()
+    compile(code_of(card), "card", "exec")
+    assert '# mo"del: \\*a\\*, r"2\n' in text and "- \\*d\\* \\| \\<b\\>: \\[x](y) # z, read from files" in text
+    assert "- classes: \\<i\\>, \\_x\\_, a_b, #\n" in text
+
+
+@pytest.mark.parametrize(
+    ("base_card", "licence"), [("---\nlicense: mit\n---\n", "mit"), ("---\nlicense: [\n---\n", None), (None, None)]
+)
+def test_the_licence_is_that_of_the_base_model(tmp_path, base_card, licence):
+    if base_card is not None:
+        (tmp_path / "README.md").write_text(base_card)
+    card = full_card(base_model=str(tmp_path))
+    assert card.data.license == licence
+    assert ("The weights are under mit" in text_of(card)) == (licence is not None)
+    assert ("add `license:`" in text_of(card)) == (licence is None)
+
+
+def test_a_card_loads_from_the_repository_it_is_pushed_to(tmp_path):
+    full_card(model_id=str(tmp_path)).write(tmp_path)
+    before = (tmp_path / "README.md").read_text()
+    assert f'\ncheckpoint = "{tmp_path.name}"\n' in before
+    for repo_id in ("someone/model", "someone/other"):
+        address_card(tmp_path, repo_id)
+        assert (tmp_path / "README.md").read_text() == before.replace(f'"{tmp_path.name}"', f'"{repo_id}"')
+    with Image.open(tmp_path / "schedule.png") as picture:
+        assert picture.width > 500 and len(picture.convert("L").getcolors()) > 10

@@ -30,9 +30,9 @@ from experiments.publishing.hub import (
     HubRepository,
     PushFailed,
     open_repository,
-    placeless,
     push_checkpoint,
 )
+from experiments.publishing.tables import without_places
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.loopback_repository import FINE_TOKEN, READ_TOKEN, USER, WRITE_TOKEN
 from tests.support.script_run import PROGRAMS
@@ -269,7 +269,7 @@ def test_of_what_is_on_this_machine_only_the_name_is_pushed(hub, folder, reposit
 def test_what_is_a_place_on_this_machine(tmp_path, monkeypatch, value, pushed):
     (tmp_path / "outputs" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert placeless(value) == pushed
+    assert without_places(value) == pushed
 
 
 def test_what_stays_at_home_does_not_come_near_the_line(hub, folder, repository):

@@ -71,7 +71,7 @@ def test_a_run_is_pushed_in_one_commit(hub, trained, tmp_path, capsys):
         "run_glue.py", *arguments(trained), "--resume_from_checkpoint", "last", "--output_dir", tmp_path / "pushed"
     )
     card = ModelCard(files["README.md"].decode())
-    assert f'from_pretrained("{USER}/pushed"' in card.text and f'"text-classification", "{USER}/pushed"' in card.text
+    assert f'\ncheckpoint = "{USER}/pushed"\n' in card.text
     assert card.data.eval_results[0].metric_value == json.loads(files["eval_results.json"])["eval_accuracy"]
     assert f"{USER}/pushed" in capsys.readouterr().out
 
@@ -144,7 +144,7 @@ def test_a_sweep_is_pushed_and_comes_back(hub, trained, tmp_path):
     ]
     assert card.data.eval_results[-1].metric_args["r"] == [2, 0, 1, 0]
     branch = ModelCard(hub.files(repo_id, "r2_0_1_0")["README.md"].decode())
-    assert f'"{repo_id}", revision="r2_0_1_0"' in branch.text
+    assert f'checkpoint = "{repo_id}"' in branch.text and 'checkpoint, revision="r2_0_1_0"' in branch.text
 
     folders = {"main": sweep, "r2_0_1_0": sweep / "retrained" / "r2_0_1_0"}
     oid = hub.commits[1].oid
