@@ -314,7 +314,8 @@ class Card:
     @property
     def trainings(self) -> list[tuple[str, str | None, dict[str, Any]]]:
         """Of each training its heading, that of the one before it, and the arguments to list."""
-        listed, previous = [], None
+        listed: list[tuple[str, str | None, dict[str, Any]]] = []
+        previous: str | None = None
         for heading, fields in self.steps.items():
             arguments = listed_arguments(fields, None if previous is None else self.steps[previous])
             listed.append((heading, previous, arguments))

@@ -16,8 +16,7 @@ from transformers import PerceiverTokenizer
 
 from experiments.publishing import hub as hub_upload
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
-from tests.support.loopback_hub import LoopbackHub
-from tests.support.loopback_repository import USER, WRITE_TOKEN
+from tests.support.loopback_hub import USER, WRITE_TOKEN, LoopbackHub
 from tests.support.script_run import PROGRAMS, ROOT, bad_input_line, call_script
 from tests.support.tiny_texts import write_glue, write_model_config
 
@@ -168,8 +167,7 @@ def test_a_sweep_is_pushed_and_comes_back(hub, trained, tmp_path):
 
 def test_a_gated_checkpoint_is_named(trained, tmp_path):
     with LoopbackHub() as hub:
-        hub.add_repository("others/gated", {"config.json": b"{}"})
-        hub.gate("others/gated")
+        hub.add_repository("others/gated", {"config.json": b"{}"}, gated=True)
         given = ("--model_name_or_path", "others/gated", *arguments(trained)[2:6], "--do_eval")
         done = subprocess.run(
             [sys.executable, "run_glue.py", *map(str, given), "--output_dir", str(tmp_path / "out")],

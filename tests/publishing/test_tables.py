@@ -1,39 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Markdown table has every cell where its header says."""
+"""Tables, figures with errors, escaped names, and values without paths of this machine."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from experiments.publishing.tables import markdown_table, with_error
+from experiments.publishing.tables import escape_markdown, markdown_table, with_error, without_places
 
 
-def test_a_line_for_the_header_one_for_the_alignment_and_one_for_each_row():
-    assert markdown_table(["", "r", "ms"], [("ours", 2, 1.5), ("stock", None, "")], "lr").splitlines() == [
+def test_a_table_has_a_line_for_header_alignment_and_each_row():
+    """The last alignment is for all further columns; no cell ends its cell or row."""
+    rows = [("ours", 2, 1.5), ("a\n d|e", None, "")]
+    assert markdown_table(["", "r", "ms"], rows, "lr").splitlines() == [
         "|  | r | ms |",
         "|---|---:|---:|",
         "| ours | 2 | 1.5 |",
-        "| stock |  |  |",
+        "| a d\\|e |  |  |",
     ]
-
-
-@pytest.mark.parametrize(
-    ("align", "rule"), [("l", "|---|---|---|"), ("rl", "|---:|---|---|"), ("rlr", "|---:|---|---:|")]
-)
-def test_the_last_alignment_is_for_all_that_come_after(align, rule):
-    assert markdown_table(["a", "b", "c"], [], align).splitlines() == ["| a | b | c |", rule]
-
-
-def test_no_cell_ends_its_cell_or_row():
-    assert markdown_table(["a|b"], [["c\n d|e"]]).splitlines() == ["| a\\|b |", "|---|", "| c d\\|e |"]
-
-
-@pytest.mark.parametrize("row", [[1], [1, 2, 3]])
-def test_a_row_has_as_many_cells_as_the_header(row):
     with pytest.raises(ValueError, match="header of 2"):
-        markdown_table(["a", "b"], [row])
+        markdown_table(["a", "b"], [[1]])
 
 
 def test_a_figure_stands_with_its_standard_error():
     assert with_error(81.234, 0.4) == "81.23 ± 0.40"
     assert with_error(-1.0, 0.25, "+.1f") == "-1.0 ± 0.2" and with_error(0.5, 0.25, "+.2f") == "+0.50 ± 0.25"
+
+
+def test_names_are_escaped():
+    assert escape_markdown("a_b *c*\n<d> [e](f) _g_ `h` i|j") == r"a_b \*c\* \<d\> \[e](f) \_g\_ \`h\` i\|j"
+
+
+@pytest.mark.parametrize(
+    ("value", "pushed"),
+    [
+        ("nyu-mll/glue", "nyu-mll/glue"), ("outputs/here", "here"), ("outputs/gone/model", "model"),
+        ("/home/me/data", "data"), ("~/data/", "data"), ("../data.csv", "data.csv"), ("./data", "data"),
+        ("~", Path.home().name), ("outputs", "outputs"), ("", ""), ("http://127.0.0.1/a", "http://127.0.0.1/a"),
+        ("num_latents=64,d_latents=32", "num_latents=64,d_latents=32"), ("two\nlines /a", "two\nlines /a"),
+        ("--dataset_name nyu-mll/glue", "--dataset_name nyu-mll/glue"), ("--dataset_name /a/b", "--dataset_name b"),
+        (["/a/b", {"/x/y": "/a/c"}, 1.5, None], ["b", {"/x/y": "c"}, 1.5, None]),
+    ],
+)  # fmt: skip
+def test_paths_of_this_machine_are_reduced_to_names(tmp_path, monkeypatch, value, pushed):
+    (tmp_path / "outputs" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert without_places(value) == pushed
