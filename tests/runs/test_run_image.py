@@ -191,7 +191,7 @@ def test_arguments_from_a_file(inputs, tmp_path):
         (("--r", "1.5"), ("--r 1.5", "integer")),
         (("--r", "1,1"), ("r=[1, 1]", str(NUM_LAYERS))),
         (("--r", "1", "--r_inflection", "2"), ("--r_inflection 2.0", "-1 to 1")),
-        (("--r", "1,1,1,1", "--r_inflection", "1"), ("r_inflection=1.0", "integer r")),
+        (("--r", "1,1,1,1", "--r_inflection", "1"), ("r_inflection=1.0", "0 with a list")),
         (("--min_latents", "0"), ("--min_latents 0", "1 or more")),
         (("--min_latents", "9"), ("min_latents=9", "8")),
         (("--merge_method", "glue"), ("--merge_method glue", "bipartite")),
