@@ -535,10 +535,6 @@ class _Candidate:
         return replace(self, left=tuple(self.latents - total for total in accumulate(removed)))
 
 
-Offspring = _Candidate | None
-"""A candidate within a share of the FLOPs, or `None` where there is none."""
-
-
 class _Search:
     """Choose a schedule for each of several shares of the FLOPs, from mild to strong.
 
@@ -642,7 +638,7 @@ def _targets(least: float) -> list[float]:
 
 
 class _Proposals:
-    """Make candidates within a share of the FLOPs.
+    """Make candidates within a share of the FLOPs; `None` where there is none.
 
     Args:
         evaluator: of the candidates.
@@ -663,7 +659,7 @@ class _Proposals:
                 self.grouped.append(_Candidate(count, start, left, *ways[0]))
         self.least = _least_share(self.flops_share, ways, schedules)
 
-    def for_share(self, target: float, parents: Sequence[_Candidate]) -> Iterator[Offspring]:
+    def for_share(self, target: float, parents: Sequence[_Candidate]) -> Iterator[_Candidate | None]:
         """Make the candidates of a share from the best ones of the share before; the likeliest come first."""
         if self.schedules is not None:
             for name, candidate in product(self.schedules, self.unmerged):
@@ -672,7 +668,9 @@ class _Proposals:
         others = [self._stronger(parent, target) for parent in parents[1:3]]
         yield from chain.from_iterable(zip_longest(self._stronger(parents[0], target), self._seeds(target), *others))
 
-    def _fitted(self, candidate: _Candidate, target: float, left: Callable[[float], Sequence[float]]) -> Offspring:
+    def _fitted(
+        self, candidate: _Candidate, target: float, left: Callable[[float], Sequence[float]]
+    ) -> _Candidate | None:
         """Return `candidate` with the latents left by the least strength in [0, 1] that is within the share."""
 
         def at(strength: float) -> _Candidate:
@@ -680,14 +678,14 @@ class _Proposals:
 
         return weakest(at, target, lambda each: each.share(self.flops_share))
 
-    def _seeds(self, target: float) -> Iterator[Offspring]:
+    def _seeds(self, target: float) -> Iterator[_Candidate | None]:
         """Make candidates from scratch: one number of latents for all layers, in fewer blocks and after groups."""
         per_block, all_blocks = self.config.num_self_attends_per_block, self.config.num_blocks
         for blocks in range(all_blocks, 0, -1):
             for each in [self.unmerged[0], *self.grouped] if blocks >= all_blocks - 1 else self.unmerged[:1]:
                 yield self._capped(replace(each, left=each.left[: blocks * per_block]), target, 0, flat=True)
 
-    def _stronger(self, parent: _Candidate, target: float) -> Iterator[Offspring]:
+    def _stronger(self, parent: _Candidate, target: float) -> Iterator[_Candidate | None]:
         """Make a parent stronger: in all layers, with a block less, with fewer latents at the start, by another way."""
         yield self.scaled(parent, target)
         per_block = self.config.num_self_attends_per_block
@@ -700,7 +698,7 @@ class _Proposals:
             if (method, metric) != (parent.method, parent.metric):
                 yield self.scaled(replace(parent, method=method, metric=metric), target)
 
-    def scaled(self, parent: _Candidate, target: float) -> Offspring:
+    def scaled(self, parent: _Candidate, target: float) -> _Candidate | None:
         """Return the parent with fewer latents in all layers, or with more."""
 
         def left(strength: float) -> list[float]:
@@ -710,7 +708,7 @@ class _Proposals:
 
         return self._fitted(parent, target, left)
 
-    def _capped(self, parent: _Candidate, target: float, layer: int, flat: bool) -> Offspring:
+    def _capped(self, parent: _Candidate, target: float, layer: int, flat: bool) -> _Candidate | None:
         """Return the parent with a cap on the latents left from a layer on; if `flat`, these layers are at the cap."""
         reaching = parent.left[layer - 1] if layer else parent.latents
 
@@ -720,7 +718,7 @@ class _Proposals:
 
         return self._fitted(parent, target, left)
 
-    def neighbours(self, best: _Candidate, target: float) -> Iterator[Offspring]:
+    def neighbours(self, best: _Candidate, target: float) -> Iterator[_Candidate | None]:
         """Make candidates of the same share: some layer keeps a quarter more latents, and all after it fewer."""
         for layer in _spread(range(len(best.left) - 1), 12):
             reaching = best.left[layer - 1] if layer else best.latents
@@ -1183,5 +1181,5 @@ def _spread(values: Sequence[Any], most: int) -> list[Any]:
     return [values[place * len(values) // most] for place in range(most)] if len(values) > most else list(values)
 
 
-def _distinct(candidates: Iterable[Offspring]) -> list[_Candidate]:
+def _distinct(candidates: Iterable[_Candidate | None]) -> list[_Candidate]:
     return list(dict.fromkeys(each for each in candidates if each is not None))

@@ -30,15 +30,15 @@ def batches(rows: int = 64, size: int = 4, seed: int = 0) -> list[dict[str, torc
     return [{"input_ids": torch.randint(6, 262, (size, 9), generator=generator)} for _ in range(rows // size)]
 
 
-def divergences(model, merging, given):
-    apart = []
-    for batch in given:
-        with torch.no_grad():
-            before = model(**batch, r=0).logits.log_softmax(-1)
-            with merging.applied(model.config):
-                after = model(**batch).logits.log_softmax(-1)
-        apart.append((before.exp() * (before - after)).sum(-1))
-    return torch.cat(apart)
+def outputs(model, given) -> torch.Tensor:
+    """(B, P, K): the output at the labelled word, at all pixels, or the only one."""
+    with torch.no_grad():
+        logits = torch.cat(
+            [model(**{name: batch[name] for name in batch if name != "labels"}).logits for batch in given]
+        )
+    if "labels" in given[0]:
+        return logits[:, 3:4]
+    return logits[:, None] if logits.dim() == 2 else logits.flatten(1, -2)
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +53,35 @@ def test_rows_go_from_mild_to_strong_and_cost_what_they_say(calibrated):
     shares = [row.flops_ratio for row in frontier.rows]
     assert len(shares) >= 8 and shares == sorted(shares, reverse=True) and shares[0] <= 0.9
     assert shares == [pytest.approx(share(row.merging)) for row in frontier.rows]
-    assert (frontier.searched, frontier.held_out) == (16, 48)
+    assert (frontier.searched, frontier.held_out) == (16, 48) and "measured on 48 others" in str(frontier)
+    assert Merging.of(model.config) == Merging.of(tiny_config()) and Frontier.of(model.config) == frontier
 
 
-def test_rows_are_measured_on_samples_that_took_no_part_in_the_search(calibrated):
-    model, frontier = calibrated
-    held_out = [batch for place, batch in enumerate(batches()) if place % 4]
+@pytest.mark.parametrize("case", ["class", "word", "number", "flow"])
+def test_rows_have_the_figures_of_a_direct_computation(case):
+    """On samples that took no part in the search. Numbers have changed if they moved by a tenth of their deviation."""
+    regression = {"num_labels": 1, "problem_type": "regression"} if case == "number" else {}
+    head = {"word": "ForMaskedLM", "flow": "ForOpticalFlow"}.get(case, HEAD)
+    model, given = tiny_model(head, num_blocks=1, **regression), batches()
+    if case == "word":
+        for batch in given:
+            batch["labels"] = torch.full((4, 9), -100)
+            batch["labels"][:, 3] = 7
+    elif case == "flow":
+        given = [{"inputs": each} for each in tiny_inputs(head, batch=64)["inputs"].split(4)]
+    frontier, held_out = model.calibrate(given), [batch for place, batch in enumerate(given) if place % 4]
+    before, deviation = outputs(model, held_out), outputs(model, given[::4]).flatten(0, 1).std(dim=0).mean()
     for row in frontier.rows:
-        assert row.divergence == pytest.approx(float(divergences(model, row.merging, held_out).mean()), rel=1e-3)
-    with torch.no_grad():
-        before = torch.cat([model(**batch).logits.argmax(-1) for batch in held_out])
-        strongest = frontier.rows[-1]
-        with strongest.merging.applied(model.config):
-            after = torch.cat([model(**batch).logits.argmax(-1) for batch in held_out])
-    assert strongest.changed == float((before != after).double().mean())
-    assert strongest.changed_bound == pytest.approx(binomial_bound(int((before != after).sum()), 48))
-
-
-def test_it_leaves_the_model_as_it_was_but_for_the_frontier(calibrated):
-    model, frontier = calibrated
-    assert Merging.of(model.config) == Merging.of(tiny_config())
-    assert Frontier.of(model.config) == frontier
-    assert all(line in str(frontier) for line in ("| share of FLOPs |", "measured on 48 others"))
+        with row.merging.applied(model.config):
+            after = outputs(model, held_out)
+        numbers = case in ("number", "flow")
+        divergence = output_divergence(after.flatten(0, 1), before.flatten(0, 1), numbers).mean()
+        assert row.divergence == pytest.approx(float(divergence), rel=1e-3, abs=1e-12)
+        changed = (after.argmax(-1) != before.argmax(-1))[:, 0]
+        if numbers:
+            changed = (after - before).abs().amax(-1).mean(1) > 0.1 * deviation
+        assert row.changed == float(changed.double().mean())
+        assert row.changed_bound == pytest.approx(binomial_bound(int(changed.sum()), 48))
 
 
 def test_the_same_samples_give_the_same_frontier_on_any_number_of_threads(calibrated):
@@ -237,7 +244,7 @@ def test_a_search_can_be_held_to_methods_and_schedules(options, holds):
 
 
 def test_a_share_that_a_search_cannot_reach_is_known_without_samples():
-    model, said = tiny_model(HEAD), []
+    model, said = tiny_model(HEAD, num_blocks=1), []
     for check in (
         lambda: frontier_module.check_reach(model, 0.15, SHAPE),
         lambda: model.calibrate(batches(), flops_ratios=[0.15]),
@@ -246,7 +253,7 @@ def test_a_share_that_a_search_cannot_reach_is_known_without_samples():
             check()
         said.append(str(error.value))
     assert said[0] == said[1]
-    frontier_module.check_reach(model, 0.25, SHAPE)
+    frontier_module.check_reach(model, 0.5, SHAPE)
 
 
 def test_shares_that_are_asked_for_have_rows_of_their_own(calibrated):
@@ -286,48 +293,9 @@ def test_a_search_that_is_out_of_time_has_rows_all_the_same():
     assert all(row.divergence is None and row.changed_bound is None for row in frontier.rows)
 
 
-def test_masked_words_are_compared_where_they_are_asked_for():
-    model, given = tiny_model("ForMaskedLM"), batches()
-    for batch in given:
-        batch["labels"] = torch.full((4, 9), -100)
-        batch["labels"][:, 3] = 7
-    row = model.calibrate(given).rows[-1]
-    with torch.no_grad():
-        held_out = [batch["input_ids"] for place, batch in enumerate(given) if place % 4]
-        before = torch.cat([model(input_ids=ids).logits[:, 3] for ids in held_out])
-        with row.merging.applied(model.config):
-            after = torch.cat([model(input_ids=ids).logits[:, 3] for ids in held_out])
-    assert row.divergence == pytest.approx(float(output_divergence(after, before, False).mean()), rel=1e-3)
-    assert row.changed == float((after.argmax(-1) != before.argmax(-1)).double().mean())
-
-
-@pytest.mark.parametrize("head", [HEAD, "ForOpticalFlow"])
-def test_numbers_have_changed_if_they_moved_by_a_tenth_of_their_deviation(head):
-    """For optical flow, the mean over the pixels."""
-    if head == HEAD:
-        model, given = tiny_model(HEAD, num_labels=1, problem_type="regression"), batches()
-    else:
-        model, inputs = tiny_model(head), tiny_inputs(head, batch=64)["inputs"]
-        given = [{"inputs": inputs[place : place + 4]} for place in range(0, 64, 4)]
-    row = model.calibrate(given).rows[-1]
-
-    def outputs(chosen):
-        logits = torch.cat([model(**batch).logits for place, batch in enumerate(given) if chosen(place)])
-        return logits.flatten(1, -2) if logits.dim() > 2 else logits[:, None]
-
-    with torch.no_grad():
-        deviation = outputs(lambda place: place % 4 == 0).flatten(0, 1).std(dim=0).mean()
-        before = outputs(lambda place: place % 4)
-        with row.merging.applied(model.config):
-            after = outputs(lambda place: place % 4)
-    assert row.divergence == pytest.approx(float((after - before).square().sum(-1).mean()), rel=1e-3)
-    moved = (after - before).abs().amax(-1).mean(1)
-    assert row.changed == float((moved > 0.1 * deviation).double().mean())
-
-
 def test_who_pays_names_the_class_and_the_length_that_change_most():
     torch.manual_seed(1)
-    model, given = tiny_model(HEAD), batches(256, size=16)
+    model, given = tiny_model(HEAD, num_blocks=1), batches(256, size=16)
     for place, batch in enumerate(given):
         batch["attention_mask"] = torch.ones(16, 9, dtype=torch.int64)
         batch["attention_mask"][:8, 4 + place % 2 :] = 0
@@ -402,10 +370,10 @@ def test_outputs_that_are_not_finite_are_refused():
 
 def test_few_samples_and_samples_that_are_all_alike_are_warned_of():
     with pytest.warns(UserWarning, match="mostly noise"):
-        tiny_model(HEAD).calibrate(batches(16))
+        tiny_model(HEAD, num_blocks=1).calibrate(batches(16))
     alike = [{"input_ids": torch.full((4, 9), 7)} for _ in range(16)]
     with pytest.warns(UserWarning, match="alike"):
-        tiny_model(HEAD).calibrate(alike)
+        tiny_model(HEAD, num_blocks=1).calibrate(alike)
 
 
 def test_divergence_is_that_of_kullback_and_leibler_or_squared():
