@@ -25,49 +25,12 @@ each retrained one to a branch of its own, so that from_pretrained(..., revision
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
-
-from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
-from experiments.publishing.hub import HubArguments, open_to_push
-from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
-from experiments.runs.start import load
-from experiments.runs.sweep import Sweep, push_sweep
-from experiments.runs.sweep_arguments import SweepArguments
-from experiments.training.model_arguments import ModelArguments
-from experiments.training.output_folder import lock_folder
-from experiments.training.stage import RetrainArguments, check_sharding, rehearse
-from experiments.training.trainer_arguments import TrainerArguments
+from experiments.runs.sweep import run_sweep
 
 
 def main() -> None:
-    model_args, data, sweep_args, training, retraining, hub = parse_arguments(
-        __doc__, ModelArguments, SweepDataArguments, SweepArguments, TrainerArguments, RetrainArguments, HubArguments
-    )
-    output_dir, revision = Path(training.output_dir), training.hub_revision or "main"
-    if hub.push_only:
-        push_sweep(open_to_push(training, model_args.token), output_dir, revision)
-        return
-    check_sharding("--r")
-    retraining.check_elastic(None if retraining.retrain_epochs > 0 else "--retrain_epochs")
-    repository = open_to_push(training, model_args.token) if training.push_to_hub else None
-    with lock_folder(output_dir):
-        load_task = partial(load_sweep_task, data, model_args, training.seed, sweep_args.most_samples)
-        loaded = load(load_task, model_args, training)
-        loaded.check_head(model_args)
-        rehearse(loaded.model, loaded.prepared, retraining.stages(training), retraining.trainer_class)
-        sweep = Sweep(
-            model_args=model_args,
-            data=data,
-            sweep_args=sweep_args,
-            retraining=retraining,
-            training=training,
-            loaded=loaded,
-        )
-        sweep.run()
-        if repository is not None and sweep.writes:
-            push_sweep(repository, output_dir, revision)
+    run_sweep(__doc__)
 
 
 if __name__ == "__main__":

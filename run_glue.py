@@ -24,12 +24,12 @@ arguments may stand in one file: python run_glue.py FILE.yaml (or .json). Killed
 from __future__ import annotations
 
 from experiments.errors import exit_on_bad_input
-from experiments.runs.finetune import Experiment, run_experiment
+from experiments.runs.finetune import finetune
 from experiments.tasks.glue import GlueDataArguments, load_glue_task
 
 
 def main() -> None:
-    run_experiment(Experiment.from_command_line(__doc__, GlueDataArguments, load_glue_task))
+    finetune(__doc__, GlueDataArguments, load_glue_task)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ arguments may stand in one file: python run_image.py FILE.yaml (or .json). Kille
 from __future__ import annotations
 
 from experiments.errors import exit_on_bad_input
-from experiments.runs.finetune import Experiment, run_experiment
+from experiments.runs.finetune import finetune
 from experiments.tasks.images import ImageDataArguments, load_image_task
 
 
 def main() -> None:
-    run_experiment(Experiment.from_command_line(__doc__, ImageDataArguments, load_image_task))
+    finetune(__doc__, ImageDataArguments, load_image_task)
 
 
 if __name__ == "__main__":

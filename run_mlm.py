@@ -24,12 +24,12 @@ masked in the evaluated sentences is always the same, so that models can be comp
 from __future__ import annotations
 
 from experiments.errors import exit_on_bad_input
-from experiments.runs.finetune import Experiment, run_experiment
+from experiments.runs.finetune import finetune
 from experiments.tasks.mlm import MlmDataArguments, load_mlm_task
 
 
 def main() -> None:
-    run_experiment(Experiment.from_command_line(__doc__, MlmDataArguments, load_mlm_task))
+    finetune(__doc__, MlmDataArguments, load_mlm_task)
 
 
 if __name__ == "__main__":

@@ -267,9 +267,9 @@ def slower_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def main() -> None:
-    from experiments.runs.finetune import Experiment, run_experiment
+    from experiments.runs.finetune import finetune
 
-    run_experiment(Experiment.from_command_line(__doc__, TaughtArguments, load_taught_task))
+    finetune(__doc__, TaughtArguments, load_taught_task)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a script starts: its data are read, and a model is loaded for them."""
+"""Start of every script: its arguments, the data and the model for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
+from experiments.command_line import parse_arguments
 from experiments.errors import BadInput
 from experiments.merging.arguments import Samples
+from experiments.publishing.hub_arguments import HubArguments
 from experiments.tasks.base import PreparedTask, Task
 from experiments.training.loading import load_model_and_task
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.progress import quieten_transformers, say
+from experiments.training.stage import RetrainArguments
+from experiments.training.trainer_arguments import TrainerArguments
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
-# FLOPs are for an input as long as the longest of so many evaluated ones.
+# FLOPs are for an input as long as the longest of this many evaluated ones.
 COUNTED_INPUTS = 32
+
+
+@dataclass
+class RunArguments:
+    """Arguments of a script, by group.
+
+    Attributes:
+        merging: `MergeArguments`, or `SweepArguments` of a sweep.
+        data: which data, of the kind that the script takes.
+    """
+
+    model: ModelArguments
+    data: Any
+    merging: Any
+    training: TrainingArguments
+    retraining: RetrainArguments
+    hub: HubArguments
+
+    @classmethod
+    def parse(cls, description: str, data: type, merging: type) -> RunArguments:
+        """Parse the command line of a script.
+
+        Args:
+            description: first part of its `--help`.
+            data, merging: dataclasses of these groups.
+
+        Raises:
+            BadInput: for values that are out of range.
+        """
+        groups = (ModelArguments, data, merging, TrainerArguments, RetrainArguments, HubArguments)
+        return cls(*parse_arguments(description, *groups))
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training.output_dir)
+
+    @property
+    def branch(self) -> str:
+        """Branch of the Hub repository that the checkpoint is pushed to."""
+        return self.training.hub_revision or "main"
+
+    @property
+    def retrains(self) -> bool:
+        return self.retraining.retrain_epochs > 0
 
 
 @dataclass(frozen=True)
@@ -38,14 +87,14 @@ class Loaded:
 
     @property
     def has_new_head(self) -> bool:
-        """Whether the model is a checkpoint's with a head that began at random: its outputs say nothing yet."""
+        """Whether the model is a checkpoint's with a randomly initialised head, whose outputs mean nothing yet."""
         return getattr(self.model, "head_is_new", False)
 
     def check_head(self, model_args: ModelArguments) -> None:
-        """Check that there is something to evaluate without training.
+        """Check that the model can be evaluated without training.
 
         Raises:
-            BadInput: for a head that has learned nothing.
+            BadInput: for a new head.
         """
         if self.has_new_head:
             raise BadInput(
@@ -71,13 +120,13 @@ def load(
     """Read the data and load the model.
 
     Args:
-        load_task: reads the data.
+        load_task: reads the data; of several processes, the first one reads first.
         model_args: which model.
-        training: its seed decides whatever is drawn; of several processes, the first one reads first.
+        training: its seed decides every random draw.
         merging: fields of the config that are given.
 
     Raises:
-        BadInput: for data or a model that are not there or do not fit.
+        BadInput: for data or a model that are missing or do not fit.
     """
     quieten_transformers()
     set_seed(training.seed)

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
@@ -19,17 +20,18 @@ from experiments.files import check_writable, save_whole
 from experiments.measurement import describe_environment, peak_memory_mb, time_interleaved
 from experiments.publishing.card import Card, Measured, WhatMerges, shown_r
 from experiments.publishing.hub import HubRepository, push_checkpoint
-from experiments.runs.start import Loaded
+from experiments.publishing.hub_arguments import check_push, open_to_push
+from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
+from experiments.runs.start import Loaded, RunArguments, load
 from experiments.runs.sweep_arguments import SweepArguments
 from experiments.runs.sweep_report import PICTURE, Best, Row, SweepResults, write_report
 from experiments.training.evaluation import Evaluation, evaluate
 from experiments.training.fingerprints import config_fingerprint, digest_of, weights_fingerprint
 from experiments.training.loading import load_config, load_model
-from experiments.training.model_arguments import ModelArguments
-from experiments.training.output_folder import check_disk_space, claim
+from experiments.training.output_folder import check_disk_space, claim, lock_folder
 from experiments.training.progress import announce, results_line, say
 from experiments.training.run_record import CONFIG, START, content, data_fields, recorded_arguments, training_fields
-from experiments.training.stage import RetrainArguments, task_trainer, train_and_save
+from experiments.training.stage import check_sharding, rehearse, task_trainer, train_and_save
 from frontier_tome_perceiver import Frontier
 
 MERGED = "merged"
@@ -39,28 +41,50 @@ RETRAINED = "retrained"
 ELASTIC = "elastic"
 
 
-@dataclass(kw_only=True)
+def run_sweep(description: str) -> None:
+    """Do what the command line of eval_sweep.py asks for, everything on disk first and the push last.
+
+    Args:
+        description: first part of `--help`.
+
+    Raises:
+        BadInput: for arguments that cannot be met, before any long work.
+        PushFailed: when everything is done and on disk.
+    """
+    args = RunArguments.parse(description, SweepDataArguments, SweepArguments)
+    training, retraining = args.training, args.retraining
+    if args.hub.push_only:
+        push_sweep(open_to_push(training, args.model.token), args.output_dir, args.branch)
+        return
+    check_sharding("--r")
+    retraining.check_elastic(None if args.retrains else "--retrain_epochs")
+    repository = check_push(training, args.model.token)
+    with lock_folder(args.output_dir):
+        load_task = partial(load_sweep_task, args.data, args.model, training.seed, args.merging.most_samples)
+        loaded = load(load_task, args.model, training)
+        loaded.check_head(args.model)
+        rehearse(loaded.model, loaded.prepared, retraining.stages(training), retraining.trainer_class)
+        Sweep(args, loaded).run()
+        if repository is not None and training.should_save:
+            push_sweep(repository, args.output_dir, args.branch)
+
+
 class Sweep:
     """A sweep: `run` measures its rows one after another.
 
-    Attributes:
-        model_args, data, sweep_args, retraining, training: arguments of the command line, by group.
+    Args:
+        args: arguments of the command line.
         loaded: the checkpoint, and the task to evaluate and train it on.
     """
 
-    model_args: ModelArguments
-    data: Any
-    sweep_args: SweepArguments
-    retraining: RetrainArguments
-    training: TrainingArguments
-    loaded: Loaded
-
-    def __post_init__(self) -> None:
-        task, model, prepared = self.loaded.task, self.loaded.model, self.loaded.prepared
-        self.output_dir, self.writes = Path(self.training.output_dir), self.training.should_save
-        self.retrains = self.retraining.retrain_epochs > 0
+    def __init__(self, args: RunArguments, loaded: Loaded) -> None:
+        self.args, self.loaded = args, loaded
+        self.sweep_args: SweepArguments = args.merging
+        self.training, self.retraining, self.retrains = args.training, args.retraining, args.retrains
+        self.output_dir, self.writes = args.output_dir, self.training.should_save
+        task, model, prepared = loaded.task, loaded.model, loaded.prepared
         self.baseline = model.unmerged
-        recorded = recorded_arguments(self.model_args, self.data, self.sweep_args, self.retraining)
+        recorded = recorded_arguments(args.model, args.data, self.sweep_args, self.retraining)
         read = content(task, prepared, train=self.retrains, calibrates=self.sweep_args.searches)
         if self.sweep_args.frontier and model.config.merge_frontier is not None:
             read["frontier"] = digest_of(model.config.merge_frontier)
@@ -175,13 +199,12 @@ class Sweep:
         merging = self.baseline if row is None else row.merging
         with self.results.spending("loading"):
             set_seed(self.training.seed)
-            config = load_config(self.model_args, {}, self.loaded.task)
+            config = load_config(self.args.model, {}, self.loaded.task)
             merging.apply(config)
-            model = load_model(self.model_args, config, self.loaded.task)
+            model = load_model(self.args.model, config, self.loaded.task)
         with self.results.spending("retraining"):
             folder = self.output_dir / RETRAINED / (ELASTIC if row is None else row.branch)
-            recorded = self.results.record
-            record = replace(recorded, arguments={**recorded.arguments, "row": asdict(merging)})
+            record = replace(self.results.record, arguments={**self.results.arguments, "row": asdict(merging)})
             claim(folder, record, longer=False, write=self.writes)
             arguments = self.retraining.training_arguments(self.training)
             trainer = task_trainer(
@@ -226,10 +249,10 @@ class Sweep:
             "model_id": str(self.output_dir),
             "source": task.source,
             "hub_task": task.hub_task,
-            "base_model": self.model_args.model_name_or_path,
+            "base_model": self.args.model.model_name_or_path,
             "evaluated_on": self.results.evaluated_on,
             "labels": self.loaded.prepared.labels,
-            "data_fields": data_fields(self.data),
+            "data_fields": data_fields(self.args.data),
         }
         return Card(**about | given)
 

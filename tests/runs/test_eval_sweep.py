@@ -110,12 +110,6 @@ def test_text_with_two_evaluation_splits(tmp_path):
     assert "**Accuracy mm**" in (tmp_path / "sweep" / "sweep_report.md").read_text()
 
 
-def test_cost_falls_with_merging(sweep):
-    ratios = [row["flops_ratio"] for row in read(sweep)["rows"]]
-    assert ratios[0] == 1
-    assert all(ratio < 1 for ratio in ratios[1:])
-
-
 def test_table_csv_and_picture(sweep):
     with (sweep / "sweep_results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -186,60 +180,22 @@ def test_what_an_earlier_sweep_measured_is_of_the_same_weights_data_and_argument
     assert "holds another run" in line and says in line
 
 
-def test_another_experiment_in_the_folder_is_named_and_stays(inputs, sweep, capsys):
-    before = (sweep / "sweep_results.json").read_bytes()
-    line = bad_input_line(capsys, "eval_sweep.py", *inputs, "--r", "1", "--output_dir", sweep)
-    assert "another run" in line and str(sweep) in line
-    assert (sweep / "sweep_results.json").read_bytes() == before
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--r", "0", "-2"), ("--r -2", "0 or more")),
-        (("--r", "x"), ("--r x", "integer")),
-        (("--r", "1", "2", "1"), ("--r 1", "twice")),
-        (("--r", "1,1"), ("r=[1, 1]", "4")),
-        (("--r", "1", "--timing_rounds", "-1"), ("--timing_rounds -1", "from 0")),
-        (("--r", "1", "--timing_batch_size", "0"), ("--timing_batch_size 0", "from 1")),
-        (("--r", "1", "--merge_method", "glue"), ("--merge_method glue", "bipartite")),
-        (("--r", "1", "--min_latents", "99"), ("min_latents=99", "8")),
-        (("--flops_ratio", "0.01"), ("flops_ratio=0.01 is out of reach", "merging reaches")),
-        (("--flops_ratio", "1.5"), ("--flops_ratio 1.5", "to 1")),
-        (("--flops_ratio", "0.9", "--schedule", "steep"), ("--schedule steep", "geometric")),
-        (("--schedule", "geometric"), ("--schedule geometric", "--flops_ratio")),
-        (("--flops_ratio", "0.9", "0.9"), ("--flops_ratio 0.9", "twice")),
-        (("--elastic", "true"), ("--elastic", "--retrain_epochs")),
-        (("--latency_ratio", "0"), ("--latency_ratio 0.0", "to 1")),
-        (("--flops_ratio", "0.01", "--schedule", "floor"), ("flops_ratio=0.01", "floor")),
+        (("--r", "1", "--min_latents", "99"), ("min_latents", "99", "8")),
+        (("--flops_ratio", "0.01"), ("flops_ratio", "0.01 is out of reach", "merging reaches")),
         # Before the search that the other row needs, which would leave its log.
-        (("--flops_ratio", "0.99", "0.01", "--schedule", "search", "floor"), ("flops_ratio=0.01", "floor")),
-        (("--flops_ratio", "0.1", "--schedule", "skip_blocks"), ("flops_ratio=0.1", "skip_blocks")),
-        (("--merge_method", "groups"), ("--merge_method groups", "--flops_ratio")),
-        (("--merge_method", "key_frames", "groups"), ("--merge_method key_frames", "groups")),
-        (("--flops_ratio", "0.9", "--merge_method", "groups", "--r", "0", "1"), ("--merge_method groups", "--r")),
-        (
-            ("--flops_ratio", "0.9", "--merge_method", "groups", "--schedule", "search", "floor"),
-            ("--merge_method groups", "other schedules"),
-        ),
-        (("--r", "1", "--calibration_samples", "0"), ("--calibration_samples 0", "1 or more")),
-        (("--r", "1", "--calibration_samples", "9"), ("--calibration_samples 9", "without a budget")),
-        (("--max_changed", "2"), ("--max_changed 2.0", "up to 1")),
+        (("--flops_ratio", "0.99", "0.01", "--schedule", "search", "floor"), ("flops_ratio", "0.01", "floor")),
+        (("--flops_ratio", "0.1", "--schedule", "skip_blocks"), ("flops_ratio", "0.1", "skip_blocks")),
         # They are evaluated on the test split, and have no other.
         (("--max_changed", "0.5", "0.2"), ("--max_changed 0.5", "a test split (--test_file, --test_dir)")),
-        (("--r", "1", "--merge_metric", "query"), ("--merge_metric query", "key")),
-        (("--r", "1", "--proportional_attention", "true", "true"), ("--proportional_attention true", "twice")),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(inputs, tmp_path, capsys, arguments, says):
     line = bad_input_line(capsys, "eval_sweep.py", *inputs, *arguments, "--output_dir", tmp_path / "out")
     assert all(part in line for part in says), line
     assert not (tmp_path / "out").exists()
-
-
-def test_a_checkpoint_is_needed(tmp_path, capsys):
-    line = bad_input_line(capsys, "eval_sweep.py", "--r", "1", "--output_dir", tmp_path / "out")
-    assert "--model_name_or_path" in line
 
 
 def test_text_arguments_for_an_image_checkpoint_are_named(inputs, tmp_path, capsys):
@@ -428,9 +384,3 @@ def test_it_ends_with_its_best_row_and_saves_that(inputs, tmp_path, capsys):
     card = ModelCard.load(tmp_path / "sweep" / "merged" / "README.md")
     assert "row 'flops=0.99 floor' of the sweep" in card.text and len(card.data.eval_results) == 2
     PerceiverImageProcessorPil.from_pretrained(tmp_path / "sweep" / "merged")
-
-
-def test_the_best_row_of_a_retrained_sweep_is_kept_already(sweep):
-    """There is either a merged checkpoint of its own, or it is among the retrained ones."""
-    report = (sweep / "sweep_report.md").read_text()
-    assert (sweep / "merged").exists() == ("not trained again)" in report)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from torch._dynamo.utils import counters
-from transformers import AutoImageProcessor, BertConfig, PerceiverImageProcessorPil, pipeline
+from transformers import AutoImageProcessor, PerceiverImageProcessorPil, pipeline
 
 from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
 from tests.support.script_run import bad_input_line, call_script, run_script
-from tests.support.tiny_images import LABELS, NUM_LAYERS, write_image_folders, write_images, write_model_config
+from tests.support.tiny_images import LABELS, write_image_folders, write_images, write_model_config
 from tests.support.tiny_models import stock_model
 
 TRAINING = (
@@ -60,10 +60,7 @@ def test_finetunes_merges_and_retrains(finetuned):
         assert name in results(finetuned)
     for name in ("train_results.json", "eval_results.json", "merged_results.json", "trainer_state.json"):
         assert (finetuned / name).exists()
-
-
-def test_learns(finetuned):
-    """Brightness is an easy class: far better than a third of the 30 images right."""
+    # Brightness is an easy class: far better than a third of the 30 images right.
     assert results(finetuned / "finetuned")["eval_accuracy"] > 0.7
 
 
@@ -169,67 +166,6 @@ def test_image_folders_and_a_split_made_here(inputs, tmp_path):
     )
 
 
-def test_arguments_from_a_file(inputs, tmp_path):
-    path = tmp_path / "arguments.json"
-    path.write_text(
-        json.dumps(
-            {
-                "config_name": str(inputs[1]), "dataset_name": str(inputs[3]), "output_dir": str(tmp_path / "out"),
-                "do_eval": True, "use_cpu": True, "config_overrides": "num_latents=6", "max_eval_samples": 10,
-            }
-        )
-    )  # fmt: skip
-    call_script("run_image.py", path)
-    assert "eval_accuracy" in results(tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--r", "-1"), ("--r -1", "0 or more")),
-        (("--r", "two"), ("--r two", "integer")),
-        (("--r", "1.5"), ("--r 1.5", "integer")),
-        (("--r", "1,1"), ("r=[1, 1]", str(NUM_LAYERS))),
-        (("--r", "1", "--r_inflection", "2"), ("--r_inflection 2.0", "-1 to 1")),
-        (("--r", "1,1,1,1", "--r_inflection", "1"), ("r_inflection=1.0", "0 with a list")),
-        (("--min_latents", "0"), ("--min_latents 0", "1 or more")),
-        (("--min_latents", "9"), ("min_latents=9", "8")),
-        (("--merge_method", "glue"), ("--merge_method glue", "bipartite")),
-        (("--config_overrides", "latents=3"), ("--config_overrides", "latents")),
-        (("--retrain_epochs", "-1"), ("--retrain_epochs", "0 or more")),
-        (("--retrain_epochs", "1"), ("--retrain_epochs", "--r")),
-        (("--elastic",), ("--elastic", "--do_train")),
-        (("--elastic", "--do_train", "--distillation_weight", "-1"), ("--distillation_weight -1.0", "0 or more")),
-        (("--elastic", "--do_train", "--distillation_weight", "nan"), ("--distillation_weight nan", "a finite number")),
-        (("--max_eval_samples", "0"), ("--max_eval_samples 0", "1 or more")),
-        (("--image_column_name", "picture"), ("--image_column_name picture", "image")),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(inputs, tmp_path, capsys, arguments, says):
-    line = bad_input_line(capsys, "run_image.py", *inputs, *arguments, "--do_eval", "--output_dir", tmp_path / "out")
-    assert all(part in line for part in says), line
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("model_name_or_path", "not/there"), ("dataset_name", "not/there"), ("config_name", "no.json")]
-)
-def test_what_is_not_there_is_named(inputs, tmp_path, capsys, name, value):
-    given = inputs[2:] if name == "model_name_or_path" else inputs
-    line = bad_input_line(
-        capsys, "run_image.py", "--do_eval", *given, f"--{name}", value, "--output_dir", tmp_path / "out"
-    )
-    assert f"--{name} {value}" in line
-    assert not (tmp_path / "out").exists()
-
-
-def test_another_architecture_is_named(inputs, tmp_path, capsys):
-    BertConfig().save_pretrained(tmp_path / "bert")
-    arguments = ("--model_name_or_path", tmp_path / "bert", *inputs[2:], "--output_dir", tmp_path / "out")
-    line = bad_input_line(capsys, "run_image.py", "--do_eval", *arguments)
-    assert "'bert'" in line and "'perceiver'" in line
-
-
 def test_a_text_checkpoint_is_named(inputs, tmp_path, capsys):
     stock_model("ForSequenceClassification").save_pretrained(tmp_path / "text")
     arguments = ("--model_name_or_path", tmp_path / "text", *inputs[2:], "--output_dir", tmp_path / "out")
@@ -243,13 +179,6 @@ def test_other_labels_than_the_checkpoints_are_named(finetuned, tmp_path, capsys
     arguments = ("--model_name_or_path", tmp_path / "stock", "--dataset_name", folder, "--output_dir", tmp_path / "out")
     line = bad_input_line(capsys, "run_image.py", "--do_eval", *arguments)
     assert "7 labels" in line and "--ignore_mismatched_sizes" in line
-
-
-def test_a_bad_argument_ends_a_process_with_code_2(inputs, tmp_path):
-    result = run_script("run_image.py", *inputs, "--r", "-3", "--output_dir", tmp_path / "out")
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
 def test_predicts_with_the_names_of_the_classes(inputs, finetuned, tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PerceiverTokenizer, pipeline
 
 from experiments.tasks.mlm import NOT_ASKED, MlmDataArguments, load_mlm_task
 from modeling_tome_perceiver import ToMePerceiverForMaskedLM, ToMePerceiverForSequenceClassification
-from tests.support.script_run import bad_input_line, call_script, run_script
+from tests.support.script_run import call_script, run_script
 from tests.support.tiny_models import stock_model
 from tests.support.tiny_texts import POSITIONS, write_glue, write_model_config, write_sentences
 
@@ -151,40 +151,3 @@ def test_a_stock_checkpoint_is_evaluated_merged(data, tmp_path):
         "--max_eval_samples", 6, "--output_dir", tmp_path / "out",
     )  # fmt: skip
     assert 0 < results(tmp_path / "out")["eval_samples"] <= 6
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--mlm_probability", 0), ("--mlm_probability 0", "above 0")),
-        (("--dataset_config_name", "one,three"), ("--dataset_name", "three")),
-        (("--task_name", "sst2"), ("--task_name: unknown argument",)),
-        (("--do_predict",), ("--do_predict",)),
-        (("--max_seq_length", 9999, "--model_name_or_path"), ("--max_seq_length 9999", str(POSITIONS))),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(data, tmp_path, capsys, arguments, says):
-    model = ("--config_name", write_model_config(tmp_path, architectures=["PerceiverForMaskedLM"]))
-    if arguments[-1] == "--model_name_or_path":
-        stock_model("ForMaskedLM", max_position_embeddings=POSITIONS).save_pretrained(tmp_path / "stock")
-        PerceiverTokenizer().save_pretrained(tmp_path / "stock")
-        model, arguments = ("--model_name_or_path", tmp_path / "stock"), arguments[:-1]
-    line = bad_input_line(capsys, "run_mlm.py", *model, *data, *TRAINING, *arguments, "--output_dir", tmp_path / "out")
-    assert all(part in line for part in says), line
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_classifier_is_named(data, tmp_path, capsys):
-    stock_model("ForSequenceClassification").save_pretrained(tmp_path / "stock")
-    given = ("--model_name_or_path", tmp_path / "stock", *data, "--do_eval", "--output_dir", tmp_path / "out")
-    line = bad_input_line(capsys, "run_mlm.py", *given)
-    assert "PerceiverForSequenceClassification" in line and "ToMePerceiverForMaskedLM" in line
-
-
-def test_help_teaches(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        call_script("run_mlm.py", "--help")
-    assert exit_info.value.code == 0
-    text = capsys.readouterr().out
-    for part in ("--mlm_probability", "--line_by_line", "--r ", "--retrain_epochs", "deepmind/language-perceiver"):
-        assert part in text
