@@ -37,7 +37,6 @@ SLOW = (
     "publishing/test_hub.py",
     "publishing/test_hub_push.py",
     "tasks/test_labels.py::test_no_score_depends_on_the_order_of_label2id",
-    "tasks/test_metric.py::test_evaluate_is_not_imported_before_it_is_needed",
     "test_errors.py::test_a_fault_of_the_program_keeps_its_traceback_and_is_called_one",
     "training/test_distributed.py",
     "training/test_elastic.py::test_a_sweep_trains_once_for_all_rows",
