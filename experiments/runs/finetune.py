@@ -9,8 +9,7 @@ from typing import Any
 
 from experiments.errors import BadInput
 from experiments.merging.arguments import MergeArguments
-from experiments.publishing.hub import push_checkpoint
-from experiments.publishing.hub_arguments import check_push, open_to_push
+from experiments.publishing.hub import open_to_push, push_checkpoint
 from experiments.runs.finetune_stages import Run, leaves_checkpoint
 from experiments.runs.start import RunArguments, load
 from experiments.tasks.base import Task, hold_out
@@ -44,11 +43,11 @@ def finetune(description: str, data_arguments: type, load_task: Callable[..., Ta
         print(push_checkpoint(repository, args.output_dir, COMMIT_MESSAGE, args.branch))
         return
     _check(args)
-    checked_repository = check_push(args.training, args.model.token)
+    to_push = open_to_push(args.training, args.model.token) if args.training.push_to_hub else None
     with lock_folder(args.output_dir):
         _run(args, load_task)
-        if checked_repository is not None and args.training.should_save:
-            print(push_checkpoint(checked_repository, args.output_dir, COMMIT_MESSAGE, args.branch))
+        if to_push is not None and args.training.should_save:
+            print(push_checkpoint(to_push, args.output_dir, COMMIT_MESSAGE, args.branch))
 
 
 def _run(args: RunArguments, load_task: Callable[..., Task]) -> None:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput
 from experiments.merging.arguments import Samples
-from experiments.publishing.hub_arguments import HubArguments
+from experiments.publishing.hub import HubArguments
 from experiments.tasks.base import PreparedTask, Task
 from experiments.training.loading import load_model_and_task
 from experiments.training.model_arguments import ModelArguments

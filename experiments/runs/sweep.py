@@ -19,8 +19,7 @@ from experiments.command_line import shown_command
 from experiments.files import check_writable, save_whole
 from experiments.measurement import describe_environment, peak_memory_mb, time_interleaved
 from experiments.publishing.card import Card, Measured, WhatMerges, shown_r
-from experiments.publishing.hub import HubRepository, push_checkpoint
-from experiments.publishing.hub_arguments import check_push, open_to_push
+from experiments.publishing.hub import HubRepository, open_to_push, push_checkpoint
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.runs.start import Loaded, RunArguments, load
 from experiments.runs.sweep_arguments import SweepArguments
@@ -58,7 +57,7 @@ def run_sweep(description: str) -> None:
         return
     check_sharding("--r")
     retraining.check_elastic(None if args.retrains else "--retrain_epochs")
-    repository = check_push(training, args.model.token)
+    repository = open_to_push(training, args.model.token) if training.push_to_hub else None
     with lock_folder(args.output_dir):
         load_task = partial(load_sweep_task, args.data, args.model, training.seed, args.merging.most_samples)
         loaded = load(load_task, args.model, training)
