@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import layers_tome_perceiver
 from benchmarks.published_models import DTYPES
-from benchmarks.speed_rows import Cell, Fields, SpeedArguments, write_results
+from benchmarks.speed_rows import Cell, SpeedArguments, Table, run_cells, spread
 from cost_tome_perceiver import Merging, forward_cost
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
@@ -55,7 +55,7 @@ and the rest, which is the preprocessing, the residuals, and Python between the 
 
 @dataclass
 class BreakdownArguments(SpeedArguments):
-    """What runs, and how."""
+    """Settings of this benchmark."""
 
     usual: ClassVar[dict[str, Any]] = {"batch_size": [8], "r": [0, 8, 16], "flops_ratio": [0.325], "rounds": 10}
     reduced: ClassVar[dict[str, Any]] = {"batch_size": [1], "r": [0, 8, 16], "flops_ratio": [0.4], "rounds": 5}
@@ -77,21 +77,23 @@ class PartClock:
         self._since = self._now()
 
     def enter(self, part: str) -> None:
-        """From here on time is this part's."""
-        self._charge()
+        """Charge a part from here on."""
+        self.charge()
         self._entered.append(part)
 
     def leave(self) -> None:
-        """From here on time is that of the part around the one that was entered last."""
-        self._charge()
+        """Charge the part around the one that was entered last from here on."""
+        self.charge()
         self._entered.pop()
 
-    def stop(self) -> None:
+    def charge(self) -> None:
         """Charge what went by since the last border."""
-        self._charge()
+        now = self._now()
+        self.seconds[self._entered[-1]] += now - self._since
+        self._since = now
 
     def charging(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose calls are this part."""
+        """Return `function` such that its calls are charged to a part."""
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             self.enter(part)
@@ -102,18 +104,13 @@ class PartClock:
 
         return call
 
-    def _charge(self) -> None:
-        now = self._now()
-        self.seconds[self._entered[-1]] += now - self._since
-        self._since = now
-
     def _now(self) -> float:
         self._synchronize()
         return time.perf_counter()
 
 
 def module_parts(model: ToMePerceiverPreTrainedModel) -> list[tuple[nn.Module, str]]:
-    """The modules that are parts."""
+    """Return the modules that are parts."""
     base = model.base_model
     parts: list[tuple[nn.Module, str]] = [(base.encoder.cross_attention, CROSS_ATTENTION), (base.decoder, DECODER)]
     for layer in base.encoder.self_attends:
@@ -126,38 +123,32 @@ def module_parts(model: ToMePerceiverPreTrainedModel) -> list[tuple[nn.Module, s
 
 @contextmanager
 def charged(model: ToMePerceiverPreTrainedModel, clock: PartClock) -> Iterator[None]:
-    """Inside, a pass of the model is charged to its parts; afterwards all is as before."""
-
-    def enter(part: str) -> Callable[..., None]:
-        return lambda module, arguments: clock.enter(part)
-
-    def leave(module: nn.Module, arguments: Any, output: Any) -> None:
-        clock.leave()
+    """Charge passes of the model inside to their parts."""
 
     def matchers(*arguments: Any) -> list[MatchLatents | None]:
         return [None if each is None else clock.charging(MATCHING, each) for each in layer_matchers(*arguments)]
 
-    layer_matchers = layers_tome_perceiver.layer_matchers
-    latent_bias = clock.charging(MERGING, layers_tome_perceiver.latent_bias)
+    layers = layers_tome_perceiver
+    layer_matchers = layers.layer_matchers
     with ExitStack() as stack:
         for module, part in module_parts(model):
-            stack.callback(module.register_forward_pre_hook(enter(part)).remove)
-            stack.callback(module.register_forward_hook(leave).remove)
-        for owner, name, function in (
-            (layers_tome_perceiver, "layer_matchers", matchers),
+            stack.callback(module.register_forward_pre_hook(lambda *_, part=part: clock.enter(part)).remove)
+            stack.callback(module.register_forward_hook(lambda *_: clock.leave()).remove)
+        for name, function in (
+            ("layer_matchers", matchers),
             # Fixed groups become tensors before the layers run.
-            (layers_tome_perceiver, "match_groups", clock.charging(MATCHING, layers_tome_perceiver.match_groups)),
-            (layers_tome_perceiver, "merge_latents", clock.charging(MERGING, layers_tome_perceiver.merge_latents)),
+            ("match_groups", clock.charging(MATCHING, layers.match_groups)),
+            ("merge_latents", clock.charging(MERGING, layers.merge_latents)),
             # The log of the sizes, which only what was merged needs.
-            (layers_tome_perceiver, "latent_bias", latent_bias),
+            ("latent_bias", clock.charging(MERGING, layers.latent_bias)),
         ):
-            stack.enter_context(patch.object(owner, name, function))
+            stack.enter_context(patch.object(layers, name, function))
         yield
 
 
 @dataclass(frozen=True)
-class Breakdown:
-    """What a setting took.
+class Row:
+    """Figures of a setting.
 
     Attributes:
         name: of the setting.
@@ -178,7 +169,7 @@ class Breakdown:
     matching_flops_share: float
 
 
-def measure(arguments: BreakdownArguments, cell: Cell) -> list[Breakdown]:
+def measure(arguments: BreakdownArguments, cell: Cell) -> Table:
     """Run the rounds of one cell, in which every setting runs once without the clock and once with it."""
     published, dtype = arguments.model, DTYPES[cell.dtype]
     model = published.build_merging(published.build_stock(arguments.seed, dtype, arguments.device))
@@ -196,69 +187,54 @@ def measure(arguments: BreakdownArguments, cell: Cell) -> list[Breakdown]:
         clock = PartClock(synchronize)
         with charged(model, clock):
             model(inputs=inputs)
-            clock.stop()
+            clock.charge()
         charges[name].append(clock.seconds)
 
-    plain = [(name, False) for name in cell.settings]
-    variants = [*plain, *((name, True) for name in cell.settings)]
+    variants = [(name, with_clock) for with_clock in (False, True) for name in cell.settings]
     with torch.inference_mode():
         timings = time_interleaved(run, variants, variants[0], rounds=arguments.rounds or 1, desc=cell.name)
-    return [
-        # The first round is warm-up.
-        breakdown(arguments, cell, name, timing.latency_ms, charges[name][1:])
-        for (name, _), timing in zip(plain, timings, strict=False)
-    ]
+    rows = []
+    for (name, fields), timing in zip(cell.settings.items(), timings, strict=False):
+        config = published.config(**fields)
+        cost = forward_cost(config, cell.input_shape, published.architecture)
+        rounds = charges[name][1:]  # the first round is warm-up
+        milliseconds = {part: 1e3 * float(np.median([each[part] for each in rounds])) for part in PARTS}
+        whole = sum(milliseconds.values())
+        overhead = [(each[MATCHING] + each[MERGING]) / sum(each.values()) for each in rounds]
+        rows.append(
+            Row(
+                name=name,
+                latents_per_layer=config.latents_per_layer,
+                milliseconds=timing.latency_ms,
+                part_milliseconds=milliseconds,
+                part_shares={part: spent / whole for part, spent in milliseconds.items()},
+                matching_and_merging_share=Quartiles.of(np.array(overhead)),
+                matching_flops_share=sum(cost.matching) / cost.total_with_matching,
+            )
+        )
+    return Table(cell.name, rows)
 
 
-def breakdown(
-    arguments: BreakdownArguments, cell: Cell, name: str, plain_ms: Quartiles, rounds: list[dict[str, float]]
-) -> Breakdown:
-    """The rounds of one setting as the figures that are reported."""
-    fields: Fields = cell.settings[name]
-    config = arguments.model.config(**fields)
-    cost = forward_cost(config, cell.input_shape, arguments.model.architecture)
-    milliseconds = {part: 1e3 * float(np.median([each[part] for each in rounds])) for part in PARTS}
-    whole = sum(milliseconds.values())
-    overhead = [(each[MATCHING] + each[MERGING]) / sum(each.values()) for each in rounds]
-    return Breakdown(
-        name=name,
-        latents_per_layer=config.latents_per_layer,
-        milliseconds=plain_ms,
-        part_milliseconds=milliseconds,
-        part_shares={part: spent / whole for part, spent in milliseconds.items()},
-        matching_and_merging_share=Quartiles.of(np.array(overhead)),
-        matching_flops_share=sum(cost.matching) / cost.total_with_matching,
-    )
-
-
-def as_markdown(cell: Cell, breakdowns: list[Breakdown]) -> str:
-    """A heading and a table of shares, a line for each setting."""
+def as_markdown(table: Table) -> str:
+    """Return a heading and a table of shares, a line for each setting."""
     columns = ["", "ms", "with the clock", *PARTS, "matching and merging", "matching, of the FLOPs"]
-
-    def cells(each: Breakdown) -> list[str]:
-        overhead = each.matching_and_merging_share
-        return [
-            each.name,
-            f"{each.milliseconds.median:.4g}",
-            f"{sum(each.part_milliseconds.values()):.4g}",
-            *(f"{each.part_shares[part]:.1%}" for part in PARTS),
-            f"{overhead.median:.1%} ({overhead.lower:.1%} to {overhead.upper:.1%})",
-            f"{each.matching_flops_share:.2%}",
-        ]
-
-    return f"## {cell.name}\n\n{markdown_table(columns, map(cells, breakdowns), 'lr')}\n"
+    cells = [
+        (
+            row.name,
+            f"{row.milliseconds.median:.4g}",
+            f"{sum(row.part_milliseconds.values()):.4g}",
+            *(f"{row.part_shares[part]:.1%}" for part in PARTS),
+            "{} ({})".format(*spread(row.matching_and_merging_share, ".1%")),
+            f"{row.matching_flops_share:.2%}",
+        )
+        for row in table.rows
+    ]
+    return f"## {table.cell}\n\n{markdown_table(columns, cells, 'lr')}\n"
 
 
 def main() -> None:
     (arguments,) = parse_arguments(__doc__ or "", BreakdownArguments)
-    # All that can be wrong with the arguments shows here, before any model is built.
-    cells = arguments.cells()
-    arguments.use_device()
-    measured = [(cell, measure(arguments, cell)) for cell in cells]
-    cells_measured = [{"cell": cell.name, "rows": [asdict(each) for each in rows]} for cell, rows in measured]
-    tables = [as_markdown(*each) for each in measured]
-    print(write_results(arguments, "breakdown", {"cells": cells_measured}, tables), end="")
-    print(f"written to {arguments.output_dir}: breakdown.json and breakdown.md")
+    run_cells(arguments, "breakdown", measure, as_markdown)
 
 
 if __name__ == "__main__":

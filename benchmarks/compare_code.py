@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -36,9 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import modeling_tome_perceiver as now
 from benchmarks.published_models import DTYPES, OUTPUT_TOLERANCE, check_outputs, relative_difference
-from benchmarks.speed_rows import Cell, Fields, SpeedArguments, write_results
-from benchmarks.throughput import infer, step_flops, train, turn_words
-from cost_tome_perceiver import forward_cost, interleaved_seconds
+from benchmarks.speed_rows import Cell, StepArguments, Table, run_cells, spread
+from cost_tome_perceiver import interleaved_seconds
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
 from experiments.measurement import Quartiles, Timing
@@ -46,29 +45,25 @@ from experiments.publishing.tables import markdown_table
 
 
 @dataclass
-class CompareCodeArguments(SpeedArguments):
-    """What runs, and how."""
+class CompareCodeArguments(StepArguments):
+    """Settings of this benchmark."""
 
     usual: ClassVar[dict[str, Any]] = {"batch_size": [1], "r": [0, 8, 16], "flops_ratio": [0.325], "rounds": 20}
     reduced: ClassVar[dict[str, Any]] = {"batch_size": [1], "r": [0, 8, 16], "flops_ratio": [0.4], "rounds": 10}
 
     before: str = field(default="", metadata={"help": "Folder with the model files of another commit (see above)."})
-    training: bool = field(default=False, metadata={"help": "Time a forward and backward pass."})
-    autocast: bool = field(default=False, metadata={"help": "Under autocast to bfloat16, as training with --bf16."})
     output_dir: str = field(default="outputs/compare_code", metadata={"help": "Where the results go."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (Path(self.before) / "modeling_tome_perceiver.py").is_file():
-            raise BadInput(f"--before {self.before}: allowed is a folder with modeling_tome_perceiver.py and the rest")
-
-    def described(self) -> dict[str, Any]:
-        """What stands beside the figures."""
-        return super().described() | {"each turn": turn_words(self.training, self.autocast)}
+            raise BadInput(f"--before {self.before}: must be a folder with modeling_tome_perceiver.py and the rest")
+        with naming(f"--before {self.before}", ImportError, SyntaxError):
+            self.before_code = modeling_code(Path(self.before))
 
 
 def modeling_code(folder: Path) -> ModuleType:
-    """The module `modeling_tome_perceiver` of a folder, with the modules beside it, apart from those that run now."""
+    """Import `modeling_tome_perceiver` and the modules beside it from a folder, apart from the present ones."""
     package = ModuleType("before")
     package.__path__ = [str(folder.resolve())]
     for name in [name for name in sys.modules if name.startswith("before.")]:
@@ -79,7 +74,7 @@ def modeling_code(folder: Path) -> ModuleType:
 
 @dataclass(frozen=True)
 class Row:
-    """What a setting took.
+    """Figures of a setting.
 
     Attributes:
         name: of the setting.
@@ -112,71 +107,56 @@ def check_most_rows(before: PreTrainedModel, now: PreTrainedModel, inputs: Tenso
     assert difference <= tolerance, f"outputs differ by {difference} of the largest, more than {tolerance}"
 
 
-def measure(arguments: CompareCodeArguments, before: ModuleType, cell: Cell) -> list[Row]:
+def measure(arguments: CompareCodeArguments, cell: Cell) -> Table:
     """Run the rounds of one cell, setting by setting."""
-    published, dtype, training = arguments.model, DTYPES[cell.dtype], arguments.training
+    published, dtype, codes = arguments.model, DTYPES[cell.dtype], (arguments.before_code, now)
     stock = published.build_stock(arguments.seed, dtype, arguments.device)
     inputs = published.draw_inputs(cell.input_shape, dtype, arguments.device)
     # All three are on the same tensors.
-    check_outputs(*(published.build_merging(stock, modeling=code) for code in (before, now)), inputs)
-    turn = partial(train if training else infer, inputs=inputs, autocast=arguments.autocast)
-
-    def flops(fields: Fields) -> int:
-        cost = forward_cost(published.config(**fields), cell.input_shape, published.architecture)
-        return step_flops(cost, training, checkpointing=False)
-
+    check_outputs(*(published.build_merging(stock, modeling=code) for code in codes), inputs)
+    turn = partial(arguments.take_turn, inputs=inputs)
+    stock_flops = arguments.turn_flops({}, cell.input_shape)
     rows = []
     for name, fields in cell.settings.items():
-        ours = [published.build_merging(stock, modeling=code, **fields) for code in (before, now)]
+        ours = [published.build_merging(stock, modeling=code, **fields) for code in codes]
         if dtype == torch.float32:
             check_most_rows(*ours, inputs)
         models = [*ours, stock]
         for model in models:
-            model.train(training).requires_grad_(training)
+            model.train(arguments.training).requires_grad_(arguments.training)
         with tqdm(total=(arguments.rounds or 1) + 1, desc=f"{cell.name}, {name}") as bar:
             turns = interleaved_seconds(turn, [ours[0], *models], arguments.rounds or 1, bar)
         baseline, *taken, stocks = np.array(turns).T
         timings = [Timing(Quartiles.of(1e3 * each), Quartiles.of(baseline / each)) for each in taken]
         times_stock = [Quartiles.of(stocks / each) for each in taken]
-        rows.append(Row(name, flops({}) / flops(fields), *timings, Quartiles.of(1e3 * stocks), *times_stock))
+        implied = stock_flops / arguments.turn_flops(fields, cell.input_shape)
+        rows.append(Row(name, implied, *timings, Quartiles.of(1e3 * stocks), *times_stock))
         stock.eval().requires_grad_(False)
-    return rows
+    return Table(cell.name, rows)
 
 
-def as_markdown(cell: Cell, rows: list[Row]) -> str:
-    """A heading and a line for each setting."""
+def as_markdown(table: Table) -> str:
+    """Return a heading and a line for each setting."""
     cells = [
         (
             row.name,
-            f"{row.stock_ms.median:.4g}",
-            f"{row.before.latency_ms.median:.4g}",
-            f"{row.now.latency_ms.median:.4g}",
-            f"{row.now.speedup.median:.3f}",
-            f"{row.now.speedup.lower:.3f} to {row.now.speedup.upper:.3f}",
+            *(f"{each.median:.4g}" for each in (row.stock_ms, row.before.latency_ms, row.now.latency_ms)),
+            *spread(row.now.speedup, ".3f"),
             f"{row.before.speedup.median:.3f}",
             f"{row.before_times_stock.median:.2f}",
             f"{row.now_times_stock.median:.2f}",
             f"{row.implied_speedup:.2f}",
         )
-        for row in rows
+        for row in table.rows
     ]
     columns = ["", "ms stock", "ms before", "ms now", "times as fast", "quartiles", "before against itself"]
     columns += ["before, times stock", "now, times stock", "FLOPs imply"]
-    return f"## {cell.name}\n\n{markdown_table(columns, cells, 'lr')}\n"
+    return f"## {table.cell}\n\n{markdown_table(columns, cells, 'lr')}\n"
 
 
 def main() -> None:
     (arguments,) = parse_arguments(__doc__ or "", CompareCodeArguments)
-    # All that can be wrong with the arguments shows here, before any model is built.
-    cells = arguments.cells()
-    with naming(f"--before {arguments.before}", ImportError, SyntaxError):
-        before = modeling_code(Path(arguments.before))
-    arguments.use_device()
-    measured = [(cell, measure(arguments, before, cell)) for cell in cells]
-    cells_measured = [{"cell": cell.name, "rows": [asdict(row) for row in rows]} for cell, rows in measured]
-    tables = [as_markdown(*each) for each in measured]
-    print(write_results(arguments, "compare_code", {"cells": cells_measured}, tables), end="")
-    print(f"written to {arguments.output_dir}: compare_code.json and compare_code.md")
+    run_cells(arguments, "compare_code", measure, as_markdown)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.published_models import DTYPES, check_outputs
-from benchmarks.speed_rows import Cell, SpeedArguments, check_backend, write_results
+from benchmarks.speed_rows import Cell, SpeedArguments, check_backend, print_written, spread, write_results
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input
 from experiments.measurement import Quartiles
@@ -58,7 +58,7 @@ PERCENTILES = (50, 99)
 
 @dataclass
 class LatencyArguments(SpeedArguments):
-    """What is asked for, and how often."""
+    """Settings of this benchmark."""
 
     usual: ClassVar[dict[str, Any]] = {
         "batch_size": [1], "r": [0, 4, 8, 16], "flops_ratio": [0.325], "requests": 200
@@ -83,26 +83,25 @@ class LatencyArguments(SpeedArguments):
             self.length = self.usual_lengths
         super().__post_init__()
         if self.rounds is not None:
-            raise BadInput(f"--rounds {self.rounds}: each request is a round; allowed is --requests")
+            raise BadInput(f"--rounds {self.rounds}: each request is a round; use --requests")
         if self.requests is None or self.requests < 1:
-            raise BadInput(f"--requests {self.requests}: allowed are integers from 1")
+            raise BadInput(f"--requests {self.requests}: must be 1 or more")
         if not 0 < self.load < 1:
-            raise BadInput(f"--load {self.load}: allowed are numbers between 0 and 1")
+            raise BadInput(f"--load {self.load}: must be between 0 and 1, without the ends")
         check_backend(self.compile_backend if self.compile else None)
 
     def streams(self) -> list[list[Cell]]:
-        """For each dtype and batch size the cells of all lengths, which one stream mixes."""
+        """Return for each dtype and batch size the cells of all lengths, which one stream mixes."""
         return [list(cells) for _, cells in groupby(self.cells(), key=lambda cell: (cell.dtype, cell.input_shape[0]))]
 
     def described(self) -> dict[str, Any]:
-        """What stands beside the figures."""
         described = super().described() | {"lengths": self.length or "one size of images", "load": self.load}
         return described | {"rounds": f"{self.requests} requests, after one of each length and setting for warm-up"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """One input, and how it may be merged.
+    """One input, and the settings by which it may be merged.
 
     Attributes:
         inputs: (B, S) or (B, 3, height, width).
@@ -117,7 +116,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Variant:
-    """What answers requests.
+    """A model that answers requests.
 
     Attributes:
         name: in the table.
@@ -130,7 +129,7 @@ class Variant:
     setting: str | None
 
     def answer(self, request: Request) -> None:
-        """A forward pass, finished."""
+        """Run a forward pass to its end."""
         called = {}
         if self.setting is not None:
             called["r"] = request.settings[request.asks if self.setting == CHANGING else self.setting]
@@ -142,7 +141,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What requests of a variant took.
+    """Figures of a variant.
 
     Attributes:
         name: of the variant.
@@ -162,8 +161,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
-    """What was measured of a stream.
+class Stream:
+    """Figures of a stream.
 
     Attributes:
         stream: its name.
@@ -181,7 +180,7 @@ class Table:
 
 
 def draw_requests(arguments: LatencyArguments, cells: Sequence[Cell]) -> list[Request]:
-    """One request of each length and setting to warm up, and then the stream."""
+    """Draw one request of each length and setting to warm up, and then the stream."""
     published, generator = arguments.model, np.random.default_rng(arguments.seed)
     # Fixed groups are no r, so no call can ask for them.
     settings = [{name: fields["r"] for name, fields in cell.settings.items() if "r" in fields} for cell in cells]
@@ -198,7 +197,7 @@ def draw_requests(arguments: LatencyArguments, cells: Sequence[Cell]) -> list[Re
 
 
 def build_variants(arguments: LatencyArguments, stock: PreTrainedModel, settings: Sequence[str]) -> list[Variant]:
-    """Stock, and ours by each setting and by what each request asks for; then ours again with compiled layers."""
+    """Build stock, and ours by each setting and by what each request asks for; then ours again, compiled."""
     variants = [Variant(STOCK, stock, None)]
     for ending in ("", COMPILED) if arguments.compile else ("",):
         model = arguments.model.build_merging(stock)
@@ -209,7 +208,7 @@ def build_variants(arguments: LatencyArguments, stock: PreTrainedModel, settings
 
 
 def answer_all(variants: Sequence[Variant], requests: Sequence[Request], bar: tqdm) -> np.ndarray:
-    """(requests, variants) seconds of each answer."""
+    """Return the seconds of each answer, (requests, variants)."""
     seconds = np.zeros((len(requests), len(variants)))
     for index, request in enumerate(requests):
         for offset in range(len(variants)):
@@ -222,7 +221,7 @@ def answer_all(variants: Sequence[Variant], requests: Sequence[Request], bar: tq
 
 
 def queued_seconds(service: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    """Waiting and service of each request at one server that takes them in their order.
+    """Return the seconds of waiting and service of each request at one server that takes them in their order.
 
     Args:
         service: (requests,) seconds that each takes.
@@ -236,7 +235,7 @@ def queued_seconds(service: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     return np.array(taken)
 
 
-def measure(arguments: LatencyArguments, cells: Sequence[Cell]) -> tuple[Table, dict[str, np.ndarray]]:
+def measure(arguments: LatencyArguments, cells: Sequence[Cell]) -> tuple[Stream, dict[str, np.ndarray]]:
     """Answer one stream.
 
     Returns:
@@ -257,64 +256,57 @@ def measure(arguments: LatencyArguments, cells: Sequence[Cell]) -> tuple[Table, 
         seconds = answer_all(variants, requests[-arguments.requests :], bar)
 
     gaps = np.random.default_rng(arguments.seed).exponential(seconds[:, 0].mean() / arguments.load, len(seconds))
-
-    def row(index: int) -> Row:
-        own, queued = seconds[:, index], queued_seconds(seconds[:, index], gaps)
-        return Row(
-            name=variants[index].name,
+    rows = [
+        Row(
+            name=variant.name,
             milliseconds=list(1e3 * np.percentile(own, PERCENTILES)),
             requests_per_second=1 / own.mean(),
             speedup=Quartiles.of(seconds[:, 0] / own),
-            queued_milliseconds=list(1e3 * np.percentile(queued, PERCENTILES)),
+            queued_milliseconds=list(1e3 * np.percentile(queued_seconds(own, gaps), PERCENTILES)),
             busy=own.mean() / gaps.mean(),
         )
-
+        for variant, own in zip(variants, seconds.T, strict=True)
+    ]
     places = {(variant.model, variant.setting): index for index, variant in enumerate(variants)}
     change = {}
     for variant in warming[1:]:
         kept = [places[variant.model, request.asks] for request in requests[-arguments.requests :]]
         same = seconds[np.arange(len(seconds)), kept]
         change[variant.name] = Quartiles.of(seconds[:, places[variant.model, CHANGING]] / same)
-    table = Table(
-        stream=name,
-        warm_up_seconds={variant.name: most for variant, most in zip(warming, map(float, warm_up), strict=True)},
-        change=change,
-        rows=[row(index) for index in range(len(variants))],
-    )
-    return table, {variant.name: 1e3 * seconds[:, index] for index, variant in enumerate(variants)}
+    first = {variant.name: float(most) for variant, most in zip(warming, warm_up, strict=True)}
+    milliseconds = {variant.name: 1e3 * seconds[:, index] for index, variant in enumerate(variants)}
+    return Stream(name, first, change, rows), milliseconds
 
 
-def as_markdown(table: Table) -> str:
-    """A heading, the variants, and what a change of r costs."""
+def as_markdown(table: Stream) -> str:
+    """Return a heading, the variants, and the cost of a change of r."""
     columns = ["", "p50, ms", "p99, ms", "requests/s", "times stock", "quartiles"]
     columns += ["queued: p50, ms", "p99, ms", "server busy"]
 
-    def cells(row: Row) -> list[object]:
-        return [
+    rows = [
+        (
             row.name,
             *(f"{each:.4g}" for each in row.milliseconds),
             f"{row.requests_per_second:.3g}",
-            f"{row.speedup.median:.2f}",
-            f"{row.speedup.lower:.2f} to {row.speedup.upper:.2f}",
+            *spread(row.speedup),
             *(f"{each:.4g}" for each in row.queued_milliseconds),
             f"{row.busy:.0%}",
-        ]
-
-    change = "; ".join(
-        f"{name}: {times.median:.3f} ({times.lower:.3f} to {times.upper:.3f})" for name, times in table.change.items()
-    )
+        )
+        for row in table.rows
+    ]
+    change = "; ".join("{}: {} ({})".format(name, *spread(times, ".3f")) for name, times in table.change.items())
     first = "; ".join(f"{name}: {seconds:.2f}" for name, seconds in table.warm_up_seconds.items())
     return f"""## {table.stream}
 
-{markdown_table(columns, map(cells, table.rows), "lr")}
+{markdown_table(columns, rows, "lr")}
 
 A request that says an r of its own, over the time of the same request where all have this r, median and quartiles: \
 {change}. Longest first answer to a length and a setting, in seconds: {first}.
 """
 
 
-def draw(streams: Sequence[tuple[Table, dict[str, np.ndarray]]], path: Path) -> None:
-    """For each stream the share of the requests that were answered within a time."""
+def draw(streams: Sequence[tuple[Stream, dict[str, np.ndarray]]], path: Path) -> None:
+    """Draw for each stream the share of the requests that were answered within a time."""
     figure, panels = plt.subplots(
         1, len(streams), figsize=(6.5 * len(streams), 4.5), squeeze=False, constrained_layout=True
     )
@@ -343,7 +335,7 @@ def main() -> None:
     figures = {"percentiles": PERCENTILES, "streams": [asdict(table) for table in tables]}
     print(write_results(arguments, "latency", figures, map(as_markdown, tables)), end="")
     draw(measured, Path(arguments.output_dir) / "latency.png")
-    print(f"written to {arguments.output_dir}: latency.json, latency.md and latency.png")
+    print_written(arguments, "latency")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of results drawn anew from the figures beside them, as the code draws them now; nothing is measured.
+"""Draw the pictures of results anew from the figures beside them; nothing is measured.
 
 Every sweep.png, scaling.png and throughput.png below the folders that are given.
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for folder in parser.parse_args(arguments).folders:
         pictures = [path for path in sorted(folder.rglob("*.png")) if path.name in DRAW]
         if not pictures:
-            raise BadInput(f"folders {folder}: allowed are folders with a {' or a '.join(DRAW)} in them or below")
+            raise BadInput(f"folders {folder}: must have a {' or a '.join(DRAW)} in them or below")
         for picture in pictures:
             print(DRAW[picture.name](picture.parent))
 

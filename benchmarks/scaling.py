@@ -24,8 +24,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import cycle, product
@@ -36,18 +35,26 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
-from transformers import PreTrainedModel
+from tqdm import tqdm
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 from benchmarks.published_models import DTYPES, PublishedModel, check_outputs
-from benchmarks.speed_rows import Cell, Fields, SpeedArguments, read_back, write_results
-from cost_tome_perceiver import forward_cost
+from benchmarks.speed_rows import (
+    Cell,
+    Fields,
+    SpeedArguments,
+    error_bars,
+    print_written,
+    read_back,
+    spread,
+    write_results,
+)  # fmt: skip
+from cost_tome_perceiver import forward_cost, interleaved_seconds
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
-from experiments.measurement import Quartiles, peak_memory_mb, time_interleaved
+from experiments.measurement import Quartiles, peak_memory_mb
 from experiments.publishing import picture_style
 from experiments.publishing.picture_style import MARKERS, MERGED, POINTS, add_legend, save_picture, shades
 from experiments.publishing.tables import markdown_table
@@ -61,7 +68,7 @@ MAX_LENGTH = 2**20
 
 @dataclass
 class ScalingArguments(SpeedArguments):
-    """What runs, and how."""
+    """Settings of this benchmark."""
 
     usual: ClassVar[dict[str, Any]] = {
         "batch_size": [1], "length": [128, 512, 2048, 8192, 32768, 65536], "r": [0, 8, 16], "rounds": 5
@@ -88,10 +95,10 @@ class ScalingArguments(SpeedArguments):
         assert self.length is not None and self.batch_size is not None
         for name, values in (("dtype", self.dtype), ("batch_size", self.batch_size)):
             if len(values) != 1:
-                raise BadInput(f"--{name} {' '.join(map(str, values))}: allowed is one")
+                raise BadInput(f"--{name} {' '.join(map(str, values))}: must be one value")
         self.length = sorted(set(self.length))
         if len(self.length) < 2:
-            raise BadInput(f"--length {self.length[0]}: allowed are two lengths or more, which a line can go through")
+            raise BadInput(f"--length {self.length[0]}: must be two lengths or more, to fit a line")
 
     @property
     def model(self) -> PublishedModel:
@@ -102,11 +109,9 @@ class ScalingArguments(SpeedArguments):
 
     @property
     def max_length(self) -> int:
-        """Bytes that a text may have."""
         return MAX_LENGTH
 
     def described(self) -> dict[str, Any]:
-        """What stands beside the figures."""
         assert self.batch_size is not None
         positions = self.model.config().max_position_embeddings
         return super().described() | {"dtype": self.dtype[0], "batch size": self.batch_size[0], "positions": positions}
@@ -114,7 +119,7 @@ class ScalingArguments(SpeedArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a variant took at one length, for the whole batch.
+    """Figures of a variant at one length, for the whole batch.
 
     Attributes:
         length: S.
@@ -148,24 +153,22 @@ class Line:
 
     @classmethod
     def fit(cls, lengths: Sequence[int], values: Sequence[float]) -> Line:
-        """The line whose residuals, as parts of the values, have the least sum of squares."""
-        weights = 1 / np.array(values)
-        columns = np.stack([weights, weights * np.array(lengths)], axis=1)
-        constant, slope = np.linalg.lstsq(columns, np.ones(len(values)), rcond=None)[0]
+        """Return the line whose residuals, as parts of the values, have the least sum of squares."""
+        slope, constant = np.polyfit(lengths, values, 1, w=1 / np.array(values))
         return cls(float(constant), float(slope))
 
     def at(self, length: float) -> float:
-        """Its value there."""
+        """Return its value at a length."""
         return self.constant + self.slope * length
 
     def largest_deviation(self, lengths: Sequence[int], values: Sequence[float]) -> float:
-        """The largest distance of a value from the line, as a part of the value."""
+        """Return the largest distance of a value from the line, as a part of the value."""
         return max(abs(self.at(length) / value - 1) for length, value in zip(lengths, values, strict=True))
 
 
 @dataclass(frozen=True)
 class Growth:
-    """How a variant grows with S, for the whole batch.
+    """Growth of a variant with S, for the whole batch.
 
     Attributes:
         name: of the variant.
@@ -184,7 +187,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What was measured.
+    """All figures.
 
     Attributes:
         outputs_difference: between stock's outputs and ours at r = 0 on the shortest texts, as a part of the largest.
@@ -200,34 +203,14 @@ class Scaling:
 
 
 def variant_flops(published: PublishedModel, fields: Fields, input_shape: tuple[int, ...]) -> int:
-    """FLOPs of a forward pass with the fields of a config that say what merges."""
+    """Return the FLOPs of a forward pass with these merging fields."""
     return forward_cost(published.config(**fields), input_shape, published.architecture).total_with_matching
 
 
 def flops_line(published: PublishedModel, fields: Fields, batch_size: int) -> Line:
-    """The line that the FLOPs are."""
+    """Return the FLOPs as a line in S, which they are exactly."""
     one, two = (variant_flops(published, fields, (batch_size, length)) for length in (1, 2))
     return Line(2 * one - two, two - one)
-
-
-def interleaved_seconds(
-    turns: Sequence[Callable[[], object]], rounds: int, synchronize: Callable[[], object]
-) -> np.ndarray:
-    """Seconds (turns, rounds) of what takes turns in rounds, as `time_interleaved` orders them.
-
-    Its own figures are against one baseline; here every length has its own, so the seconds of each round are kept.
-    """
-    seconds: list[list[float]] = [[] for _ in turns]
-
-    def run(index: int) -> None:
-        start = time.perf_counter()
-        turns[index]()
-        synchronize()
-        seconds[index].append(time.perf_counter() - start)
-
-    time_interleaved(run, range(1, len(turns)), 0, rounds, desc="rounds")
-    # The first round is warm-up.
-    return np.array(seconds)[:, 1:]
 
 
 @torch.inference_mode()
@@ -244,14 +227,12 @@ def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
     difference = check_outputs(stock, published.build_merging(stock), inputs[0])
 
     settings = {STOCK: {}, **cells[0].settings}
-    models: list[PreTrainedModel] = [
-        stock, *(published.build_merging(stock, **fields) for fields in cells[0].settings.values())
-    ]  # fmt: skip
+    models = [stock, *(published.build_merging(stock, **fields) for fields in cells[0].settings.values())]
     pairs = list(product(inputs, models))
     turns = [partial(model, inputs=texts) for texts, model in pairs]
-    synchronize = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
-    seconds = interleaved_seconds(turns, arguments.rounds or 1, synchronize)
-    peaks = [peak_memory_mb(turn, model) for turn, (_, model) in zip(turns, pairs, strict=True)]
+    rounds = arguments.rounds or 1
+    with tqdm(total=rounds + 1, desc="rounds") as bar:
+        seconds = np.array(interleaved_seconds(lambda turn: turn(), turns, rounds, bar)).T  # (turns, rounds)
 
     rate = variant_flops(published, {}, cells[0].input_shape) / np.median(seconds[0])
     rows = []
@@ -269,7 +250,7 @@ def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
                 predicted_milliseconds=1e3 * flops / rate,
                 speedup=Quartiles.of(stocks / seconds[index]),
                 implied_speedup=variant_flops(published, {}, cell.input_shape) / flops,
-                peak_memory_mb=peaks[index],
+                peak_memory_mb=peak_memory_mb(turns[index], pairs[index][1]),
             )
         )
     growth = [
@@ -280,20 +261,15 @@ def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
 
 
 def grow(name: str, flops: Line, rate: float, rows: list[Row]) -> Growth:
-    """The growth of a variant from its rows, with predictions at `rate` FLOPs a second."""
+    """Return the growth of a variant from its rows, with predictions at `rate` FLOPs a second."""
     lengths, medians = [row.length for row in rows], [row.milliseconds.median for row in rows]
     line = Line.fit(lengths, medians)
-    return Growth(
-        name=name,
-        flops=flops,
-        milliseconds=line,
-        predicted_milliseconds=Line(1e3 * flops.constant / rate, 1e3 * flops.slope / rate),
-        largest_deviation=line.largest_deviation(lengths, medians),
-    )
+    predicted = Line(1e3 * flops.constant / rate, 1e3 * flops.slope / rate)
+    return Growth(name, flops, line, predicted, line.largest_deviation(lengths, medians))
 
 
 def as_markdown(scaling: Scaling) -> str:
-    """Two tables: every variant at every length, and the lines."""
+    """Return two tables: every variant at every length, and the lines."""
     columns = ["bytes", "", "latents left", "GFLOPs", "ms", "quartiles", "FLOPs imply", "times stock", "quartiles"]
     columns += ["FLOPs imply", "peak MB"]
     rows = [
@@ -302,11 +278,9 @@ def as_markdown(scaling: Scaling) -> str:
             row.name,
             row.latents_left,
             f"{row.gflops:.4g}",
-            f"{row.milliseconds.median:.4g}",
-            f"{row.milliseconds.lower:.4g} to {row.milliseconds.upper:.4g}",
+            *spread(row.milliseconds, ".4g"),
             f"{row.predicted_milliseconds:.4g}",
-            f"{row.speedup.median:.2f}",
-            f"{row.speedup.lower:.2f} to {row.speedup.upper:.2f}",
+            *spread(row.speedup),
             f"{row.implied_speedup:.2f}",
             f"{row.peak_memory_mb:.0f}",
         )
@@ -342,7 +316,7 @@ Outputs at r = 0 differ from stock's there by {scaling.outputs_difference:.1e} o
 
 
 def draw(scaling: Scaling, title: str, path: Path) -> None:
-    """Time over length for each variant: medians with quartiles on the fitted line, and dashed what the FLOPs imply."""
+    """Draw time over length for each variant: medians with quartiles, the fitted line, and the FLOPs' line dashed."""
     figure, axes = plt.subplots(figsize=(7.5, 6), constrained_layout=True)
     lengths = sorted({row.length for row in scaling.rows})
     between = np.geomspace(lengths[0], lengths[-1], 100)
@@ -353,11 +327,10 @@ def draw(scaling: Scaling, title: str, path: Path) -> None:
         color = colors[growth.name]
         times = [row.milliseconds for row in scaling.rows if row.name == growth.name]
         medians = [each.median for each in times]
-        errors = [[each.median - each.lower for each in times], [each.upper - each.median for each in times]]
         label = {STOCK: "stock transformers", UNMERGED: "r = 0, unmerged"}.get(growth.name, growth.name)
-        axes.errorbar(lengths, medians, errors, fmt=marker, color=color, label=label, **POINTS)
+        axes.errorbar(lengths, medians, error_bars(times), fmt=marker, color=color, label=label, **POINTS)
         for line, style in ((growth.milliseconds, "-"), (growth.predicted_milliseconds, "--")):
-            # As many FLOPs as unmerged has stock, and the line would hide the other.
+            # Stock has the FLOPs of r = 0, whose line this one would hide.
             if style == "-" or growth.name != STOCK:
                 axes.plot(between, [line.at(length) for length in between], style, color=color, linewidth=1.2)
     axes.plot([], [], "-", color="lightgray", label="line fitted to the medians")
@@ -384,7 +357,7 @@ def redraw(folder: Path) -> Path:
 
 
 def picture_title(settings: Mapping[str, Any]) -> str:
-    """What was timed, by `ScalingArguments.described`; files of an older version do not say the batch size."""
+    """Return the settings of `ScalingArguments.described` as a title; older files lack the batch size."""
     batch = f", batch size {settings['batch size']}" if "batch size" in settings else ""
     return f"{settings['shapes']}\n{settings['dtype']}{batch}"
 
@@ -401,7 +374,7 @@ def main() -> None:
     text = write_results(arguments, "scaling", asdict(scaling), [as_markdown(scaling)])
     draw(scaling, picture_title(arguments.described()), output_dir / PICTURE)
     print(text, end="")
-    print(f"written to {output_dir}: scaling.json, scaling.md and scaling.png")
+    print_written(arguments, "scaling")
 
 
 if __name__ == "__main__":

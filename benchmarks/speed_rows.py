@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark of speed runs: its arguments, its cells and the merging settings that are compared in each.
+"""Arguments, cells, merging settings and reports that the benchmarks of speed share.
 
 A cell is one dtype, one batch size and one length. In each, the model of published shapes runs unmerged and merged: r
 latents in every layer, schedules that keep to a share of the FLOPs, and fixed groups that leave the same latents as
@@ -11,38 +11,39 @@ Letters: B batch, N latents, M latents left.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.published_models import DTYPES, PUBLISHED_MODELS, PublishedModel
 from configuration_tome_perceiver import ToMePerceiverConfig
-from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, FlopsShare, merging_within
+from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, FlopsShare, forward_cost, merging_within
 from experiments.command_line import shown_command
 from experiments.errors import BadInput, naming
 from experiments.files import write_json, write_text
-from experiments.measurement import describe_environment, environment_line
+from experiments.measurement import Quartiles, describe_environment, environment_line
 from experiments.merging.arguments import naming_arguments
 
 Fields = dict[str, Any]
-"""Of a config, what merges; the others are as they are by default."""
+"""Fields of a config that say what merges; the others have their defaults."""
 
 Figures = TypeVar("Figures")
-DEFAULT_LENGTH = [128]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one table is of.
+    """A combination of dtype, batch size and length, which has a table of its own.
 
     Attributes:
         dtype: of weights and activations.
         input_shape: of a forward pass, (B, S) or (B, 3, height, width).
-        settings: by name, the fields of a config that say what merges.
+        settings: what merges, by name.
     """
 
     dtype: str
@@ -51,16 +52,23 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """In a heading."""
         return f"{self.dtype}, inputs {' x '.join(map(str, self.input_shape))}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The name of a cell and what was measured in it, a row for each variant."""
+
+    cell: str
+    rows: list[Any]
 
 
 @dataclass
 class SpeedArguments:
-    """Which model, which cells, which merging settings."""
+    """The model, the cells and the merging settings."""
 
     _argument_group_name: ClassVar[str] = "benchmark"
-    # What an argument is if it is not given, and with --small.
+    # Defaults of arguments, and those that --small changes.
     usual: ClassVar[dict[str, Any]] = {}
     reduced: ClassVar[dict[str, Any]] = {}
 
@@ -104,29 +112,31 @@ class SpeedArguments:
         check_names("dtype", self.dtype, DTYPES)
         check_names("schedule", self.schedule, SCHEDULES)
         if self.model.takes_text:
-            self.length = DEFAULT_LENGTH if self.length is None else self.length
+            self.length = [128] if self.length is None else self.length
         elif self.length is not None:
-            raise BadInput(f"--length {_spelled(self.length)}: allowed only with the shapes of a model of texts")
-        for name, least, most in (
-            ("batch_size", 1, math.inf),
-            ("length", 1, self.max_length),
-            ("r", 0, math.inf),
-            ("rounds", 1, math.inf),
-            ("threads", 1, math.inf),
-        ):
-            _check_range(name, getattr(self, name), least, most)
+            raise BadInput(
+                f"--length {' '.join(map(str, self.length))}: only models of texts take it, not {self.shapes}"
+            )
+        limits = {"batch_size": (1, math.inf), "length": (1, self.max_length), "r": (0, math.inf)}
+        for name, (least, most) in (limits | dict.fromkeys(("rounds", "threads"), (1, math.inf))).items():
+            value = getattr(self, name)
+            for each in value if isinstance(value, list) else [] if value is None else [value]:
+                if not least <= each <= most:
+                    raise BadInput(
+                        f"--{name} {each}: must be {least} {'or more' if math.isinf(most) else f'to {most}'}"
+                    )
         with naming(f"--device {self.device}", RuntimeError, AssertionError):
             torch.empty(0, device=self.device)
 
     @property
     def model(self) -> PublishedModel:
-        """The model of those shapes, with fewer layers if it is to be small."""
+        """The model of `shapes`, with fewer layers if `small`."""
         published = PUBLISHED_MODELS[self.shapes]
         return published.small() if self.small else published
 
     @property
     def max_length(self) -> int:
-        """Bytes that a text may have."""
+        """Most bytes of a text."""
         return self.model.config().max_position_embeddings
 
     def cells(self) -> list[Cell]:
@@ -156,7 +166,7 @@ class SpeedArguments:
         return settings
 
     def use_device(self) -> None:
-        """Make the device, and the number of threads, those of what follows."""
+        """Set the number of threads and the current device."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = torch.device(self.device)
@@ -164,7 +174,7 @@ class SpeedArguments:
             torch.cuda.set_device(device)
 
     def described(self) -> dict[str, Any]:
-        """What stands beside the figures."""
+        """Settings that stand beside the figures."""
         return {
             "shapes": f"{self.model.hub_id}, random weights",
             "self-attention layers": self.model.config().num_self_attention_layers,
@@ -173,8 +183,49 @@ class SpeedArguments:
         }
 
 
+@dataclass
+class StepArguments(SpeedArguments):
+    """A benchmark whose turns are forward passes, or forward and backward passes."""
+
+    training: bool = field(
+        default=False,
+        metadata={"help": "Time a forward and backward pass; ours with activation checkpointing and without."},
+    )
+    autocast: bool = field(default=False, metadata={"help": "Under autocast to bfloat16, as training with --bf16."})
+
+    def described(self) -> dict[str, Any]:
+        turn = "forward and backward pass, without an optimizer" if self.training else "forward pass"
+        return super().described() | {"each turn": f"{turn}, under autocast to bfloat16" if self.autocast else turn}
+
+    def take_turn(self, model: PreTrainedModel, inputs: Tensor) -> None:
+        """Run a forward pass, or if training a forward and a backward pass whose gradients are dropped."""
+        autocast = torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.autocast)
+        if not self.training:
+            with torch.inference_mode(), autocast:
+                model(inputs=inputs)
+            return
+        labels = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
+        with autocast:
+            loss = model(inputs=inputs, labels=labels).loss
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    def turn_flops(self, fields: Fields, input_shape: tuple[int, ...], checkpointing: bool = False) -> int:
+        """Return the FLOPs of a turn.
+
+        A backward pass has two products for each one of the forward pass, for the gradients of its two factors, and
+        none for the matching, which has no gradients. (The convolution on an image has one, since pixels need no
+        gradient.) With checkpointing every layer, its matching included, runs once more.
+        """
+        cost = forward_cost(self.model.config(**fields), input_shape, self.model.architecture)
+        if not self.training:
+            return cost.total_with_matching
+        layers = cost.cross_attention + sum(cost.self_attention) + sum(cost.matching) + cost.decoder
+        return 3 * cost.total + sum(cost.matching) + (layers if checkpointing else 0)
+
+
 def consecutive_groups(config: ToMePerceiverConfig) -> Fields:
-    """Fixed groups of consecutive latents that leave as many in each layer as a config does by matching.
+    """Return fixed groups of consecutive latents that leave as many in each layer as a config leaves by matching.
 
     They cost the same FLOPs but for the matching. Which latents merge does not matter to the time.
     """
@@ -186,14 +237,33 @@ def consecutive_groups(config: ToMePerceiverConfig) -> Fields:
     return {"merge_groups": groups}
 
 
-def write_results(arguments: SpeedArguments, name: str, figures: Mapping[str, Any], tables: Iterable[str]) -> str:
-    """Write what was measured, with the settings, the command and the machine, as NAME.json and NAME.md.
+def run_cells(
+    arguments: SpeedArguments,
+    name: str,
+    measure: Callable[[Any, Cell], Table],
+    as_markdown: Callable[[Any], str],
+    draw: Callable[[list[Any], Path], None] | None = None,
+) -> None:
+    """Measure every cell, and write NAME.json, NAME.md and, with `draw`, NAME.png after each.
 
-    Args:
-        arguments: of the benchmark; the files go to its `output_dir`.
-        name: of the benchmark.
-        figures: for the JSON file.
-        tables: in Markdown.
+    So a stop in a long cell leaves what was measured before. What is wrong with the arguments shows before any model is
+    built.
+    """
+    cells = arguments.cells()
+    arguments.use_device()
+    tables: list[Table] = []
+    for cell in cells:
+        tables.append(measure(arguments, cell))
+        figures = {"cells": [asdict(table) for table in tables]}
+        text = write_results(arguments, name, figures, map(as_markdown, tables))
+        if draw is not None:
+            draw(tables, Path(arguments.output_dir) / f"{name}.png")
+    print(text, end="")
+    print_written(arguments, name, draw is not None)
+
+
+def write_results(arguments: SpeedArguments, name: str, figures: Mapping[str, Any], tables: Iterable[str]) -> str:
+    """Write figures as NAME.json and tables as NAME.md, each with the settings, the command and the machine.
 
     Returns:
         The text of NAME.md.
@@ -208,40 +278,40 @@ def write_results(arguments: SpeedArguments, name: str, figures: Mapping[str, An
     return text
 
 
+def print_written(arguments: SpeedArguments, name: str, picture: bool = True) -> None:
+    """Print which files were written."""
+    files = [f"{name}.json", f"{name}.md", *([f"{name}.png"] if picture else [])]
+    print(f"written to {arguments.output_dir}: {', '.join(files[:-1])} and {files[-1]}")
+
+
+def spread(quartiles: Quartiles, form: str = ".2f") -> tuple[str, str]:
+    """Return the median and the quartiles as two cells of a table."""
+    return f"{quartiles.median:{form}}", f"{quartiles.lower:{form}} to {quartiles.upper:{form}}"
+
+
+def error_bars(quartiles: Iterable[Quartiles]) -> list[list[float]]:
+    """Return the distances of the lower and of the upper quartiles from the medians, as matplotlib takes them."""
+    each = list(quartiles)
+    return [[one.median - one.lower for one in each], [one.upper - one.median for one in each]]
+
+
 def read_back(kind: type[Figures], part: type, fields: Mapping[str, Any]) -> Figures:
-    """A dataclass again from what `asdict` made of it; its values that are mappings are all of one other dataclass."""
+    """Return a dataclass from what `asdict` made of it; its values that are mappings are all of one other dataclass."""
     return kind(**{name: part(**value) if isinstance(value, dict) else value for name, value in fields.items()})
-
-
-def check_names(argument: str, names: Sequence[str], allowed: Collection[str]) -> None:
-    """Check that each name is one of those allowed.
-
-    Raises:
-        BadInput: naming the argument, the value and what is allowed.
-    """
-    for name in names:
-        if name not in allowed:
-            raise BadInput(f"--{argument} {name}: allowed are {', '.join(sorted(allowed))}")
 
 
 def check_backend(name: str | None) -> None:
     """Check that `torch.compile` has a backend of that name; `None` if nothing is compiled.
 
     Raises:
-        BadInput: naming the argument, the value and what is allowed.
+        BadInput: naming the argument, the value and the choices.
     """
     # Only if asked for: to list them takes seconds of imports.
-    if name is not None and name not in (known := torch.compiler.list_backends(exclude_tags=())):
-        raise BadInput(f"--compile_backend {name}: allowed are {', '.join(known)}")
+    if name is not None:
+        check_names("compile_backend", [name], torch.compiler.list_backends(exclude_tags=()))
 
 
-def _check_range(argument: str, value: list[int] | int | None, least: int, most: float) -> None:
-    values = [] if value is None else value if isinstance(value, list) else [value]
-    for each in values:
-        if not least <= each <= most:
-            upper = "" if math.isinf(most) else f" to {most}"
-            raise BadInput(f"--{argument} {each}: allowed are integers from {least}{upper}")
-
-
-def _spelled(numbers: list[int]) -> str:
-    return " ".join(map(str, numbers))
+def check_names(argument: str, names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise BadInput(f"--{argument} {name}: choose from {', '.join(sorted(known))}")

@@ -18,8 +18,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +31,7 @@ from transformers import TrainingArguments
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.published_models import DTYPES
-from benchmarks.speed_rows import Cell, Fields, SpeedArguments, write_results
+from benchmarks.speed_rows import Cell, SpeedArguments, Table, run_cells, spread
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
 from experiments.measurement import Timing, time_interleaved
@@ -49,7 +48,7 @@ WARM_UP = 40
 
 @dataclass
 class TrainingStepArguments(SpeedArguments):
-    """What runs, and how."""
+    """Settings of this benchmark."""
 
     usual: ClassVar[dict[str, Any]] = {"batch_size": [32], "r": [0], "flops_ratio": [0.6], "rounds": 40}
     reduced: ClassVar[dict[str, Any]] = {"batch_size": [4], "r": [0], "flops_ratio": [0.6], "rounds": 10}
@@ -59,14 +58,13 @@ class TrainingStepArguments(SpeedArguments):
     output_dir: str = field(default="outputs/training_step", metadata={"help": "Where the results go."})
 
     def described(self) -> dict[str, Any]:
-        """What stands beside the figures."""
         turn = "forward and backward pass of the scripts' Trainer, without the optimizer"
         return super().described() | {"each turn": f"{turn}, under autocast to bfloat16" if self.bf16 else turn}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a step took.
+    """Figures of a way to train.
 
     Attributes:
         name: of the training.
@@ -79,20 +77,10 @@ class Row:
     first_steps_seconds: float
 
 
-@dataclass(frozen=True)
-class Table:
-    """What was measured in a cell."""
-
-    cell: str
-    rows: list[Row]
-
-
 def trainers(arguments: TrainingStepArguments, cell: Cell, folder: Path) -> dict[str, TaskTrainer]:
     """One for each way to train, with a model of its own and the same weights."""
     stock = arguments.model.build_stock(arguments.seed, DTYPES[cell.dtype], arguments.device)
-    ways: list[tuple[str, type[TaskTrainer], Fields]]
-    ways = [(name, TaskTrainer, fields) for name, fields in cell.settings.items()]
-    ways.append((ELASTIC, ElasticTrainer, {}))
+    ways = [*((name, TaskTrainer, fields) for name, fields in cell.settings.items()), (ELASTIC, ElasticTrainer, {})]
     made: dict[str, TaskTrainer] = {}
     for ending in ("", COMPILED) if arguments.torch_compile else ("",):
         for name, trainer_class, fields in ways:
@@ -139,33 +127,24 @@ def measure(arguments: TrainingStepArguments, cell: Cell) -> Table:
 
 
 def as_markdown(table: Table) -> str:
-    """A heading and the trainings."""
-
-    def cells(row: Row) -> Sequence[object]:
-        taken, speedup = row.timing.latency_ms, row.timing.speedup
-        return [
+    """Return a heading and a line for each way to train."""
+    cells = [
+        (
             row.name,
-            f"{taken.median:.1f}",
-            f"{speedup.median:.2f}",
-            f"{speedup.lower:.2f} to {speedup.upper:.2f}",
+            f"{row.timing.latency_ms.median:.1f}",
+            *spread(row.timing.speedup),
             f"{row.first_steps_seconds:.1f}",
-        ]
-
+        )
+        for row in table.rows
+    ]
     columns = ["", "ms a step", "times as fast as the first", "quartiles", "steps before, s"]
-    return f"## {table.cell}\n\n{markdown_table(columns, map(cells, table.rows), 'lr')}\n"
+    return f"## {table.cell}\n\n{markdown_table(columns, cells, 'lr')}\n"
 
 
 def main() -> None:
     (arguments,) = parse_arguments(__doc__ or "", TrainingStepArguments)
-    cells = arguments.cells()
-    arguments.use_device()
     quieten_transformers()
-    tables: list[Table] = []
-    for cell in cells:
-        tables.append(measure(arguments, cell))
-        figures = {"cells": [asdict(each) for each in tables]}
-        text = write_results(arguments, "training_step", figures, map(as_markdown, tables))
-    print(text, end="")
+    run_cells(arguments, "training_step", measure, as_markdown)
 
 
 if __name__ == "__main__":

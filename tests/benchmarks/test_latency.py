@@ -120,11 +120,11 @@ def test_small_means_fewer_of_what_is_not_given(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--requests", 0), "--requests 0: allowed are integers from 1"),
+        (("--requests", 0), "--requests 0: must be 1 or more"),
         (("--rounds", 5), "--rounds 5: each request is a round"),
-        (("--load", 1), "--load 1.0: allowed are numbers between 0 and 1"),
-        (("--length", 129), "--length 129: allowed are integers from 1 to 128"),
-        (("--compile", "--compile_backend", "gcc"), "--compile_backend gcc: allowed are"),
+        (("--load", 1), "--load 1.0: must be between 0 and 1"),
+        (("--length", 129), "--length 129: must be 1 to 128"),
+        (("--compile", "--compile_backend", "gcc"), "--compile_backend gcc: choose from"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, arguments, says):

@@ -34,7 +34,7 @@ def test_every_picture_below_a_folder_is_drawn_anew(tmp_path):
 
 
 def test_bad_input_is_one_line(tmp_path):
-    with pytest.raises(BadInput, match="^folders .*: allowed are folders with a sweep.png or a scaling.png or "):
+    with pytest.raises(BadInput, match="^folders .*: must have a sweep.png or a scaling.png or "):
         redraw.main([str(tmp_path)])
     (tmp_path / "sweep.png").touch()
     (tmp_path / "sweep_results.json").write_text(json.dumps({"rows": [{"flops_ratio": 0.7}]}))

@@ -11,9 +11,10 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.breakdown import BreakdownArguments
+from benchmarks.latency import LatencyArguments
 from benchmarks.published_models import PUBLISHED_MODELS, check_outputs
 from benchmarks.speed_rows import consecutive_groups
-from benchmarks.throughput import STOCK, ThroughputArguments, build_variants, first_calls, infer, step_flops, train
+from benchmarks.throughput import STOCK, ThroughputArguments, build_variants, first_calls
 from cost_tome_perceiver import forward_cost
 from tests.support.script_run import bad_input_line, call_script
 from tests.support.tiny_models import tiny_config, tiny_inputs, tiny_model
@@ -98,10 +99,10 @@ def test_training_steps_are_timed_with_checkpointing_and_without(tmp_path):
 def test_flops_of_a_training_step_are_those_that_are_counted(r):
     model = tiny_model("ForSequenceClassification", r=r, attn_implementation="eager").train()
     inputs = tiny_inputs("ForSequenceClassification", batch=1)["input_ids"]
+    arguments = ThroughputArguments(training=True)
     with FlopCounterMode(display=False) as counter:
-        train(model, inputs)
-    cost = forward_cost(model.config, inputs.shape, type(model).__name__)
-    assert counter.get_total_flops() == step_flops(cost, training=True, checkpointing=False)
+        arguments.take_turn(model, inputs)
+    assert counter.get_total_flops() == arguments.turn_flops({"r": r}, tuple(inputs.shape))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -113,7 +114,7 @@ def test_compiled_variants_stand_beside_the_others():
     names = [f"{name}, {how} compiled" for how in ("layers", "model") for name in ("stock", "r = 2")]
     assert [variant.name for variant in variants] == [STOCK, "r = 2", *names]
     inputs = published.draw_inputs((2, 9), torch.float32, "cpu")
-    seconds = first_calls(variants, lambda model: infer(model, inputs))
+    seconds = first_calls(variants, lambda model: arguments.take_turn(model, inputs))
     assert list(seconds) == names and min(seconds.values()) > 0
     with torch.inference_mode():
         logits = [variant.model(inputs=inputs).logits for variant in variants]
@@ -142,7 +143,7 @@ def test_small_means_fewer_of_what_is_not_given():
 
 @pytest.mark.parametrize("shapes", PUBLISHED_MODELS)
 @pytest.mark.parametrize("small", [False, True], ids=["published", "small"])
-@pytest.mark.parametrize("script_arguments", [ThroughputArguments, BreakdownArguments])
+@pytest.mark.parametrize("script_arguments", [ThroughputArguments, BreakdownArguments, LatencyArguments])
 def test_the_published_shapes_reach_their_budgets(monkeypatch, script_arguments, shapes, small):
     monkeypatch.setitem(PUBLISHED_MODELS, shapes, REALLY_PUBLISHED[shapes])
     arguments = script_arguments(shapes=shapes, small=small)
@@ -150,6 +151,7 @@ def test_the_published_shapes_reach_their_budgets(monkeypatch, script_arguments,
     layers = {"language": (26, 6), "vision": (48, 6), "small_language": (12, 12), "small_vision": (8, 8)}[shapes]
     assert config.num_self_attention_layers == layers[small]
     for cell in arguments.cells():
+        assert len(cell.settings) > 1
         unmerged = forward_cost(config, cell.input_shape, arguments.model.architecture).total_with_matching
         for ratio in arguments.flops_ratio:
             merged = arguments.model.config(**cell.settings[f"floor {ratio}"])
@@ -160,17 +162,17 @@ def test_the_published_shapes_reach_their_budgets(monkeypatch, script_arguments,
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--shapes", "audio"), "--shapes audio: allowed are language, small_language, small_vision, vision"),
-        (("--dtype", "float32", "int8"), "--dtype int8: allowed are bfloat16, float16, float32"),
-        (("--batch_size", 1, 0), "--batch_size 0: allowed are integers from 1"),
-        (("--length", 129), "--length 129: allowed are integers from 1 to 128"),
-        (("--shapes", "vision", "--length", 9), "--length 9: allowed only with the shapes of a model of texts"),
-        (("--r", -1), "--r -1: allowed are integers from 0"),
-        (("--rounds", 0), "--rounds 0: allowed are integers from 1"),
-        (("--schedule", "search"), "--schedule search: allowed are constant"),
+        (("--shapes", "audio"), "--shapes audio: choose from language, small_language, small_vision, vision"),
+        (("--dtype", "float32", "int8"), "--dtype int8: choose from bfloat16, float16, float32"),
+        (("--batch_size", 1, 0), "--batch_size 0: must be 1 or more"),
+        (("--length", 129), "--length 129: must be 1 to 128"),
+        (("--shapes", "vision", "--length", 9), "--length 9: only models of texts take it"),
+        (("--r", -1), "--r -1: must be 0 or more"),
+        (("--rounds", 0), "--rounds 0: must be 1 or more"),
+        (("--schedule", "search"), "--schedule search: choose from constant"),
         (("--flops_ratio", 0.01), "flops_ratio=0.01 is out of reach"),
         (("--device", "abacus"), "--device abacus: "),
-        (("--compile", "layers", "--compile_backend", "gcc"), "--compile_backend gcc: allowed are"),
+        (("--compile", "layers", "--compile_backend", "gcc"), "--compile_backend gcc: choose from"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, arguments, says):
