@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings for every test: no network, one thread, no progress bars, seeded, and hypothesis without deadlines.
-
-Here too stands which tests are slow.
-"""
+"""Settings for every test: no network, one thread, no progress bars, seeded, and hypothesis without deadlines."""
 
 import os
 import shutil
@@ -22,28 +19,25 @@ from hypothesis import settings
 from benchmarks.published_models import PUBLISHED_MODELS
 from tests.support.tiny_models import SIZES
 
-# What `make test-fast` leaves out, by its place below tests/: rooms, files or single tests that compile, start other
-# programs or train whole runs. `make test` runs everything.
+# Rooms, files and tests that `make test-fast` leaves out: they compile, start programs or train whole runs.
 SLOW = (
     "benchmarks/",
     "examples/",
     "reliability/",
     "runs/",
-    "space/test_app.py",
-    "model/test_call_r.py::test_compiled_layers_and_a_compiled_model_take_it",
     "model/test_modeling_execution.py",
-    "model/test_modeling_tome_perceiver.py::test_gradient_accumulation_gives_the_loss_and_gradient_norm_of_one_batch",
     "model/test_remote_code.py",
-    "publishing/test_hub.py",
-    "publishing/test_hub_push.py",
-    "tasks/test_labels.py::test_no_score_depends_on_the_order_of_label2id",
-    "test_errors.py::test_a_fault_of_the_program_keeps_its_traceback_and_is_called_one",
+    "publishing/test_hub",
     "training/test_distributed.py",
-    "training/test_elastic.py::test_a_sweep_trains_once_for_all_rows",
     "training/test_loading.py",
     "training/test_output_folder.py",
+    "training/test_progress.py",
     "training/test_resume.py",
-    "training/test_trainer_arguments.py::test_arguments_of_many_kinds_work_together",
+    "model/test_call_r.py::test_compiled_layers_and_a_compiled_model_take_it",
+    "model/test_modeling_tome_perceiver.py::test_gradient_accumulation_gives_the_loss_and_gradient_norm_of_one_batch",
+    "test_errors.py::test_a_fault_of_the_program_keeps_its_traceback_and_is_called_one",
+    "training/test_elastic.py::test_a_sweep_trains_once_for_all_rows",
+    "training/test_trainer_arguments.py::test_it_works",
 )
 
 transformers.utils.logging.disable_progress_bar()
@@ -54,7 +48,7 @@ settings.load_profile("tome")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark what is slow, before `-m` chooses."""
+    """Mark slow tests before `-m` selects."""
     for item in items:
         if item.nodeid.removeprefix("tests/").startswith(SLOW):
             item.add_marker(pytest.mark.slow)

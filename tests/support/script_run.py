@@ -52,6 +52,14 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
+def start_fork(function: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Call a function in a fork; it and its arguments are pickled."""
+    start_server()
+    process = FORKS.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def start_script(
     name: str | Path,
     arguments: tuple[object, ...],
@@ -68,11 +76,7 @@ def start_script(
         streams: folder in which its output is written, to files `stdout` and `stderr`.
         before: called in the fork before the script; picklable.
     """
-    start_server()
-    words = [*map(str, arguments)]
-    process = FORKS.Process(target=_run, args=(ROOT / name, words, cwd, dict(os.environ), streams, before))
-    process.start()
-    return process
+    return start_fork(_run, ROOT / name, [*map(str, arguments)], cwd, dict(os.environ), streams, before)
 
 
 def run_script(

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ from experiments.training.output_folder import (
     save_metrics,
 )
 from experiments.training.run_record import RunRecord, update_record
-from tests.support.script_run import ROOT, bad_input_line, call_script
+from tests.support.script_run import bad_input_line, call_script, start_fork
 from tests.support.tiny_texts import write_glue, write_model_config
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -214,28 +215,25 @@ def test_a_disk_that_is_full_as_the_optimizer_is_written(command, tmp_path, caps
     assert last_checkpoint(tmp_path) is None
 
 
-HOLDING = """
-import sys, time
-from pathlib import Path
-from experiments.training.output_folder import lock_folder
-with lock_folder(Path(sys.argv[1])):
-    print("locked", flush=True)
-    time.sleep(60)
-"""
+def hold(folder: Path, held: Path) -> None:
+    """Lock a folder until this process ends, and create a file when it is locked."""
+    with lock_folder(folder):
+        held.touch()
+        time.sleep(60)
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_a_second_run_is_refused_while_one_writes_and_not_after_it_was_killed(command, tmp_path, capsys, end):
-    folder = tmp_path / "out"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDING, folder], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as first:  # fmt: skip
-        assert first.stdout.readline() == "locked\n"
-        line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", folder)
-        assert line.startswith(f"error: --output_dir {folder}: another run is writing there")
-        assert run_files(folder) == [] and not (folder / "arguments.json").exists()
-        first.send_signal(end)
+    folder, held = tmp_path / "out", tmp_path / "held"
+    first = start_fork(hold, folder, held)
+    while not held.exists():
+        assert first.is_alive()
+        time.sleep(0.01)
+    line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", folder)
+    assert line.startswith(f"error: --output_dir {folder}: another run is writing there")
+    assert run_files(folder) == [] and not (folder / "arguments.json").exists()
+    os.kill(first.pid, end)
+    first.join(10)
     call_script("run_glue.py", *command, "--output_dir", folder)
     assert (folder / "eval_results.json").exists() and not (folder / ".lock").exists()
 
