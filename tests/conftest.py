@@ -25,6 +25,7 @@ SLOW = (
     "examples/",
     "reliability/",
     "runs/",
+    "space/test_app.py",
     "model/test_modeling_execution.py",
     "model/test_remote_code.py",
     "publishing/test_hub",
@@ -37,7 +38,7 @@ SLOW = (
     "model/test_modeling_tome_perceiver.py::test_gradient_accumulation_gives_the_loss_and_gradient_norm_of_one_batch",
     "test_errors.py::test_a_fault_of_the_program_keeps_its_traceback_and_is_called_one",
     "training/test_elastic.py::test_a_sweep_trains_once_for_all_rows",
-    "training/test_trainer_arguments.py::test_it_works",
+    "training/test_trainer_arguments.py::test_arguments_of_many_kinds_work_together",
 )
 
 transformers.utils.logging.disable_progress_bar()

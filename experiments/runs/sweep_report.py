@@ -155,8 +155,9 @@ class Row:
         known = {each for each in cls.__dataclass_fields__ if each in saved}
         given = {name: saved[name] for name in known}
         given |= {name: Quartiles(**saved[name]) for name in ("latency_ms", "speedup") if name in saved}
+        fields = {"latent_groups": None} | saved.get("fields", {})
         return cls(
-            merging=Merging(**saved["fields"]) if "fields" in saved else None,  # type: ignore[arg-type]
+            merging=Merging(**fields) if "fields" in saved else None,  # type: ignore[arg-type]
             shown={name: saved[name] for name in saved if name not in {*known, "fields", *STAGES}},
             scores={stage: parse_scores(saved[stage]) for stage in STAGES if stage in saved},
             **given,

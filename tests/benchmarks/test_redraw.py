@@ -37,6 +37,7 @@ def test_bad_input_is_one_line(tmp_path):
     with pytest.raises(BadInput, match="^folders .*: must have a sweep.png or a scaling.png or "):
         redraw.main([str(tmp_path)])
     (tmp_path / "sweep.png").touch()
-    (tmp_path / "sweep_results.json").write_text(json.dumps({"rows": [{"flops_ratio": 0.7}]}))
-    with pytest.raises(BadInput, match="the first row .* merges; allowed are sweeps that begin unmerged"):
+    merged = {"name": "r=4", "gflops": 0.7, "latents_left": 4, "flops_ratio": 0.7}
+    (tmp_path / "sweep_results.json").write_text(json.dumps({"rows": [merged], "metric": "accuracy"}))
+    with pytest.raises(BadInput, match="the first row .* merges; use a sweep that begins unmerged"):
         redraw.main([str(tmp_path)])
