@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-# Of width, and the inverse of height: aspect ratios from 3/4 to 4/3.
+# Logarithm of how far a crop is stretched in width and shrunk in height: aspect ratios from 3/4 to 4/3.
 MAX_LOG_STRETCH = math.log(4 / 3) / 2
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may happen to a training image.
+    """Random changes of a training image.
 
     Attributes:
         crop_scale: smallest share of the area that a crop keeps; 1 crops nothing.
@@ -26,7 +26,7 @@ class Augmentation:
     horizontal_flip: float
 
     def __call__(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
-        """A random crop, resized to what the image was, and mirrored or not (Szegedy et al., 2015)."""
+        """Return a random crop, resized to the image's size, mirrored or not (Szegedy et al., 2015)."""
         if self.crop_scale < 1:
             image = image.resize(image.size, Image.Resampling.BILINEAR, box=self._crop(image.size, random))
         if random.random() < self.horizontal_flip:

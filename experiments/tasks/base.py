@@ -35,15 +35,25 @@ CLASSES_SHOWN = 12
 
 
 @dataclass
-class SampleArguments:
-    """How much of the data."""
+class DataArguments:
+    """Which data, and how much of them."""
 
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many (shuffled) only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many only."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict for the first so many only."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or local folder, as `datasets.load_dataset` takes it."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use at most this many training examples, shuffled."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on at most this many examples, the first ones."}
+    )
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "Predict for at most this many examples, the first ones."}
+    )
 
     def __post_init__(self) -> None:
-        for name in SampleArguments.__dataclass_fields__:
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"--{name} {value}: must be an integer of 1 or more")

@@ -89,7 +89,7 @@ class GlueTask(TextTask):
     hub_task: ClassVar[str] = "text-classification"
 
     def model_class_name(self, config: ToMePerceiverConfig) -> str:
-        """Any text model may start a classifier; its decoder is new if it was no classifier."""
+        """Return the classifier, which any text model may start; its decoder is new if it was no classifier."""
         for name in map(str, config.architectures or []):
             if "ForSequenceClassification" not in name and "ForMaskedLM" not in name:
                 raise BadInput(
@@ -99,7 +99,7 @@ class GlueTask(TextTask):
         return "ToMePerceiverForSequenceClassification"
 
     def first_input(self, prepared: PreparedTask) -> str | None:
-        """The first example's tokens as text, with the name of its class or its number."""
+        """Return the first example's tokens as text, with the name of its class or its number."""
         splits = (prepared.train, *prepared.evaluation.values(), *prepared.prediction.values())
         example = next(split for split in splits if len(split))[0]
         shown = prepared.processing_class.decode(example["input_ids"])
@@ -110,7 +110,7 @@ class GlueTask(TextTask):
         return f"first input, {len(example['input_ids'])} tokens: {shown!r}{label or ''}"
 
     def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
-        """Tokens and labels, padded to the longest of each batch unless the arguments say otherwise."""
+        """Return tokens and labels, padded to the longest of each batch unless the arguments say otherwise."""
         ids = label_ids(config, self.labels) if self.labels else []
         tokens = self.tokens(config, processing_class, ids)
         return PreparedTask(

@@ -26,8 +26,8 @@ from experiments.tasks.augmentation import Augmentation
 from experiments.tasks.base import (
     LABELS,
     Batch,
+    DataArguments,
     PreparedTask,
-    SampleArguments,
     Source,
     Splits,
     Task,
@@ -60,15 +60,11 @@ MODEL_CLASSES = tuple(
 
 
 @dataclass
-class ImageDataArguments(SampleArguments):
+class ImageDataArguments(DataArguments):
     """Which images."""
 
     _argument_group_name: ClassVar[str] = "images"
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id or local folder, as `datasets.load_dataset` takes it."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_dir: str | None = field(
         default=None, metadata={"help": "Folder with a folder of images for each class, or with a metadata.csv."}
     )
@@ -152,7 +148,7 @@ class ImageTask(Task):
     input_name: ClassVar[str] = "pixel_values"
 
     def model_class_name(self, config: ToMePerceiverConfig) -> str:
-        """The class that the checkpoint was saved from, ours for a stock one; for none, convolution first."""
+        """Return the class of the checkpoint, ours for a stock one; without one, that with convolution."""
         name = str((config.architectures or [MODEL_CLASSES[0]])[0])
         name = name if name.startswith("ToMe") else f"ToMe{name}"
         if name not in MODEL_CLASSES:
@@ -163,7 +159,7 @@ class ImageTask(Task):
         return name
 
     def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
-        """The image processor; with no name, one that resizes to `config.image_size` and scales to [-1, 1]."""
+        """Return the image processor; with no name, one that resizes to `config.image_size` and scales to [-1, 1]."""
         if name is None:
             side = config.image_size
             if side < 1:
@@ -182,10 +178,10 @@ class ImageTask(Task):
             return AutoImageProcessor.from_pretrained(name, **download)
 
     def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
-        """Nothing: it is the image processor that follows the config."""
+        """Change nothing: the image processor follows the config."""
 
     def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
-        """`pixel_values` (3, height, width) and `labels`, made on access."""
+        """Return `pixel_values` (3, height, width) and `labels`, made on access."""
         ids = label_ids(config, self.labels)
         shape = self._processed_shape(config, processing_class)
 
@@ -258,7 +254,7 @@ def _pixel_values(processing_class: Any, image: Image.Image, shape: torch.Size |
 
 
 def collate_images(examples: list[dict[str, Any]]) -> Batch:
-    """`pixel_values` (B, 3, height, width) and, if there are any, `labels` (B,)."""
+    """Return `pixel_values` (B, 3, height, width) and, if there are any, `labels` (B,)."""
     batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
     if LABELS in examples[0]:
         batch[LABELS] = torch.tensor([example[LABELS] for example in examples])

@@ -33,7 +33,7 @@ _LIKE_A_NUMBER = re.compile(r"[-+\u2212]?[\d.][\d.,'\s\u2019]*%?")
 
 
 def listed(names: Iterable[object], ordered: bool = False) -> str:
-    """Names in quotes, on one line, sorted unless their order says something; of many, the first few."""
+    """Return names in quotes, on one line, sorted unless they are in an order; of many, the first few."""
     quoted = [
         f"'{name}'" if name.isprintable() else repr(name)
         for name in (map(str, names) if ordered else sorted(map(str, names)))
@@ -48,7 +48,7 @@ def spelling(name: object) -> str:
 
 
 def _composed(name: object) -> str:
-    """A name without spaces around it, shown or not, in the one form of Unicode: macOS writes "é" as two characters."""
+    """Return a name without spaces around it, in one form of Unicode: macOS writes "é" as two characters."""
     return unicodedata.normalize("NFC", str(name)).strip(f"{string.whitespace}\xa0\u200b\u2060\ufeff")
 
 
@@ -65,7 +65,7 @@ _SAMENESS: tuple[Callable[[object], Hashable], ...] = (str, _identity, spelling)
 
 
 def checkpoint_labels(config: ToMePerceiverConfig) -> list[str]:
-    """A checkpoint's names, by its index: those of `id2label`, or of `label2id` where that alone was set."""
+    """Return a checkpoint's names by its index: of `id2label`, or of `label2id` where that alone was set."""
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
     index_of = {int(index): str(name) for name, index in (config.label2id or {}).items()}
     if says_nothing(names) and sorted(index_of) == list(range(len(names))):
@@ -74,10 +74,10 @@ def checkpoint_labels(config: ToMePerceiverConfig) -> list[str]:
 
 
 def matched(labels: Sequence[str], checkpoint: Sequence[str]) -> list[int] | None:
-    """The checkpoint's index of each of the data's labels; `None` if they are not the same names.
+    """Return the checkpoint's index of each of the data's labels, or `None` if they are not the same names.
 
     Numbers go by their value, and LABEL_3 is 3. Case and "-", "_" and " " make no other name. Names that only say an
-    index (LABEL_0 or 0) stand for any names that are no numbers.
+    index (LABEL_0 or 0) match any names that are no numbers, in their order.
 
     Args:
         labels: the data's.
@@ -101,7 +101,7 @@ def says_nothing(labels: Sequence[str]) -> bool:
 
 
 def warn_of_order(labels: Sequence[str], checkpoint: Sequence[str], where: str) -> None:
-    """Say so if labels go by their order, since one side's names say nothing."""
+    """Warn if labels go by their order, since one side's names say nothing."""
     if all(set(map(same, labels)) != set(map(same, checkpoint)) for same in (_identity, spelling)):
         logger.warning(
             "%s: its labels %s are taken for the data's %s in this order, since their names say nothing of each other",
@@ -110,7 +110,7 @@ def warn_of_order(labels: Sequence[str], checkpoint: Sequence[str], where: str) 
 
 
 def label_ids(config: ToMePerceiverConfig, labels: Sequence[str]) -> list[int]:
-    """The model's index of each of the data's labels.
+    """Return the model's index of each of the data's labels.
 
     Raises:
         BadInput: if the model's are others.

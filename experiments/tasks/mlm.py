@@ -29,7 +29,7 @@ from experiments.tasks.reading import TEXT_FORMATS, read_dataset, read_file
 from experiments.tasks.redrawn_examples import RedrawnExamples
 from experiments.tasks.scores import NOT_ASKED
 from experiments.tasks.sentences import SENTENCE, Line, Split, distinct, read_sentences
-from experiments.tasks.text import Columns, TextDataArguments, TextTask, Tokens
+from experiments.tasks.text import Columns, TextDataArguments, TextTask
 from experiments.tasks.text_columns import masked_columns
 
 MODEL_CLASS = "ToMePerceiverForMaskedLM"
@@ -60,7 +60,7 @@ class MlmDataArguments(TextDataArguments):
     )
     test_file: str | None = field(default=None, metadata={"help": f"The same, to predict; {CLASSIFICATION_ONLY}."})
     max_predict_samples: int | None = field(
-        default=None, metadata={"help": f"Predict for the first so many only; {CLASSIFICATION_ONLY}."}
+        default=None, metadata={"help": f"Predict for at most this many; {CLASSIFICATION_ONLY}."}
     )
     text_column: list[str] = field(
         default_factory=list,
@@ -72,12 +72,12 @@ class MlmDataArguments(TextDataArguments):
     mask_replace_prob: float = field(
         default=0.8,
         metadata={
-            "help": "Masked language modelling: share of these that a mask stands for. The less, the more a model "
+            "help": "Masked language modelling: share of these that a mask replaces. The less, the more a model "
             "learns to carry what it sees; a small one from scratch learns that first."
         },
     )
     random_replace_prob: float = field(
-        default=0.1, metadata={"help": "Masked language modelling: share of these that another token stands for."}
+        default=0.1, metadata={"help": "Masked language modelling: share of these that another token replaces."}
     )
     line_by_line: bool = field(
         default=True,
@@ -118,7 +118,7 @@ class MlmTask(TextTask):
     classifies: ClassVar[bool] = False
 
     def model_class_name(self, config: ToMePerceiverConfig) -> str:
-        """The masked language model, and no other."""
+        """Return the masked language model, and no other."""
         for name in map(str, config.architectures or []):
             if "ForMaskedLM" not in name:
                 raise BadInput(
@@ -128,12 +128,12 @@ class MlmTask(TextTask):
         return MODEL_CLASS
 
     def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
-        """An embedding for each token, and no more positions than inputs may have: each is decoded, used or not."""
+        """Give the model an embedding for each token, and no more positions than inputs have: each is decoded."""
         super().fit_config(config, processing_class)
         config.max_position_embeddings = self.arguments.max_seq_length or config.max_position_embeddings
 
     def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
-        """Training sentences masked anew whenever they are read, evaluated ones once, in the same way for every model.
+        """Mask training sentences anew whenever they are read, evaluated ones once, in the same way for every model.
 
         An evaluated sentence of which nothing is masked is left out.
         """
@@ -165,12 +165,12 @@ class MlmTask(TextTask):
         )
 
     def tokenizing(self, tokenizer: Any, length: int, label_ids: Sequence[int]) -> Callable[[Columns], Columns]:
-        """Each sentence an input, or all of them joined to inputs that are as long as they may be."""
+        """Make each sentence an input, or join all of them to inputs that are as long as they may be."""
         if self.arguments.line_by_line:
             return super().tokenizing(tokenizer, length, label_ids)
         return _joining(tokenizer, length)
 
-    def _drawn(self, tokens: Tokens, seed: int) -> Tokens:
+    def _drawn(self, tokens: TextTask, seed: int) -> TextTask:
         """Return as many inputs of joined lines as are asked for, once it is known what they are.
 
         Raises:
@@ -188,7 +188,7 @@ class MlmTask(TextTask):
 
 
 def _joining(tokenizer: Any, length: int) -> Callable[[Columns], Columns]:
-    """From a batch of lists of sentences to inputs of `length` tokens, with special tokens around each sentence.
+    """Return what joins lists of sentences to inputs of `length` tokens, with special tokens around each sentence.
 
     What is left of a batch at its end is dropped, as by the official run_mlm.py.
     """
@@ -218,16 +218,16 @@ class Masking:
         self.collate.generator = torch.Generator()
 
     def reseed(self, seed: int) -> None:
-        """Draw from here on what this seed says."""
+        """Seed what is drawn from here on."""
         self.collate.generator.manual_seed(seed)
 
     def __call__(self, example: dict[str, list]) -> dict[str, Tensor]:
-        """From the tokens of an example to its `input_ids`, `attention_mask` and `labels` (S,)."""
+        """Return `input_ids`, `attention_mask` and `labels` (S,) of the tokens of an example."""
         return {name: value[0] for name, value in self.collate([example]).items()}
 
 
 def masked_once(split: Dataset, masking: Masking) -> list[dict[str, Tensor]]:
-    """The examples, masked one by one in their order, of which anything is asked.
+    """Return the examples, masked one by one in their order, of which any token is masked.
 
     Raises:
         BadInput: if that is none.
@@ -242,7 +242,7 @@ def masked_once(split: Dataset, masking: Masking) -> list[dict[str, Tensor]]:
 
 
 class MaskedCollate:
-    """From examples to a batch; labels, if there are any, for each of the P positions that the model decodes."""
+    """Makes a batch of examples; labels, if there are any, for each of the P positions that the model decodes."""
 
     def __init__(self, tokenizer: Any, positions: int) -> None:
         self.pad = DataCollatorForTokenClassification(tokenizer, label_pad_token_id=NOT_ASKED)
@@ -257,7 +257,7 @@ class MaskedCollate:
 
 
 def likeliest_tokens(logits: Tensor, labels: Tensor) -> Tensor:
-    """From logits (B, P, V) to the likeliest of V tokens, (B, P)."""
+    """Return the likeliest tokens (B, P) of logits (B, P, V)."""
     return logits.argmax(dim=-1)
 
 

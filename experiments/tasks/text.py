@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput, naming
-from experiments.tasks.base import LABELS, SampleArguments, Task
+from experiments.tasks.base import LABELS, DataArguments, Task
 from experiments.tasks.labels import LABEL
 from experiments.tasks.reading import TABLE_FORMATS, ending
 
@@ -21,17 +21,13 @@ Columns = dict[str, list]
 
 
 @dataclass
-class TextDataArguments(SampleArguments):
+class TextDataArguments(DataArguments):
     """Which sentences, and how they become tokens."""
 
     _argument_group_name: ClassVar[str] = "sentences"
     file_formats: ClassVar[tuple[str, ...]] = TABLE_FORMATS
     """Endings of the files that are taken."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id or local folder, as `datasets.load_dataset` takes it."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_file: str | None = field(default=None, metadata={"help": "Own data, to train on."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     test_file: str | None = field(default=None, metadata={"help": "The same, to predict; it needs no labels."})
@@ -61,16 +57,6 @@ class TextDataArguments(SampleArguments):
                 raise BadInput(f"--{name} {path}: there is no such file")
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A task's splits with `input_ids`, `attention_mask` and, where examples have them, `labels` as columns."""
-
-    train: Dataset
-    evaluation: dict[str, Dataset]
-    prediction: dict[str, Dataset]
-    calibration: Dataset | None
-
-
 @dataclass
 class TextTask(Task):
     """Sentences, or pairs of them.
@@ -86,18 +72,20 @@ class TextTask(Task):
     input_name: ClassVar[str] = "input_ids"
 
     def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
-        """The tokenizer; with no name, the published language model's, whose tokens are bytes."""
+        """Return the tokenizer; with no name, the published language model's, whose tokens are bytes."""
         if name is None:
             return PerceiverTokenizer()
         with naming(f"--tokenizer_name {name}", Exception):
             return AutoTokenizer.from_pretrained(name, **download)
 
     def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
-        """An embedding for each token."""
+        """Give the model an embedding for each token."""
         config.vocab_size = len(processing_class)
 
-    def tokens(self, config: ToMePerceiverConfig, tokenizer: Any, label_ids: Sequence[int] = ()) -> Tokens:
-        """The sentences as tokens, padded only if the arguments say so.
+    def tokens(self, config: ToMePerceiverConfig, tokenizer: Any, label_ids: Sequence[int] = ()) -> TextTask:
+        """Return the task with `input_ids`, `attention_mask` and, where examples have them, `labels` as columns.
+
+        Inputs are padded only if the arguments say so.
 
         The tokenizer learns how long inputs may be, so that what is saved cuts to the same length.
 
@@ -129,7 +117,8 @@ class TextTask(Task):
                 desc=f"Tokenizing {description}",
             )
 
-        return Tokens(
+        return replace(
+            self,
             train=tokenized(self.train, "train"),
             evaluation={suffix: tokenized(split, f"eval{suffix}") for suffix, split in self.evaluation.items()},
             prediction={suffix: tokenized(split, f"predict{suffix}") for suffix, split in self.prediction.items()},
@@ -158,7 +147,7 @@ class TextTask(Task):
         return tokenize
 
     def _length(self, tokenizer: Any, config: ToMePerceiverConfig) -> int:
-        """How many tokens an input may have."""
+        """Return how many tokens an input may have."""
         positions = config.max_position_embeddings
         length = self.arguments.max_seq_length or positions
         if length > positions:
