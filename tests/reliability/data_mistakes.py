@@ -95,7 +95,8 @@ def data_mistakes() -> Iterator[BadInputCase]:
     for name, (script, make, says) in _LABELLED.items():
         yield BadInputCase(LABELS, name, script, make, says)
     for name, (make, says) in _IMAGES.items():
-        yield BadInputCase(IMAGES, name, "run_image.py", make, says)
+        # Only decoding shows that an image is cut, and each is decoded when it is used.
+        yield BadInputCase(IMAGES, name, "run_image.py", make, says, works=name == "one image is cut")
 
 
 def _train_file(name: str, data: bytes, config: str = "text_config") -> Make:
