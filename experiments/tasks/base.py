@@ -345,7 +345,7 @@ def read_lines(used: str, splits: Mapping[str, Dataset], labels: Sequence[str]) 
     for name, split in splits.items():
         if LABEL not in split.column_names:
             continue
-        values = list(split[LABEL])
+        values = split[LABEL][:]
         if labels:
             counts = Counter(values)
             shown = [f"{each!r} {counts[index]:,}" for index, each in enumerate(labels[:CLASSES_SHOWN])]

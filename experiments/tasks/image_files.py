@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 from transformers.image_utils import load_image
 
 from experiments.errors import BadInput, naming
@@ -32,6 +32,8 @@ AS_STORED = ImageFeature(decode=False)
 """The feature of images that are still bytes or a file: a mapping with `bytes` and `path`."""
 # Files and folders that Windows, macOS and network drives leave beside images, in lower case; hidden ones come on top.
 SYSTEM_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}
+# Number of images of each split that are opened at the start: enough to show what is wrong with all of them.
+OPENED_FIRST = 1000
 # A message names at most this many endings of files.
 SHOWN_ENDINGS = 5
 
@@ -88,7 +90,7 @@ def read_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
 
 
 def check_headers(datasets: Iterable[Dataset], argument: str) -> None:
-    """Open every image, and warn of those that have more frames than the one that is used.
+    """Open the first images of each dataset, and warn of those that have more frames than the one that is used.
 
     Args:
         datasets: with the columns `image`, as it is stored, and `row`.
@@ -99,17 +101,34 @@ def check_headers(datasets: Iterable[Dataset], argument: str) -> None:
     """
     frames = 0
     for dataset in datasets:
-        for example in tqdm(dataset.select_columns([IMAGE, ROW]), desc="opening images", unit="image", delay=2):
+        for example in dataset.select_columns([IMAGE, ROW]).take(min(len(dataset), OPENED_FIRST)):
             with open_image(example[IMAGE], f"{example[ROW]} of {argument}") as image:
                 # Phones keep a preview or a depth map as a second frame of a JPEG file.
                 frames += image.format != "MPO" and getattr(image, "is_animated", False)
     if frames:
-        logger.warning("%s: %d images have several frames or pages; only the first is used", argument, frames)
+        logger.warning("%s: %d of the images opened first have several frames; only one is used", argument, frames)
+
+
+def check_files(dataset: Dataset) -> None:
+    """Check that images which are files of their own are there.
+
+    Args:
+        dataset: as it was read, neither selected from nor shuffled, with the images in the column `image`.
+
+    Raises:
+        BadInput: naming the first that is not.
+    """
+    stored = dataset.data.column(IMAGE)
+    is_file = pc.is_null(pc.struct_field(stored, "bytes"))
+    for path in pc.filter(pc.struct_field(stored, "path"), is_file).to_pylist():
+        if path is not None and not os.path.exists(path):
+            with open_image({"bytes": None, "path": path}, path):
+                pass
 
 
 def stored_paths(dataset: Dataset) -> list[str | None]:
     """Return the paths of the images in the column `image`, as they are stored; bytes may have none."""
-    return list(dataset.select_columns(IMAGE).flatten()[f"{IMAGE}.path"])
+    return dataset.select_columns(IMAGE).flatten()[f"{IMAGE}.path"][:]
 
 
 def relative_names(dataset: Dataset, folder: str | None) -> list[str]:

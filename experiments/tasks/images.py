@@ -39,6 +39,7 @@ from experiments.tasks.image_files import (
     AS_STORED,
     IMAGE,
     ROW,
+    check_files,
     check_headers,
     left_out_of_dataset,
     list_files,
@@ -270,7 +271,7 @@ def load_image_task(
     calibration_samples: int = 0,
     **download: Any,
 ) -> ImageTask:
-    """Load the images that the arguments mean; they are opened here and decoded when they are used.
+    """Load the images that the arguments mean; the first are opened here, and each is decoded when it is used.
 
     Args:
         arguments: which images.
@@ -416,6 +417,7 @@ def _as_stored(dataset: Dataset, image: str, label: str, argument: str, name: st
     dataset = dataset.rename_columns({old: new for old, new in wanted.items() if old != new})
     with naming(f"{where}, column '{image}'", Exception):
         dataset = dataset.cast_column(IMAGE, AS_STORED)
+    check_files(dataset)
     return dataset.add_column(ROW, [f"{row} of split '{name}'" for row in range(len(dataset))])
 
 

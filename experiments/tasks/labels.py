@@ -251,7 +251,7 @@ def with_labels(
     dataset = _with_places(dataset, column, labels, where)
     if train is not None:
         # Dataset.unique would first copy all columns of a dataset that was shuffled, its images too.
-        seen, asked = set(train[column]), set(dataset[column])
+        seen, asked = set(train[column][:]), set(dataset[column][:])
         if unseen := asked - seen:
             raise BadInput(
                 f"{where} has the labels {listed(labels[index] for index in unseen)}; they must be among those of "
@@ -264,7 +264,7 @@ def _with_places(dataset: Dataset, column: str, labels: Sequence[str], where: st
     feature = dataset.features[column]
     own_names = list(feature.names) if isinstance(feature, ClassLabel) else None
     _check_kind(dataset, column, where)
-    values = list(dataset[column])
+    values = dataset[column][:]
     if own_names is not None:
         names = dict(enumerate(own_names)) | {NO_LABEL: NO_LABEL}
         values = [names.get(value) for value in values]
@@ -284,7 +284,7 @@ def _with_places(dataset: Dataset, column: str, labels: Sequence[str], where: st
 def _with_numbers(dataset: Dataset, column: str, where: str) -> Dataset:
     if isinstance(dataset.features[column], ClassLabel):
         raise BadInput(f"{where}: column '{column}' holds classes; it must hold numbers")
-    values = list(dataset[column])
+    values = dataset[column][:]
     refuse_missing([index for index, value in enumerate(values) if _is_empty(value)], len(values), column, where)
     if wrong := [index for index, value in enumerate(values) if not _is_finite(value)]:
         raise BadInput(

@@ -114,7 +114,7 @@ def as_text(dataset: Dataset, column: str, where: str) -> Dataset:
     if not isinstance(feature, Value) or feature.dtype in ("binary", "large_binary"):
         kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
         raise BadInput(f"{where}: column '{column}' holds {kind}; it must hold text")
-    values = [None if value is None else str(value) for value in dataset[column]]
+    values = [None if value is None else str(value) for value in dataset[column][:]]
     return with_column(dataset, column, values, Value("string"))
 
 
@@ -128,6 +128,6 @@ def with_text(dataset: Dataset, columns: Sequence[str], where: str) -> Dataset:
         raise BadInput(f"{where} has no column {listed(missing)}, only {listed(dataset.column_names)}")
     for column in columns:
         dataset = as_text(dataset, column, where)
-        missing_rows = [index for index, value in enumerate(dataset[column]) if value is None]
+        missing_rows = [index for index, value in enumerate(dataset[column][:]) if value is None]
         refuse_missing(missing_rows, len(dataset), column, where)
     return dataset

@@ -200,7 +200,7 @@ def test_frames_that_are_not_used_are_warned_of(caplog):
         check_headers([images.select([0, 1])], "here")
         assert not caplog.messages
         check_headers([images], "here")
-    assert caplog.messages == ["here: 4 images have several frames or pages; only the first is used"]
+    assert caplog.messages == ["here: 4 of the images opened first have several frames; only one is used"]
 
 
 def save(path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_link_to_nothing_is_an_image_that_cannot_be_read(tmp_path):
     (tmp_path / "dog").mkdir()
     (tmp_path / "dog" / "1.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(BadInput, match="image .*dog/1.png: .*No such file"):
-        read_image(read_image_folder("--train_dir", str(tmp_path))[0][1]["image"], "1")
+        load_image_task(ImageDataArguments(train_dir=str(tmp_path)), False, seed=0)
 
 
 @pytest.mark.parametrize(
