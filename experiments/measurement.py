@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from cost_tome_perceiver import interleaved_seconds
 
-Variant = TypeVar("Variant")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Timing:
 
 
 def time_interleaved(
-    run: Callable[[Variant], object], variants: Sequence[Variant], baseline: Variant, rounds: int, desc: str = "timing"
+    run: Callable[[Item], object], variants: Sequence[Item], baseline: Item, rounds: int, desc: str = "timing"
 ) -> list[Timing]:
     """Time variants in alternating rounds within this process.
 

@@ -10,7 +10,8 @@ from typing import Any
 from experiments.errors import BadInput
 from experiments.merging.arguments import MergeArguments
 from experiments.publishing.hub import open_to_push, push_checkpoint
-from experiments.runs.finetune_stages import Run, leaves_checkpoint
+from experiments.runs.finetune_report import leaves_checkpoint, report
+from experiments.runs.finetune_stages import Run
 from experiments.runs.start import RunArguments, load
 from experiments.tasks.base import Task, hold_out
 from experiments.tasks.glue import GlueDataArguments
@@ -70,7 +71,7 @@ def _run(args: RunArguments, load_task: Callable[..., Task]) -> None:
         announce("predicting")
         predict_and_save(trainer, loaded.prepared, loaded.task.source.name)
     # In every process: each has a part of a sharded model.
-    lines = run.report(is_first=trainer.is_world_process_zero())
+    lines = report(run, is_first=trainer.is_world_process_zero())
     trainer.accelerator.wait_for_everyone()
     if lines and trainer.is_world_process_zero():
         print("\n" + "\n".join(lines))

@@ -1,32 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run on a loaded model: its records, the folders it claims, its stages, and the report at its end."""
+"""One run on a loaded model: its records, the folders it claims, and its stages."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import asdict, replace
-from functools import cached_property
 from typing import Any
-
-from torch import inference_mode
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import Merging, undisturbed
 from experiments.files import check_writable, save_whole
-from experiments.measurement import Quartiles, time_interleaved
 from experiments.merging.arguments import MergeArguments, naming_arguments
-from experiments.publishing.card import Card, Measured, WhatMerges, metric_name, shown_r
-from experiments.publishing.tables import with_error
+from experiments.publishing.card import Measured, shown_r
 from experiments.runs.start import Loaded, RunArguments
-from experiments.tasks.base import Batch
 from experiments.training.evaluation import Evaluation, evaluate_and_save
 from experiments.training.fingerprints import config_fingerprint, weights_fingerprint
-from experiments.training.output_folder import check_disk_space, claim, claim_for_evaluation, save_metrics
+from experiments.training.output_folder import check_disk_space, claim, claim_for_evaluation
 from experiments.training.progress import announce, say
 from experiments.training.run_record import (
     CALIBRATION,
     CONFIG,
-    CONTINUED,
     PREDICTION,
     RESOLVED,
     START,
@@ -34,7 +27,6 @@ from experiments.training.run_record import (
     WEIGHTS,
     RunRecord,
     content,
-    data_fields,
     evaluation_fields,
     recorded_arguments,
     training_fields,
@@ -49,21 +41,12 @@ from experiments.training.stage import (
     train_and_save,
 )
 from experiments.training.trainer import TaskTrainer
-from frontier_tome_perceiver import Frontier, FrontierRow, check_reach
+from frontier_tome_perceiver import FrontierRow, check_reach
 
 logger = logging.getLogger(__name__)
 
-# Figures of the chosen row of a frontier that are saved.
-FIGURES = ("flops_ratio", "divergence", "changed", "changed_bound", "who")
-# Inputs in the batch that the speed of a run's result is measured with, and rounds.
-SPEED_INPUTS, ROUNDS = 8, 5
 # Data arguments that decide predictions and no training.
 ONLY_PREDICTED = ("max_predict_samples",)
-
-
-def leaves_checkpoint(args: RunArguments) -> bool:
-    """Whether a run saves a checkpoint: trained, or merged to a budget."""
-    return args.training.do_train or args.merging.has_budget
 
 
 class Run:
@@ -93,28 +76,19 @@ class Run:
             self.task, self.prepared, train=self.training.do_train, calibrates=self.merging.searches
         )
         self._content |= {START: weights_fingerprint(self.model)}
-        # Before a budget changes the config. Finetuning in a stage of its own merges nothing.
-        self._start_config, self._unmerged_start_config = (
-            config_fingerprint(self.model.config, merging=merging) for merging in (True, False)
-        )
+        # Before a budget changes the config: records of the run, and of finetuning as a stage of its own, which depends
+        # on nothing that merges and nothing of the second stage.
+        self.record = self._record(args.model, args.data, self.merging, self.retraining)
+        self.finetuning_record = self._record(args.model, args.data)
 
-    @cached_property
-    def finetuning_record(self) -> RunRecord:
-        """Record of finetuning as the first of two stages: nothing that merges, and nothing of the second stage."""
-        return self._record(self._unmerged_start_config, self.args.model, self.args.data)
-
-    @cached_property
-    def record(self) -> RunRecord:
-        """Record of the whole run."""
-        return self._record(self._start_config, self.args.model, self.args.data, self.merging, self.retraining)
-
-    def _record(self, start_config: str, *groups: Any) -> RunRecord:
+    def _record(self, *groups: Any) -> RunRecord:
         arguments = recorded_arguments(*groups) | training_fields(self.training)
+        merges = self.merging in groups
         # Predictions are of other data than training and its figures; only a search depends on what it calibrates on.
-        left_out = (PREDICTION,) if self.merging in groups else (PREDICTION, CALIBRATION)
+        left_out = (PREDICTION,) if merges else (PREDICTION, CALIBRATION)
         contents = {name: value for name, value in self._content.items() if name not in left_out}
-        kept = {name: value for name, value in arguments.items() if name not in ONLY_PREDICTED}
-        return RunRecord(kept, contents | {START_CONFIG: start_config})
+        contents[START_CONFIG] = config_fingerprint(self.model.config, merging=merges)
+        return RunRecord({name: value for name, value in arguments.items() if name not in ONLY_PREDICTED}, contents)
 
     def claim(self, write: bool) -> None:
         """Claim the folder of each stage, or of an evaluation, before anything is written.
@@ -205,22 +179,18 @@ class Run:
         choice = merging.choose(self.model, self.loaded.samples, self.loaded.input_shape)
         assert choice is not None
         self.choice = choice.chosen
-        say(f"chosen: {self._chosen}")
+        say(f"chosen: {self.choice.describe(self.model.unmerged.num_blocks)}")
 
     def _calibrate(self, merging: MergeArguments) -> None:
         """Measure the frontier of the present weights, if anything is searched for."""
         if merging.searches:
-            say(f"calibrating on {self._samples}")
+            say(f"calibrating on {self.samples}")
             log_dir = self.output_dir if self.writes else None
             merging.calibrate(self.model, self.loaded.samples, self.sample_count, self.loaded.input_shape, log_dir)
 
     @property
-    def _chosen(self) -> str:
-        """The choice in words."""
-        return "" if self.choice is None else self.choice.describe(self.model.unmerged.num_blocks)
-
-    @property
-    def _samples(self) -> str:
+    def samples(self) -> str:
+        """What a search calibrates on, in words."""
         return f"{self.sample_count:,} {self.loaded.samples.name}, without labels"
 
     def train(self) -> TaskTrainer:
@@ -237,8 +207,8 @@ class Run:
             announce("evaluating the same, merged without retraining")
             self._evaluate(trainer, "merged", "merged without retraining")
         if self.training.do_train:
-            how = ", for every r" if self.retraining.elastic else self._how
-            announce(f"{'retraining' if self.retrains else 'training'}{how}")
+            how = "for every r" if self.retraining.elastic else "merged" if self.merges else "unmerged"
+            announce(f"{'retraining' if self.retrains else 'training'}, {how}")
             train_and_save(trainer, resume)
             self._measure_frontier(trainer)
         return trainer
@@ -285,7 +255,9 @@ class Run:
             with self.model.unmerged.applied(self.model.config):
                 self.unmerged = self._evaluate(trainer, "unmerged", "unmerged")
             name = "merged without training"
-        announce(f"evaluating{' what was retrained' if self.retrains else ''}{self._how}")
+        announce(
+            f"evaluating{' what was retrained' if self.retrains else ''}, {'merged' if self.merges else 'unmerged'}"
+        )
         self._evaluate(trainer, "eval", name)
         if self.saves_merged and self.writes:
             save_whole(self.output_dir, self.model.save_pretrained)
@@ -299,120 +271,6 @@ class Run:
         return evaluation
 
     @property
-    def _baseline(self) -> ToMePerceiverConfig:
-        """Config of the unmerged model, with which the cost is compared."""
-        return self.model.unmerged.asked_of(self.model.config)
-
-    @property
-    def _how(self) -> str:
-        """Whether anything merges, to follow the name of a stage."""
-        return ", merged" if Merging.of(self.model.config).merges(self._baseline) else ", unmerged"
-
-    def report(self, is_first: bool) -> list[str]:
-        """Write the card of a saved checkpoint, and return the last lines of the run: scores, cost, what merges, where.
-
-        Args:
-            is_first: whether this process writes; every process runs the model, of which each may hold a part.
-        """
-        speedup = batch_size = None
-        if self.measured and Merging.of(self.model.config).merges(self._baseline):
-            batch = self.prepared.batch(SPEED_INPUTS)
-            speedup, batch_size = self._time(batch), len(next(iter(batch.values())))
-        if leaves_checkpoint(self.args) and is_first:
-            self._write_card(speedup, batch_size)
-        if speedup is None:
-            return []
-        lines = []
-        for row in self.measured:
-            score = row.scores[self.task.main_metric]
-            name = metric_name(self.task.main_metric)
-            line = f"{row.name}: {name} {with_error(score.value, score.stderr, scale=100)}"
-            if score.compared:
-                change = with_error(score.change, score.change_stderr, "+.2f", scale=100)
-                line += f", change, paired by example, {change}"
-            lines.append(line)
-        slower = "" if speedup.median >= 1 else "; slower than unmerged on this machine"
-        cost = (
-            f"cost: {self.model.flops_ratio(self.loaded.input_shape):.3f} of the FLOPs, {speedup.median:.2f} times as "
-            f"fast as unmerged ({speedup.lower:.2f} to {speedup.upper:.2f}, batch {batch_size}){slower}"
-        )
-        return [*lines, cost, f"merges: {self._what_merges()}", *self._changes, f"saved: {self.output_dir}"]
-
-    def _time(self, batch: Batch) -> Quartiles:
-        """Time a batch merged and unmerged, in alternating rounds, and return the speed-up."""
-        inputs = {name: value.to(self.model.device) for name, value in batch.items()}
-
-        def forward(merging: Merging) -> None:
-            with merging.applied(self.model.config), inference_mode():
-                self.model(**inputs)
-
-        merged, unmerged = Merging.of(self.model.config), self.model.unmerged
-        with undisturbed(self.model):
-            (timing,) = time_interleaved(forward, [merged], unmerged, ROUNDS, desc="timing")
-        return timing.speedup
-
-    def _what_merges(self) -> str:
-        config = self.model.config
-        removed, start = sum(config.merge_schedule), config.latents_at_start
-        layers = f"{removed} of {start} latents in layers, r = {config.merge_schedule}" if removed else "none in layers"
-        if self.choice is not None:
-            return f"{self._chosen}; {layers}"
-        if config.latent_groups is not None:
-            layers = f"learned latents in {start} fixed groups, then {layers}"
-        method = "fixed groups" if config.merge_groups else f"{config.merge_method} {config.merge_metric}"
-        return f"{layers}, {method}"
-
-    @property
-    def _changes(self) -> list[str]:
-        """Whose answers change by the choice, on the weights that it was made for."""
-        if self.choice is None:
-            return []
-        current = self.saves_merged or self.chooses_last
-        when = "" if current else "before retraining, " if self.retrains else "before training, "
-        return [f"{when}{line}" for line in self.choice.lines()]
-
-    def _write_card(self, speedup: Quartiles | None, batch_size: int | None) -> None:
-        """Write the card of the saved checkpoint, and record its config: an evaluation of the folder is compared."""
-        update_record(self.output_dir, {CONFIG: config_fingerprint(self.model.config)})
-        budget = self.merging.budget_line
-        if self.choice is not None:
-            searched = "" if self.choice.divergence is None else f", calibrated on {self._samples}"
-            budget = "; ".join([f"{budget}{searched}: {self._chosen}", *self._changes])
-            figures = {f"merging_{name}": value for name, value in asdict(self.choice).items() if name in FIGURES}
-            save_metrics(self.output_dir, "merging", figures)
-        Card(
-            model_id=str(self.output_dir),
-            source=self.task.source,
-            hub_task=self.task.hub_task,
-            base_model=self.args.model.model_name_or_path,
-            merging=WhatMerges(
-                self.model.config,
-                self.loaded.input_shape,
-                budget,
-                start=self._baseline,
-                speedup=speedup,
-                batch_size=batch_size or 0,
-            ),
-            frontier=Frontier.of(self.model.config),
-            measured=self.measured,
-            evaluated_on=len(self.prepared.evaluation.get("", ())),
-            steps=self._steps(),
-            trained_on=len(self.prepared.train),
-            labels=self.prepared.labels,
-            data_fields=data_fields(self.args.data),
-        ).write(self.output_dir)
-
-    def _steps(self) -> dict[str, dict[str, Any]]:
-        """Return the arguments of each training, by its name."""
-        if not self.training.do_train:
-            return {}
-        trainings = {"Finetuning" if self.retrains else "Training": training_fields(self.training)}
-        if self.retrains:
-            trainings["Retraining"] = training_fields(self.retraining.training_arguments(self.training))
-        extended = RunRecord.read(self.output_dir).notes.get(CONTINUED, {})
-        trainings[list(trainings)[-1]] |= {
-            "elastic": self.retraining.elastic or None,
-            "distillation_weight": self.retraining.distillation_weight if self.retraining.elastic else None,
-            **{f"{name} at first, then on from there": value for name, value in extended.items()},
-        }
-        return trainings
+    def merges(self) -> bool:
+        """Whether anything merges at present."""
+        return Merging.of(self.model.config).merges(self.model.unmerged.asked_of(self.model.config))

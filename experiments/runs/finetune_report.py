@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""End of a run: its last lines, and the card of the checkpoint that it saves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import inference_mode
+
+from cost_tome_perceiver import Merging, undisturbed
+from experiments.measurement import Quartiles, time_interleaved
+from experiments.publishing.card import Card, WhatMerges, metric_name
+from experiments.publishing.tables import with_error
+from experiments.runs.finetune_stages import Run
+from experiments.runs.start import RunArguments
+from experiments.tasks.base import Batch
+from experiments.training.fingerprints import config_fingerprint
+from experiments.training.output_folder import save_metrics
+from experiments.training.run_record import CONFIG, CONTINUED, RunRecord, data_fields, training_fields, update_record
+from frontier_tome_perceiver import Frontier
+
+# Figures of the chosen row of a frontier that are saved.
+FIGURES = ("flops_ratio", "divergence", "changed", "changed_bound", "who")
+# Inputs in the batch that the speed of a run's result is measured with, and rounds.
+SPEED_INPUTS, ROUNDS = 8, 5
+
+
+def leaves_checkpoint(args: RunArguments) -> bool:
+    """Whether a run saves a checkpoint: trained, or merged to a budget."""
+    return args.training.do_train or args.merging.has_budget
+
+
+def report(run: Run, is_first: bool) -> list[str]:
+    """Write the card of a saved checkpoint, and return the last lines of the run: scores, cost, what merges, where.
+
+    Args:
+        run: with its stages done.
+        is_first: whether this process writes; every process runs the model, of which each may hold a part.
+    """
+    speedup = batch_size = None
+    if run.measured and run.merges:
+        batch = run.prepared.batch(SPEED_INPUTS)
+        speedup, batch_size = _time(run, batch), len(next(iter(batch.values())))
+    if leaves_checkpoint(run.args) and is_first:
+        _write_card(run, speedup, batch_size)
+    if speedup is None:
+        return []
+    lines = []
+    for row in run.measured:
+        score = row.scores[run.task.main_metric]
+        name = metric_name(run.task.main_metric)
+        line = f"{row.name}: {name} {with_error(score.value, score.stderr, scale=100)}"
+        if score.compared:
+            change = with_error(score.change, score.change_stderr, "+.2f", scale=100)
+            line += f", change, paired by example, {change}"
+        lines.append(line)
+    slower = "" if speedup.median >= 1 else "; slower than unmerged on this machine"
+    cost = (
+        f"cost: {run.model.flops_ratio(run.loaded.input_shape):.3f} of the FLOPs, {speedup.median:.2f} times as "
+        f"fast as unmerged ({speedup.lower:.2f} to {speedup.upper:.2f}, batch {batch_size}){slower}"
+    )
+    return [*lines, cost, f"merges: {_what_merges(run)}", *_changes(run), f"saved: {run.output_dir}"]
+
+
+def _time(run: Run, batch: Batch) -> Quartiles:
+    """Time a batch merged and unmerged, in alternating rounds, and return the speed-up."""
+    inputs = {name: value.to(run.model.device) for name, value in batch.items()}
+
+    def forward(merging: Merging) -> None:
+        with merging.applied(run.model.config), inference_mode():
+            run.model(**inputs)
+
+    merged, unmerged = Merging.of(run.model.config), run.model.unmerged
+    with undisturbed(run.model):
+        (timing,) = time_interleaved(forward, [merged], unmerged, ROUNDS, desc="timing")
+    return timing.speedup
+
+
+def _what_merges(run: Run) -> str:
+    config = run.model.config
+    removed, start = sum(config.merge_schedule), config.latents_at_start
+    layers = f"{removed} of {start} latents in layers, r = {config.merge_schedule}" if removed else "none in layers"
+    if run.choice is not None:
+        return f"{_chosen(run)}; {layers}"
+    if config.latent_groups is not None:
+        layers = f"learned latents in {start} fixed groups, then {layers}"
+    method = "fixed groups" if config.merge_groups else f"{config.merge_method} {config.merge_metric}"
+    return f"{layers}, {method}"
+
+
+def _changes(run: Run) -> list[str]:
+    """Whose answers change by the choice, on the weights that it was made for."""
+    if run.choice is None:
+        return []
+    current = run.saves_merged or run.chooses_last
+    when = "" if current else "before retraining, " if run.retrains else "before training, "
+    return [f"{when}{line}" for line in run.choice.lines()]
+
+
+def _write_card(run: Run, speedup: Quartiles | None, batch_size: int | None) -> None:
+    """Write the card of the saved checkpoint, and record its config: an evaluation of the folder is compared."""
+    update_record(run.output_dir, {CONFIG: config_fingerprint(run.model.config)})
+    budget = run.merging.budget_line
+    if run.choice is not None:
+        searched = "" if run.choice.divergence is None else f", calibrated on {run.samples}"
+        budget = "; ".join([f"{budget}{searched}: {_chosen(run)}", *_changes(run)])
+        figures = {f"merging_{name}": value for name, value in asdict(run.choice).items() if name in FIGURES}
+        save_metrics(run.output_dir, "merging", figures)
+    Card(
+        model_id=str(run.output_dir),
+        source=run.task.source,
+        hub_task=run.task.hub_task,
+        base_model=run.args.model.model_name_or_path,
+        merging=WhatMerges(
+            run.model.config,
+            run.loaded.input_shape,
+            budget,
+            start=run.model.unmerged.asked_of(run.model.config),
+            speedup=speedup,
+            batch_size=batch_size or 0,
+        ),
+        frontier=Frontier.of(run.model.config),
+        measured=run.measured,
+        evaluated_on=len(run.prepared.evaluation.get("", ())),
+        steps=_steps(run),
+        trained_on=len(run.prepared.train),
+        labels=run.prepared.labels,
+        data_fields=data_fields(run.args.data),
+    ).write(run.output_dir)
+
+
+def _steps(run: Run) -> dict[str, dict[str, Any]]:
+    """Return the arguments of each training, by its name."""
+    if not run.training.do_train:
+        return {}
+    trainings = {"Finetuning" if run.retrains else "Training": training_fields(run.training)}
+    if run.retrains:
+        trainings["Retraining"] = training_fields(run.retraining.training_arguments(run.training))
+    extended = RunRecord.read(run.output_dir).notes.get(CONTINUED, {})
+    trainings[list(trainings)[-1]] |= {
+        "elastic": run.retraining.elastic or None,
+        "distillation_weight": run.retraining.distillation_weight if run.retraining.elastic else None,
+        **{f"{name} at first, then on from there": value for name, value in extended.items()},
+    }
+    return trainings
+
+
+def _chosen(run: Run) -> str:
+    """Return the choice in words."""
+    return "" if run.choice is None else run.choice.describe(run.model.unmerged.num_blocks)
