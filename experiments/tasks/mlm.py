@@ -28,9 +28,8 @@ from experiments.tasks.labels import listed
 from experiments.tasks.reading import TEXT_FORMATS, read_dataset, read_file
 from experiments.tasks.redrawn_examples import RedrawnExamples
 from experiments.tasks.scores import NOT_ASKED
-from experiments.tasks.sentences import SENTENCE, Line, Split, distinct, read_sentences
 from experiments.tasks.text import Columns, TextDataArguments, TextTask
-from experiments.tasks.text_columns import masked_columns
+from experiments.tasks.text_columns import SENTENCE, Line, Split, distinct, masked_columns, read_sentences
 
 MODEL_CLASS = "ToMePerceiverForMaskedLM"
 # Number of splits whose columns are told to a user.

@@ -217,8 +217,12 @@ def test_columns_are_found_by_their_names(tmp_path, image, label):
     assert task.read[0].endswith(f": images in column '{image}', labels in column '{label}'")
 
 
-def test_an_image_is_found_beside_a_mask(tmp_path):
-    assert classes(load_table(tmp_path, mask=FILES[::-1], image=FILES, label=CATS_AND_DOGS))[0] == "cat"
+@pytest.mark.parametrize("given", [{}, {"image_column_name": "image", "label_column_name": "label"}])
+def test_columns_beside_others_that_may_be_meant(tmp_path, given):
+    """A mask, and with names that are given also a second column of labels."""
+    others = {"labels": range(COUNT)} if given else {}
+    task = load_table(tmp_path, mask=FILES[::-1], image=FILES, label=CATS_AND_DOGS, **others, **given)
+    assert classes(task) == dict(enumerate(CATS_AND_DOGS))
 
 
 @pytest.mark.parametrize(
@@ -249,12 +253,6 @@ def test_tables_that_cannot_be_meant(tmp_path, columns, says):
     with pytest.raises(BadInput) as error:
         load_table(tmp_path, **columns)
     assert all(part in str(error.value) for part in says), str(error.value)
-
-
-def test_columns_that_are_named(tmp_path):
-    columns = {"left": FILES, "right": FILES[::-1], "species": CATS_AND_DOGS, "label": range(COUNT)}
-    task = load_table(tmp_path, **columns, image_column_name="right", label_column_name="species")
-    assert classes(task) == dict(enumerate(CATS_AND_DOGS[::-1]))
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
