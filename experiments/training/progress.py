@@ -15,6 +15,8 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback
 from transformers.utils.logging import set_tqdm_hook
 
+from experiments.tasks.scores import Score, parse_scores
+
 # What says nothing of the model, or stands in a line elsewhere.
 NOT_SHOWN = re.compile(
     r"_stderr|_change|runtime|_per_second|samples|preparation_time|flos|epoch|grad_norm|resumed_from"
@@ -71,21 +73,23 @@ def results_line(split: str, metrics: Mapping[str, Any]) -> str:
 
 
 def figures(plain: Mapping[str, Any]) -> str:
-    """Scores with their standard errors and, compared example by example, how they have changed, then losses."""
-    shown = []
+    """Return scores with their standard errors and paired changes, then losses and learning rates, in a line."""
+    scores, shown = parse_scores(plain), []
     for name, value in plain.items():
         if NOT_SHOWN.search(name) or not isinstance(value, (int, float, type(None))):
             continue
-        metric, suffix = re.fullmatch(r"(.+?)(_mm)?", name).groups()  # type: ignore[union-attr]
-        errors = [plain.get(f"{metric}{change}{suffix or ''}_stderr") for change in ("", "_change")]
-        text = f"{name.replace('_', ' ')} {'undefined' if value is None else f'{value:.4g}'}"
-        if value is not None and errors[0] is not None:
-            text = f"{name.replace('_', ' ')} {value:.4f} ± {errors[0]:.4f}"
-        if (changed := f"{metric}_change{suffix or ''}") in plain:
-            error = "" if errors[1] is None else f" ± {errors[1]:.4f}"
-            text += f" (change {'undefined' if plain[changed] is None else f'{plain[changed]:+.4f}{error}'})"
+        score = scores.get(name, Score(value))
+        form = ".4g" if score.stderr is None else ".4f"
+        text = f"{name.replace('_', ' ')} {_with_error(score.value, score.stderr, form)}"
+        if score.compared:
+            text += f" (change {_with_error(score.change, score.change_stderr, '+.4f')})"
         shown.append(text)
     return ", ".join(sorted(shown, key=lambda text: "loss" in text or "learning" in text))
+
+
+def _with_error(value: float | None, error: float | None, form: str) -> str:
+    shown = "undefined" if value is None else f"{value:{form}}"
+    return shown if value is None or error is None else f"{shown} ± {error:.4f}"
 
 
 def step_line(logs: Mapping[str, Any]) -> str | None:

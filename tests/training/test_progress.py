@@ -8,6 +8,7 @@ import logging
 import pytest
 from transformers import PerceiverConfig, PreTrainedConfig
 
+from experiments.tasks.scores import Score, flatten_scores
 from experiments.training.progress import announce, quieten_transformers, results_line, say, step_line
 from tests.support.script_run import run_script
 from tests.support.tiny_images import write_images, write_model_config
@@ -46,16 +47,14 @@ def test_a_stage_ends_in_its_figures_and_how_much_was_read(split, metrics, line)
 
 
 def test_the_second_split_of_mnli_stands_beside_the_first():
-    metrics = {}
-    for suffix, value in (("", 0.5), ("_mm", 0.25)):
-        metrics |= {f"eval_accuracy{suffix}": value, f"eval_accuracy{suffix}_stderr": 0.1, f"eval_loss{suffix}": 1.0}
-        metrics |= {
-            f"eval_samples{suffix}": 8,
-            f"eval_runtime{suffix}": 3725.0,
-            f"eval_samples_per_second{suffix}": 1.0,
-        }
-        metrics |= {f"eval_accuracy_change{suffix}": 0.1, f"eval_accuracy_change{suffix}_stderr": 0.2}
-    metrics["eval_accuracy_mm_stderr"] = 0.1
+    scores = {
+        name: Score(value, 0.1, 0.1, 0.2, compared=True)
+        for name, value in {"accuracy": 0.5, "accuracy_mm": 0.25}.items()
+    }
+    metrics = flatten_scores(scores, "eval_")
+    for suffix in ("", "_mm"):
+        metrics |= {f"eval_loss{suffix}": 1.0, f"eval_samples{suffix}": 8, f"eval_runtime{suffix}": 3725.0}
+        metrics[f"eval_samples_per_second{suffix}"] = 1.0
     assert results_line("eval", metrics) == (
         "accuracy 0.5000 ± 0.1000 (change +0.1000 ± 0.2000), accuracy mm 0.2500 ± 0.1000 (change +0.1000 ± 0.2000), "
         "loss 1, loss mm 1; 8 examples, 1:02:05; 8 examples mm, 1:02:05"
