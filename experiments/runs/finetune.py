@@ -20,7 +20,8 @@ from experiments.training.evaluation import predict_and_save
 from experiments.training.loading import trained_classes
 from experiments.training.output_folder import lock_folder
 from experiments.training.progress import announce
-from experiments.training.stage import check_resume, check_sharding, rehearse
+from experiments.training.resume import check_resume
+from experiments.training.stage import check_sharding, rehearse
 from frontier_tome_perceiver import GROUPS
 
 COMMIT_MESSAGE = "Checkpoint with merged latents"

@@ -17,6 +17,7 @@ from experiments.training.evaluation import Evaluation, evaluate_and_save
 from experiments.training.fingerprints import config_fingerprint, weights_fingerprint
 from experiments.training.output_folder import check_disk_space, claim, claim_for_evaluation
 from experiments.training.progress import announce, say
+from experiments.training.resume import check_begins, check_resume, resumes, stage_resume
 from experiments.training.run_record import (
     CALIBRATION,
     CONFIG,
@@ -32,14 +33,7 @@ from experiments.training.run_record import (
     training_fields,
     update_record,
 )
-from experiments.training.stage import (
-    check_begins,
-    check_resume,
-    resumes,
-    stage_resume,
-    task_trainer,
-    train_and_save,
-)
+from experiments.training.stage import task_trainer, train_and_save
 from experiments.training.trainer import TaskTrainer
 from frontier_tome_perceiver import FrontierRow, check_reach
 

@@ -17,13 +17,12 @@ from transformers import TrainingArguments
 
 from experiments.errors import BadInput
 from experiments.files import made_for_a_while, read_json, write_json
-from experiments.training.checkpoint import LENGTHS, checkpoints
+from experiments.training.resume import LENGTHS, checkpoints
 from experiments.training.run_record import ARGUMENTS_FILE, CONTINUED, START, WEIGHTS, RunRecord
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-TRAINED_FILE = "train_results.json"
 SWEEP_FILE = "sweep_results.json"
 # Files that show that a run has written here.
 RESULTS = ("config.json", "trainer_state.json", SWEEP_FILE, "all_results.json")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says while it runs: its stages by name, one line for what each came to, and bars in between."""
+"""What a run prints: the name of each stage, bars, and the results of the stage in one line."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from datetime import timedelta
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils.logging import set_tqdm_hook
 
 from experiments.tasks.scores import Score, parse_scores
 
-# What says nothing of the model, or stands in a line elsewhere.
+# Logged values that say nothing of the model, or are in a line elsewhere.
 NOT_SHOWN = re.compile(
     r"_stderr|_change|runtime|_per_second|samples|preparation_time|flos|epoch|grad_norm|resumed_from"
 )
-OF_NO_KIND = "of type `tome_perceiver` to instantiate a model of type ``"
-# A bar of less is not worth a line.
+NO_MODEL_TYPE = "of type `tome_perceiver` to instantiate a model of type ``"
+# Seconds; bars of shorter work are not shown.
 WORTH_A_BAR = 2.0
 
 
@@ -39,21 +39,18 @@ def say(line: str) -> None:
 
 
 def quieten_transformers() -> None:
-    """Hide bars of what is done at once, reading and writing a file of weights of a Perceiver, and the warning that a
-    tokenizer, which reads the model's config as one of no kind, gives for every checkpoint of ours."""
+    """Hide bars of short work, such as reading weights, and the warning of `AutoTokenizer`, which reads the config of
+    each of our checkpoints without its model type."""
     set_tqdm_hook(lambda make, args, kwargs: make(*args, **{"delay": WORTH_A_BAR} | kwargs))
-    logging.getLogger("transformers.configuration_utils").addFilter(_says_something)
-
-
-def _says_something(record: logging.LogRecord) -> bool:
-    return OF_NO_KIND not in record.getMessage()
+    upstream = logging.getLogger("transformers.configuration_utils")
+    upstream.addFilter(lambda record: NO_MODEL_TYPE not in record.getMessage())
 
 
 def results_line(split: str, metrics: Mapping[str, Any]) -> str:
-    """What a training or an evaluation came to: its figures with their errors, then how much was read in what time.
+    """Return the results of a training or an evaluation: figures with errors, then number of examples and time.
 
     Args:
-        split: that the names of the figures begin with.
+        split: prefix of the names of figures.
         metrics: as Trainer gives them.
     """
     plain = {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
@@ -93,7 +90,7 @@ def _with_error(value: float | None, error: float | None, form: str) -> str:
 
 
 def step_line(logs: Mapping[str, Any]) -> str | None:
-    """What Trainer logs on the way, in a line; `None` for what is said when a stage ends."""
+    """Return what Trainer logs during training as a line; `None` for results that the end of a stage shows."""
     if "train_runtime" in logs:
         return None
     plain = {name.removeprefix("eval_"): value for name, value in logs.items()}
@@ -102,13 +99,16 @@ def step_line(logs: Mapping[str, Any]) -> str | None:
     return f"{where}{evaluated}: {figures(plain)}" if figures(plain) else None
 
 
-class Progress(ProgressCallback):
-    """transformers' `ProgressCallback`.
+class _StepLines(TrainerCallback):
+    """Writes logged values as a line to read, not as a dictionary."""
 
-    Modifications:
-    - bars have names, and go when they are done
-    - what is logged is a line to read, not a dictionary
-    """
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and (line := step_line(logs or {})) is not None:
+            say(line)
+
+
+class Progress(_StepLines, ProgressCallback):
+    """transformers' `ProgressCallback` with lines to read; bars have names, and are removed when they are done."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -124,14 +124,6 @@ class Progress(ProgressCallback):
             self.prediction_bar.set_description("evaluating")
             self.prediction_bar.unit, self.prediction_bar.leave = "batch", False
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and (line := step_line(logs or {})) is not None:
-            say(line)
 
-
-class PrintedProgress(PrinterCallback):
+class PrintedProgress(_StepLines, PrinterCallback):
     """The same without bars."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and (line := step_line(logs or {})) is not None:
-            say(line)

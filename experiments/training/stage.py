@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 from safetensors.torch import load_model
 from torch.distributed.fsdp import FSDPModule
@@ -24,10 +24,10 @@ from experiments.errors import BadInput, naming
 from experiments.files import save_whole
 from experiments.tasks.base import PreparedTask
 from experiments.tasks.scores import SCORES
-from experiments.training.checkpoint import check_checkpoint, checkpoints, last_checkpoint, remove_checkpoints
 from experiments.training.elastic import ElasticTrainer
 from experiments.training.fingerprints import weights_fingerprint
-from experiments.training.output_folder import TRAINED_FILE, save_metrics
+from experiments.training.output_folder import save_metrics
+from experiments.training.resume import TRAINED_FILE, remove_checkpoints, starting_point
 from experiments.training.run_record import WEIGHTS, RunRecord, update_record
 from experiments.training.trainer import TaskTrainer
 
@@ -38,8 +38,6 @@ NOTHING_FREE = 1_000_000
 # Of epochs, a learning rate and a weight: more would only be a slip of the finger.
 MOST = 1e6
 WEIGHTS_FILE = "model.safetensors"
-# Values of --resume_from_checkpoint that mean the newest one, as the official scripts and Trainer spell it.
-LAST = ("true", "last")
 
 
 @dataclass
@@ -225,156 +223,70 @@ def check_sharding(untrained: str | None) -> None:
         )
 
 
-def check_resume(resume_from_checkpoint: str | None, record: RunRecord | None = None) -> None:
-    """Check `--resume_from_checkpoint`, as far as is known; before anything is loaded, whether it is a checkpoint.
-
-    Args:
-        resume_from_checkpoint: as given.
-        record: of the run that resumes, once it is known.
-
-    Raises:
-        BadInput: for a folder that is no checkpoint, or of another run.
-    """
-    name = resume_from_checkpoint
-    if resumes(name) and name.lower() not in LAST:
-        check_checkpoint(name, record)
-
-
-def resumes(resume_from_checkpoint: str | None) -> TypeGuard[str]:
-    """Whether `--resume_from_checkpoint` asks to go on from anything."""
-    return resume_from_checkpoint is not None and resume_from_checkpoint.lower() != "false"
-
-
-def stage_resume(resume_from_checkpoint: str | None, stage: Path, output_dir: Path) -> str | None:
-    """What `--resume_from_checkpoint` means for one of two stages, finetuning in a subfolder and then retraining.
-
-    Args:
-        resume_from_checkpoint: as given.
-        stage: folder of the stage.
-        output_dir: folder of both.
-    """
-    name = resume_from_checkpoint
-    if not resumes(name) or name.lower() in LAST:
-        return name
-    folder = Path(name).resolve().parent
-    if folder == stage.resolve():
-        return name
-    if stage == output_dir:
-        return None  # a checkpoint of finetuning: retraining has not begun
-    # A checkpoint of retraining: finetuning has ended. Any other: it is where finetuning is to begin.
-    return "last" if folder == output_dir.resolve() else name
-
-
-def check_begins(resume_from_checkpoint: str | None, *stages: Path) -> None:
-    """Check that nothing that was stopped is begun anew in silence: its checkpoints would go.
-
-    Args:
-        resume_from_checkpoint: as given.
-        stages: folders of the trainings, which hold this run or nothing.
-
-    Raises:
-        BadInput: if there is something to go on from, and nobody said what to do with it.
-    """
-    if resume_from_checkpoint is not None or (stages[-1] / TRAINED_FILE).exists():
-        return
-    for folder in reversed(stages):
-        ended = (folder / TRAINED_FILE).exists()
-        if ended or checkpoints(folder):
-            what = "has ended" if ended else f"was stopped after {checkpoints(folder)[0].name}"
-            raise BadInput(
-                f"--output_dir {stages[-1]}: the training in {folder} {what}; allowed is --resume_from_checkpoint "
-                "last, to go on from there, or --resume_from_checkpoint false, to begin anew"
-            )
-
-
 def train_and_save(trainer: TaskTrainer, resume_from_checkpoint: str | None = None) -> None:
     """Train, and write the checkpoint, `trainer_state.json` and then `train_results.json`.
 
     Args:
         trainer: with the model, and with a folder that is claimed for it.
-        resume_from_checkpoint: a folder, or "true" or "last" for the newest checkpoint in the trainer's folder. If
-            training has ended there, and is not to be longer now, its weights are loaded; if it has not begun, it
-            begins.
+        resume_from_checkpoint: as `experiments.training.resume.starting_point` takes it. Where training has ended, the
+            weights are loaded.
 
     Raises:
         Diverged: if the loss or the weights are not finite any more.
-        Stopped: if the weights that an ended training left have changed since.
+        BadInput: if the weights of an ended training have changed since.
     """
     folder, writes = Path(trainer.args.output_dir), trainer.is_world_process_zero()
     # A frontier is of the weights that it was measured on.
     trainer.model.config.merge_frontier = None
-    resume = resume_from_checkpoint if resumes(resume_from_checkpoint) else None
-    if resume is not None and resume.lower() in LAST:
-        if _has_ended(trainer):
-            _load_trained(trainer)
-            return
-        newest = last_checkpoint(folder, trainer.record)
-        if newest is None:
-            logger.warning("no checkpoint in %s yet: training begins at the start", folder)
-        resume = None if newest is None else str(newest)
+    start = starting_point(resume_from_checkpoint, folder, trainer.args, trainer.record)
+    if start == folder:
+        _load_trained(trainer.model, folder)
+        return
     trainer.accelerator.wait_for_everyone()
     if writes:
         (folder / TRAINED_FILE).unlink(missing_ok=True)
         update_record(folder, {WEIGHTS: None})
-        if resume is None:
+        if start is None:
             remove_checkpoints(folder)
     trainer.accelerator.wait_for_everyone()
-    # An evaluation has prepared the model, for evaluation alone. accelerate would take it for ready to train, and of
-    # several processes each would train a model of its own.
+    # An evaluation has prepared the model for evaluation alone. accelerate would take it as prepared for training, and
+    # each of several processes would train a model of its own.
     trainer.model_wrapped = trainer.model
     trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     with _explaining_a_full_disk(folder):
-        result = trainer.train(resume_from_checkpoint=resume)
+        result = trainer.train(resume_from_checkpoint=None if start is None else str(start))
         trainer.check_weights()
         if writes:
             save_whole(folder, lambda partial: trainer.save_model(str(partial)))
         else:
-            trainer.save_model()  # of sharded weights every process has a part
+            trainer.save_model()  # each process has a part of sharded weights
         trainer.save_state()
     metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}
-    if resume is not None:
-        # Of the time and the speed, which are those since.
-        metrics["train_resumed_from"] = Path(resume).name
+    if start is not None:
+        # Time and speed are those since then.
+        metrics["train_resumed_from"] = start.name
     trainer.log_metrics("train", metrics)
     if writes:
-        update_record(folder, {WEIGHTS: _saved_weights(folder)})
+        update_record(folder, {WEIGHTS: weights_fingerprint(folder / WEIGHTS_FILE)})
         save_metrics(folder, "train", metrics)
     trainer.accelerator.wait_for_everyone()
 
 
-def _load_trained(trainer: TaskTrainer) -> None:
-    """Load what an ended training left, if it still is that."""
-    folder = Path(trainer.args.output_dir)
+def _load_trained(model: PreTrainedModel, folder: Path) -> None:
+    """Load the weights that an ended training left, if they are unchanged."""
     recorded = RunRecord.read(folder).content.get(WEIGHTS)
     with naming(f"--output_dir {folder}: {WEIGHTS_FILE}", Exception):
-        found = _saved_weights(folder)
-        if recorded is not None and found != recorded:
-            raise ValueError("is not what training left there; --resume_from_checkpoint false begins anew")
-        load_model(trainer.model, folder / WEIGHTS_FILE)
-
-
-def _saved_weights(folder: Path) -> str:
-    return weights_fingerprint(folder / WEIGHTS_FILE)
+        if recorded not in (None, weights_fingerprint(folder / WEIGHTS_FILE)):
+            raise ValueError("has changed since training; --resume_from_checkpoint false begins anew")
+        load_model(model, folder / WEIGHTS_FILE)
 
 
 @contextmanager
 def _explaining_a_full_disk(folder: Path) -> Iterator[None]:
-    """`torch.save` only says "iostream error" of a full disk; look at the disk, and say so."""
+    """Turn the "iostream error" that `torch.save` raises on a full disk into an `OSError` that names it."""
     try:
         yield
     except RuntimeError as error:
         if folder.exists() and shutil.disk_usage(folder).free < NOTHING_FREE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
-
-
-def _has_ended(trainer: TaskTrainer) -> bool:
-    """Whether the trainer's folder holds what as much training leaves as the trainer is to do."""
-    folder, arguments = Path(trainer.args.output_dir), trainer.args
-    if not (folder / TRAINED_FILE).exists():
-        return False
-    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-    if arguments.max_steps > 0:
-        return state.global_step >= arguments.max_steps
-    # Parts of an epoch are added up, and rounded.
-    return (state.epoch or 0.0) > arguments.num_train_epochs - 1e-6

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments.errors import Stopped
-from experiments.tasks.base import Batch
-from experiments.training.checkpoint import last_checkpoint, read_loss_sum, record_checkpoint
-from experiments.training.masked_positions import decoding_only_masked
+from experiments.tasks.base import LABELS, Batch
+from experiments.tasks.scores import NOT_ASKED
 from experiments.training.progress import PrintedProgress, Progress, results_line, say
+from experiments.training.resume import last_checkpoint, read_loss_sum, record_checkpoint
 from experiments.training.run_record import RunRecord
 
 
@@ -29,9 +31,9 @@ class TaskTrainer(Trainer):
     """transformers' `Trainer`.
 
     Modifications:
-    - of a masked language model only the masked positions are decoded, see `experiments.training.masked_positions`
+    - of a masked language model only the masked positions are decoded, see `decoding_only_masked`
     - stops at the first loss that is not finite, and saves no weights that are not
-    - writes the record of the run into each checkpoint, see `experiments.training.checkpoint`
+    - writes the record of the run into each checkpoint, see `experiments.training.resume`
     - `train_loss` is the mean over all steps, also after a resume; upstream's is over those since
     - logs no gradient norm that is not finite, which would make `trainer_state.json` unreadable to other parsers
     - a figure that is not defined is never the best
@@ -123,3 +125,34 @@ class TaskTrainer(Trainer):
             f"training has diverged: {what} after step {step}, at a learning rate of {rate:.3g}; {kept}. A smaller "
             "--learning_rate, more --warmup_steps or a smaller --max_grad_norm may help"
         )
+
+
+@contextmanager
+def decoding_only_masked(model: nn.Module, inputs: Batch) -> Iterator[Batch]:
+    """Make a masked language model compute the logits of the masked positions alone, inside the block.
+
+    Loss and gradients stay the same: no other position has a part in them. Decoding all P positions to the V tokens of
+    the vocabulary is a third of a training step for V = 16,384. Other models are left as they are.
+
+    Args:
+        model: the model that is called inside.
+        inputs: with `labels` (B, P), `NOT_ASKED` where nothing is masked.
+
+    Yields:
+        The inputs with the labels of the M masked positions, (1, M), for logits (1, M, V).
+    """
+    decoder = getattr(model, "embedding_decoder", None)
+    if decoder is None or LABELS not in inputs:
+        yield inputs
+        return
+    masked = inputs[LABELS] != NOT_ASKED
+
+    def select(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        states: Tensor = args[0]  # (B, P, channels)
+        return (states[masked.to(states.device)][None], *args[1:]), kwargs
+
+    handle = decoder.register_forward_pre_hook(select, with_kwargs=True)
+    try:
+        yield inputs | {LABELS: inputs[LABELS][masked][None]}
+    finally:
+        handle.remove()

@@ -10,8 +10,7 @@ from transformers import TrainingArguments
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.tasks.scores import NOT_ASKED
 from experiments.training.elastic import ElasticTrainer
-from experiments.training.masked_positions import decoding_only_masked
-from experiments.training.trainer import TaskTrainer
+from experiments.training.trainer import TaskTrainer, decoding_only_masked
 from modeling_tome_perceiver import ToMePerceiverForMaskedLM
 from tests.support.tiny_models import stock_model
 from tests.support.tiny_texts import MODEL, POSITIONS

@@ -18,7 +18,6 @@ from transformers import Trainer, TrainingArguments
 
 from experiments.errors import BadInput
 from experiments.runs.finetune_stages import Run
-from experiments.training.checkpoint import last_checkpoint
 from experiments.training.output_folder import (
     check_disk_space,
     check_no_other_run,
@@ -28,6 +27,7 @@ from experiments.training.output_folder import (
     run_files,
     save_metrics,
 )
+from experiments.training.resume import last_checkpoint
 from experiments.training.run_record import RunRecord, update_record
 from tests.support.script_run import bad_input_line, call_script, start_fork
 from tests.support.tiny_texts import write_glue, write_model_config

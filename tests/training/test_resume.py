@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerState
 from experiments.publishing.card import Card
 from experiments.runs.sweep_report import SweepResults
 from experiments.training import stage as training
-from experiments.training.checkpoint import last_checkpoint
+from experiments.training.resume import last_checkpoint
 from tests.support import tiny_images
 from tests.support.script_run import bad_input_line, call_script, kill_at, run_script
 from tests.support.tiny_texts import write_glue, write_model_config

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from experiments.errors import BadInput
-from experiments.training.checkpoint import (
-    check_checkpoint,
+from experiments.training.resume import (
+    check_resume,
     checkpoints,
     fault,
     last_checkpoint,
@@ -87,11 +87,11 @@ def test_only_checkpoints_of_the_same_run(tmp_path, caplog):
     newest = write_checkpoint(tmp_path, 2)
     longer = RunRecord({"seed": 1, "num_train_epochs": 3, "train_file": "b.csv"}, {"train": "abc"})
     assert last_checkpoint(tmp_path, longer) == newest
-    check_checkpoint(str(newest), RECORD)
+    check_resume(str(newest), RECORD)
     for other in (RunRecord({"seed": 2}), RunRecord({}, {"train": "abd"}), RunRecord({"more": 1})):
         assert last_checkpoint(tmp_path, other) is None
         with pytest.raises(BadInput, match="--resume_from_checkpoint .* it is of another run"):
-            check_checkpoint(str(newest), other)
+            check_resume(str(newest), other)
     assert "checkpoint-2 is passed over: it is of another run (seed 1, now 2)" in caplog.text
 
 

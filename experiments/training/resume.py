@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a training begins: at the start, at a checkpoint, or not at all since it has ended; see `starting_point`.
+
+Beside what Trainer writes, a checkpoint has `run_record.json`: the record of its run and the fingerprint of each of its
+files. It is written last, so a checkpoint that was cut short has none, and one that has changed since shows.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import TypeGuard
+
+from transformers import TrainerState, TrainingArguments
+
+from experiments.errors import BadInput
+from experiments.files import read_json, write_json
+from experiments.training.fingerprints import file_fingerprint
+from experiments.training.run_record import RunRecord
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "run_record.json"
+# Written when training has ended.
+TRAINED_FILE = "train_results.json"
+# Values of --resume_from_checkpoint for the newest checkpoint, as the official scripts and Trainer spell them.
+LAST = ("true", "last")
+# Arguments that may grow when training resumes.
+LENGTHS = ("num_train_epochs", "max_steps")
+# Files of a checkpoint without which the optimizer and the learning rate would start anew.
+STATES = ("rng_state*.pth", "optimizer*", "scheduler.pt")
+
+
+def starting_point(
+    resume_from_checkpoint: str | None, folder: Path, arguments: TrainingArguments, record: RunRecord
+) -> Path | None:
+    """Return where the training in a folder begins: a checkpoint, the folder itself if training has ended there, or
+    None for the start.
+
+    Args:
+        resume_from_checkpoint: as given; a checkpoint is one that `check_resume` has checked.
+        folder: of the training.
+        arguments: how long it is to be.
+        record: of the run.
+    """
+    if not resumes(resume_from_checkpoint):
+        return None
+    if resume_from_checkpoint.lower() not in LAST:
+        return Path(resume_from_checkpoint)
+    if _has_ended(folder, arguments):
+        return folder
+    newest = last_checkpoint(folder, record)
+    if newest is None:
+        logger.warning("no checkpoint in %s yet: training begins at the start", folder)
+    return newest
+
+
+def resumes(resume_from_checkpoint: str | None) -> TypeGuard[str]:
+    """Return whether `--resume_from_checkpoint` asks to resume."""
+    return resume_from_checkpoint is not None and resume_from_checkpoint.lower() != "false"
+
+
+def stage_resume(resume_from_checkpoint: str | None, stage: Path, output_dir: Path) -> str | None:
+    """Return what `--resume_from_checkpoint` means for one of two stages, finetuning in a subfolder, then retraining.
+
+    Args:
+        resume_from_checkpoint: as given.
+        stage: folder of the stage.
+        output_dir: folder of both.
+    """
+    name = resume_from_checkpoint
+    if not resumes(name) or name.lower() in LAST:
+        return name
+    folder = Path(name).resolve().parent
+    if folder == stage.resolve():
+        return name
+    if stage == output_dir:
+        return None  # a checkpoint of finetuning: retraining has not begun
+    # After a checkpoint of retraining, finetuning has ended. From any other, finetuning begins.
+    return "last" if folder == output_dir.resolve() else name
+
+
+def check_resume(resume_from_checkpoint: str | None, record: RunRecord | None = None) -> None:
+    """Check a checkpoint that `--resume_from_checkpoint` names.
+
+    Args:
+        resume_from_checkpoint: as given.
+        record: of the run that resumes; `None` as long as it is not known.
+
+    Raises:
+        BadInput: if the run cannot resume from it.
+    """
+    name = resume_from_checkpoint
+    if resumes(name) and name.lower() not in LAST and (found := fault(Path(name), record)) is not None:
+        raise BadInput(
+            f"--resume_from_checkpoint {name}: {found}; use 'last' for the newest one in --output_dir, or the folder "
+            "of a whole checkpoint of the same run"
+        )
+
+
+def check_begins(resume_from_checkpoint: str | None, *stages: Path) -> None:
+    """Check that no training that was stopped begins anew unasked: its checkpoints would be removed.
+
+    Args:
+        resume_from_checkpoint: as given.
+        stages: folders of the trainings, which hold this run or nothing.
+
+    Raises:
+        BadInput: if there is a checkpoint to resume from and no `--resume_from_checkpoint`.
+    """
+    if resume_from_checkpoint is not None or (stages[-1] / TRAINED_FILE).exists():
+        return
+    for folder in reversed(stages):
+        ended = (folder / TRAINED_FILE).exists()
+        if ended or checkpoints(folder):
+            state = "has ended" if ended else f"was stopped after {checkpoints(folder)[0].name}"
+            raise BadInput(
+                f"--output_dir {stages[-1]}: the training in {folder} {state}; use --resume_from_checkpoint last to "
+                "continue it, or --resume_from_checkpoint false to begin anew"
+            )
+
+
+def _has_ended(folder: Path, arguments: TrainingArguments) -> bool:
+    """Return whether a training in a folder has ended and was as long as the arguments say."""
+    if not (folder / TRAINED_FILE).exists():
+        return False
+    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    if arguments.max_steps > 0:
+        return state.global_step >= arguments.max_steps
+    # Epochs are sums of fractions, so rounded.
+    return (state.epoch or 0.0) > arguments.num_train_epochs - 1e-6
+
+
+def record_checkpoint(checkpoint: Path, record: RunRecord, loss_sum: float | None) -> None:
+    """Write the record of a checkpoint, when all else of it is written.
+
+    Args:
+        checkpoint: its folder.
+        record: of its run.
+        loss_sum: the sum of the losses of all steps so far, if it is known.
+    """
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != RECORD_FILE)
+    files = {str(path.relative_to(checkpoint)): file_fingerprint(path) for path in paths}
+    write_json(checkpoint / RECORD_FILE, {"record": record.flatten(), "loss_sum": loss_sum, "files": files})
+
+
+def read_loss_sum(checkpoint: Path) -> float | None:
+    """Return the sum of the losses up to a checkpoint, if it is known."""
+    return read_json(checkpoint / RECORD_FILE)["loss_sum"]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints in a folder, whole or not, the newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def last_checkpoint(folder: Path, record: RunRecord | None = None) -> Path | None:
+    """Return the newest whole checkpoint of a run, and warn of those that are passed over.
+
+    Args:
+        folder: with the checkpoints.
+        record: of the run that resumes; `None` for any.
+    """
+    for path in checkpoints(folder):
+        found = fault(path, record)
+        if found is None:
+            return path
+        logger.warning("%s is passed over: %s", path, found)
+    return None
+
+
+def fault(checkpoint: Path, record: RunRecord | None = None) -> str | None:
+    """Say why a run cannot resume from a folder; `None` if it can.
+
+    Args:
+        checkpoint: the folder.
+        record: of the run that resumes; `None` for any.
+    """
+    try:
+        written = read_json(checkpoint / RECORD_FILE)
+        files, of = written["files"], RunRecord.parse(written["record"])
+    except (BadInput, ValueError, KeyError, TypeError):
+        return f"it has no whole {RECORD_FILE}, so it is not whole or another program wrote it"
+    for pattern in STATES:
+        if not any(checkpoint.glob(pattern)) and not any(checkpoint.glob("global_step*")):  # DeepSpeed's own folder
+            return f"it has no {pattern}, so holds only weights"
+    for name in files:
+        path = checkpoint / name
+        if not path.is_file() or file_fingerprint(path) != files[name]:
+            return f"{name} is not what was written"
+    different = None if record is None else of.difference(record, LENGTHS)
+    return None if different is None else f"it is of another run ({different})"
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints in a folder, before a training begins there at the start."""
+    for path in checkpoints(folder):
+        # First, so that a removal that is cut short leaves nothing that looks whole.
+        (path / RECORD_FILE).unlink(missing_ok=True)
+        shutil.rmtree(path)
