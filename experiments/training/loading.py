@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From arguments to a model and what makes its inputs."""
+"""Load a model, and prepare the task for it, as the arguments say."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from experiments.training.model_arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
-# Names of weights that belong to a head, and what a checkpoint may lack: old ones have no count of batches.
+# Prefixes of the names of weights that belong to a head.
 HEADS = ("perceiver.decoder.", "embedding_decoder.")
-UNIMPORTANT = "num_batches_tracked"
+# A buffer that old checkpoints lack.
+BATCH_COUNT = "num_batches_tracked"
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -34,17 +35,24 @@ def load_model_and_task(
     task: Task,
     training: TrainingArguments,
 ) -> tuple[modeling.ToMePerceiverPreTrainedModel, PreparedTask]:
-    """The model that the arguments mean, and the task as it sees it.
+    """Load the model, and prepare the task for it, with the tokenizer or image processor that fits.
 
     Args:
         arguments, merging, task: as for `load_config`.
         training: its seed, and which of several processes prepares the data for the others.
 
     Raises:
-        BadInput: for whatever is not there or does not fit, before the weights are read.
+        BadInput: for a file that is not there or does not fit, before the weights are read.
     """
     config = load_config(arguments, merging, task)
-    processing_class = load_processing_class(arguments, config, task)
+    named = arguments.tokenizer_name if task.input_name == "input_ids" else arguments.image_processor_name
+    processing_class = task.processing_class(
+        config,
+        named or arguments.model_name_or_path,
+        **arguments.download_options(),
+        trust_remote_code=arguments.trust_remote_code,
+        **({} if arguments.code_revision is None else {"code_revision": arguments.code_revision}),
+    )
     if arguments.model_name_or_path is None:
         task.fit_config(config, processing_class)
     with training.main_process_first(desc="preparing the data"):
@@ -53,7 +61,7 @@ def load_model_and_task(
     if task.input_name == "input_ids":
         if task.classifies:
             _keep_positions(model, processing_class.model_max_length)
-        # Trainer does so when it trains; what is loaded and not trained is to have the same config.
+        # Trainer sets these when it trains; a model that is not trained gets the same config.
         for name in SPECIAL_TOKENS:
             if getattr(processing_class, name) is not None:
                 setattr(model.config, name, getattr(processing_class, name))
@@ -64,8 +72,8 @@ def load_model_and_task(
 def _keep_positions(model: modeling.ToMePerceiverPreTrainedModel, count: int) -> None:
     """Keep the first positions of a text classifier, those that its inputs have.
 
-    A pipeline cuts an input only where it is told to; an input that is longer than those of the run is then refused by
-    the model instead of being answered otherwise than in the run.
+    A pipeline does not truncate by default. The model then refuses longer inputs than those of the run, instead of
+    giving other answers than in the run.
     """
     inputs = model.base_model.input_preprocessor
     if count < model.config.max_position_embeddings:
@@ -74,48 +82,32 @@ def _keep_positions(model: modeling.ToMePerceiverPreTrainedModel, count: int) ->
         inputs.position_embeddings = positions
 
 
-def load_processing_class(arguments: ModelArguments, config: ToMePerceiverConfig, task: Task) -> Any:
-    """The tokenizer or image processor: the one that is named, the checkpoint's, or one for a model from scratch.
-
-    Raises:
-        BadInput: if it is not there.
-    """
-    named = arguments.tokenizer_name if task.input_name == "input_ids" else arguments.image_processor_name
-    return task.processing_class(
-        config,
-        named or arguments.model_name_or_path,
-        **arguments.download_options(),
-        trust_remote_code=arguments.trust_remote_code,
-        **({} if arguments.code_revision is None else {"code_revision": arguments.code_revision}),
-    )
-
-
 def load_model(
     arguments: ModelArguments, config: ToMePerceiverConfig, task: Task
 ) -> modeling.ToMePerceiverPreTrainedModel:
-    """The model that the arguments mean, for the task.
+    """Load a checkpoint, or make a model from scratch.
 
     Args:
         arguments: a checkpoint, or none for a model from scratch.
         config: from `load_config`.
-        task: says which class.
+        task: for its class of model.
 
     Returns:
-        The model; `model.head_is_new` says of a checkpoint's whether its head began at random.
+        The model; of a checkpoint, `model.head_is_new` is whether its head is initialised at random.
 
     Raises:
         BadInput: for weights that are not there or do not fit.
     """
     model_class = getattr(modeling, task.model_class_name(config))
     if arguments.model_name_or_path is None:
-        # The config's values are the user's, and what they may be only PyTorch's modules say.
+        # PyTorch's modules refuse values of the config.
         with naming(f"--config_name {arguments.config_name}", ValueError, TypeError, KeyError):
             return model_class(config)
     with naming(f"--model_name_or_path {arguments.model_name_or_path}", Exception):
         model, loaded = model_class.from_pretrained(
             arguments.model_name_or_path,
             config=config,
-            # What may not be ignored is found below, where it gets its name.
+            # `_check_loaded` refuses mismatches, by name.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **arguments.download_options(),
@@ -125,16 +117,20 @@ def load_model(
     may_be_new = arguments.ignore_mismatched_sizes or not same_head
     model.head_is_new = _check_loaded(arguments, loaded, may_be_new)
     if task.classifies and _is_classifier(start) and _misfit(start, task) is not None:
-        _start_head_anew(model)
+        # As transformers does where the number of classes differs.
+        layer = model.base_model.decoder.decoder.final_layer
+        with torch.no_grad():
+            layer.weight.normal_(0.0, config.initializer_range)
+            layer.bias.zero_()
         model.head_is_new = True
     return model
 
 
 def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], new_head: bool) -> bool:
-    """Check that nothing but a head began at random, and that nothing else was left out: transformers only warns.
+    """Check that no weights but a head's are missing or left over, of which transformers only warns.
 
     Returns:
-        Whether the head began at random.
+        Whether the head is initialised at random.
     """
     mismatched = [entry[0] for entry in loaded["mismatched_keys"]]
     for what, names, new in (
@@ -142,13 +138,13 @@ def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], new_head: b
         ("have, beyond what the config has room for,", loaded["unexpected_keys"], new_head),
         ("have of another shape than the config", mismatched, arguments.ignore_mismatched_sizes),
     ):
-        counted = [name for name in names if not name.endswith(UNIMPORTANT)]
+        counted = [name for name in names if not name.endswith(BATCH_COUNT)]
         wrong = sorted(name for name in counted if not (new and name.startswith(HEADS)))
         if wrong:
             raise BadInput(
                 f"--model_name_or_path {arguments.model_name_or_path}: its weights {what} {wrong[0]}"
                 + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-                + "; allowed are weights that are whole and those of its config"
+                + "; use a checkpoint whose weights are whole and fit its config"
             )
     return any(name.startswith(HEADS) for name in (*loaded["missing_keys"], *mismatched))
 
@@ -157,26 +153,16 @@ def _is_classifier(config: ToMePerceiverConfig) -> bool:
     return "Classification" in str(config.architectures)
 
 
-@torch.no_grad()
-def _start_head_anew(model: modeling.ToMePerceiverPreTrainedModel) -> None:
-    """Draw what a class has of its own, as transformers does where the number of classes is another."""
-    layer = model.base_model.decoder.decoder.final_layer
-    layer.weight.normal_(0.0, model.config.initializer_range)
-    layer.bias.zero_()
-
-
 def load_config(arguments: ModelArguments, merging: dict[str, Any], task: Task) -> ToMePerceiverConfig:
-    """The config of the checkpoint, or of the model from scratch, with the task's labels and merging set.
+    """Read the config of a checkpoint or a model from scratch, and set the task's labels and the merging.
 
     Args:
         arguments: a checkpoint, or a config for a model from scratch.
         merging: fields of the config, as `MergeArguments.config_fields` gives them.
-        task: whose labels the model is to tell apart; a classifier of other labels needs
-            `--ignore_mismatched_sizes`, and starts with a new head.
+        task: with the labels; a classifier of other labels needs `--ignore_mismatched_sizes`, and gets a new head.
 
     Raises:
-        BadInput: for a checkpoint or file that is not there, is no config, is for another task, or cannot mean that
-            merging.
+        BadInput: for a checkpoint or file that is not there, is no config, is for another task or refuses the merging.
     """
     config = requested_config(arguments)
     task.model_class_name(config)
@@ -187,7 +173,7 @@ def load_config(arguments: ModelArguments, merging: dict[str, Any], task: Task) 
 
 
 def _take_labels(config: ToMePerceiverConfig, arguments: ModelArguments, task: Task) -> None:
-    """Give the config the task's labels; a classifier's own names and order of the same labels stay."""
+    """Set the task's labels in a config; a classifier of the same labels keeps their names and order."""
     named = f"--model_name_or_path {arguments.model_name_or_path}"
     is_trained = arguments.model_name_or_path is not None and _is_classifier(config)
     misfit = _misfit(config, task) if is_trained else None
@@ -208,28 +194,27 @@ def _take_labels(config: ToMePerceiverConfig, arguments: ModelArguments, task: T
 
 
 def _misfit(config: ToMePerceiverConfig, task: Task) -> str | None:
-    """What a classifier's head has otherwise than the data, if anything."""
+    """Say how a classifier's head differs from the data; `None` if it fits."""
     num_labels = len(task.labels) or 1
     if config.num_labels != num_labels:
         return f"its head has {config.num_labels} labels and the data {num_labels}"
-    kind = "a number" if _is_regression(config) else "several labels" if _is_multi_label(config) else "a class"
     asked = "a class" if task.labels else "a number"
-    if kind != asked:
-        return f"its head predicts {kind} for an input, problem_type = {config.problem_type}, and the data have {asked}"
-    if task.labels and matched(task.labels, checkpoint_labels(config)) is None:
-        return (
-            f"its head has the labels {listed(checkpoint_labels(config), ordered=True)} and the data "
-            f"{listed(task.labels, ordered=True)}"
-        )
+    if (predicted := _predicts(config)) != asked:
+        return f"its head predicts {predicted} for an input, problem_type={config.problem_type}, the data have {asked}"
+    if task.labels and matched(task.labels, own := checkpoint_labels(config)) is None:
+        return f"its head has the labels {listed(own, ordered=True)} and the data {listed(task.labels, ordered=True)}"
     return None
 
 
-def _is_multi_label(config: ToMePerceiverConfig) -> bool:
-    return config.problem_type == "multi_label_classification"
+def _predicts(config: ToMePerceiverConfig) -> str:
+    if config.problem_type == "multi_label_classification":
+        return "several labels"
+    is_number = config.problem_type == "regression" or config.problem_type is None and config.num_labels == 1
+    return "a number" if is_number else "a class"
 
 
 def trained_classes(arguments: ModelArguments) -> list[str] | None:
-    """Return the classes of a classifier's checkpoint, none for regression; `None` for any other start of a model.
+    """Return the classes of a classifier's checkpoint, none for regression; `None` for any other model.
 
     Raises:
         BadInput: for a checkpoint that is not there.
@@ -237,15 +222,11 @@ def trained_classes(arguments: ModelArguments) -> list[str] | None:
     config = requested_config(arguments)
     if arguments.model_name_or_path is None or not _is_classifier(config) or arguments.ignore_mismatched_sizes:
         return None
-    return [] if _is_regression(config) else checkpoint_labels(config)
-
-
-def _is_regression(config: ToMePerceiverConfig) -> bool:
-    return config.problem_type == "regression" or config.problem_type is None and config.num_labels == 1
+    return [] if _predicts(config) == "a number" else checkpoint_labels(config)
 
 
 def requested_config(arguments: ModelArguments) -> ToMePerceiverConfig:
-    """The config of the checkpoint, or of the model from scratch, as it stands there.
+    """Read the config of a checkpoint or a model from scratch, unchanged.
 
     Raises:
         BadInput: if it is not there, or is no config.
@@ -257,10 +238,8 @@ def requested_config(arguments: ModelArguments) -> ToMePerceiverConfig:
                     f"--{name} {getattr(arguments, name)}: only for a model from scratch, without --model_name_or_path"
                 )
         return _read_config("model_name_or_path", arguments.model_name_or_path, arguments)
-    if arguments.config_name is not None:
-        config = _read_config("config_name", arguments.config_name, arguments)
-    else:
-        config = ToMePerceiverConfig()
+    named = arguments.config_name
+    config = ToMePerceiverConfig() if named is None else _read_config("config_name", named, arguments)
     if arguments.config_overrides is not None:
         with naming(f"--config_overrides {arguments.config_overrides}", Exception):
             config.update_from_string(arguments.config_overrides)
@@ -273,11 +252,11 @@ def _read_config(argument: str, name: str, arguments: ModelArguments) -> ToMePer
         if name.endswith(".json"):
             fields = json.loads(Path(name).read_text(encoding="utf-8"))
             if not isinstance(fields, dict):
-                raise ValueError(f"holds a {type(fields).__name__}; allowed is a mapping of a config's fields")
+                raise ValueError(f"holds a {type(fields).__name__}; must be a mapping of a config's fields")
             config = ToMePerceiverConfig.from_dict(fields)
         elif Path(name).is_dir() and not (Path(name) / CONFIG_NAME).exists():
-            # Of which transformers makes the default config.
-            raise ValueError(f"has no {CONFIG_NAME}; allowed is a Hub id or a folder with a checkpoint")
+            # transformers would take the default config.
+            raise ValueError(f"has no {CONFIG_NAME}; use a Hub id or a folder with a checkpoint")
         else:
             config = ToMePerceiverConfig.from_pretrained(name, **arguments.download_options())
         config.check_labels()

