@@ -204,7 +204,7 @@ class Card:
             these.
         evaluated_on: number of examples of the scores.
         report: the results of a sweep, in Markdown, in place of a table of `measured`.
-        steps: the arguments of each training, `experiments.training.identity.training_fields`, by its heading.
+        steps: the arguments of each training, `experiments.training.run_record.training_fields`, by its heading.
         trained_on: number of examples of each training.
         labels: names of the classes, if there are any.
         data_fields: the data arguments that are not the default.
