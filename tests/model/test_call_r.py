@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cost_tome_perceiver import forward_cost
-from tests.support.tiny_merges import GROUPS, R_LIST, every_head, labels_for, loss_and_gradients
+from tests.support.tiny_merges import GROUPS, R_LIST, every_head, labels_for
 from tests.support.tiny_models import (
     flat_logits,
     relative_difference,
@@ -105,20 +105,6 @@ def test_wrappers_hand_it_on(wrap, inner):
         assert torch.equal(flat_logits(wrapper(**inputs, r=R_LIST)), expected)
         getattr(wrapper, inner).r = R_LIST
         assert torch.equal(flat_logits(wrapper(**inputs)), expected)
-
-
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["nonreentrant", "reentrant"])
-def test_checkpointed_gradients_are_those_of_the_r(use_reentrant):
-    inputs = tiny_inputs(HEAD)
-    loss, gradients = loss_and_gradients(tiny_model(HEAD, r=R_LIST).train(), inputs)
-    model = tiny_model(HEAD).train()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    called_loss, called_gradients = loss_and_gradients(model, inputs | dict(r=R_LIST))
-    torch.testing.assert_close(called_loss, loss, rtol=1e-12, atol=0)
-    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
-    for name in gradients:
-        assert (called_gradients[name] - gradients[name]).abs().max() <= 1e-12 * largest, name
 
 
 def test_compiled_layers_and_a_compiled_model_take_it():

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import merging_tome_perceiver as merging
 from experiments.merging import controls
 from tests.support.tiny_matches import (
-    BIPARTITE_METHODS,
     MERGING_METHODS,
     METHODS,
     cosines,
@@ -213,14 +212,7 @@ def test_half_precision_neither_overflows_nor_gives_nan(dtype):
         assert same(match_by(method, metric, 4), match_by(method, metric.float(), 4))
 
 
-# Bipartite
-
-
-@given(matches(BIPARTITE_METHODS))
-def test_even_positions_merge_into_odd_ones(drawn):
-    """The graph is bipartite, so nothing merges into a latent that is itself merged away."""
-    for row in range(drawn.metric.shape[0]):
-        assert all(merged % 2 == 0 and target % 2 == 1 for merged, target in edges(drawn.match, row).items())
+# Each method
 
 
 @pytest.mark.parametrize("method", PLAIN)

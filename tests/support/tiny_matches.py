@@ -22,8 +22,6 @@ METHODS = sorted(merging.MERGE_METHODS)
 """Every method of the registry."""
 MERGING_METHODS = [method for method in METHODS if method != "prune"]
 """Those that drop nothing."""
-BIPARTITE_METHODS = ["bipartite", "random", "size_penalty"]
-"""Those whose graph is between even and odd positions."""
 
 
 class Drawn(NamedTuple):
