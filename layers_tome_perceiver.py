@@ -466,7 +466,7 @@ class ToMePerceiverImagePreprocessor(upstream.PerceiverImagePreprocessor):
         square = self.position_embeddings.num_dimensions == 1
         if math.prod(index_dims) != count or (square and index_dims != (side, side)):
             raise ValueError(
-                f"inputs: an image of {' x '.join(map(str, index_dims))} positions; allowed is {side} x {side} "
+                f"inputs: an image of {' x '.join(map(str, index_dims))} positions; must be {side} x {side} "
                 "(config.image_size), or another size with interpolate_pos_encoding=True"
             )
 

@@ -122,7 +122,7 @@ def test_image_of_another_size_is_one_line_for_learned_positions(height, width):
     """Also of one with as many pixels; unless one asks for positions to be interpolated, as upstream does."""
     model, stock = (make("ForImageClassificationLearned", torch.float32) for make in (tiny_model, stock_model))
     pixels = torch.randn(2, 3, height, width)
-    with pytest.raises(ValueError, match=rf"^inputs: [^\n]*{height} x {width}[^\n]*allowed is 8 x 8[^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^inputs: [^\n]*{height} x {width}[^\n]*must be 8 x 8[^\n]*$"):
         model(pixel_values=pixels)
     with torch.no_grad():
         expected = stock(pixel_values=pixels, interpolate_pos_encoding=True).logits
