@@ -58,11 +58,14 @@ def main() -> int:
 
 def _try_all(folder: Path, arguments: argparse.Namespace) -> list:
     """Return verdicts in the order of the tables, logged as they come."""
+    from datasets import disable_progress_bars
+
     from tests.reliability.case import try_case
     from tests.reliability.cases import all_cases
     from tests.reliability.inputs import Inputs
 
     cases = [case for case in all_cases(arguments.kills) if arguments.only in f"{case.kind}: {case.id}"]
+    disable_progress_bars()
     inputs = Inputs.write(folder / "inputs")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     failed = 0

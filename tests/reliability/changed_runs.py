@@ -17,11 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import TrainingArguments
 
 from tests.reliability.case import PASSED, Attempt, Finding, changed_paths, contents, said, shown
-from tests.reliability.inputs import LAST, OUTPUT, Command, Inputs, Scenario
+from tests.reliability.inputs import LAST, OUTPUT, Command, Inputs, Scenario, edit_value
 from tests.reliability.left import left, where
 from tests.reliability.running import Outcome, run_forked
 
@@ -251,14 +250,6 @@ def _edit_json(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def _edit_row(path: Path, column: str, change: Callable[[Any], Any]) -> None:
-    """One value of a parquet file."""
-    data = Dataset.from_parquet(str(path), keep_in_memory=True)
-    columns = {name: list(data[name]) for name in data.column_names}
-    columns[column][1] = change(columns[column][1])
-    Dataset.from_dict(columns, features=data.features).to_parquet(path)
-
-
 def _text_file(inputs: Inputs, split: str) -> Path:
     return next((inputs.glue / "sst2").glob(f"{split}-*"))
 
@@ -297,16 +288,16 @@ EDITS: dict[str, Callable[[Inputs], None]] = {
     "the image processor": (
         lambda inputs: _edit_json(inputs.image_model / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
     ),
-    "one label to train on": lambda inputs: _edit_row(_text_file(inputs, "train"), "label", _other_label),
-    "one label to evaluate on": lambda inputs: _edit_row(_text_file(inputs, "validation"), "label", _other_label),
-    "one sentence to train on": lambda inputs: _edit_row(_text_file(inputs, "train"), "sentence", _other_text),
-    "one sentence to evaluate on": lambda inputs: _edit_row(_text_file(inputs, "validation"), "sentence", _other_text),
-    "one sentence to predict": lambda inputs: _edit_row(_text_file(inputs, "test"), "sentence", _other_text),
-    "one masked sentence": lambda inputs: _edit_row(inputs.sentences / "one" / "train.parquet", "text", _other_text),
-    "one image to train on": lambda inputs: _edit_row(inputs.images / "train.parquet", "image", _brighter),
-    "one image to evaluate on": lambda inputs: _edit_row(inputs.images / "test.parquet", "image", _brighter),
-    "one image label to train on": lambda inputs: _edit_row(inputs.images / "train.parquet", "label", _next_label),
-    "one image label to evaluate on": lambda inputs: _edit_row(inputs.images / "test.parquet", "label", _next_label),
+    "one label to train on": lambda inputs: edit_value(_text_file(inputs, "train"), "label", _other_label),
+    "one label to evaluate on": lambda inputs: edit_value(_text_file(inputs, "validation"), "label", _other_label),
+    "one sentence to train on": lambda inputs: edit_value(_text_file(inputs, "train"), "sentence", _other_text),
+    "one sentence to evaluate on": lambda inputs: edit_value(_text_file(inputs, "validation"), "sentence", _other_text),
+    "one sentence to predict": lambda inputs: edit_value(_text_file(inputs, "test"), "sentence", _other_text),
+    "one masked sentence": lambda inputs: edit_value(inputs.sentences / "one" / "train.parquet", "text", _other_text),
+    "one image to train on": lambda inputs: edit_value(inputs.images / "train.parquet", "image", _brighter),
+    "one image to evaluate on": lambda inputs: edit_value(inputs.images / "test.parquet", "image", _brighter),
+    "one image label to train on": lambda inputs: edit_value(inputs.images / "train.parquet", "label", _next_label),
+    "one image label to evaluate on": lambda inputs: edit_value(inputs.images / "test.parquet", "label", _next_label),
 }
 _TEXT = (
     "one label to train on", "one label to evaluate on", "one sentence to train on", "one sentence to evaluate on",

@@ -15,9 +15,9 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from tests.reliability.bad_input import BadInputCase, Make
-from tests.reliability.inputs import TRAINING, Command, Inputs
+from tests.reliability.inputs import TRAINING, Command, Inputs, edit_value
 from tests.support import tiny_images
-from tests.support.tiny_texts import write_glue, write_table
+from tests.support.tiny_texts import write_table
 
 FILES, LABELS, IMAGES = "files of sentences", "labels", "images"
 GOOD = {"text": ["aaa", "bbb", "aaab", "bbba"], "label": ["good", "bad", "good", "bad"]}
@@ -188,41 +188,16 @@ def _labels(train: list, validation: list) -> Make:
     return make
 
 
-def _hidden_glue(split: str) -> Make:
-    """Labels of -1, as in the test split."""
+def _label(script: str, split: str, label: int | None) -> Make:
+    """One label of a split is something else: -1, as in GLUE's test splits, or missing."""
 
     def make(inputs: Inputs, folder: Path) -> Command:
-        glue = write_glue(folder / "glue", "sst2")
-        path = next((glue / "sst2").glob(f"{split}-*"))
-        data = Dataset.from_parquet(str(path))
-        hidden = Dataset.from_dict(data.to_dict() | {"label": [-1, *data["label"][1:]]}, features=data.features)
-        hidden.to_parquet(path)
-        return ("--config_name", inputs.text_config, "--dataset_name", glue, "--task_name", "sst2", *TRAINING)
+        source, files = (inputs.glue, "sst2/") if script == "run_glue.py" else (inputs.images, "")
+        shutil.copytree(source, folder / "data")
+        edit_value(next((folder / "data").glob(f"{files}{split}*")), "label", lambda _: label, row=0)
+        return (*inputs.usual(script), "--dataset_name", folder / "data")
 
     return make
-
-
-def _hidden_images(split: str) -> Make:
-    def make(inputs: Inputs, folder: Path) -> Command:
-        shutil.copytree(inputs.images, folder / "images")
-        path = folder / "images" / f"{split}.parquet"
-        data = Dataset.from_parquet(str(path))
-        features = data.features
-        labels = [-1, *data["label"][1:]]
-        data.remove_columns("label").add_column("label", labels, feature=features["label"]).to_parquet(path)
-        return ("--config_name", inputs.image_config, "--dataset_name", folder / "images", *TRAINING)
-
-    return make
-
-
-def _unlabelled_images(inputs: Inputs, folder: Path) -> Command:
-    shutil.copytree(inputs.images, folder / "images")
-    path = folder / "images" / "train.parquet"
-    data = Dataset.from_parquet(str(path))
-    labels = [None, *data["label"][1:]]
-    feature = data.features["label"]
-    data.remove_columns("label").add_column("label", labels, feature=feature).to_parquet(path)
-    return ("--config_name", inputs.image_config, "--dataset_name", folder / "images", *TRAINING)
 
 
 def _other_names(script: str) -> Make:
@@ -249,31 +224,26 @@ def _other_image_names(inputs: Inputs, folder: Path) -> Command:
     return ("--model_name_or_path", inputs.image_model, "--dataset_name", folder / "images", "--do_eval", "--use_cpu")
 
 
-def _more_labels(inputs: Inputs, folder: Path) -> Command:
-    return (
-        "--model_name_or_path", inputs.text_model, "--dataset_name", inputs.glue, "--task_name", "mnli", "--do_eval",
-        "--use_cpu",
-    )  # fmt: skip
+def _another_task(task: str) -> Make:
+    """Evaluation of the checkpoint for SST-2 on another task."""
 
+    def make(inputs: Inputs, folder: Path) -> Command:
+        return (*inputs.text_evaluation, "--task_name", task)
 
-def _regression_with_a_classifier(inputs: Inputs, folder: Path) -> Command:
-    return (
-        "--model_name_or_path", inputs.text_model, "--dataset_name", inputs.glue, "--task_name", "stsb", "--do_eval",
-        "--use_cpu",
-    )  # fmt: skip
+    return make
 
 
 _LABELLED: dict[str, tuple[str, Make, tuple[str, ...]]] = {
-    "-1 in training sentences": ("run_glue.py", _hidden_glue("train"), ("train", "-1")),
-    "-1 in evaluated sentences": ("run_glue.py", _hidden_glue("validation"), ("validation", "-1")),
-    "-1 in training images": ("run_image.py", _hidden_images("train"), ("train", "-1")),
-    "-1 in evaluated images": ("run_image.py", _hidden_images("test"), ("test", "-1")),
-    "missing in training images": ("run_image.py", _unlabelled_images, ("train",)),
+    "-1 in training sentences": ("run_glue.py", _label("run_glue.py", "train", -1), ("train", "-1")),
+    "-1 in evaluated sentences": ("run_glue.py", _label("run_glue.py", "validation", -1), ("validation", "-1")),
+    "-1 in training images": ("run_image.py", _label("run_image.py", "train", -1), ("train", "-1")),
+    "-1 in evaluated images": ("run_image.py", _label("run_image.py", "test", -1), ("test", "-1")),
+    "missing in training images": ("run_image.py", _label("run_image.py", "train", None), ("train",)),
     "other names than the checkpoint's": ("run_glue.py", _other_names("run_glue.py"), ("cat",)),
     "other names than the swept checkpoint's": ("eval_sweep.py", _other_names("eval_sweep.py"), ("cat",)),
     "other names than the image checkpoint's": ("run_image.py", _other_image_names, ("cat",)),
-    "more than the checkpoint's": ("run_glue.py", _more_labels, ("3", "--ignore_mismatched_sizes")),
-    "numbers for a classifier": ("run_glue.py", _regression_with_a_classifier, ("--model_name_or_path",)),
+    "more than the checkpoint's": ("run_glue.py", _another_task("mnli"), ("3", "--ignore_mismatched_sizes")),
+    "numbers for a classifier": ("run_glue.py", _another_task("stsb"), ("--model_name_or_path",)),
 }
 
 

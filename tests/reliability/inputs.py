@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PerceiverImageProcessorPil, PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
@@ -153,6 +156,14 @@ class Scenario:
 
     def command(self, inputs: Inputs) -> Command:
         return (*getattr(inputs, self.base), *self.added, "--output_dir", OUTPUT)
+
+
+def edit_value(path: Path, column: str, change: Callable[[Any], Any], row: int = 1) -> None:
+    """Change one value of a parquet file."""
+    data = Dataset.from_parquet(str(path), keep_in_memory=True)
+    columns = {name: list(data[name]) for name in data.column_names}
+    columns[column][row] = change(columns[column][row])
+    Dataset.from_dict(columns, features=data.features).to_parquet(path)
 
 
 def _write_checkpoints(inputs: Inputs) -> None:

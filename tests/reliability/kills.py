@@ -160,7 +160,7 @@ def kill_cases(at_random: int) -> Iterator[KillCase]:
             yield KillCase(scenario, seed)
     for number, (function, half) in enumerate(WRITING):
         for offset in (0, 1, 2, 3):
-            # 4 and 13 have no common divisor: every function meets scenarios of every script.
+            # In steps of four, so that every function meets scenarios of several scripts.
             scenario = SCENARIOS[(number + 4 * offset) % len(SCENARIOS)]
             yield KillCase(scenario, offset, function, half)
 
