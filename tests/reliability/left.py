@@ -19,15 +19,18 @@ from tests.support.script_run import ROOT
 
 # Names of figures that are times of this machine, or made of them.
 TIMES = re.compile(
-    r"_mem_|runtime|preparation_time|per_second|seconds|latency|speedup|throughput|peak_memory|environment|date|jit_compilation|resumed|total_flos"
+    r"_mem_|runtime|preparation_time|per_second|seconds|latency|speedup|throughput|peak_memory|environment|date"
+    r"|jit_compilation|resumed|total_flos"
 )
 # Lines with times in them are left out, and tables with any.
 TIMED_LINES = re.compile(
-    r"second|latency|speed|as fast|throughput|[0-9] s\b|MB|date 20|Times|round|output_dir|--model_name_or_path|\bms\b"
+    r"second|latency|speed|as fast|throughput|[0-9] s\b|MB|date 20|Times|round|inputs at once|output_dir"
+    r"|--model_name_or_path|\bms\b"
 )
 # No results, and with times in them, or hashes of files with times: pickles, states of optimizers, checkpoints' stamps.
 NOT_COMPARED = re.compile(
-    r"(optimizer|scheduler|scaler|rng_state.*)\.(pt|pth|bin)$|training_args\.bin$|\.png$|checkpoint-\d+/experiment\.json$"
+    r"(optimizer|scheduler|scaler|rng_state.*)\.(pt|pth|bin)$|training_args\.bin$|\.png$"
+    r"|checkpoint-\d+/run_record\.json$"
 )
 # Of a sweep, the fastest of its checkpoints that are good: which one that is follows from times.
 FASTEST = "merged/"
