@@ -25,7 +25,7 @@ from experiments.merging.arguments import spelled_r
 from experiments.publishing.card_pictures import draw_frontier, draw_schedule
 from experiments.publishing.tables import UNDEFINED, escape_markdown, markdown_table, with_error, without_places
 from experiments.tasks.base import Source
-from experiments.tasks.scores import Scores, parse_scores
+from experiments.tasks.scores import Scores
 from frontier_tome_perceiver import Frontier
 
 R = int | list[int] | str
@@ -146,22 +146,17 @@ class WhatMerges:
         config: of the checkpoint.
         input_shape: of one input, (1, S) or (1, 3, height, width), that FLOPs are for.
         budget: the budget that chose the merging, in words, if there was one.
-        start: config of the model it is compared with; by default the same without merging.
+        unmerged: config of the model it is compared with.
         speedup: measured times as fast as that model, with `batch_size` inputs at once.
         batch_size: number of these inputs.
     """
 
     config: ToMePerceiverConfig
     input_shape: Sequence[int]
-    budget: str | None = None
-    start: ToMePerceiverConfig | None = None
+    budget: str | None
+    unmerged: ToMePerceiverConfig
     speedup: Quartiles | None = None
     batch_size: int = 0
-
-    @property
-    def unmerged(self) -> ToMePerceiverConfig:
-        """Config of the model that the cost is compared with."""
-        return self.start or Merging.none(self.config).asked_of(self.config)
 
     @property
     def merges(self) -> bool:
@@ -172,15 +167,8 @@ class WhatMerges:
     def costs(self) -> tuple[ForwardCost, ForwardCost]:
         """Costs of a forward pass, merged and unmerged."""
         architecture = self.config.architectures[0]
-        return (
-            forward_cost(self.config, self.input_shape, architecture),
-            forward_cost(self.unmerged, self.input_shape, architecture),
-        )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one input without its batch."""
-        return tuple(self.input_shape[1:])
+        merged, unmerged = (forward_cost(each, self.input_shape, architecture) for each in (self.config, self.unmerged))
+        return merged, unmerged
 
     @property
     def gflops(self) -> tuple[float, float]:
@@ -252,6 +240,7 @@ class Card:
             without_places=without_places,
             quoted=lambda name: json.dumps(name, ensure_ascii=False),
             spelled_r=spelled_r,
+            tuple=tuple,
         )
 
     @property
@@ -345,11 +334,3 @@ def address_card(folder: Path, repo_id: str) -> None:
     addressed = ADDRESS.sub(f'checkpoint = "{repo_id}"', text, count=1)
     if addressed != text:
         write_text(path, addressed)
-
-
-def measured_in(folder: Path, split: str, name: str, r: R) -> list[Measured]:
-    """Return a row with the scores of `SPLIT_results.json` in a folder, or no row if the file does not exist."""
-    path = folder / f"{split}_results.json"
-    if not path.exists():
-        return []
-    return [Measured(name, r, parse_scores(json.loads(path.read_text(encoding="utf-8")), f"{split}_"))]

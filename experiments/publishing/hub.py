@@ -71,44 +71,21 @@ class HubRepository:
 
 
 def open_to_push(training: TrainingArguments, token: str | None) -> HubRepository:
-    """Open the repository that `--hub_model_id` names, by default after `--output_dir`, before any work is done.
+    """Check that the repository to push to can be written to, before any work is done; create it if it does not exist.
 
     Args:
-        training: `hub_model_id`, `hub_token`, `hub_private_repo`, `hub_revision`, `hub_strategy`.
-        token: of `--token`, used if there is no `--hub_token`.
-
-    Raises:
-        BadInput: if it cannot be written to, or an argument has no meaning here.
-    """
-    if training.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
-        raise BadInput(
-            f"--hub_strategy {training.hub_strategy.value}: use 'end'; checkpoints to resume from stay on disk"
-        )
-    revision = training.hub_revision
-    if revision is not None and not re.fullmatch(BRANCH, revision):
-        raise BadInput(f"--hub_revision {revision}: a branch is named by letters, digits, '.', '_', '-' and '/'")
-    if not HF_HUB_DISABLE_XET:  # xet cuts uploads into pieces in its cache
-        check_writable(f"HF_XET_CACHE={HF_XET_CACHE}", Path(HF_XET_CACHE))
-    output_dir = Path(training.output_dir)
-    return open_repository(training.hub_model_id, output_dir, training.hub_token or token, training.hub_private_repo)
-
-
-def open_repository(model_id: str | None, output_dir: Path, token: str | None, private: bool | None) -> HubRepository:
-    """Check that a repository can be written to; create it if it does not exist.
-
-    Args:
-        model_id: its name, with or without an owner; by default the name of `output_dir`.
-        output_dir: the folder to push.
-        token: by default that of HF_TOKEN or of `hf auth login`.
-        private: whether a new repository is private; by default as its owner has set.
+        training: `hub_model_id`, by default the name of `output_dir`, `hub_token`, `hub_private_repo`, by default as
+            its owner has set, `hub_revision`, `hub_strategy`.
+        token: used if there is no `hub_token`; by default that of HF_TOKEN or of `hf auth login`.
 
     Raises:
         BadInput: for no token, one that cannot write, an invalid name, or a Hub that cannot be reached.
     """
-    name = output_dir.resolve().name if model_id is None else model_id
+    _check_arguments(training)
+    name = training.hub_model_id or Path(training.output_dir).resolve().name
     with naming("--hub_model_id", HFValidationError):
         validate_repo_id(name)
-    token = token.strip() if token else get_token()
+    token = (training.hub_token or token or "").strip() or get_token()
     if not token:
         raise BadInput("--push_to_hub: found no token; use `hf auth login`, HF_TOKEN or --hub_token")
     if not all("!" <= character <= "~" for character in token):
@@ -120,7 +97,9 @@ def open_repository(model_id: str | None, output_dir: Path, token: str | None, p
         # create_repo accepts a read token if the repository exists; only the push would fail.
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise BadInput("--hub_token: can only read; use a token with write permission")
-        url = api.create_repo(name if "/" in name else f"{user['name']}/{name}", private=private, exist_ok=True)
+        url = api.create_repo(
+            name if "/" in name else f"{user['name']}/{name}", private=training.hub_private_repo, exist_ok=True
+        )
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise BadInput(f"--hub_token: {api.endpoint} refuses it for {name} ({_reason(error)})") from error
@@ -132,6 +111,19 @@ def open_repository(model_id: str | None, output_dir: Path, token: str | None, p
     return HubRepository(url.repo_id, token, str(url))
 
 
+def _check_arguments(training: TrainingArguments) -> None:
+    """Check the arguments that need no Hub, and that xet can write to its cache."""
+    if training.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
+        raise BadInput(
+            f"--hub_strategy {training.hub_strategy.value}: use 'end'; checkpoints to resume from stay on disk"
+        )
+    revision = training.hub_revision
+    if revision is not None and not re.fullmatch(BRANCH, revision):
+        raise BadInput(f"--hub_revision {revision}: a branch is named by letters, digits, '.', '_', '-' and '/'")
+    if not HF_HUB_DISABLE_XET:  # xet cuts uploads into pieces in its cache
+        check_writable(f"HF_XET_CACHE={HF_XET_CACHE}", Path(HF_XET_CACHE))
+
+
 def push_checkpoint(repository: HubRepository, folder: Path, message: str, revision: str = "main") -> str:
     """Make a repository hold the checkpoint in a folder, by one commit, or by none if it holds it already.
 
@@ -139,7 +131,7 @@ def push_checkpoint(repository: HubRepository, folder: Path, message: str, revis
     the repository that are not in the folder are deleted. Failures that may pass are tried again after `RETRY_WAITS`.
 
     Args:
-        repository: from `open_repository`.
+        repository: from `open_to_push`.
         folder: with the checkpoint; its subfolders and the files of `NOT_PUSHED` are not pushed.
         message: of the commit.
         revision: branch to push to, created if it does not exist.

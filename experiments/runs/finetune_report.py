@@ -116,7 +116,7 @@ def _write_card(run: Run, speedup: Quartiles | None, batch_size: int | None) -> 
             run.model.config,
             run.loaded.input_shape,
             budget,
-            start=run.model.unmerged.asked_of(run.model.config),
+            unmerged=run.model.unmerged.asked_of(run.model.config),
             speedup=speedup,
             batch_size=batch_size or 0,
         ),

@@ -29,12 +29,10 @@ from experiments.publishing.card import (
     Measured,
     WhatMerges,
     address_card,
-    measured_in,
     shown_r,
 )
 from experiments.tasks.base import Source
 from experiments.tasks.scores import Score
-from experiments.training.output_folder import save_metrics
 from experiments.training.run_record import training_fields
 from frontier_tome_perceiver import Frontier, FrontierRow
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
@@ -45,7 +43,7 @@ ROWS = [
     Measured("finetuned", 0, {"pearson": Score(0.85, 0.01), "spearmanr": Score(0.84, 0.02)}),
     Measured("retrained", [2, 0], {"pearson": Score(0.8, 0.03), "spearmanr": Score(0.7, 0.04, -0.1, 0.01, True)}),
 ]
-CONFIG = tiny_config(r=2, architectures=["ToMePerceiverForSequenceClassification"])
+UNMERGED, CONFIG = (tiny_config(r=r, architectures=["ToMePerceiverForSequenceClassification"]) for r in (0, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +60,7 @@ def card_of(**fields: object) -> Card:
 
 def full_card(**fields: object) -> Card:
     """Return a card with a text in every section."""
-    merging = WhatMerges(CONFIG, (1, 20), "at most 0.5", speedup=Quartiles(1.5, 1.25, 1.75), batch_size=8)
+    merging = WhatMerges(CONFIG, (1, 20), "at most 0.5", UNMERGED, speedup=Quartiles(1.5, 1.25, 1.75), batch_size=8)
     training = training_fields(TrainingArguments(output_dir="out", deepspeed=None, seed=7))
     everything = {
         "base_model": "deepmind/language-perceiver", "measured": ROWS, "evaluated_on": 1500, "trained_on": 3000,
@@ -139,12 +137,6 @@ def test_fixed_groups_are_not_shown_as_an_r_of_nothing(fields, shown):
     assert shown_r(replace(Merging.none(ToMePerceiverConfig()), **fields)) == shown
 
 
-def test_what_was_not_measured_is_no_row(tmp_path):
-    save_metrics(tmp_path, "merged", {"merged_f1": 0.5, "merged_f1_stderr": 0.1, "merged_runtime": 1.0})
-    assert measured_in(tmp_path, "merged", "merged", 2) == [Measured("merged", 2, {"f1": Score(0.5, 0.1)})]
-    assert measured_in(tmp_path, "eval", "eval", 2) == []
-
-
 @pytest.mark.parametrize("hub_task", sorted(USAGES))
 def test_the_code_of_every_task_compiles(hub_task):
     code = code_of(card_of(hub_task=hub_task, revision="r2"))
@@ -219,8 +211,7 @@ def test_a_training_lists_what_is_not_the_default_and_the_next_one_what_has_chan
 
 
 def test_a_checkpoint_that_merges_nothing_says_so(tmp_path):
-    config = tiny_config(architectures=["ToMePerceiverForSequenceClassification"])
-    full_card(merging=WhatMerges(config, (1, 20))).write(tmp_path)
+    full_card(merging=WhatMerges(UNMERGED, (1, 20), None, UNMERGED)).write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "whose latents can be merged" in text and "Nothing, until `model.merge_to`" in text
     assert not (tmp_path / "schedule.png").exists() and "FLOPs are" not in text

@@ -17,10 +17,11 @@ import huggingface_hub.constants
 import huggingface_hub.utils._http
 import pytest
 from huggingface_hub import HfApi
+from transformers import TrainingArguments
 
 from experiments.errors import BadInput
 from experiments.publishing import hub as hub_upload
-from experiments.publishing.hub import RETRY_WAITS, HubRepository, PushFailed, open_repository, push_checkpoint
+from experiments.publishing.hub import RETRY_WAITS, HubRepository, PushFailed, open_to_push, push_checkpoint
 from tests.support.loopback_hub import FINE_TOKEN, READ_TOKEN, USER, WRITE_TOKEN, LoopbackHub
 
 ID = f"{USER}/model"
@@ -44,6 +45,11 @@ NOT_PUSHED = {
     "checkpoint-10/model.safetensors": b"older",
     "runs/events.out": b"losses",
 }
+
+
+def open_repository(model_id: str | None, folder: Path, token: str | None, private: bool | None) -> HubRepository:
+    arguments = {"hub_model_id": model_id, "hub_token": token, "hub_private_repo": private, "push_to_hub": True}
+    return open_to_push(TrainingArguments(output_dir=str(folder), **arguments), None)
 
 
 @contextmanager

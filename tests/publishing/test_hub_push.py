@@ -75,20 +75,16 @@ def test_a_run_is_pushed_in_one_commit(hub, trained, tmp_path, capsys):
     assert f"{USER}/pushed" in capsys.readouterr().out
 
 
-def test_push_only_pushes_what_is_there_once(hub, trained):
-    before = (trained / "out" / "model.safetensors").read_bytes()
+@pytest.mark.parametrize("branch", ["main", "tries"])
+def test_push_only_pushes_what_is_there_once(hub, trained, branch):
+    where = ("--hub_model_id", "later", *(("--hub_revision", branch) if branch != "main" else ()))
     for _ in range(2):
-        call_script("run_glue.py", "--push_only", "--hub_model_id", "later", *TOKEN, "--output_dir", trained / "out")
-    assert len(hub.commits) == 1
-    assert hub.files(f"{USER}/later")["model.safetensors"] == before
+        call_script("run_glue.py", "--push_only", *where, *TOKEN, "--output_dir", trained / "out")
+    assert [commit.branch for commit in hub.commits] == [branch]
+    pushed = hub.files(f"{USER}/later", branch)["model.safetensors"]
+    assert pushed == (trained / "out" / "model.safetensors").read_bytes()
+    assert ("config.json" in hub.files(f"{USER}/later")) == (branch == "main")
     assert f'"{USER}/later"' in (trained / "out" / "README.md").read_text()
-
-
-def test_a_run_is_pushed_to_the_branch_that_is_asked_for(hub, trained):
-    where = ("--hub_model_id", "branched", "--hub_revision", "tries")
-    call_script("run_glue.py", "--push_only", *where, *TOKEN, "--output_dir", trained / "out")
-    assert [commit.branch for commit in hub.commits] == ["tries"]
-    assert "config.json" not in hub.files(f"{USER}/branched")
 
 
 def test_a_push_that_fails_loses_nothing_and_can_be_repeated(hub, trained, tmp_path, capsys, monkeypatch):
