@@ -5,7 +5,7 @@
   python run_glue.py --task_name sst2 --tokenizer_name outputs/sst2_tokenizer \\
       --config_name examples/small_text_perceiver.json --do_train --do_eval --output_dir outputs/sst2
 
-Or, for run_mlm.py --teacher_name_or_path, keep of the teacher's tokens those that are the most frequent there:
+Or, for examples/language/from_bert.py, keep the most frequent tokens of a BERT's tokenizer:
 
   python examples/train_tokenizer.py --teacher_name_or_path sentence-transformers/all-MiniLM-L6-v2 \\
       --dataset_name Salesforce/wikitext --task_name wikitext-103-raw-v1 --vocab_size 16384 \\
@@ -131,7 +131,7 @@ def main() -> None:
             teacher = AutoTokenizer.from_pretrained(arguments.teacher_name_or_path)
     argument, columns = f"--dataset_name {arguments.dataset_name}", []
     for name in [None] if arguments.task_name is None else arguments.task_name.split(","):
-        splits = read_dataset(argument, arguments.dataset_name, name, anew=False, texts=arguments.text_column)
+        splits = read_dataset(argument, arguments.dataset_name, name, anew=False)
         train = Splits(argument, splits).take("train")
         for column in masked_columns(train.column_names, f"{argument}: split 'train'", arguments.text_column):
             columns.append(as_text(train, column, argument)[column])
