@@ -160,14 +160,15 @@ def score(kind: str, predictions: np.ndarray, references: np.ndarray, before: np
         before: of the same shape, other predictions to compare with.
     """
 
-    def measure(examples: Any) -> np.ndarray:
+    from experiments.tasks.metric import compute_scores  # takes seconds
+
+    def measure(compute: Callable[..., np.ndarray], examples: Any) -> np.ndarray:
         """Return the value of each score and, with `before`, the change of each."""
-        values = _values(kind, predictions[examples], references[examples])
-        changes = [] if before is None else values - _values(kind, before[examples], references[examples])
-        return np.concatenate([values, changes])
+        own = compute(kind, predictions[examples], references[examples])
+        return np.append(own, [] if before is None else own - compute(kind, before[examples], references[examples]))
 
     names, count = SCORES[kind], len(references)
-    found = measure(slice(None))
+    found = measure(compute_scores, slice(None))
     if names == ("accuracy",):
         right, asked = _count_right(predictions, references)
         parts = [right] if before is None else [right, right - _count_right(before, references)[0]]
@@ -175,7 +176,7 @@ def score(kind: str, predictions: np.ndarray, references: np.ndarray, before: np
     else:
         # Seeded by itself: an evaluation must not move the random numbers of a training.
         draws = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
-        drawn = np.ma.masked_invalid([measure(examples) for examples in draws])
+        drawn = np.ma.masked_invalid([measure(values, examples) for examples in draws])
         errors = drawn.std(axis=0, ddof=1).filled(math.nan)
     if count == 1:
         errors[:] = math.nan
@@ -190,9 +191,10 @@ def score(kind: str, predictions: np.ndarray, references: np.ndarray, before: np
     return scores
 
 
-def _values(kind: str, predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
-    values = [SCORERS[name](predictions, references) for name in SCORES[kind] if name != COMBINED]
-    return np.array(values + [np.mean(values)] * (COMBINED in SCORES[kind]))
+def values(kind: str, predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Return the values of `SCORES[kind]`, in their order."""
+    computed = [SCORERS[name](predictions, references) for name in SCORES[kind] if name != COMBINED]
+    return np.array(computed + [np.mean(computed)] * (COMBINED in SCORES[kind]))
 
 
 def _ratio_stderr(parts: np.ndarray, asked: np.ndarray) -> float:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from experiments.tasks.scores import NOT_ASKED, SCORES, Score, Scores, flatten_scores, parse_scores, score
+from tests.support.script_run import ROOT
 
 PREDICTIONS, REFERENCES = np.array([1, 0, 1, 1, 0, 1]), np.array([1, 0, 0, 1, 1, 1])
 
@@ -148,7 +151,7 @@ def test_standard_errors_know_that_the_tokens_of_a_sentence_hang_together():
         before = np.where(random.random((200, 1)) < 0.6, references, 99)
         return np.where(random.random((200, 1)) < 0.1, 99, before), references, before
 
-    samples = [score("masked_lm", *sample(seed))["accuracy"] for seed in range(300)]
+    samples = [score("masked_lm", *sample(seed))["accuracy"] for seed in range(120)]
     for value, error in (("value", "stderr"), ("change", "change_stderr")):
         spread = np.std([getattr(each, value) for each in samples])
         assert np.mean([getattr(each, error) for each in samples]) == pytest.approx(spread, rel=0.15)
@@ -168,3 +171,19 @@ def test_names_of_result_files():
 def test_a_change_from_an_undefined_score_is_undefined(count):
     change = score("stsb", np.arange(float(count)), np.arange(float(count)), np.ones(count))["pearson"]
     assert change.compared and change.change is None
+
+
+def test_values_are_those_of_a_metric_of_evaluate(tmp_path):
+    """Given at once or batch by batch, as those that `evaluate.load` returns take them."""
+    from experiments.tasks.metric import TaskMetric
+
+    metric = TaskMetric(config_name="mrpc", cache_dir=tmp_path, keep_in_memory=True)
+    metric.add_batch(predictions=PREDICTIONS[:2], references=REFERENCES[:2])
+    metric.add_batch(predictions=PREDICTIONS[2:], references=REFERENCES[2:])
+    assert metric.compute() == values(score("mrpc", PREDICTIONS, REFERENCES))
+
+
+def test_evaluate_is_not_imported_before_it_is_needed():
+    """It takes seconds."""
+    code = "import sys, experiments.runs.finetune, experiments.runs.sweep; assert 'evaluate' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300).returncode == 0
