@@ -18,10 +18,7 @@ Letters: B batch, S inputs, P positions that are compared, N latents, M latents 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +27,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import accumulate, chain, pairwise, product, zip_longest
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -256,7 +252,6 @@ class SearchOptions:
         schedules: names in `SCHEDULES` or `SKIP_BLOCKS` to choose from, in place of a search.
         merge_methods, merge_metrics: methods (or `"groups"`) and metrics to choose from.
         input_shape: of one input, (1, S) or (1, 3, height, width), that FLOPs are for; by default the longest sample.
-        log_file: JSON file of the measured divergences, from which a search that was stopped goes on.
 
     Raises:
         ValueError: in one line, for an unknown name or a number out of its range.
@@ -268,7 +263,6 @@ class SearchOptions:
     merge_methods: Sequence[str] | None = None
     merge_metrics: Sequence[str] | None = None
     input_shape: Sequence[int] | None = None
-    log_file: str | os.PathLike | None = None
 
     def __post_init__(self) -> None:
         seconds = 0 if self.seconds is None else self.seconds
@@ -485,8 +479,7 @@ def calibrate(model: Any, samples: Batch | Iterable[Batch], **options: Any) -> F
             warnings.warn(f"samples: {said}", stacklevel=4)
         proposals = _Proposals(evaluator, asked.ways(), asked.schedules)
         passes = min(PASSES_PER_SAMPLE * given, SEARCH_FLOPS / share.unmerged_flops)
-        log = _Log(evaluator, asked.log_file)
-        chosen = _Search(evaluator, proposals, log, started + 0.6 * seconds).run(asked.flops_ratios or (), passes)
+        chosen = _Search(evaluator, proposals, started + 0.6 * seconds).run(asked.flops_ratios or (), passes)
         rows = _measured(evaluator, chosen, held_out, started + seconds)
     measured, weights = rows[0].who.get("samples", 0), _some_weights(model)
     if evaluator.rows + measured < given:
@@ -516,10 +509,6 @@ class _Candidate:
     metric: str
 
     @property
-    def key(self) -> str:
-        return json.dumps([self.start, self.left, self.method, self.metric])
-
-    @property
     def removed(self) -> list[int]:
         """Latents that merge into others in each layer."""
         return [before - after for before, after in pairwise([self.latents, *self.left])]
@@ -540,12 +529,11 @@ class _Search:
 
     Args:
         evaluator, proposals: measure and make candidates.
-        log: divergences that are known already.
         deadline: on the clock of `time.monotonic`; after it nothing more is measured.
     """
 
-    def __init__(self, evaluator: _Evaluator, proposals: _Proposals, log: _Log, deadline: float) -> None:
-        self.evaluator, self.proposals, self.log, self.deadline = evaluator, proposals, log, deadline
+    def __init__(self, evaluator: _Evaluator, proposals: _Proposals, deadline: float) -> None:
+        self.evaluator, self.proposals, self.deadline = evaluator, proposals, deadline
 
     def run(self, wanted: Sequence[float], passes: float) -> list[_Candidate]:
         """Return the best candidate of each share, by falling share.
@@ -566,14 +554,12 @@ class _Search:
         for target in tqdm(targets, desc="calibrating", unit="share", disable=None):
             candidates = _distinct(proposals.for_share(target, parents))
             parents = candidates[:1] if self._is_over else self._best(candidates, target, passes / len(targets))
-            self.log.save()
             chosen.append(parents[0])
         # The best candidate of a strong share may be better at milder ones too, when it merges less in all layers.
         for place in range(len(chosen) - 2, -1, -1) if proposals.schedules is None else ():
             weaker = proposals.scaled(chosen[place + 1], targets[place])
             if weaker is not None and not self._is_over:
                 chosen[place] = self._finest([chosen[place], weaker])[0]
-        self.log.save()
         return _distinct(chosen)
 
     @property
@@ -594,7 +580,7 @@ class _Search:
             if number == 1 and self.proposals.schedules is None:
                 neighbours = _distinct(self.proposals.neighbours(alive[0], target))
                 alive = _distinct([*alive, *neighbours[: max(3, count // 2)]])
-            alive = list(self._ranked(alive, round_chunks))[: max(3, count >> (number + 1))]
+            alive = list(self.evaluator.rank(alive, round_chunks))[: max(3, count >> (number + 1))]
         return self._finest(alive)[:3]
 
     def _finest(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
@@ -603,29 +589,10 @@ class _Search:
         Of those tied with the best, the one that merges in fewest layers comes first: each matching takes time that
         FLOPs do not show.
         """
-        ranked = self._ranked(candidates, len(self.evaluator.chunks))
+        ranked = self.evaluator.rank(candidates, len(self.evaluator.chunks))
         tied = [each for each, divergence in ranked.items() if divergence <= TIED * min(ranked.values())]
         first = min(tied, key=lambda each: sum(map(bool, each.removed)))
         return [first, *(each for each in ranked if each != first)]
-
-    def _ranked(self, candidates: Sequence[_Candidate], chunks: int) -> dict[_Candidate, float]:
-        """Return the candidates with their mean divergences on the first chunks, the best first."""
-        evaluator, sums = self.evaluator, self.log.sums
-        pairs = {f"{each.key} {number}": (each, number) for each in candidates for number in range(chunks)}
-        missing = [key for key in pairs if key not in sums]
-        for key in missing:
-            evaluator.plan(pairs[key][0])  # Groups are read off all samples at once, so before the threads begin.
-
-        def divergence(key: str) -> float:
-            candidate, number = pairs[key]
-            return float(evaluator.compare(evaluator.chunks[number], candidate).divergence.sum())
-
-        sums.update(zip(missing, evaluator.map(divergence, missing), strict=True))
-        rows = sum(chunk.rows for chunk in evaluator.chunks[:chunks])
-        totals = {each: sum(sums[f"{each.key} {number}"] for number in range(chunks)) for each in candidates}
-        # Rounded, so that different orders of summation on other processors decide nothing.
-        means = [(each, float(f"{total / rows:.4g}")) for each, total in totals.items()]
-        return dict(sorted(means, key=lambda pair: pair[1]))
 
 
 def _targets(least: float) -> list[float]:
@@ -761,34 +728,6 @@ def check_reach(model: Any, flops_ratio: float, input_shape: Sequence[int]) -> N
         raise out_of_reach(flops_ratio, least, "merging")
 
 
-class _Log:
-    """Sums of divergences by candidate and chunk, in a JSON file from which a search that was stopped goes on.
-
-    Args:
-        evaluator: whose unmerged outputs say whether a file is of the same search.
-        path: of the file; `None` to write none.
-    """
-
-    def __init__(self, evaluator: _Evaluator, path: str | os.PathLike | None) -> None:
-        outputs = [chunk.before.float().cpu().numpy().tobytes() for chunk in evaluator.chunks]
-        # Unmerged outputs do not tell whether sizes weight attention.
-        outputs.append(str(evaluator.config.proportional_attention).encode())
-        self.fingerprint = hashlib.sha256(b"".join(outputs)).hexdigest()
-        self.path = None if path is None else Path(path)
-        self.sums: dict[str, float] = {}
-        if self.path is not None and self.path.exists():
-            found = json.loads(self.path.read_text())
-            self.sums = found["divergences"] if found.get("searched") == self.fingerprint else {}
-
-    def save(self) -> None:
-        """Write the file at once, so that it is never half there."""
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial_file = self.path.with_name(f"{self.path.name}.partial")
-            partial_file.write_text(json.dumps({"searched": self.fingerprint, "divergences": self.sums}))
-            partial_file.replace(self.path)
-
-
 class _Chunk:
     """A few samples that run together.
 
@@ -863,6 +802,8 @@ class _Evaluator:
         latents, layers = self.config.num_latents, self.config.num_self_attention_layers
         self.unmerged = _Candidate(latents, None, (latents,) * layers, "leader", "key")
         self.groups: dict[tuple, list[int]] = {}
+        # Divergences by candidate and chunk, summed over its samples.
+        self.sums: dict[tuple[_Candidate, int], float] = {}
         self.map(self.run_unmerged, chunks)
         before = torch.cat([chunk.before.flatten(0, 1) for chunk in chunks]).double()
         if not before.isfinite().all():
@@ -892,6 +833,23 @@ class _Evaluator:
         else:
             changed = (one_after.argmax(dim=-1) != one_before.argmax(dim=-1)) | ~one_after.isfinite().all(dim=-1)
         return Compared(divergence.cpu(), changed.double().cpu(), one_before.argmax(dim=-1).cpu())
+
+    def rank(self, candidates: Sequence[_Candidate], chunks: int) -> dict[_Candidate, float]:
+        """Return the candidates with their mean divergences on the first chunks, the best first."""
+        missing = [pair for pair in product(candidates, range(chunks)) if pair not in self.sums]
+        for candidate, _ in missing:
+            self.plan(candidate)  # Groups are read off all samples at once, so before the threads begin.
+
+        def divergence(pair: tuple[_Candidate, int]) -> float:
+            candidate, number = pair
+            return float(self.compare(self.chunks[number], candidate).divergence.sum())
+
+        self.sums.update(zip(missing, self.map(divergence, missing), strict=True))
+        rows = sum(chunk.rows for chunk in self.chunks[:chunks])
+        totals = {each: sum(self.sums[each, number] for number in range(chunks)) for each in candidates}
+        # Rounded, so that different orders of summation on other processors decide nothing.
+        means = [(each, float(f"{total / rows:.4g}")) for each, total in totals.items()]
+        return dict(sorted(means, key=lambda pair: pair[1]))
 
     def plan(self, candidate: _Candidate) -> MergePlan:
         """Return the candidate's merge plan, with groups read off the samples if it has any."""

@@ -199,7 +199,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
             samples: a few hundred inputs without labels that the model was not trained on: what `forward` takes, a
                 batch or several. A quarter of them chooses what merges; the others measure it.
             seconds: ends the search after about this time with the best it has; the result then depends on the clock.
-            options: `flops_ratios`, `schedules`, `merge_methods`, `merge_metrics`, `input_shape`, `log_file`:
+            options: `flops_ratios`, `schedules`, `merge_methods`, `merge_metrics`, `input_shape`:
                 `frontier_tome_perceiver.SearchOptions` describes them.
 
         Returns:

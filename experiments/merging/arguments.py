@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers.hf_argparser import HfArg
@@ -26,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 SEARCH = "search"
 SCHEDULE_NAMES = (*SCHEDULES, SKIP_BLOCKS, SEARCH)
-SEARCH_LOG = "schedule_search.json"
 BUDGETS = ("flops_ratio", "latency_ratio", "max_changed")
 # Arguments that say how much merges; at most one of them is given.
 AMOUNTS = ("r", *BUDGETS)
@@ -206,7 +204,6 @@ class MergeArguments:
         samples: Samples,
         count: int,
         input_shape: tuple[int, ...],
-        log_dir: Path | None = None,
         flops_ratios: Sequence[float] | None = None,
     ) -> None:
         """Measure the frontier of a model and keep it in its config, in place of an older one.
@@ -216,7 +213,6 @@ class MergeArguments:
             samples: samples to measure on. If the model was trained on them, no share of changed answers is kept.
             count: number of samples, from `sample_count`.
             input_shape: shape of one input, for the FLOPs.
-            log_dir: folder where a search logs what it found; `None` for no log.
             flops_ratios: shares to have rows for; by default that of the budget.
 
         Raises:
@@ -228,8 +224,6 @@ class MergeArguments:
             options = {"merge_methods": [UNSEEN_METHOD], "merge_metrics": [UNSEEN_METRIC]} | options
         if flops_ratios is None:
             flops_ratios = [] if self.flops_ratio is None else [self.flops_ratio]
-        if log_dir is not None:
-            options["log_file"] = log_dir / SEARCH_LOG
         batches = samples.take(count, min(ROWS, max(1, count // BATCHES)))
         with naming_arguments():
             model.calibrate(batches, flops_ratios=flops_ratios, input_shape=input_shape, **options)

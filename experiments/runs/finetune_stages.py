@@ -179,8 +179,7 @@ class Run:
         """Measure the frontier of the present weights, if anything is searched for."""
         if merging.searches:
             say(f"calibrating on {self.samples}")
-            log_dir = self.output_dir if self.writes else None
-            merging.calibrate(self.model, self.loaded.samples, self.sample_count, self.loaded.input_shape, log_dir)
+            merging.calibrate(self.model, self.loaded.samples, self.sample_count, self.loaded.input_shape)
 
     @property
     def samples(self) -> str:

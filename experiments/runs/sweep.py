@@ -133,8 +133,7 @@ class Sweep:
         with self.results.spending("resolving budgets"):
             if count := self.sweep_args.sample_count(model, samples, input_shape):
                 say(f"calibrating on {count:,} {samples.name}, without labels")
-            log_dir = self.output_dir if self.writes else None
-            self.results.rows = self.sweep_args.resolve(model, samples, input_shape, log_dir)
+            self.results.rows = self.sweep_args.resolve(model, samples, input_shape)
         self.results.frontier = model.config.merge_frontier
 
     def _evaluate(self, stage: str) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from cost_tome_perceiver import Merging
@@ -188,7 +187,6 @@ class SweepArguments:
         model: ToMePerceiverPreTrainedModel,
         samples: Samples,
         input_shape: tuple[int, ...],
-        log_dir: Path | None,
     ) -> list[Row]:
         """Return the rows: the unmerged model, then every r and budget in every way, then the frontier.
 
@@ -197,7 +195,6 @@ class SweepArguments:
                 any: the one that it came with, or the one that was measured for it here.
             samples: as for `MergeArguments.calibrate`.
             input_shape: of one input, (1, S) or (1, 3, height, width); a share of the FLOPs is for it.
-            log_dir: where a search keeps its log; `None`: nowhere.
 
         Raises:
             BadInput: for settings that the config does not take.
@@ -214,9 +211,7 @@ class SweepArguments:
             key = _frontier_key(arguments)
             if arguments.searches and key not in frontiers:
                 shares = self.flops_ratio if arguments.schedule == SEARCH else []
-                # Divergences of other attention are no part of the log.
-                log = log_dir if arguments.proportional_attention is None else None
-                arguments.calibrate(model, samples, count, input_shape, log, shares)
+                arguments.calibrate(model, samples, count, input_shape, shares)
                 frontiers[key] = config.merge_frontier
             config.merge_frontier = frontiers.get(key, carried)
 

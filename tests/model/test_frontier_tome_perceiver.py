@@ -261,23 +261,6 @@ def test_shares_that_are_asked_for_have_rows_of_their_own(calibrated):
     assert len(frontier.rows) == len(calibrated[1].rows) + 1
 
 
-def test_a_search_that_was_stopped_goes_on_from_its_log(calibrated, tmp_path, monkeypatch):
-    """Only if it is of the same samples and attention; held-out samples are measured anew."""
-    log, compared, compare = tmp_path / "calibration.json", [], frontier_module._Evaluator.compare
-    monkeypatch.setattr(frontier_module._Evaluator, "compare", lambda *each: compared.append(1) or compare(*each))
-
-    def calibrate(seed: int = 0, **changed):
-        compared.clear()
-        return tiny_model(HEAD, **changed).calibrate(batches(seed=seed), log_file=log), len(compared)
-
-    frontier, searched = calibrate()
-    again, ran = calibrate()
-    assert again == frontier == calibrated[1] and ran == len(frontier.rows) * 12 < searched
-    # The unmerged outputs are the same with and without proportional attention, and merged ones are not.
-    for other in ({"seed": 1}, {"proportional_attention": False}):
-        assert calibrate(**other)[1] > len(frontier.rows) * 12
-
-
 def test_states_that_are_dropped_at_any_time_change_nothing(calibrated, monkeypatch):
     monkeypatch.setattr(frontier_module, "KEPT_BYTES", 0)
     assert tiny_model(HEAD).calibrate(batches()) == calibrated[1]
