@@ -54,7 +54,7 @@ try:
     )
     from .layers_tome_perceiver import METRICS, MergePlan, call_layer, latent_bias, layer_matchers
     from .merging_tome_perceiver import check_merge_method
-    from .modeling_tome_perceiver import EncodedInputs, decode_encoded, padding_bias
+    from .modeling_tome_perceiver import ToMePerceiverModelOutput, call_with_base, padding_bias
 except ImportError:
     if __package__:
         raise
@@ -75,7 +75,7 @@ except ImportError:
     )
     from layers_tome_perceiver import METRICS, MergePlan, call_layer, latent_bias, layer_matchers
     from merging_tome_perceiver import check_merge_method
-    from modeling_tome_perceiver import EncodedInputs, decode_encoded, padding_bias
+    from modeling_tome_perceiver import ToMePerceiverModelOutput, call_with_base, padding_bias
 
 Batch = Mapping[str, Tensor]
 """Arguments of a model by name, B rows each."""
@@ -736,7 +736,7 @@ class _Chunk:
         positions: (B, P) positions that are compared where each has an output; `None` where each sample has one.
         tokens: (B,) tokens that are no padding; `None` without a mask.
         before: unmerged outputs, (B, P, K), set before candidates are compared.
-        preprocessed: inputs of the encoder, as `EncodedInputs` has them; `None` until they are needed.
+        preprocessed: as the base model's `preprocess` returns it; `None` until it is needed.
         read: latents that have read the inputs, and their sizes, by the groups that they start in.
     """
 
@@ -930,8 +930,14 @@ class _Evaluator:
     def _outputs(self, chunk: _Chunk, candidate: _Candidate) -> Tensor:
         """Return a candidate's outputs, (B, P or 1, K)."""
         latents, sizes = self._encode(chunk, self.plan(candidate))
-        encoded = EncodedInputs(self._preprocess(chunk), latents, sizes, chunk.positions)
-        logits = decode_encoded(self.model, encoded, chunk.inputs).get("logits")
+        preprocessed = self._preprocess(chunk)
+
+        def base(subsampled_output_points: dict[str, Tensor] | None = None, **_: Any) -> ToMePerceiverModelOutput:
+            decode = self.model.base_model.decode
+            logits, _attentions = decode(preprocessed, latents, sizes, subsampled_output_points, chunk.positions)
+            return ToMePerceiverModelOutput(logits=logits, last_hidden_state=latents)
+
+        logits = call_with_base(self.model, base, chunk.inputs).get("logits")
         if not isinstance(logits, Tensor):
             name = type(self.model).__name__
             raise ValueError(f"samples: {name} has no single tensor of logits to compare; use a budget without samples")

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
 from transformers.models.perceiver import modeling_perceiver as upstream
 from transformers.pytorch_utils import apply_chunking_to_forward
 
@@ -42,12 +41,15 @@ CACHED_SCORES = 2**21
 
 
 @dataclass
-class ToMePerceiverEncoderOutput(BaseModelOutputWithCrossAttentions):
-    """Upstream's encoder output with the sizes and sources of the latents.
+class ToMePerceiverModelOutput(upstream.PerceiverModelOutput):
+    """Upstream's model output with the sizes and sources of the latents.
 
     Args:
-        latent_sizes: (B, M) in float32 how many of the N latents each one left stands for, or `None` if none merged.
-        latent_sources: (B, M, N) of 0 and 1, if asked for.
+        latent_sizes: (B, M) in float32 how many of the N latents each one left stands for; the rows sum to N. An
+            encoder's are `None` if none merged.
+        latent_sources: (B, M, N) of 0 and 1, which of the N latents each one left stands for; returned when
+            `output_latent_sources=True`. It partitions the N latents and its row sums are the sizes (but for the
+            latents that a method drops).
     """
 
     latent_sizes: Tensor | None = None
@@ -246,7 +248,7 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
         output_hidden_states: bool = False,
         output_latent_sources: bool = False,
         plan: MergePlan | None = None,
-    ) -> ToMePerceiverEncoderOutput:
+    ) -> ToMePerceiverModelOutput:
         """
         Args:
             hidden_states: (B, N, C), the latents.
@@ -288,7 +290,7 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
             # As upstream: the state that ends a block stands twice, also as the one that starts the next.
             if output_hidden_states and (index + 1) % len(self.self_attends) == 0:
                 all_hidden_states.append(hidden_states)
-        return ToMePerceiverEncoderOutput(
+        return ToMePerceiverModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
@@ -387,11 +389,6 @@ class WeighedLatents(NamedTuple):
 
     latents: Tensor
     bias: Tensor | None
-
-
-def weigh_latents(config: ToMePerceiverConfig, latents: Tensor, sizes: Tensor | None) -> WeighedLatents:
-    """Return latents (B, M, C) of these sizes (B, M) for a decoder."""
-    return WeighedLatents(latents, latent_bias(config, sizes, latents.dtype))
 
 
 class ToMePerceiverBasicDecoder(upstream.PerceiverBasicDecoder):

@@ -17,10 +17,9 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial, wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +28,25 @@ from transformers.models.perceiver import modeling_perceiver as upstream
 # A checkpoint carries the files named here. As in the module of the layers, only its own copies may answer.
 try:
     from .configuration_tome_perceiver import ToMePerceiverConfig
-    from .layers_tome_perceiver import merge_plan, take_tome_classes, weigh_latents
+    from .layers_tome_perceiver import (
+        ToMePerceiverModelOutput,
+        WeighedLatents,
+        latent_bias,
+        merge_plan,
+        take_tome_classes,
+    )
     from .merging_tome_perceiver import check_merge_method
 except ImportError:
     if __package__:
         raise
     from configuration_tome_perceiver import ToMePerceiverConfig
-    from layers_tome_perceiver import merge_plan, take_tome_classes, weigh_latents
+    from layers_tome_perceiver import (
+        ToMePerceiverModelOutput,
+        WeighedLatents,
+        latent_bias,
+        merge_plan,
+        take_tome_classes,
+    )
     from merging_tome_perceiver import check_merge_method
 
 if TYPE_CHECKING:
@@ -47,21 +58,6 @@ COMPILED_GRAPHS = 256
 
 # What tokenizers and Trainer hand to any model, and a Perceiver has no use for.
 WITHOUT_EFFECT = ("token_type_ids", "special_tokens_mask", "num_items_in_batch")
-
-
-@dataclass
-class ToMePerceiverModelOutput(upstream.PerceiverModelOutput):
-    """Upstream's model output with the sizes and sources of the latents.
-
-    Args:
-        latent_sizes: (B, M) in float32 how many of the N latents each one left stands for; the rows sum to N.
-        latent_sources: (B, M, N) of 0 and 1, which of the N latents each one left stands for; returned when
-            `output_latent_sources=True`. It partitions the N latents and its row sums are the sizes (but for the
-            latents that a method drops).
-    """
-
-    latent_sizes: Tensor | None = None
-    latent_sources: Tensor | None = None
 
 
 class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
@@ -78,7 +74,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
     """
 
     config_class = ToMePerceiverConfig
-    auto_class = "AutoModel"
+    _auto_class = "AutoModel"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["ToMePerceiverLayer"]
@@ -108,7 +104,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         """Upstream's, with an `auto_map` for `AutoModel` and the head's own Auto class, whichever loaded the model."""
         code = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         named = getattr(self.config, "auto_map", None) or {}
-        self.config.auto_map = named | {"AutoModel": code, self.auto_class: code}
+        self.config.auto_map = named | {"AutoModel": code, self._auto_class: code}
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -285,21 +281,6 @@ def _import(name: str) -> Any:
     return import_module(f".{name}", __package__) if __package__ else import_module(name)
 
 
-class EncodedInputs(NamedTuple):
-    """Inputs after the encoder, which a call only has to decode.
-
-    Attributes:
-        preprocessed: (B, S, C'), the sizes of the modalities, and the inputs without positions.
-        latents, sizes: (B, M, C) and (B, M), or `None` for 1 each.
-        positions: (B, P) of the decoder's queries that are answered; `None` for all of them.
-    """
-
-    preprocessed: tuple[Tensor, Any, Any]
-    latents: Tensor
-    sizes: Tensor | None
-    positions: Tensor | None = None
-
-
 class _WithBase:
     """A view of a head for one call: it behaves as the head, but for the call of its base model.
 
@@ -318,15 +299,9 @@ class _WithBase:
         return self._call(**kwargs)
 
 
-def decode_encoded(head: nn.Module, encoded: EncodedInputs, inputs: Mapping[str, Tensor]) -> Any:
-    """Return a head's output for inputs that were encoded before."""
-
-    def decode(subsampled_output_points: dict[str, Tensor] | None = None, **_: Any) -> ToMePerceiverModelOutput:
-        logits, _attentions = head.base_model.decode(encoded, subsampled_output_points)
-        return ToMePerceiverModelOutput(logits=logits, last_hidden_state=encoded.latents)
-
-    upstream_forward = inspect.unwrap(type(head).forward)
-    return upstream_forward(_WithBase(head, decode), **inputs)
+def call_with_base(head: nn.Module, base: Callable[..., ToMePerceiverModelOutput], inputs: Mapping[str, Tensor]) -> Any:
+    """Return a head's output with `base` called in place of its base model."""
+    return inspect.unwrap(type(head).forward)(_WithBase(head, base), **inputs)
 
 
 def _merging_in_each_call(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -418,9 +393,9 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
             plan=merge_plan(config, r, flops_ratio),
         )
         latents, sizes = result.last_hidden_state, result.latent_sizes
-        encoded = EncodedInputs(preprocessed, latents, sizes)
-        logits, decoder_attentions = self.decode(encoded, subsampled_output_points, output_attentions)
-
+        logits, decoder_attentions = self.decode(
+            preprocessed, latents, sizes, subsampled_output_points, output_attentions=output_attentions
+        )
         if not return_dict:
             # Upstream's tuple: its heads, and whoever counts its places, know nothing of sizes.
             outputs = (logits, latents, result.hidden_states, result.attentions, result.cross_attentions)
@@ -436,17 +411,30 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
         )
 
     def decode(
-        self, encoded: EncodedInputs, output_points: dict[str, Tensor] | None, output_attentions: bool = False
+        self,
+        preprocessed: tuple[Tensor, Any, Any],
+        latents: Tensor,
+        sizes: Tensor | None,
+        output_points: dict[str, Tensor] | None = None,
+        positions: Tensor | None = None,
+        output_attentions: bool = False,
     ) -> tuple[Any, tuple]:
-        """Return the logits (`None` without a decoder) and the attention weights of the decoder."""
+        """Return the logits and the attention weights of the decoder, or `None` and `()` without one.
+
+        Args:
+            preprocessed: as `preprocess` returns it.
+            latents, sizes: (B, M, C) and (B, M), or `None` for 1 each.
+            output_points: for multimodal autoencoding, as upstream.
+            positions: (B, P) of the decoder's queries that are answered; `None` for all of them.
+        """
         if self.decoder is None:
             return None, ()
-        inputs, modality_sizes, inputs_without_pos = encoded.preprocessed
+        inputs, modality_sizes, inputs_without_pos = preprocessed
         query = self.decoder.decoder_query(inputs, modality_sizes, inputs_without_pos, subsampled_points=output_points)
-        if encoded.positions is not None:
-            query = query.gather(1, encoded.positions[..., None].expand(-1, -1, query.shape[-1]))
-        latents = weigh_latents(self.config, encoded.latents, encoded.sizes)
-        decoded = self.decoder(query, latents, output_attentions=output_attentions)
+        if positions is not None:
+            query = query.gather(1, positions[..., None].expand(-1, -1, query.shape[-1]))
+        weighed = WeighedLatents(latents, latent_bias(self.config, sizes, latents.dtype))
+        decoded = self.decoder(query, weighed, output_attentions=output_attentions)
         logits = decoded.logits
         if self.output_postprocessor is not None:
             if output_points is not None:
@@ -495,7 +483,7 @@ def padding_bias(attention_mask: Tensor, inputs: Tensor) -> Tensor:
 class ToMePerceiverForSequenceClassification(ToMePerceiverPreTrainedModel, upstream.PerceiverForSequenceClassification):
     """Upstream's text classification. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
-    auto_class = "AutoModelForSequenceClassification"
+    _auto_class = "AutoModelForSequenceClassification"
     forward = _merging_in_each_call(upstream.PerceiverForSequenceClassification.forward)
 
 
@@ -516,7 +504,7 @@ def _forward_naming_labels(self: Any, *args: Any, labels: Tensor | None = None, 
 class ToMePerceiverForMaskedLM(ToMePerceiverPreTrainedModel, upstream.PerceiverForMaskedLM):
     """Upstream's masked language model. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
-    auto_class = "AutoModelForMaskedLM"
+    _auto_class = "AutoModelForMaskedLM"
     forward = _merging_in_each_call(_forward_naming_labels)
 
     def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -536,7 +524,7 @@ class ToMePerceiverForImageClassificationLearned(
 ):
     """Upstream's image classification with learned positions. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
-    auto_class = "AutoModelForImageClassification"
+    _auto_class = "AutoModelForImageClassification"
     forward = _merging_in_each_call(upstream.PerceiverForImageClassificationLearned.forward)
 
 
@@ -545,7 +533,7 @@ class ToMePerceiverForImageClassificationFourier(
 ):
     """Upstream's image classification with Fourier positions. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
-    auto_class = "AutoModelForImageClassification"
+    _auto_class = "AutoModelForImageClassification"
     forward = _merging_in_each_call(upstream.PerceiverForImageClassificationFourier.forward)
 
 
@@ -554,7 +542,7 @@ class ToMePerceiverForImageClassificationConvProcessing(
 ):
     """Upstream's image classification with a convolution first. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
-    auto_class = "AutoModelForImageClassification"
+    _auto_class = "AutoModelForImageClassification"
     forward = _merging_in_each_call(upstream.PerceiverForImageClassificationConvProcessing.forward)
 
 
@@ -568,16 +556,3 @@ class ToMePerceiverForMultimodalAutoencoding(ToMePerceiverPreTrainedModel, upstr
     """Upstream's multimodal autoencoding. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
     forward = _merging_in_each_call(upstream.PerceiverForMultimodalAutoencoding.forward)
-
-
-for _model_class in (
-    ToMePerceiverModel,
-    ToMePerceiverForSequenceClassification,
-    ToMePerceiverForMaskedLM,
-    ToMePerceiverForImageClassificationLearned,
-    ToMePerceiverForImageClassificationFourier,
-    ToMePerceiverForImageClassificationConvProcessing,
-    ToMePerceiverForOpticalFlow,
-    ToMePerceiverForMultimodalAutoencoding,
-):
-    _model_class.register_for_auto_class(_model_class.auto_class)
