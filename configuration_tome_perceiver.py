@@ -125,21 +125,16 @@ class ToMePerceiverConfig(PerceiverConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Upstream's, with this class's `model_type` in place of a stock Perceiver's, which upstream would warn of.
-
-        Raises:
-            ValueError: if `model_type` is another architecture's.
-        """
+        """Upstream's, with this class's `model_type` in place of a stock Perceiver's, which upstream would warn of."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return _check_as_written(config_dict), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """Upstream's, with a check that the checkpoint is a Perceiver's and of what `kwargs` change.
+        """Upstream's, with a check of the checkpoint's architecture and of the fields that `kwargs` change.
 
         Raises:
-            ValueError: if `model_type` is another architecture's, for a field out of its range, or for a name in
-                `kwargs` that is nearly one of the merging fields'.
+            ValueError: for another architecture, a field out of its range, or a misspelt merging field in `kwargs`.
         """
         _refuse_misspelt(kwargs)
         loaded = super().from_dict(_check_as_written(config_dict), **kwargs)
@@ -148,11 +143,7 @@ class ToMePerceiverConfig(PerceiverConfig):
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Upstream's, after a check of fields that were set one by one since.
-
-        Raises:
-            ValueError: for a merging field out of its range; nothing is written.
-        """
+        """Upstream's, after a check of fields that were set one by one; nothing is written if one is out of range."""
         self.check_merging()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -164,45 +155,34 @@ class ToMePerceiverConfig(PerceiverConfig):
     @property
     def latents_at_start(self) -> int:
         """Number of latents that read the inputs: N, or the number of `latent_groups`."""
-        if self.latent_groups is None:
-            return self.num_latents
-        # A field set after the last check: groups of another length would leave out latents.
-        if len(self.latent_groups) != self.num_latents:
-            self.check_merging()
-        return max(self.latent_groups) + 1
+        return self.num_latents if self.latent_groups is None else max(self.latent_groups) + 1
 
     @property
     def merge_schedule(self) -> list[int]:
         """Latents removed in each of the L layers, after the caps.
 
         Raises:
-            ValueError: if `r` or `merge_groups` does not fit the layers.
+            ValueError: for a merging field that was set to a value out of its range.
         """
+        # Groups of another length would merge other latents.
+        self.check_settings()
         left = self.latents_at_start
         if self.merge_groups is None:
-            return self._schedule(self.r, self.r_inflection, left)
-        if self.r != 0 or len(self.merge_groups) != self.num_self_attention_layers:
-            self.check_merging()
+            return self.schedule_of(self.r, self.r_inflection, left)
         removed = []
         for groups in self.merge_groups:
-            # As above: groups of another length would merge other latents.
-            if groups is not None and len(groups) != left:
-                self.check_merging()
             removed.append(0 if groups is None else left - max(groups) - 1)
             left -= removed[-1]
         return removed
 
-    def schedule_of(self, r: int | list[int]) -> list[int]:
-        """Return the `merge_schedule` with `r` in place of this config's r, inflection and groups.
+    def schedule_of(self, r: int | list[int], inflection: float = 0.0, latents: int | None = None) -> list[int]:
+        """Return the `merge_schedule` of an `r` in place of this config's merging, by default from all N latents.
 
         Raises:
             ValueError: in one line naming the value and what it must be.
         """
-        return self._schedule(r, 0.0, self.num_latents)
-
-    def _schedule(self, r: int | list[int], inflection: float, left: int) -> list[int]:
         _check_r(r, inflection, self.num_self_attention_layers)
-        removed = []
+        left, removed = self.num_latents if latents is None else latents, []
         for requested in _spread_r(r, inflection, self.num_self_attention_layers):
             removed.append(max(0, min(requested, left // 2, left - self.min_latents)))
             left -= removed[-1]
@@ -239,37 +219,18 @@ class ToMePerceiverConfig(PerceiverConfig):
         return min(within, key=lambda row: (row["divergence"] or 0.0, -row["flops_ratio"]))
 
     def check_merging(self) -> None:
-        """Check the shape, and the merging fields against each other and against the layers.
+        """Check the shape, the merging fields and the frontier.
 
         Raises:
             ValueError: in one line naming the field, the value and what it must be.
         """
         _check_shape(self)
         self.check_settings()
-        _check_r(self.r, self.r_inflection, self.num_self_attention_layers)
-        left = self.num_latents
-        if self.latent_groups is not None:
-            left = _check_groups("latent_groups", self.latent_groups, left, self.min_latents)
-        if self.merge_groups is not None:
-            layers = self.num_self_attention_layers
-            if self.r != 0:
-                raise ValueError(f"merge_groups: r must be 0, not {self.r!r}; to merge by r, set merge_groups to None")
-            if not isinstance(self.merge_groups, (list, tuple)) or len(self.merge_groups) != layers:
-                raise ValueError(
-                    f"merge_groups: {_summary(self.merge_groups)}; must be a list of {layers} entries, one a layer"
-                )
-            for layer, groups in enumerate(self.merge_groups):
-                if groups is not None:
-                    left = _check_groups(f"merge_groups[{layer}]", groups, left, self.min_latents)
         if self.merge_frontier is not None:
             _check_frontier(self)
 
     def check_settings(self) -> None:
-        """Check the merging fields that every layer follows, whatever its r.
-
-        Raises:
-            ValueError: in one line naming the field, the value and what it must be.
-        """
+        """Check the merging fields, against each other and against the layers; raises as `check_merging` does."""
         if not _is_integer(self.min_latents, 1, self.num_latents):
             raise _refusal("min_latents", self.min_latents, f"an integer from 1 to num_latents={self.num_latents}")
         if not isinstance(self.proportional_attention, bool):
@@ -278,6 +239,21 @@ class ToMePerceiverConfig(PerceiverConfig):
             raise _refusal("merge_method", self.merge_method, "the name of a merging method")
         if self.merge_metric not in MERGE_METRICS:
             raise ValueError(f"merge_metric={self.merge_metric!r}: choose from {', '.join(MERGE_METRICS)}")
+        layers, left = self.num_self_attention_layers, self.num_latents
+        _check_r(self.r, self.r_inflection, layers)
+        if self.latent_groups is not None:
+            left = _check_groups("latent_groups", self.latent_groups, left, self.min_latents)
+        if self.merge_groups is None:
+            return
+        if self.r != 0:
+            raise ValueError(f"merge_groups: r must be 0, not {self.r!r}; to merge by r, set merge_groups to None")
+        if not isinstance(self.merge_groups, (list, tuple)) or len(self.merge_groups) != layers:
+            raise ValueError(
+                f"merge_groups: {_summary(self.merge_groups)}; must be a list of {layers} entries, one a layer"
+            )
+        for layer, groups in enumerate(self.merge_groups):
+            if groups is not None:
+                left = _check_groups(f"merge_groups[{layer}]", groups, left, self.min_latents)
 
     def check_labels(self) -> None:
         """Check that `label2id` and `id2label` say the same of a classifier's outputs.

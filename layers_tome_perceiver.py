@@ -265,7 +265,6 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
         for name, built in (("num_self_attends_per_block", len(self.self_attends)), ("num_latents", num_latents)):
             if getattr(self.config, name) != built:
                 raise ValueError(f"{name}={getattr(self.config, name)}: must be {built}, as the model was built")
-        self.config.check_settings()
         plan = merge_plan(self.config) if plan is None else plan
         all_hidden_states, all_attentions = [], []
         sources = None
@@ -346,10 +345,10 @@ def merge_plan(
         raise ValueError(f"r={r}, flops_ratio={flops_ratio}: use one of them")
     if flops_ratio is not None:
         config = config.merged_as(config.frontier_row(flops_ratio))
-    method, metric = config.merge_method, config.merge_metric
+    schedule, method, metric = config.merge_schedule, config.merge_method, config.merge_metric
     if r is not None:
         return MergePlan(config.schedule_of(r), None, None, method, metric)
-    return MergePlan(config.merge_schedule, config.merge_groups, config.latent_groups, method, metric)
+    return MergePlan(schedule, config.merge_groups, config.latent_groups, method, metric)
 
 
 def layer_matchers(plan: MergePlan, device: torch.device) -> list[MatchLatents | None]:
