@@ -322,19 +322,14 @@ def choose(
         if budget == "flops_ratio":
             options["flops_ratios"] = [*options.get("flops_ratios", ()), limit]
         frontier = calibrate(model, batches, **options)
-        out_of_time = frontier.searched + frontier.held_out < sum(map(_rows, batches))
-    else:
-        out_of_time = False
-        if budget != "max_changed" and not frontier.is_of(model):
-            warnings.warn(
-                "the frontier was measured on other weights; call model.calibrate(samples) again", stacklevel=3
-            )
+    elif budget != "max_changed" and not frontier.is_of(model):
+        warnings.warn("the frontier was measured on other weights; call model.calibrate(samples) again", stacklevel=3)
     if budget == "flops_ratio":
         # The row that `model(..., flops_ratio=...)` takes.
         row = model.config.frontier_row(limit)
         return Choice(frontier.rows[model.config.merge_frontier["rows"].index(row)], num_blocks, frontier)
     if budget == "max_changed":
-        return Choice(_promised(model, frontier, limit, out_of_time), num_blocks, frontier)
+        return Choice(_promised(model, frontier, limit), num_blocks, frontier)
     return Choice(_fast_enough(model, frontier.rows, limit, batches), num_blocks, frontier)
 
 
@@ -365,7 +360,7 @@ def _choose_schedule(
     return _fast_enough(model, rows, limit, batches)
 
 
-def _promised(model: Any, frontier: Frontier, max_changed: float, out_of_time: bool) -> FrontierRow:
+def _promised(model: Any, frontier: Frontier, max_changed: float) -> FrontierRow:
     """Return the cheapest row that changes at most a share of the answers, at 95 % confidence.
 
     The rows are tested from the mildest on, and the first that fails ends the tests, so that their number needs no
@@ -378,10 +373,10 @@ def _promised(model: Any, frontier: Frontier, max_changed: float, out_of_time: b
         raise ValueError("max_changed: the frontier was measured on other weights; call model.calibrate(samples) again")
     needed = held_out_to_promise(max_changed)
     if frontier.held_out < needed:
-        why = f"max_changed={max_changed}: {frontier.held_out} held-out samples cannot promise it at 95 % confidence"
-        if out_of_time:
-            raise ValueError(f"{why}, and time ran out before the others were measured; give more seconds")
-        raise ValueError(f"{why}; calibrate on {math.ceil(needed * 4 / 3) + ROWS} samples or more")
+        raise ValueError(
+            f"max_changed={max_changed}: {frontier.held_out} held-out samples cannot promise it at 95 % confidence; "
+            f"calibrate on {math.ceil(needed * 4 / 3) + ROWS} samples or more, with seconds enough to measure them"
+        )
     passed = None
     for row in frontier.rows:
         if row.changed_bound is None or row.changed_bound > max_changed:

@@ -258,9 +258,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
     def compile_repeated_blocks(self, **kwargs: Any) -> None:
         """Compile the self-attention layers, in place: one graph serves all of them, with any number of latents.
 
-        Where `model.compile()` makes a graph of all layers with their shapes, and a new one for another r, this makes
-        one for each kind of layer that it meets: a first merge, later ones, none, one latent left. Names of parameters,
-        saving and loading stay as they are.
+        `model.compile()` makes a new graph for another r. Names of parameters, saving and loading stay as they are.
 
         Args:
             kwargs: of `torch.compile`; by default `dynamic=True`. With `dynamic=False` every number of latents is

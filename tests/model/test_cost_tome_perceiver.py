@@ -147,14 +147,6 @@ def test_cost_is_linear_in_the_batch(architecture):
     assert shares[0] == pytest.approx(shares[1], rel=1e-12) and shares[0] < 1
 
 
-def test_fixed_groups_cost_what_matching_to_the_same_number_does_without_the_matching():
-    matched = forward_cost(ToMePerceiverConfig(**SMALL, r=[4, 0, 0]), (1, 7), TEXT_CLASSIFIER)
-    groups = [[0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6], None, None]
-    fixed = forward_cost(ToMePerceiverConfig(**SMALL, merge_groups=groups), (1, 7), TEXT_CLASSIFIER)
-    assert fixed.total == matched.total
-    assert sum(fixed.matching) == 0 < sum(matched.matching)
-
-
 @pytest.mark.parametrize("architectures", [["PerceiverForMaskedLM"], ["ToMePerceiverForMaskedLM"]])
 def test_architecture_is_read_from_the_config_under_either_name(architectures):
     config = ToMePerceiverConfig(**SMALL, architectures=architectures)

@@ -122,17 +122,6 @@ def test_kept_and_merged_partition_the_latents(drawn):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("num_latents", [2, 3, 9, 24, 25])
-def test_half_of_the_latents_can_merge_even_of_an_odd_number(method, num_latents):
-    r = num_latents // 2
-    match = match_by(method, randn(2, num_latents, 5, seed=1), r)
-    latents, sizes = merging.merge_latents(randn(2, num_latents, 3, seed=2), None, match)
-    assert latents.shape == (2, num_latents - r, 3)
-    assert sizes.shape == (2, num_latents - r)
-    assert latents.isfinite().all()
-
-
-@pytest.mark.parametrize("method", METHODS)
 @given(drawn=matches(["random"], batch=4, channels=2))
 def test_a_row_is_matched_alone_as_in_a_batch(method, drawn):
     metric, r, sizes, depth = drawn.metric, drawn.r, drawn.sizes, drawn.depth
@@ -268,17 +257,6 @@ def test_random_is_the_same_for_every_row_and_every_metric():
     assert edges(match, 0) == edges(other, 0)
 
 
-@given(seed=st.integers(0, 2**31), num_latents=st.integers(2, 8), channels=st.integers(2, 4), data=st.data())
-def test_k_center_is_within_twice_the_best_radius(seed, num_latents, channels, data):
-    """Gonzalez' bound: the largest distance to a target, against every choice of as many latents."""
-    r = data.draw(st.integers(1, num_latents - 1))
-    metric = randn(1, num_latents, channels, seed=seed)
-    distance = np.sqrt(np.maximum(2 - 2 * cosines(metric[0]), 0))
-    choices = itertools.combinations(range(num_latents), num_latents - r)
-    best = min(distance[:, list(choice)].min(axis=1).max() for choice in choices)
-    assert max(distance[edge] for edge in edges(merging.match_k_center(metric, r), 0).items()) <= 2 * best + 1e-7
-
-
 # Fixed groups
 
 
@@ -295,12 +273,6 @@ def test_groups_against_a_plain_reference(groups):
         position: groups[position] for position in others
     }
     assert match.merged.dtype == match.into.dtype == match.kept.dtype == torch.int64
-    latents = randn(3, len(groups), 4, seed=len(groups))
-    merged, sizes = merging.merge_latents(latents, None, match)
-    for number in range(len(numbers)):
-        members = [position for position in range(len(groups)) if groups[position] == number]
-        torch.testing.assert_close(merged[:, number], latents[:, members].mean(dim=1), rtol=1e-12, atol=1e-12)
-        assert (sizes[:, number] == len(members)).all()
 
 
 # The registry

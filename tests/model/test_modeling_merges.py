@@ -11,7 +11,6 @@ import configuration_tome_perceiver as configuration
 import merging_tome_perceiver as merging
 from tests.support.tiny_merges import (
     DUPLICATES,
-    GROUPS,
     MERGES_AND_PRUNE,
     R_LIST,
     assert_same,
@@ -50,27 +49,11 @@ def test_sizes_and_sources_account_for_every_latent_that_is_not_dropped(head, me
     assert (len(base.latent_sizes.unique()) > 1) == (merge != "prune")
 
 
-@every_head
-def test_no_merge_leaves_sizes_of_one(head):
-    base = run(tiny_model(head), tiny_inputs(head)).base
-    assert torch.equal(base.latent_sizes, torch.ones(2, NUM_LATENTS))
-    assert torch.equal(base.latent_sources, torch.eye(NUM_LATENTS).expand(2, -1, -1))
-
-
 def test_sources_are_returned_only_when_asked_for():
     model, inputs = tiny_model("Model", r=1), tiny_inputs("Model")
     with torch.no_grad():
         assert model(**inputs).latent_sources is None
         assert model(**inputs, output_latent_sources=True).latent_sources.shape == (2, 6, 12)
-
-
-def test_groups_merge_what_they_say():
-    sources = run(tiny_model("Model", merge_groups=GROUPS), tiny_inputs("Model")).base.latent_sources
-    first, second = GROUPS[1], GROUPS[3]
-    expected = torch.zeros(4, NUM_LATENTS)
-    for latent in range(NUM_LATENTS):
-        expected[second[first[latent]], latent] = 1
-    assert torch.equal(sources, expected.expand(2, -1, -1))
 
 
 @every_attention

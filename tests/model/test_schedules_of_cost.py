@@ -25,8 +25,6 @@ from cost_tome_perceiver import (
     weakest,
     whole_schedule,
 )
-from layers_tome_perceiver import METRICS
-from merging_tome_perceiver import MATCHING_FLOPS
 from tests.support.tiny_models import tiny_config, tiny_model
 
 TEXT = "ToMePerceiverForSequenceClassification"
@@ -95,11 +93,6 @@ def test_the_checkpoints_own_merging_does_not_count():
     assert schedule_for_flops(merging, 0.5, "floor") == schedule_for_flops(PUBLISHED, 0.5, "floor")
 
 
-@pytest.mark.parametrize(("ratio", "name"), [(0.01, "floor"), (0.2, "staged"), (0.1, SKIP_BLOCKS)])
-def test_what_cannot_be_kept_to_has_no_member(ratio, name):
-    assert schedule_for_flops(PUBLISHED, ratio, name) is None
-
-
 def test_min_latents_are_always_left():
     config = type(PUBLISHED).from_dict(PUBLISHED.to_dict() | {"min_latents": 100})
     r = schedule_for_flops(config, 0.6, "geometric")
@@ -157,18 +150,3 @@ def test_modes_and_merging_are_restored_also_after_an_error():
         assert model.r == 0 and not model.training and not torch.is_grad_enabled()
         raise RuntimeError
     assert model.r == 2 and [module.training for module in model.modules()] == modes
-
-
-@given(
-    r=st.lists(st.integers(0, 6), min_size=6, max_size=6),
-    method=st.sampled_from(sorted(MATCHING_FLOPS)),
-    metric=st.sampled_from(sorted(METRICS)),
-    num_blocks=st.integers(1, 2),
-)
-def test_a_share_is_what_the_forward_cost_says(r, method, metric, num_blocks):
-    config = tiny_config()
-    merging = replace(Merging.of(config), r=r[: 3 * num_blocks], merge_method=method, merge_metric=metric)
-    merging = replace(merging, num_blocks=num_blocks)
-    counted = [forward_cost(each.asked_of(config), (1, 9), TEXT) for each in (merging, Merging.none(config))]
-    share = counted[0].total_with_matching / counted[1].total_with_matching
-    assert FlopsShare(config, (1, 9), TEXT)(merging) == pytest.approx(share, rel=1e-12)
