@@ -181,6 +181,8 @@ def _no_access_line(error: BaseException) -> str | None:
 
 def _causes(error: BaseException | None, context: bool = False) -> Iterator[BaseException]:
     """Yield an error and the errors it came from; with `context` also the ones being handled when it was raised."""
-    while error is not None:
+    seen: set[int] = set()  # libraries may raise errors whose causes form a cycle
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         yield error
         error = error.__cause__ or (error.__context__ if context else None)

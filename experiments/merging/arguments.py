@@ -108,12 +108,40 @@ class MergeArguments:
     def __post_init__(self) -> None:
         if self.r is not None:
             self.r = spelled_r(self.r)
-        check_merging(**vars(self))
-        check_schedule(self.schedule, self.has_budget)
-        check_groups([self.merge_method], self.has_budget and self.schedule == SEARCH)
+            parse_r(self.r)
+        self._check_values()
         if len(given := self._given) > 1:
             raise BadInput(f"{given[1]}: use one of --{', --'.join(AMOUNTS)}; {given[0]} is given")
-        check_samples(self.calibration_samples, self.searches)
+        budgets = f"a budget (--{', --'.join(BUDGETS)})"
+        if self.schedule != SEARCH and not self.has_budget:
+            raise BadInput(f"--schedule {self.schedule}: needs {budgets}")
+        if self.merge_method == GROUPS and not (self.has_budget and self.schedule == SEARCH):
+            raise BadInput(
+                f"--merge_method {GROUPS}: needs {budgets} and --schedule {SEARCH}, which finds them; leave out --r and "
+                "other schedules"
+            )
+        if self.calibration_samples is not None and not self.searches:
+            raise BadInput(
+                f"--calibration_samples {self.calibration_samples}: has no effect without {budgets} and --schedule "
+                f"{SEARCH}"
+            )
+
+    def _check_values(self) -> None:
+        """Check each argument by itself."""
+        known = {
+            "schedule": SCHEDULE_NAMES, "merge_method": (*MERGE_METHODS, GROUPS), "merge_metric": MERGE_METRICS
+        }  # fmt: skip
+        for name, value in vars(self).items():
+            if value is None:
+                continue
+            if name in BUDGETS and not 0 < value <= 1:
+                raise BadInput(f"--{name} {value}: must be a number above 0, up to 1")
+            if name == "r_inflection" and not -1 <= value <= 1:
+                raise BadInput(f"--{name} {value}: must be a number from -1 to 1")
+            if name in ("min_latents", "calibration_samples") and value < 1:
+                raise BadInput(f"--{name} {value}: must be 1 or more")
+            if name in known and value not in known[name]:
+                raise BadInput(f"--{name} {value}: choose from {', '.join(sorted(known[name]))}")
 
     @property
     def _given(self) -> list[str]:
@@ -292,58 +320,6 @@ def apply_fields(config: ToMePerceiverConfig, fields: dict[str, Any]) -> None:
     """
     with naming_arguments():
         replace(Merging.of(config), **fields).apply(config)
-
-
-def check_schedule(name: str, has_budget: bool) -> None:
-    """Check the name of a schedule, and that it has a budget to spread."""
-    if name not in SCHEDULE_NAMES:
-        raise BadInput(f"--schedule {name}: choose from {', '.join(sorted(SCHEDULE_NAMES))}")
-    if name != SEARCH and not has_budget:
-        raise BadInput(f"--schedule {name}: needs a budget, --{', --'.join(BUDGETS)}")
-
-
-def check_samples(count: int | None, searches: bool) -> None:
-    """Check `--calibration_samples`: a positive number, for a search."""
-    if count is not None and count < 1:
-        raise BadInput(f"--calibration_samples {count}: must be 1 or more")
-    if count is not None and not searches:
-        raise BadInput(
-            f"--calibration_samples {count}: has no effect without a budget (--{', --'.join(BUDGETS)}) and --schedule "
-            f"{SEARCH}"
-        )
-
-
-def check_groups(methods: Sequence[str | None], searches: bool) -> None:
-    """Check that fixed groups are asked for only where a search finds them."""
-    if GROUPS in methods and not searches:
-        raise BadInput(
-            f"--merge_method {GROUPS}: needs a budget (--{', --'.join(BUDGETS)}) and --schedule {SEARCH}, which finds "
-            "them; leave out --r and other schedules"
-        )
-
-
-def check_merging(**given: Any) -> None:
-    """Check merging arguments as far as they can be without a model.
-
-    Args:
-        given: value of each argument by its name, `None` if it is not given; other names are not checked.
-
-    Raises:
-        BadInput: for a value that fits no model.
-    """
-    given = {name: value for name, value in given.items() if value is not None}
-    if "r" in given:
-        parse_r(given["r"])
-    known = {"merge_method": (*MERGE_METHODS, GROUPS), "merge_metric": MERGE_METRICS}
-    for name, value in given.items():
-        if name in BUDGETS and not 0 < value <= 1:
-            raise BadInput(f"--{name} {value}: must be a number above 0, up to 1")
-        if name == "r_inflection" and not -1 <= value <= 1:
-            raise BadInput(f"--{name} {value}: must be a number from -1 to 1")
-        if name == "min_latents" and value < 1:
-            raise BadInput(f"--{name} {value}: must be 1 or more")
-        if name in known and value not in known[name]:
-            raise BadInput(f"--{name} {value}: choose from {', '.join(sorted(known[name]))}")
 
 
 def spelled_r(r: object) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,10 +20,6 @@ from experiments.merging.arguments import (
     MergeArguments,
     Samples,
     apply_fields,
-    check_groups,
-    check_merging,
-    check_samples,
-    check_schedule,
     spelled_r,
 )
 from experiments.runs.sweep_report import Row
@@ -116,7 +112,6 @@ class SweepArguments:
         for name, smallest in (("timing_rounds", 0), ("timing_batch_size", 1)):
             if not smallest <= getattr(self, name) <= MOST:
                 raise BadInput(f"--{name} {getattr(self, name)}: must be an integer from {smallest} to {MOST}")
-        budgets = any(getattr(self, name) for name in BUDGETS)
         self.proportional_attention = [str(value).lower() for value in self.proportional_attention]
         for value in self.proportional_attention:
             if value not in BOOLEANS:
@@ -124,22 +119,28 @@ class SweepArguments:
         self.r = [spelled_r(r) for r in self.r]
         for name in (*AMOUNTS, "schedule", *WAYS):
             values = getattr(self, name)
-            for value in values:
-                check_merging(**{name: value})
             if repeated := {value for value in values if values.count(value) > 1}:
                 raise BadInput(f"--{name} {min(repeated)}: is given twice; give each once")
-        check_merging(r_inflection=self.r_inflection, min_latents=self.min_latents)
-        for name in self.schedule:
-            check_schedule(name, budgets)
-        only_searches = self.schedule == [SEARCH] and set(self.r) <= {"0"}
-        check_groups(self.merge_method, self.searches and only_searches)
-        check_samples(self.calibration_samples, self.searches)
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Make the arguments of every row, which check themselves, and of what is given and in no row."""
+        for schedule in [] if self._has_budget else self.schedule:
+            MergeArguments(schedule=schedule)
+        samples = self.calibration_samples
+        shared = self._for_frontier if self.searches else MergeArguments(calibration_samples=samples)
+        for way in self._ways():
+            replace(shared, r_inflection=self.r_inflection, **way)
+        list(self._rows())
 
     @property
     def searches(self) -> bool:
         """Whether a frontier may be measured on samples."""
-        budgets = any(getattr(self, name) for name in BUDGETS)
-        return self.frontier or bool(self.max_changed) or SEARCH in self.schedule and budgets
+        return self.frontier or bool(self.max_changed) or SEARCH in self.schedule and self._has_budget
+
+    @property
+    def _has_budget(self) -> bool:
+        return any(getattr(self, name) for name in BUDGETS)
 
     @property
     def most_samples(self) -> int:
@@ -165,15 +166,20 @@ class SweepArguments:
         """Arguments that measure the checkpoint's own frontier; every row counts, the budget has no effect."""
         return MergeArguments(flops_ratio=1.0, calibration_samples=self.calibration_samples)
 
-    def _rows(self) -> Iterator[_Asked]:
-        """Yield a row for every r and every budget with every schedule, in every way to merge."""
+    def _ways(self) -> Iterator[dict[str, Any]]:
+        """Yield the arguments that say how latents merge, each combination of those that are given."""
         attention = [BOOLEANS[value] for value in self.proportional_attention]
         given: tuple[list[Any], ...] = (self.merge_method, self.merge_metric, attention)
         for values in product(*(values or [None] for values in given)):
-            way: dict[str, Any] = dict(zip(WAYS, values, strict=True)) | {"min_latents": self.min_latents}
-            # Fixed groups take no r.
-            for r in self.r if way["merge_method"] != GROUPS else ():
-                yield _Asked(f"r={r}", "r", MergeArguments(r=r, r_inflection=self.r_inflection, **way))
+            yield dict(zip(WAYS, values, strict=True)) | {"min_latents": self.min_latents}
+
+    def _rows(self) -> Iterator[_Asked]:
+        """Yield a row for every r and every budget with every schedule, in every way to merge."""
+        for way in self._ways():
+            for r in self.r:
+                # Fixed groups take no r; 0 stands for the unmerged model, which is always a row.
+                if r != "0" or way["merge_method"] != GROUPS:
+                    yield _Asked(f"r={r}", "r", MergeArguments(r=r, r_inflection=self.r_inflection, **way))
             for schedule, budget in product(self.schedule, BUDGETS):
                 for ratio in getattr(self, budget):
                     searches = schedule == SEARCH or budget == "max_changed"
