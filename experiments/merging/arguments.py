@@ -117,8 +117,8 @@ class MergeArguments:
             raise BadInput(f"--schedule {self.schedule}: needs {budgets}")
         if self.merge_method == GROUPS and not (self.has_budget and self.schedule == SEARCH):
             raise BadInput(
-                f"--merge_method {GROUPS}: needs {budgets} and --schedule {SEARCH}, which finds them; leave out --r and "
-                "other schedules"
+                f"--merge_method {GROUPS}: needs {budgets} and --schedule {SEARCH}, which finds them; leave out --r "
+                "and other schedules"
             )
         if self.calibration_samples is not None and not self.searches:
             raise BadInput(

@@ -74,11 +74,8 @@ def open_image(stored: dict[str, Any] | None, where: str) -> Iterator[Image.Imag
 def read_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
     """Return an image as RGB, the same pixels that a checkpoint's pipeline makes of its file.
 
-    Args:
-        stored, where: as for `open_image`.
-
     Raises:
-        BadInput: also for a file that is cut, and for transparency.
+        BadInput: as `open_image`, and for a file that is cut, or transparency.
     """
     with open_image(stored, where) as image:
         if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
@@ -92,9 +89,7 @@ def read_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
 def check_headers(datasets: Iterable[Dataset], argument: str) -> None:
     """Open the first images of each dataset, and warn of those that have more frames than the one that is used.
 
-    Args:
-        datasets: with the columns `image`, as it is stored, and `row`.
-        argument: that chose the data, with its value.
+    The datasets have the columns `image`, as it is stored, and `row`.
 
     Raises:
         BadInput: naming the first that `open_image` refuses.
@@ -112,8 +107,7 @@ def check_headers(datasets: Iterable[Dataset], argument: str) -> None:
 def check_files(dataset: Dataset) -> None:
     """Check that images which are files of their own are there.
 
-    Args:
-        dataset: as it was read, neither selected from nor shuffled, with the images in the column `image`.
+    The dataset is as it was read, neither selected from nor shuffled.
 
     Raises:
         BadInput: naming the first that is not.
@@ -151,12 +145,6 @@ def read_image_folder(
     Images are in the order of their paths, character by character. With them comes a line on the files that are left
     out, if any are. A folder with a metadata file is read as `datasets` reads it, with the columns of that file.
 
-    Args:
-        argument: that names the folder, with its value.
-        folder: its path.
-        unlabelled: whether images may lie in it directly.
-        download: `cache_dir` and `token` for `datasets.load_dataset`.
-
     Raises:
         BadInput: for no images, images elsewhere, a class without images, or a name that is not UTF-8.
     """
@@ -192,11 +180,7 @@ def read_image_folder(
 def left_out_of_dataset(argument: str, folder: str, splits: Iterable[Dataset], labels: list[str]) -> list[str]:
     """Return a line on the files of a local dataset that it leaves out, if it has image files and leaves out any.
 
-    Args:
-        argument: that names the folder, with its value.
-        folder: its path.
-        splits: all splits, with the images in the column `image`, as they are stored.
-        labels: names of the classes.
+    The images of the splits are as they are stored.
 
     Raises:
         BadInput: for a folder of a class of which nothing is read.

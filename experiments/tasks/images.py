@@ -48,7 +48,7 @@ from experiments.tasks.image_files import (
     relative_names,
 )
 from experiments.tasks.labels import LABEL, has_labels, label_ids, label_names, listed, spelling, with_labels
-from experiments.tasks.reading import read_dataset
+from experiments.tasks.reading import kind_of, read_dataset
 from experiments.tasks.redrawn_examples import RedrawnExamples
 from experiments.tasks.scores import classes
 
@@ -138,7 +138,6 @@ class ImageTask(Task):
     """Images as they are stored, in the column `image`, and a class for each, in the column `label`.
 
     Attributes:
-        augmentation: of training images.
         file_names: as in `PreparedTask`.
     """
 
@@ -162,15 +161,9 @@ class ImageTask(Task):
     def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
         """Return the image processor; with no name, one that resizes to `config.image_size` and scales to [-1, 1]."""
         if name is None:
-            side = config.image_size
-            if side < 1:
-                raise BadInput(f"--config_name, --config_overrides: image_size={side}; must be an integer of 1 or more")
-            processor = PerceiverImageProcessorPil(
-                do_center_crop=False,
-                size={"height": side, "width": side},
-                image_mean=[0.5, 0.5, 0.5],
-                image_std=[0.5, 0.5, 0.5],
-            )
+            size = {"height": config.image_size, "width": config.image_size}
+            halves = [0.5, 0.5, 0.5]
+            processor = PerceiverImageProcessorPil(do_center_crop=False, size=size, image_mean=halves, image_std=halves)
             with TemporaryDirectory() as folder:
                 processor.save_pretrained(folder)
                 # The class that a pipeline takes, which resizes otherwise where torchvision is installed.
@@ -273,14 +266,8 @@ def load_image_task(
 ) -> ImageTask:
     """Load the images that the arguments mean; the first are opened here, and each is decoded when it is used.
 
-    Args:
-        arguments: which images.
-        predict, classes, calibration_samples, download: as for `load_glue_task`.
-        seed: for a validation split made here and for `max_train_samples`.
-        evaluate: whether anything is evaluated; beside images to train on, something always is.
-
-    Raises:
-        BadInput: for data that are not there or do not fit, or an image that cannot be opened.
+    Arguments and errors are those of `load_glue_task`, but beside images to train on, something is always evaluated;
+    `seed` also decides a validation split made here.
     """
     images = _read_images(arguments, classes, download)
     splits = images.splits
@@ -347,16 +334,11 @@ class _Images:
     def take(
         self, name: str, count: int | None = None, train: Dataset | None = None, may_lack: bool = False
     ) -> Dataset:
-        """Return images of a split with the places of their classes in `labels`.
+        """Return the first `count` images of a split with the places of their classes in `labels`.
 
         Args:
-            name: of the split.
-            count: number of images; `None` for all.
             train: images to train on, which must have all the classes.
             may_lack: whether labels may be kept back; then there is no column of them.
-
-        Raises:
-            BadInput: for labels that are missing, or classes that training has not.
         """
         split, where = self.splits.take(name, count), self.splits.where(name)
         if may_lack and not has_labels(split, LABEL):
@@ -441,8 +423,8 @@ def _image_column(features: Features, argument: str, given: str | None) -> str:
     given = _certain(f"{argument}: images: --image_column_name", given, [typed, named], files, features)
     if not _holds_files(features[given]):
         raise BadInput(
-            f"{argument}: column '{given}' holds {_kind(features[given])}; must be images, as datasets.Image or as the "
-            "bytes of image files (paths of files go into the column file_name of a metadata.csv beside them)"
+            f"{argument}: column '{given}' holds {kind_of(features[given])}; must be images, as datasets.Image or as "
+            "the bytes of image files (paths of files go into the column file_name of a metadata.csv beside them)"
         )
     return given
 
@@ -469,14 +451,10 @@ def _certain(
     """Return the column that is given, or else the only one that is likely.
 
     Args:
-        option: that names the column, after what messages begin with.
-        given: its value.
+        option: its argument, after the name of the data.
         likely: columns whose type says what they are, and those whose name does.
         fitting: columns that may be it; a single one is, if no other is likely.
         columns: all to choose from.
-
-    Raises:
-        BadInput: for a column that is not there, or if several are as likely, or none is.
     """
     if given is not None:
         if given not in columns:
@@ -494,7 +472,7 @@ def _certain(
 
 def _class_names(train: Dataset, label: str, argument: str) -> list[str]:
     labels = label_names(train, label, f"{argument}: split 'train'", regression=False)
-    if labels is None or _kind(train.features[label]).startswith("float"):
+    if labels is None or kind_of(train.features[label]).startswith("float"):
         raise BadInput(f"{argument}: column '{label}' holds numbers with a point; must be names or integers")
     return labels
 
@@ -503,8 +481,4 @@ def _holds_files(feature: Any) -> bool:
     """Whether a column holds images, or the bytes of image files, as pandas stores them too."""
     if isinstance(feature, dict):
         return "bytes" in feature and set(feature) <= {"bytes", "path"}
-    return isinstance(feature, ImageFeature) or _kind(feature) in ("binary", "large_binary")
-
-
-def _kind(feature: Any) -> str:
-    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+    return isinstance(feature, ImageFeature) or kind_of(feature) in ("binary", "large_binary")

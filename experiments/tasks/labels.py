@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Value
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
-from experiments.tasks.reading import with_column
+from experiments.tasks.reading import kind_of, with_column
 
 logger = logging.getLogger(__name__)
 
@@ -153,8 +153,7 @@ def label_names(dataset: Dataset, column: str, where: str, regression: bool | No
 
 
 def _check_kind(dataset: Dataset, column: str, where: str) -> None:
-    feature = dataset.features[column]
-    kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+    kind = kind_of(dataset.features[column])
     if not re.fullmatch(r"ClassLabel|bool|(large_)?string|(u?int|float)\d+", kind):
         raise BadInput(
             f"{where}: column '{column}' holds {kind}; it must hold a name, an integer or a number with a point for "

@@ -23,7 +23,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenCl
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
-from experiments.tasks.base import Batch, PreparedTask, Source, Splits
+from experiments.tasks.base import LABELS, Batch, PreparedTask, Source, Splits
 from experiments.tasks.labels import listed
 from experiments.tasks.reading import TEXT_FORMATS, read_dataset, read_file
 from experiments.tasks.redrawn_examples import RedrawnExamples
@@ -144,12 +144,21 @@ class MlmTask(TextTask):
         tokens = self.tokens(config, processing_class)
         if not self.arguments.line_by_line:
             tokens = self._drawn(tokens, seed)
-        masking, once = (Masking(processing_class, self.arguments) for _ in range(2))
-        once.reseed(EVALUATION_SEED)
+        masking = Masking(processing_class, self.arguments)
+        once = Masking(processing_class, self.arguments, EVALUATION_SEED)
+        pad = DataCollatorForTokenClassification(processing_class, label_pad_token_id=NOT_ASKED)
 
         def masked(example: dict[str, Any], index: int, random: np.random.Generator) -> dict[str, Tensor]:
-            masking.reseed(int(random.integers(2**63)))
+            masking.generator.manual_seed(int(random.integers(2**63)))
             return masking(example)
+
+        def collate(examples: list[dict[str, Any]]) -> Batch:
+            """Return inputs (B, S) and, if there are any, labels (B, P) for each position that the model decodes."""
+            batch = dict(pad(examples))
+            if LABELS in batch:
+                missing = config.max_position_embeddings - batch[LABELS].shape[1]
+                batch[LABELS] = F.pad(batch[LABELS], (0, missing), value=NOT_ASKED)
+            return batch
 
         return PreparedTask(
             train=RedrawnExamples(tokens.train, masked, seed),
@@ -157,17 +166,29 @@ class MlmTask(TextTask):
             prediction=tokens.prediction,
             calibration=masked_once(tokens.calibration, once) if tokens.calibration else None,
             processing_class=processing_class,
-            collate=MaskedCollate(processing_class, config.max_position_embeddings),
+            collate=collate,
             predicted=lambda predictions: predictions,
             kind="masked_lm",
-            reduce_logits=likeliest_tokens,
+            reduce_logits=lambda logits, labels: logits.argmax(dim=-1),  # the likeliest tokens (B, P) of (B, P, V)
         )
 
     def tokenizing(self, tokenizer: Any, length: int, label_ids: Sequence[int]) -> Callable[[Columns], Columns]:
-        """Make each sentence an input, or join all of them to inputs that are as long as they may be."""
+        """Make each sentence an input, or join all of them, with special tokens around each, to inputs of `length`.
+
+        What is left of a batch at its end is dropped, as by the official run_mlm.py.
+        """
         if self.arguments.line_by_line:
             return super().tokenizing(tokenizer, length, label_ids)
-        return _joining(tokenizer, length)
+        tokenizer(["a"])  # as in `experiments.tasks.text`
+
+        def join(batch: Columns) -> Columns:
+            sentences = [sentence for line in batch[SENTENCE] for sentence in line]
+            # Which are not too long: they are cut below.
+            ids = list(chain.from_iterable(tokenizer(sentences, verbose=False)["input_ids"]))
+            rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+            return {"input_ids": rows, "attention_mask": [[1] * length for _ in rows]}
+
+        return join
 
     def _drawn(self, tokens: TextTask, seed: int) -> TextTask:
         """Return as many inputs of joined lines as are asked for, once it is known what they are.
@@ -186,39 +207,18 @@ class MlmTask(TextTask):
         return replace(tokens, train=train, evaluation={"": evaluated})
 
 
-def _joining(tokenizer: Any, length: int) -> Callable[[Columns], Columns]:
-    """Return what joins lists of sentences to inputs of `length` tokens, with special tokens around each sentence.
-
-    What is left of a batch at its end is dropped, as by the official run_mlm.py.
-    """
-    tokenizer(["a"])  # as in `experiments.tasks.text`
-
-    def join(batch: Columns) -> Columns:
-        sentences = [sentence for line in batch["sentence"] for sentence in line]
-        # Which are not too long: they are cut below.
-        ids = list(chain.from_iterable(tokenizer(sentences, verbose=False)["input_ids"]))
-        rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
-        return {"input_ids": rows, "attention_mask": [[1] * length for _ in rows]}
-
-    return join
-
-
 class Masking:
-    """Hides tokens as BERT does (Devlin et al., 2019, section 3.1): by default 80% of those that are asked are masked,
-    10% random, 10% left as they are."""
+    """Masks tokens as BERT does (Devlin et al., 2019, section 3.1): by default, of the tokens that are chosen, 80% are
+    masked, 10% random and 10% left as they are."""
 
-    def __init__(self, tokenizer: Any, arguments: MlmDataArguments) -> None:
+    def __init__(self, tokenizer: Any, arguments: MlmDataArguments, seed: int = 0) -> None:
         self.collate = DataCollatorForLanguageModeling(
             tokenizer,
             mlm_probability=arguments.mlm_probability,
             mask_replace_prob=arguments.mask_replace_prob,
             random_replace_prob=arguments.random_replace_prob,
         )
-        self.collate.generator = torch.Generator()
-
-    def reseed(self, seed: int) -> None:
-        """Seed what is drawn from here on."""
-        self.collate.generator.manual_seed(seed)
+        self.generator = self.collate.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, example: dict[str, list]) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask` and `labels` (S,) of the tokens of an example."""
@@ -240,26 +240,6 @@ def masked_once(split: Dataset, masking: Masking) -> list[dict[str, Tensor]]:
     return examples
 
 
-class MaskedCollate:
-    """Makes a batch of examples; labels, if there are any, for each of the P positions that the model decodes."""
-
-    def __init__(self, tokenizer: Any, positions: int) -> None:
-        self.pad = DataCollatorForTokenClassification(tokenizer, label_pad_token_id=NOT_ASKED)
-        self.positions = positions
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
-        """`input_ids` and `attention_mask` (B, S), and `labels` (B, P) with `NOT_ASKED` where nothing is masked."""
-        batch = dict(self.pad(examples))
-        if "labels" in batch:
-            batch["labels"] = F.pad(batch["labels"], (0, self.positions - batch["labels"].shape[1]), value=NOT_ASKED)
-        return batch
-
-
-def likeliest_tokens(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the likeliest tokens (B, P) of logits (B, P, V)."""
-    return logits.argmax(dim=-1)
-
-
 def load_mlm_task(
     arguments: MlmDataArguments,
     predict: bool,
@@ -271,17 +251,10 @@ def load_mlm_task(
     """Load the sentences that the arguments mean, of several configurations as one.
 
     What is evaluated is dropped from training, and sentences that differ by case and punctuation alone are one.
-
-    Args:
-        arguments: which sentences.
-        predict: whether predictions are asked for; there are none.
-        seed: of the order in which training sentences are cut off by `max_train_samples`.
-        evaluate: whether anything is evaluated; there always is something.
-        calibration_samples: number of sentences of the dataset's test split to take at most.
-        download: `cache_dir` and `token` for `datasets.load_dataset`.
+    Arguments and errors are those of `load_glue_task`; whatever `evaluate` says, something is evaluated.
 
     Raises:
-        BadInput: for a dataset or split that is not there, no sentences in it, or anything to predict.
+        BadInput: also if predictions are asked for.
     """
     _refuse_prediction(arguments, predict)
     pools, source = _load_splits(arguments, download)

@@ -83,10 +83,10 @@ def read_dataset(argument: str, dataset: str, config: str | None, anew: bool, **
     """
     options = dict(download)
     is_local = Path(dataset).is_dir()
-    if is_local and any(character in str(Path(dataset).resolve()) for character in "*?["):
-        raise BadInput(f"{argument}: must be a folder without *, ? and [ in its path, which are patterns")
     if is_local:
-        options["config_id"] = f"{config or 'default'}-{_state(_files_below(Path(dataset)))}"
+        if any(character in str(Path(dataset).resolve()) for character in "*?["):
+            raise BadInput(f"{argument}: must be a folder without *, ? and [ in its path, which are patterns")
+        options["config_id"] = f"{config or 'default'}-{_state(Path(dataset))}"
     with naming(argument, Exception):
         builder = load_dataset_builder(dataset, config, **download)
         files = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
@@ -95,9 +95,6 @@ def read_dataset(argument: str, dataset: str, config: str | None, anew: bool, **
             _check_split_names(argument, Path(dataset), local, builder.name == "imagefolder")
         if local and builder.name in ("csv", "json"):
             return _read_tables(argument, files, builder.info.features, anew, **download)
-        for path in local:
-            if builder.name == "imagefolder" and Path(path).name == "metadata.csv":
-                _check_metadata(f"{argument}: metadata.csv", path)
         if builder.name == "csv":
             # Only an empty cell is missing: a sentence "null" and a class "None" are not.
             options |= {"keep_default_na": False, "na_values": [""]}
@@ -139,10 +136,7 @@ def read_file(argument: str, path: str, anew: bool, **download: Any) -> Dataset:
         BadInput: for a file that is cut, empty, or of another shape than its name says.
     """
     kind, absolute = ending(path), str(Path(path).resolve())
-    if "::" in absolute:
-        raise BadInput(f"{argument}: must be a path without '::', which `datasets` takes for an archive")
-    # A file that was changed, or replaced by one with the time of the old one, is another.
-    state = _state([Path(absolute)])
+    state = _state(Path(absolute))
     with naming(argument, Exception):
         if kind in ("parquet", "txt"):
             if kind == "txt":
@@ -152,10 +146,12 @@ def read_file(argument: str, path: str, anew: bool, **download: Any) -> Dataset:
                 options["download_mode"] = DownloadMode.FORCE_REDOWNLOAD
             # Whatever is in a single file, `datasets` calls it "train".
             return _without_index(load_dataset("text" if kind == "txt" else kind, split="train", **options))
-        features = (_csv_columns if kind in _SEPARATORS else _json_columns)(path)
+        if kind in _SEPARATORS:
+            features = Features({name: Value("string") for name in _csv_header(path)[1] if name})
+        else:
+            features = _json_columns(path)
         if not features:
             raise ValueError(_EMPTY)
-        cause = None
         try:
             dataset = Dataset.from_generator(
                 _rows,
@@ -164,9 +160,7 @@ def read_file(argument: str, path: str, anew: bool, **download: Any) -> Dataset:
                 gen_kwargs={"path": absolute, "names": tuple(features), "state": f"{state}{time_ns() if anew else ''}"},
             )
         except DatasetGenerationError as error:
-            cause = error.__cause__ or error
-        if cause is not None:
-            raise cause  # out of the block, or it would be its own context
+            raise error.__cause__ or error from None
     count = len(dataset)
     while count and not any(dataset[count - 1].values()):
         count -= 1
@@ -189,9 +183,14 @@ def with_column(dataset: Dataset, column: str, values: Iterable[Any], feature: A
     return added.remove_columns(column).rename_column(f"{column} ", column).select_columns(dataset.column_names)
 
 
+def kind_of(feature: Any) -> str:
+    """Return what a column holds: a type such as "string" or "int64", or a kind of feature such as "List"."""
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+
+
 def is_string(feature: Any) -> bool:
     """Whether a column of this feature holds strings."""
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+    return kind_of(feature) in ("string", "large_string")
 
 
 def _without_index(dataset: Dataset) -> Dataset:
@@ -214,10 +213,6 @@ def _known_names(header: str, separator: str) -> tuple[int, bool]:
     """Return how much speaks for a separator: names of columns that are known, or any others."""
     names = next(csv.reader([header], delimiter=separator), [])
     return sum(means_text(name) or column_key(name) == "label" for name in names), len(names) > 1
-
-
-def _csv_columns(path: str) -> Features:
-    return Features({name: Value("string") for name in _csv_header(path)[1] if name})
 
 
 def _csv_rows(path: str) -> Iterator[dict[str, str | None]]:
@@ -317,18 +312,6 @@ def _check_split_names(argument: str, folder: Path, files: Iterable[str], of_ima
             )
 
 
-def _check_metadata(argument: str, path: str) -> None:
-    """Check that a metadata.csv is one that `datasets` can read."""
-    with naming(argument, Exception):
-        separator, names = _csv_header(path)
-        if separator != ",":
-            raise ValueError(f"has {separator!r} between its columns; it must be ','")
-        if not any(re.fullmatch(r"(.*_)?file_names?", name) for name in names):
-            raise ValueError(f"has no column 'file_name', only {', '.join(map(repr, names))}; add it")
-        for _ in _csv_rows(path):
-            pass
-
-
 def _check_stored_names(files: list[str]) -> None:
     """`datasets` takes the names of classes from the first file for all of them, whatever order the others have."""
     first: dict[str, tuple[str, list[str]]] = {}
@@ -347,19 +330,15 @@ def _check_stored_names(files: list[str]) -> None:
                     )
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder, followlinks=True):
-        yield from (Path(parent) / name for name in names)
-
-
-def _state(files: Iterable[Path]) -> str:
-    """Return a digest of files as they are now.
+def _state(place: Path) -> str:
+    """Return a digest of a file, or of all files below a folder, as they are now.
 
     `datasets` knows a folder with a card by its name, and a file by its time, which a copy of another may have too; the
     time of the last change of the file itself cannot be set.
     """
     digest = hashlib.sha256()
-    for path in sorted(files):
+    below = [Path(parent) / name for parent, _, names in os.walk(place, followlinks=True) for name in names]
+    for path in sorted(below) or [place]:
         if path.exists():
             status = path.stat()
             times = f"{status.st_mtime_ns} {status.st_ctime_ns}"

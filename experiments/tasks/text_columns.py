@@ -13,7 +13,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from experiments.errors import BadInput
 from experiments.tasks.labels import LABEL, listed, refuse_missing
-from experiments.tasks.reading import column_key, is_string, means_text, with_column
+from experiments.tasks.reading import column_key, is_string, kind_of, means_text, with_column
 
 TEXT = "text"
 """The column that is read alone for masked language modelling, as by the official run_mlm.py."""
@@ -120,8 +120,7 @@ def as_text(dataset: Dataset, column: str, where: str) -> Dataset:
     if is_string(feature):
         return dataset
     if not isinstance(feature, Value) or feature.dtype in ("binary", "large_binary"):
-        kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
-        raise BadInput(f"{where}: column '{column}' holds {kind}; it must hold text")
+        raise BadInput(f"{where}: column '{column}' holds {kind_of(feature)}; it must hold text")
     values = [None if value is None else str(value) for value in dataset[column][:]]
     return with_column(dataset, column, values, Value("string"))
 

@@ -297,9 +297,9 @@ def test_a_link_to_nothing_is_an_image_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("file_name;label\n1.png;cat\n", "metadata.csv: has ';' between its columns; it must be ','"),
-        ("filename,label\n1.png,cat\n", "metadata.csv: has no column 'file_name', only 'filename', 'label'"),
-        ("file_name,label\n1.png,k\xe4se\n", "metadata.csv: .*save it as UTF-8"),
+        ("file_name;label\n1.png;cat\n", "`file_name`.* must be present"),
+        ("filename,label\n1.png,cat\n", "`file_name`.* must be present"),
+        ("file_name,label\n1.png,k\xe4se\n", "'utf-8' codec can't decode"),
     ],
 )
 def test_a_metadata_file_that_is_none(tmp_path, content, says):

@@ -88,7 +88,6 @@ def test_a_changed_file_is_read_again_whatever_its_time_says(tmp_path):
         ("a.jsonl", '{"text": "a", "text": "b"}\n', "twice"),
         ("a.parquet", b"", "0 bytes"),
         ("a.parquet", b"PAR1 and no more", "a.parquet"),
-        ("a::b.csv", "text,label\na,x\n", "'::'"),
     ],
 )
 def test_files_that_cannot_be_read_are_one_line(tmp_path, name, content, says):
