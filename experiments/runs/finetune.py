@@ -104,7 +104,8 @@ def _check(args: RunArguments) -> None:
             f"--retrain_epochs {retraining.retrain_epochs}: needs --do_train, and --r above 0, a budget or --elastic"
         )
     _check_groups(args, has_learned=args.model.model_name_or_path is not None)
-    retraining.check_elastic(None if training.do_train else "--do_train")
+    if retraining.elastic and not training.do_train:
+        raise BadInput("--elastic: needs --do_train")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise BadInput("use at least one of --do_train, --do_eval, --do_predict")
     if merging.has_budget and not training.do_train and not training.do_eval:

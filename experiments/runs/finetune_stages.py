@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from configuration_tome_perceiver import ToMePerceiverConfig
@@ -15,9 +16,8 @@ from experiments.publishing.card import Measured, shown_r
 from experiments.runs.start import Loaded, RunArguments
 from experiments.training.evaluation import Evaluation, evaluate_and_save
 from experiments.training.fingerprints import config_fingerprint, weights_fingerprint
-from experiments.training.output_folder import check_disk_space, claim, claim_for_evaluation
+from experiments.training.output_folder import check_disk_space, claim, claim_training
 from experiments.training.progress import announce, say
-from experiments.training.resume import check_begins, check_resume, resumes, stage_resume
 from experiments.training.run_record import (
     CALIBRATION,
     CONFIG,
@@ -66,6 +66,8 @@ class Run:
         self.choice: FrontierRow | None = None
         self.sample_count = 0
         self._resolved: dict[str, Any] = {}
+        # What --resume_from_checkpoint means for each stage, by its folder.
+        self.starts: dict[Path, str | None] = {}
         self._content = content(
             self.task, self.prepared, train=self.training.do_train, calibrates=self.merging.searches
         )
@@ -93,14 +95,14 @@ class Run:
         Raises:
             BadInput: if a folder holds another run, or a part of this one and nothing says what to do with it.
         """
-        args, training, resume = self.args, self.training, self.training.resume_from_checkpoint
+        args, training = self.args, self.training
         write = write and self.writes
         if self.saves_merged:
             arguments = recorded_arguments(args.model, args.data, self.merging) | evaluation_fields(training)
             # Before a budget is resolved, the config is not yet that of the result.
             config = {CONFIG: config_fingerprint(self.model.config)} if self._resolved else {}
             record = RunRecord(arguments, {**self.record.content, **config}, self._resolved)
-            claim(self.output_dir, record, longer=False, write=write)
+            claim(self.output_dir, record, write)
             return
         if not training.do_train:
             # Of how the model was made, its weights and config are what is left.
@@ -108,19 +110,14 @@ class Run:
             read = (PREDICTION, *(("evaluation", "inputs") if self.prepared.evaluation else ()))
             contents |= {name: self._content[name] for name in read if name in self._content}
             arguments = {"model_name_or_path": args.model.model_name_or_path} | evaluation_fields(training)
-            claim_for_evaluation(self.output_dir, RunRecord(arguments, contents), write)
+            claim(self.output_dir, RunRecord(arguments, contents), write)
             return
         stages = {self.finetuned_dir: self.finetuning_record} if self.retrains else {}
-        stages[self.output_dir] = self.record
+        stages[self.output_dir] = replace(self.record, notes=self._resolved)
         check_disk_space(self.output_dir, self.model, training, models=len(stages))
-        for folder, record in stages.items():
+        for folder in stages:
             check_writable(f"--output_dir {self.output_dir}", folder)
-            # Retraining began from the result of finetuning, so it is not extended.
-            longer = resumes(resume) and (folder == self.finetuned_dir or not self.retrains)
-            notes = self._resolved if folder == self.output_dir else {}
-            claim(folder, replace(record, notes=notes), longer=longer, write=write)
-            check_resume(stage_resume(resume, folder, self.output_dir) if self.retrains else resume, record)
-        check_begins(resume, *stages)
+        self.starts = claim_training(stages, training.resume_from_checkpoint, write)
 
     def resolve_merging(self) -> None:
         """Choose what merges within a budget; before there is a finetuned model, check that the budget can be met."""
@@ -188,11 +185,10 @@ class Run:
 
     def train(self) -> TaskTrainer:
         """Train as asked, if at all, and return the trainer with the model as it is to be evaluated."""
-        arguments, resume = self.training, self.training.resume_from_checkpoint
+        arguments = self.training
         if self.retrains:
             self._finetune()
             arguments = self.retraining.training_arguments(self.training)
-            resume = stage_resume(resume, self.output_dir, self.output_dir)
         trainer = task_trainer(
             self.model, self.prepared, arguments, self.output_dir, self.retraining.trainer_class, self.record
         )
@@ -202,7 +198,7 @@ class Run:
         if self.training.do_train:
             how = "for every r" if self.retraining.elastic else "merged" if self.merges else "unmerged"
             announce(f"{'retraining' if self.retrains else 'training'}, {how}")
-            train_and_save(trainer, resume)
+            train_and_save(trainer, self.starts[self.output_dir])
             self._measure_frontier(trainer)
         return trainer
 
@@ -213,8 +209,7 @@ class Run:
                 self.model, self.prepared, self.training, self.finetuned_dir, record=self.finetuning_record
             )
             announce("finetuning, unmerged")
-            resume = self.training.resume_from_checkpoint
-            train_and_save(trainer, stage_resume(resume, self.finetuned_dir, self.output_dir))
+            train_and_save(trainer, self.starts[self.finetuned_dir])
             announce("evaluating what was finetuned, unmerged")
             self.unmerged = self._evaluate(trainer, "eval", "finetuned")
         if self.merging.has_budget:

@@ -16,6 +16,7 @@ from transformers import Trainer, set_seed
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
+from experiments.errors import BadInput
 from experiments.files import check_writable, save_whole
 from experiments.measurement import describe_environment, peak_memory_mb, time_interleaved
 from experiments.publishing.card import Card, Measured, WhatMerges, shown_r
@@ -56,7 +57,8 @@ def run_sweep(description: str) -> None:
         push_sweep(open_to_push(training, args.model.token), args.output_dir, args.branch)
         return
     check_sharding("--r")
-    retraining.check_elastic(None if args.retrains else "--retrain_epochs")
+    if retraining.elastic and not args.retrains:
+        raise BadInput("--elastic: needs --retrain_epochs")
     repository = open_to_push(training, args.model.token) if training.push_to_hub else None
     with lock_folder(args.output_dir):
         load_task = partial(load_sweep_task, args.data, args.model, training.seed, args.merging.most_samples)
@@ -203,7 +205,7 @@ class Sweep:
         with self.results.spending("retraining"):
             folder = self.output_dir / RETRAINED / (ELASTIC if row is None else row.branch)
             record = replace(self.results.record, arguments={**self.results.arguments, "row": asdict(merging)})
-            claim(folder, record, longer=False, write=self.writes)
+            claim(folder, record, self.writes)
             arguments = self.retraining.training_arguments(self.training)
             trainer = task_trainer(
                 model, self.loaded.prepared, arguments, folder, self.retraining.trainer_class, record

@@ -40,7 +40,7 @@ from experiments.publishing.picture_style import (
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.tasks.base import Source
 from experiments.tasks.scores import Score, Scores, flatten_scores, parse_scores
-from experiments.training.output_folder import SWEEP_FILE, check_no_other_run, check_same_run
+from experiments.training.output_folder import SWEEP_FILE, another_run, run_files
 from experiments.training.run_record import RunRecord
 from frontier_tome_perceiver import GROUPS
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
@@ -214,9 +214,10 @@ class SweepResults:
         Raises:
             BadInput: if the folder holds another run, or a file of a version that did not say what made it.
         """
-        check_no_other_run(output_dir, SWEEP_FILE)
         path = output_dir / SWEEP_FILE
         if not path.exists():
+            if found := run_files(output_dir):
+                raise another_run(output_dir, ", ".join(found))
             return False
         earlier = read_json(path)
         if not isinstance(earlier, dict) or not {"arguments", "content", "environment", "rows", "seconds"} <= set(
@@ -226,7 +227,9 @@ class SweepResults:
                 f"--output_dir {output_dir}: its {SWEEP_FILE} does not say what was measured; use another folder, or "
                 "the file as a sweep wrote it"
             )
-        check_same_run(output_dir, RunRecord(earlier["arguments"], earlier["content"]), self.record, NOT_COMPARED)
+        record = RunRecord(earlier["arguments"], earlier["content"])
+        if (different := record.difference(self.record, NOT_COMPARED)) is not None:
+            raise another_run(output_dir, different)
         self.rows = [Row.from_json(row) for row in earlier["rows"]]
         self.environment, self.seconds = earlier["environment"], earlier["seconds"]
         self.timing, self.frontier = earlier.get("timing"), earlier.get("frontier")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from experiments.errors import BadInput
 from experiments.files import made_for_a_while, read_json, write_json
-from experiments.training.resume import LENGTHS, checkpoints
+from experiments.training.resume import LENGTHS, TRAINED_FILE, check_resume, checkpoints, resumes, stage_starts
 from experiments.training.run_record import ARGUMENTS_FILE, CONTINUED, START, WEIGHTS, RunRecord
 
 logger = logging.getLogger(__name__)
@@ -62,68 +62,78 @@ def lock_folder(output_dir: Path) -> Iterator[None]:
             lock.release()
 
 
-def claim(output_dir: Path, record: RunRecord, longer: bool, write: bool) -> None:
-    """Claim a folder for a training, by its record.
+def claim_training(
+    stages: dict[Path, RunRecord], resume_from_checkpoint: str | None, write: bool
+) -> dict[Path, str | None]:
+    """Claim the folder of each stage of a training, and return which `--resume_from_checkpoint` each begins with.
 
-    A record alone owns nothing: where no results followed, another training may begin.
+    Args:
+        stages: the record of each stage by its folder, in their order; the last one makes the result.
+        resume_from_checkpoint: as given.
+        write: whether to write the records, or only to check.
+
+    Raises:
+        BadInput: if a folder holds another run, if a named checkpoint is not whole or of another run, or if a stopped
+            training would begin anew unasked, which removes its checkpoints.
+    """
+    starts = stage_starts(resume_from_checkpoint, list(stages))
+    for folder, record in stages.items():
+        # A second stage began from the result of the first one, so it is not extended.
+        is_first = folder == next(iter(stages))
+        claim(folder, record, write, longer=is_first and resumes(resume_from_checkpoint))
+        check_resume(starts[folder], record)
+    *_, output_dir = stages
+    if resume_from_checkpoint is None and not (output_dir / TRAINED_FILE).exists():
+        for folder in reversed(stages):
+            ended = (folder / TRAINED_FILE).exists()
+            if ended or checkpoints(folder):
+                state = "has ended" if ended else f"was stopped after {checkpoints(folder)[0].name}"
+                raise BadInput(
+                    f"--output_dir {output_dir}: the training in {folder} {state}; use --resume_from_checkpoint last "
+                    "to continue it, or --resume_from_checkpoint false to begin anew"
+                )
+    return starts
+
+
+def claim(output_dir: Path, record: RunRecord, write: bool, longer: bool = False) -> None:
+    """Claim a folder for a training or an evaluation, by its record.
+
+    A record alone owns nothing: where no results followed, another run may begin. A folder with results takes the same
+    training again, and evaluations of the weights that it made.
 
     Args:
         output_dir: the folder.
-        record: of the training.
+        record: of the run; that of a training has the weights to start from.
+        write: whether to write the record, or only to check.
         longer: whether training may be longer than was recorded, because it resumes.
-        write: whether this process is the one that writes.
 
     Raises:
         BadInput: if the folder holds another run.
     """
     earlier = RunRecord.read(output_dir)
     if found := run_files(output_dir):
-        if START not in earlier.content:
+        trains = START in record.content
+        is_known = START in earlier.content if trains else WEIGHTS in earlier.content
+        if not is_known and (trains or not _is_only_a_checkpoint(output_dir, found, record)):
             raise another_run(output_dir, ", ".join(found))
-        lengths = {name: earlier.arguments.get(name) for name in LENGTHS} if longer else {}
-        extended = {name: old for name, old in lengths.items() if _is_longer(old, record.arguments.get(name))}
-        check_same_run(output_dir, earlier, record, extended)
-        notes = {**earlier.notes, **({CONTINUED: extended} if extended else {}), **record.notes}
-        record = RunRecord(record.arguments, {**earlier.content, **record.content}, notes)
-    if write:
-        record.write(output_dir)
-
-
-def claim_for_evaluation(output_dir: Path, record: RunRecord, write: bool) -> None:
-    """Claim a folder for an evaluation; where a training has ended, only for one of its result.
-
-    Args:
-        output_dir: the folder.
-        record: of the evaluation.
-        write: whether this process is the one that writes.
-
-    Raises:
-        BadInput: if the folder holds figures or weights of another run.
-    """
-    earlier = RunRecord.read(output_dir)
-    if found := run_files(output_dir):
-        if WEIGHTS not in earlier.content and not _is_only_a_checkpoint(output_dir, found, record):
-            raise another_run(output_dir, ", ".join(found))
+        extended = {
+            name: old
+            for name, old in earlier.arguments.items()
+            if longer and name in LENGTHS and isinstance(old, (int, float)) and 0 < old < record.arguments[name]
+        }
         # Training records more than evaluation, and a first evaluation less than a second one.
-        check_same_run(output_dir, earlier, record, shared=True)
+        different = earlier.difference(record, extended, shared=not trains)
+        if different is not None:
+            raise another_run(output_dir, different)
         record = RunRecord(
-            {**earlier.arguments, **record.arguments}, {**earlier.content, **record.content}, earlier.notes
+            {**earlier.arguments, **record.arguments},
+            {**earlier.content, **record.content},
+            {**earlier.notes, **({CONTINUED: extended} if extended else {}), **record.notes},
         )
     if write:
+        for path in (*output_dir.glob(".*.partial"), *output_dir.glob("checkpoint-*/.*.partial")):
+            path.unlink()  # half-written, by a run that was killed
         record.write(output_dir)
-
-
-def check_same_run(
-    output_dir: Path, record: RunRecord, current: RunRecord, may_differ: Collection[str] = (), shared: bool = False
-) -> None:
-    """Check that a folder with a record holds the current run; see `RunRecord.difference`.
-
-    Raises:
-        BadInput: naming the first argument or content that differs.
-    """
-    different = record.difference(current, may_differ, shared)
-    if different is not None:
-        raise another_run(output_dir, different)
 
 
 def another_run(output_dir: Path, what: str) -> BadInput:
@@ -132,17 +142,6 @@ def another_run(output_dir: Path, what: str) -> BadInput:
         f"--output_dir {output_dir}: holds another run ({what}); repeat its command to continue it, or use another "
         "--output_dir"
     )
-
-
-def check_no_other_run(output_dir: Path, own: str) -> None:
-    """Check that the files of runs in a folder came with the file `own`.
-
-    Raises:
-        BadInput: if they did not.
-    """
-    found = run_files(output_dir)
-    if found and not (output_dir / own).exists():
-        raise another_run(output_dir, ", ".join(found))
 
 
 def run_files(output_dir: Path) -> list[str]:
@@ -167,12 +166,9 @@ def check_disk_space(output_dir: Path, model: nn.Module, arguments: TrainingArgu
         BadInput: with the bytes that are free and those that are needed.
     """
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    copies = ADAM_COPIES if arguments.save_strategy != "no" else 0
-    needed = size * (models + copies)
+    needed = size * (models + (ADAM_COPIES if arguments.save_strategy != "no" else 0))
     folder = output_dir.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if free < needed:
         raise BadInput(
             f"--output_dir {output_dir}: {free / 1e9:.2f} GB are free there; training writes at least "
@@ -201,7 +197,3 @@ def _is_only_a_checkpoint(output_dir: Path, found: list[str], record: RunRecord)
         and Path(name).resolve() == output_dir.resolve()
         and not any("results" in name for name in found)
     )
-
-
-def _is_longer(earlier: Any, current: Any) -> bool:
-    return isinstance(earlier, (int, float)) and isinstance(current, (int, float)) and 0 < earlier < current

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.utils.logging import set_tqdm_hook
 
 from experiments.tasks.scores import Score, parse_scores
@@ -99,7 +99,7 @@ def step_line(logs: Mapping[str, Any]) -> str | None:
     return f"{where}{evaluated}: {figures(plain)}" if figures(plain) else None
 
 
-class _StepLines(TrainerCallback):
+class StepLines(TrainerCallback):
     """Writes logged values as a line to read, not as a dictionary."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -107,7 +107,7 @@ class _StepLines(TrainerCallback):
             say(line)
 
 
-class Progress(_StepLines, ProgressCallback):
+class Progress(StepLines, ProgressCallback):
     """transformers' `ProgressCallback` with lines to read; bars have names, and are removed when they are done."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -123,7 +123,3 @@ class Progress(_StepLines, ProgressCallback):
         if self.prediction_bar is not None and self.prediction_bar.leave:
             self.prediction_bar.set_description("evaluating")
             self.prediction_bar.unit, self.prediction_bar.leave = "batch", False
-
-
-class PrintedProgress(_StepLines, PrinterCallback):
-    """The same without bars."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeGuard
 
@@ -62,24 +63,19 @@ def resumes(resume_from_checkpoint: str | None) -> TypeGuard[str]:
     return resume_from_checkpoint is not None and resume_from_checkpoint.lower() != "false"
 
 
-def stage_resume(resume_from_checkpoint: str | None, stage: Path, output_dir: Path) -> str | None:
-    """Return what `--resume_from_checkpoint` means for one of two stages, finetuning in a subfolder, then retraining.
+def stage_starts(resume_from_checkpoint: str | None, folders: Sequence[Path]) -> dict[Path, str | None]:
+    """Return what `--resume_from_checkpoint` means for each of the stages of a training, by folder.
 
-    Args:
-        resume_from_checkpoint: as given.
-        stage: folder of the stage.
-        output_dir: folder of both.
+    A named checkpoint belongs to the stage in whose folder it is, or to the first one. The stages before that have
+    ended, those after it have not begun.
     """
     name = resume_from_checkpoint
     if not resumes(name) or name.lower() in LAST:
-        return name
-    folder = Path(name).resolve().parent
-    if folder == stage.resolve():
-        return name
-    if stage == output_dir:
-        return None  # a checkpoint of finetuning: retraining has not begun
-    # After a checkpoint of retraining, finetuning has ended. From any other, finetuning begins.
-    return "last" if folder == output_dir.resolve() else name
+        return dict.fromkeys(folders, name)
+    places = [folder.resolve() for folder in folders]
+    inside = Path(name).resolve().parent
+    own = places.index(inside) if inside in places else 0
+    return dict(zip(folders, ["last"] * own + [name] + [None] * (len(folders) - own - 1), strict=True))
 
 
 def check_resume(resume_from_checkpoint: str | None, record: RunRecord | None = None) -> None:
@@ -98,28 +94,6 @@ def check_resume(resume_from_checkpoint: str | None, record: RunRecord | None = 
             f"--resume_from_checkpoint {name}: {found}; use 'last' for the newest one in --output_dir, or the folder "
             "of a whole checkpoint of the same run"
         )
-
-
-def check_begins(resume_from_checkpoint: str | None, *stages: Path) -> None:
-    """Check that no training that was stopped begins anew unasked: its checkpoints would be removed.
-
-    Args:
-        resume_from_checkpoint: as given.
-        stages: folders of the trainings, which hold this run or nothing.
-
-    Raises:
-        BadInput: if there is a checkpoint to resume from and no `--resume_from_checkpoint`.
-    """
-    if resume_from_checkpoint is not None or (stages[-1] / TRAINED_FILE).exists():
-        return
-    for folder in reversed(stages):
-        ended = (folder / TRAINED_FILE).exists()
-        if ended or checkpoints(folder):
-            state = "has ended" if ended else f"was stopped after {checkpoints(folder)[0].name}"
-            raise BadInput(
-                f"--output_dir {stages[-1]}: the training in {folder} {state}; use --resume_from_checkpoint last to "
-                "continue it, or --resume_from_checkpoint false to begin anew"
-            )
 
 
 def _has_ended(folder: Path, arguments: TrainingArguments) -> bool:

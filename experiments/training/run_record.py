@@ -197,9 +197,4 @@ def content(task: Task, prepared: PreparedTask, *, train: bool, calibrates: bool
 
 
 def _to_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _to_json(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_json(entry) for entry in value]
-    value = getattr(value, "value", value)
-    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+    return json.loads(json.dumps(value, default=lambda other: getattr(other, "value", str(other))))

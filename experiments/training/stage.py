@@ -9,9 +9,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 from safetensors.torch import load_model
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from experiments.errors import BadInput, naming
 from experiments.files import save_whole
@@ -46,23 +46,24 @@ class RetrainArguments:
 
     _argument_group_name: ClassVar[str] = "retraining"
 
-    retrain_epochs: float = field(
-        default=0.0, metadata={"help": "Epochs of training with merging on, after finetuning. 0: none."}
+    retrain_epochs: float = HfArg(default=0.0, help="Epochs of training with merging on, after finetuning. 0: none.")
+    retrain_learning_rate: float | None = HfArg(
+        default=None, help="Learning rate of these epochs; by default --learning_rate."
     )
-    retrain_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of these epochs; by default --learning_rate."}
-    )
-    elastic: bool = field(
+    elastic: bool = HfArg(
         default=False,
-        metadata={
-            "help": "One checkpoint for every r and budget: the last training, so retraining if there is any, draws "
-            "the merging anew in every step, and teaches the merged model what the unmerged one says."
-        },
+        help="One checkpoint for every r and budget: the last training, so retraining if there is any, draws the "
+        "merging anew in every step, and teaches the merged model what the unmerged one says.",
     )
-    distillation_weight: float = field(
-        default=1.0,
-        metadata={"help": "With --elastic: of what it is taught, beside the loss of the task unmerged."},
+    distillation_weight: float = HfArg(
+        default=1.0, help="With --elastic: of what it is taught, beside the loss of the task unmerged."
     )
+
+    def __post_init__(self) -> None:
+        for name in ("retrain_epochs", "retrain_learning_rate", "distillation_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MOST:
+                raise BadInput(f"--{name} {value}: must be a number from 0 to {MOST:g}")
 
     def training_arguments(self, finetuning: TrainingArguments) -> TrainingArguments:
         """Return the arguments of finetuning with the epochs and the learning rate of retraining."""
@@ -76,24 +77,6 @@ class RetrainArguments:
     def stages(self, finetuning: TrainingArguments) -> list[TrainingArguments]:
         """Return the arguments of finetuning, and of retraining if there is any."""
         return [finetuning, *([self.training_arguments(finetuning)] if self.retrain_epochs > 0 else [])]
-
-    def __post_init__(self) -> None:
-        for name in ("retrain_epochs", "retrain_learning_rate", "distillation_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= MOST:
-                raise BadInput(f"--{name} {value}: must be a number from 0 to {MOST:g}")
-
-    def check_elastic(self, without: str | None) -> None:
-        """Check that there is a training for `--elastic`.
-
-        Args:
-            without: the argument that is missing for a training, if any.
-
-        Raises:
-            BadInput: if there is none.
-        """
-        if self.elastic and without is not None:
-            raise BadInput(f"--elastic: needs {without}")
 
     @property
     def trainer_class(self) -> Callable[..., TaskTrainer]:
@@ -112,9 +95,7 @@ def task_trainer(
     """Make a Trainer for a task, which saves the tokenizer or image processor beside the model.
 
     Args:
-        model, task, arguments: of the training.
         output_dir: used in place of that of the arguments.
-        trainer_class: as `RetrainArguments.trainer_class`.
         record: of the run; needed to train.
 
     Raises:
@@ -131,7 +112,9 @@ def task_trainer(
     # Columns that the model does not name are inputs of `collate`.
     arguments.remove_unused_columns = False
     if arguments.torch_compile:
-        _compile_layers(model, arguments)
+        # Layer by layer: Trainer would compile the whole model, so anew for each r and length of a batch.
+        model.compile_repeated_blocks(backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
+        arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -165,7 +148,10 @@ def rehearse(
         BadInput: for an argument that would stop a stage.
     """
     for arguments in stages:
-        _check_best_metric(task, arguments)
+        metric, metrics = arguments.metric_for_best_model, ["loss", *SCORES[task.kind]]
+        chooses = arguments.load_best_model_at_end or arguments.save_strategy == "best"
+        if chooses and metric is not None and metric.removeprefix("eval_") not in metrics:
+            raise BadInput(f"--metric_for_best_model {metric}: choose from {', '.join(metrics)}")
         if arguments.label_smoothing_factor and model.config.problem_type == "regression":
             raise BadInput(
                 f"--label_smoothing_factor {arguments.label_smoothing_factor}: must be 0 for regression, which has "
@@ -177,21 +163,6 @@ def rehearse(
                 trainer.create_optimizer_and_scheduler(num_training_steps=1)
             # Callbacks may hold files open there.
             trainer.callback_handler.callbacks.clear()
-
-
-def _check_best_metric(task: PreparedTask, arguments: TrainingArguments) -> None:
-    name = arguments.metric_for_best_model
-    if name is None or not arguments.load_best_model_at_end and arguments.save_strategy != "best":
-        return
-    allowed = ["loss", *SCORES[task.kind]]
-    if name.removeprefix("eval_") not in allowed:
-        raise BadInput(f"--metric_for_best_model {name}: choose from {', '.join(allowed)}")
-
-
-def _compile_layers(model: PreTrainedModel, arguments: TrainingArguments) -> None:
-    """Compile a model layer by layer: Trainer would compile it as a whole, so anew for each r and length of a batch."""
-    model.compile_repeated_blocks(backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
-    arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
 
 
 class NameOfSharded(TrainerCallback):
@@ -249,7 +220,7 @@ def train_and_save(trainer: TaskTrainer, resume_from_checkpoint: str | None = No
     # each of several processes would train a model of its own.
     trainer.model_wrapped = trainer.model
     trainer.model.__dict__.pop("_is_accelerate_prepared", None)
-    with _explaining_a_full_disk(folder):
+    try:
         result = trainer.train(resume_from_checkpoint=None if start is None else str(start))
         trainer.check_weights()
         if writes:
@@ -257,6 +228,11 @@ def train_and_save(trainer: TaskTrainer, resume_from_checkpoint: str | None = No
         else:
             trainer.save_model()  # each process has a part of sharded weights
         trainer.save_state()
+    except RuntimeError as error:
+        # On a full disk `torch.save` raises an "iostream error" that does not name it.
+        if folder.exists() and shutil.disk_usage(folder).free < NOTHING_FREE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
     metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}
     if start is not None:
         # Time and speed are those since then.
@@ -275,14 +251,3 @@ def _load_trained(model: PreTrainedModel, folder: Path) -> None:
         if recorded not in (None, weights_fingerprint(folder / WEIGHTS_FILE)):
             raise ValueError("has changed since training; --resume_from_checkpoint false begins anew")
         load_model(model, folder / WEIGHTS_FILE)
-
-
-@contextmanager
-def _explaining_a_full_disk(folder: Path) -> Iterator[None]:
-    """Turn the "iostream error" that `torch.save` raises on a full disk into an `OSError` that names it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if folder.exists() and shutil.disk_usage(folder).free < NOTHING_FREE:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
-        raise

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from experiments.errors import Stopped
 from experiments.tasks.base import LABELS, Batch
 from experiments.tasks.scores import NOT_ASKED
-from experiments.training.progress import PrintedProgress, Progress, results_line, say
+from experiments.training.progress import Progress, StepLines, results_line, say
 from experiments.training.resume import last_checkpoint, read_loss_sum, record_checkpoint
 from experiments.training.run_record import RunRecord
 
@@ -48,7 +48,7 @@ class TaskTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.record = record or RunRecord()
         self._loss_sum = 0.0
-        for upstreams, ours in ((ProgressCallback, Progress), (PrinterCallback, PrintedProgress)):
+        for upstreams, ours in ((ProgressCallback, Progress), (PrinterCallback, StepLines)):
             if self.pop_callback(upstreams) is not None:
                 self.add_callback(ours)
 

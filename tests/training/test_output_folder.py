@@ -17,12 +17,12 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from experiments.errors import BadInput
+from experiments.runs import finetune
 from experiments.runs.finetune_stages import Run
+from experiments.training.evaluation import predict_and_save
 from experiments.training.output_folder import (
     check_disk_space,
-    check_no_other_run,
     claim,
-    claim_for_evaluation,
     lock_folder,
     run_files,
     save_metrics,
@@ -72,20 +72,20 @@ def record(content: dict[str, str] | None = None, **changes: object) -> RunRecor
 def test_a_folder_is_claimed_once_results_are_there(tmp_path):
     """A record alone owns nothing; beside results, equal arguments and contents are the same run."""
     folder = tmp_path / "out"
-    claim(folder, record(), longer=False, write=False)
+    claim(folder, record(), write=False)
     assert not folder.exists()
-    claim(folder, record(seed=2), longer=False, write=True)
-    claim(folder, record(), longer=False, write=True)
+    claim(folder, record(seed=2), write=True)
+    claim(folder, record(), write=True)
     (folder / "config.json").write_text("{}")
     before = (folder / "arguments.json").read_bytes()
-    claim(folder, record(), longer=False, write=True)
+    claim(folder, record(), write=True)
     with pytest.raises(BadInput, match=r"holds another run \(seed 1, now 2\)"):
         claim(folder, record(seed=2), longer=True, write=True)
     with pytest.raises(BadInput, match="task None, now rte"):
-        claim(folder, record(task="rte"), longer=False, write=True)
+        claim(folder, record(task="rte"), write=True)
     for name in record().content:
         with pytest.raises(BadInput, match=f"other content of its {name.replace('_', ' ')}"):
-            claim(folder, record({name: "x"}), longer=False, write=True)
+            claim(folder, record({name: "x"}), write=True)
     assert (folder / "arguments.json").read_bytes() == before
 
 
@@ -94,7 +94,7 @@ def test_only_a_run_that_resumes_may_be_longer_and_records_it(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
     record(**{name: 2}).write(tmp_path)
     with pytest.raises(BadInput, match=f"{name} 2, now 3"):
-        claim(tmp_path, record(**{name: 3}), longer=False, write=True)
+        claim(tmp_path, record(**{name: 3}), write=True)
     with pytest.raises(BadInput, match=f"{name} 2, now 1"):
         claim(tmp_path, record(**{name: 1}), longer=True, write=True)
     for _ in range(2):
@@ -108,54 +108,61 @@ def test_only_a_run_that_resumes_may_be_longer_and_records_it(tmp_path, name):
 )
 def test_results_without_a_record_are_another_run(tmp_path, file):
     (tmp_path / file).mkdir()
-    for check in (
-        lambda: check_no_other_run(tmp_path, "sweep.json"),
-        lambda: claim(tmp_path, record(), longer=True, write=True),
-        lambda: claim_for_evaluation(tmp_path, RunRecord({}, {"weights": "a"}), write=True),
-    ):
+    for run in (record(), RunRecord({}, {"weights": "a"})):
         with pytest.raises(BadInput, match=rf"--output_dir {tmp_path}: holds another run \({file}\)"):
-            check()
-    (tmp_path / "sweep.json").write_text("{}")
-    check_no_other_run(tmp_path, "sweep.json")
+            claim(tmp_path, run, write=True)
 
 
 def test_other_files_are_no_results(tmp_path):
     for name in ("train.log", "checkpoint-best"):
         (tmp_path / name).write_text("")
-    check_no_other_run(tmp_path, "sweep.json")
-    check_no_other_run(tmp_path / "not_there", "sweep.json")
-    claim(tmp_path, record(), longer=False, write=True)
+    assert run_files(tmp_path) == run_files(tmp_path / "not_there") == []
+    claim(tmp_path, record(), write=True)
+
+
+def test_a_file_that_a_kill_left_half_written_goes_once_the_folder_is_claimed(tmp_path):
+    (tmp_path / "checkpoint-8").mkdir()
+    record().write(tmp_path)
+    half_written = [tmp_path / ".all_results.json.partial", tmp_path / "checkpoint-8" / ".run_record.json.partial"]
+    for path in half_written:
+        path.write_text("{")
+    with pytest.raises(BadInput):
+        claim(tmp_path, record(seed=2), write=True)
+    claim(tmp_path, record(), write=False)
+    assert all(path.exists() for path in half_written)
+    claim(tmp_path, record(), write=True)
+    assert not any(path.exists() for path in half_written)
 
 
 def test_an_evaluation_is_of_the_result_of_a_training_or_has_a_folder_of_its_own(tmp_path):
     contents = {"weights": "z", "config": "y", "evaluation": "c"}
     evaluation = RunRecord({"bf16": False}, contents)
-    claim(tmp_path, record(bf16=False), longer=False, write=True)
+    claim(tmp_path, record(bf16=False), write=True)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BadInput, match="holds another run"):
-        claim_for_evaluation(tmp_path, evaluation, write=True)  # training has not ended
+        claim(tmp_path, evaluation, write=True)  # training has not ended
     update_record(tmp_path, {"weights": "z", "config": "y"})
-    claim_for_evaluation(tmp_path, evaluation, write=True)
+    claim(tmp_path, evaluation, write=True)
     with pytest.raises(BadInput, match="bf16 False, now True"):
-        claim_for_evaluation(tmp_path, RunRecord({"bf16": True}, contents), write=True)
+        claim(tmp_path, RunRecord({"bf16": True}, contents), write=True)
     for name in contents:
         with pytest.raises(BadInput, match=f"content of its {name}"):
-            claim_for_evaluation(tmp_path, RunRecord({"bf16": False}, contents | {name: "x"}), write=True)
+            claim(tmp_path, RunRecord({"bf16": False}, contents | {name: "x"}), write=True)
     # Predictions are recorded when they come, and then count too.
-    claim_for_evaluation(tmp_path, RunRecord({"bf16": False}, contents | {"prediction": "p"}), write=True)
+    claim(tmp_path, RunRecord({"bf16": False}, contents | {"prediction": "p"}), write=True)
     with pytest.raises(BadInput, match="content of its prediction"):
-        claim_for_evaluation(tmp_path, RunRecord({"bf16": False}, {"prediction": "q"}), write=True)
-    claim(tmp_path, record(bf16=False), longer=False, write=True)  # the training is still the same
+        claim(tmp_path, RunRecord({"bf16": False}, {"prediction": "q"}), write=True)
+    claim(tmp_path, record(bf16=False), write=True)  # the training is still the same
 
 
 def test_a_checkpoint_of_another_program_may_be_evaluated_where_it_is(tmp_path):
     """As long as there are no figures of another run."""
     (tmp_path / "config.json").write_text("{}")
     evaluation = RunRecord({"model_name_or_path": str(tmp_path)}, {"weights": "z"})
-    claim_for_evaluation(tmp_path, evaluation, write=False)
+    claim(tmp_path, evaluation, write=False)
     (tmp_path / "all_results.json").write_text("{}")
     with pytest.raises(BadInput, match="holds another run"):
-        claim_for_evaluation(tmp_path, evaluation, write=False)
+        claim(tmp_path, evaluation, write=False)
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +180,14 @@ def command(tmp_path_factory) -> tuple[object, ...]:
 def test_a_full_disk_is_one_line_and_written_files_stay(command, tmp_path, capsys):
     """Where a file should go is a device that is always full."""
     name = ".predict_results_sst2.txt.partial"
-    (tmp_path / name).symlink_to("/dev/full")
-    line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", tmp_path)
+
+    def predict(*arguments: object) -> None:
+        (tmp_path / name).symlink_to("/dev/full")
+        predict_and_save(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "predict_and_save", predict)
+        line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", tmp_path)
     assert "--output_dir" in line and "No space left on device" in line
     assert "train_loss" in json.loads((tmp_path / "train_results.json").read_text())
     assert (tmp_path / "model.safetensors").stat().st_size > 10_000
