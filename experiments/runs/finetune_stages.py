@@ -14,9 +14,9 @@ from experiments.files import check_writable, save_whole
 from experiments.merging.arguments import MergeArguments, naming_arguments
 from experiments.publishing.card import Measured, shown_r
 from experiments.runs.start import Loaded, RunArguments
-from experiments.training.evaluation import Evaluation, evaluate_and_save
+from experiments.training.evaluation import Evaluation, evaluate
 from experiments.training.fingerprints import config_fingerprint, weights_fingerprint
-from experiments.training.output_folder import check_disk_space, claim, claim_training
+from experiments.training.output_folder import check_disk_space, claim, claim_training, save_metrics
 from experiments.training.progress import announce, say
 from experiments.training.run_record import (
     CALIBRATION,
@@ -253,8 +253,12 @@ class Run:
             update_record(self.output_dir, {WEIGHTS: weights_fingerprint(self.model)})
 
     def _evaluate(self, trainer: TaskTrainer, split: str, name: str) -> Evaluation:
-        """Evaluate, compare with the unmerged model if that was evaluated, and keep the scores for the report."""
-        evaluation = evaluate_and_save(trainer, self.prepared, split, self.unmerged)
+        """Evaluate, compare with the unmerged model if that was evaluated, and write the results."""
+        before = None if self.unmerged is None else self.unmerged.predictions
+        evaluation = evaluate(trainer, self.prepared, split, before)
+        trainer.log_metrics(split, evaluation.flatten())
+        if self.writes:
+            save_metrics(Path(trainer.args.output_dir), split, evaluation.flatten())
         self.measured.append(Measured(name, shown_r(self.model.config), evaluation.scores))
         return evaluation
 

@@ -79,22 +79,6 @@ def evaluate(
     return evaluation
 
 
-def evaluate_and_save(
-    trainer: TaskTrainer, task: PreparedTask, split: str, before: Evaluation | None = None
-) -> Evaluation:
-    """Evaluate, and write `SPLIT_results.json` and `all_results.json`.
-
-    Args:
-        trainer, task, split: as for `evaluate`.
-        before: evaluation of the unmerged model, to compare with.
-    """
-    evaluation = evaluate(trainer, task, split, None if before is None else before.predictions)
-    trainer.log_metrics(split, evaluation.flatten())
-    if trainer.is_world_process_zero():
-        save_metrics(Path(trainer.args.output_dir), split, evaluation.flatten())
-    return evaluation
-
-
 def predict_and_save(trainer: TaskTrainer, task: PreparedTask, name: str) -> None:
     """Predict, and write `predict_results_NAME.txt`, a row for each input, and `predict_results.json`.
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,8 @@ def data_fingerprint(splits: Mapping[str, Any], desc: str, labels: Iterable[str]
     digest = hashlib.sha256(repr(list(labels)).encode())
     for suffix, split in splits.items():
         _update(digest, suffix)
-        with tqdm(total=len(split), desc=f"fingerprint of {desc}", unit="example", delay=2) as bar:
-            for rows in _batches(split):
-                for row in rows:
-                    _update(digest, row)
-                bar.update(len(rows))
+        for row in tqdm(_rows(split), f"fingerprint of {desc}", len(split), unit="example", delay=2):
+            _update(digest, row)
     return digest.hexdigest()
 
 
@@ -78,12 +75,13 @@ def digest_of(value: Any) -> str:
     return digest.hexdigest()
 
 
-def _batches(split: Any) -> Iterable[list[dict[str, Any]]]:
-    if isinstance(split, Dataset):
-        # As they are stored: neither decoded nor transformed.
-        yield from (table.to_pylist() for table in split.with_format("arrow").iter(ROWS_PER_READ))
-    else:
-        yield from ([split[index]] for index in range(len(split)))
+def _rows(split: Any) -> Iterator[dict[str, Any]]:
+    if not isinstance(split, Dataset):
+        yield from (split[index] for index in range(len(split)))
+        return
+    # As they are stored: neither decoded nor transformed.
+    for table in split.with_format("arrow").iter(ROWS_PER_READ):
+        yield from table.to_pylist()
 
 
 def _update(digest: Any, value: Any) -> None:

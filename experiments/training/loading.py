@@ -38,7 +38,7 @@ def load_model_and_task(
     """Load the model, and prepare the task for it, with the tokenizer or image processor that fits.
 
     Args:
-        arguments, merging, task: as for `load_config`.
+        merging: fields of the config, as for `load_config`.
         training: its seed, and which of several processes prepares the data for the others.
 
     Raises:
@@ -85,12 +85,7 @@ def _keep_positions(model: modeling.ToMePerceiverPreTrainedModel, count: int) ->
 def load_model(
     arguments: ModelArguments, config: ToMePerceiverConfig, task: Task
 ) -> modeling.ToMePerceiverPreTrainedModel:
-    """Load a checkpoint, or make a model from scratch.
-
-    Args:
-        arguments: a checkpoint, or none for a model from scratch.
-        config: from `load_config`.
-        task: for its class of model.
+    """Load a checkpoint, or make a model from scratch, with a config from `load_config`.
 
     Returns:
         The model; of a checkpoint, `model.head_is_new` is whether its head is initialised at random.
@@ -156,10 +151,10 @@ def _is_classifier(config: ToMePerceiverConfig) -> bool:
 def load_config(arguments: ModelArguments, merging: dict[str, Any], task: Task) -> ToMePerceiverConfig:
     """Read the config of a checkpoint or a model from scratch, and set the task's labels and the merging.
 
+    A classifier of other labels than the task's needs `--ignore_mismatched_sizes`, and gets a new head.
+
     Args:
-        arguments: a checkpoint, or a config for a model from scratch.
         merging: fields of the config, as `MergeArguments.config_fields` gives them.
-        task: with the labels; a classifier of other labels needs `--ignore_mismatched_sizes`, and gets a new head.
 
     Raises:
         BadInput: for a checkpoint or file that is not there, is no config, is for another task or refuses the merging.

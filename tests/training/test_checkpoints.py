@@ -18,6 +18,7 @@ from experiments.training.resume import (
     read_loss_sum,
     record_checkpoint,
     remove_checkpoints,
+    stage_starts,
 )
 from experiments.training.run_record import RunRecord
 
@@ -93,6 +94,30 @@ def test_only_checkpoints_of_the_same_run(tmp_path, caplog):
         with pytest.raises(BadInput, match="--resume_from_checkpoint .* it is of another run"):
             check_resume(str(newest), other)
     assert "checkpoint-2 is passed over: it is of another run (seed 1, now 2)" in caplog.text
+
+
+def test_a_folder_without_the_state_of_a_training_is_named():
+    for place in ("not_there", "examples"):
+        with pytest.raises(BadInput, match=f"--resume_from_checkpoint {place}: .*use 'last'"):
+            check_resume(place)
+
+
+@pytest.mark.parametrize(
+    ("given", "finetuning", "retraining"),
+    [
+        (None, None, None),
+        ("last", "last", "last"),
+        ("false", "false", "false"),
+        ("out/finetuned/checkpoint-6", "out/finetuned/checkpoint-6", None),
+        ("out/checkpoint-3", "last", "out/checkpoint-3"),
+        ("elsewhere/checkpoint-3", "elsewhere/checkpoint-3", None),
+    ],
+)
+def test_a_named_checkpoint_belongs_to_its_stage(given, finetuning, retraining):
+    """The stage before has ended, the one after has not begun."""
+    first, second = Path("out/finetuned"), Path("out")
+    assert stage_starts(given, [first, second]) == {first: finetuning, second: retraining}
+    assert stage_starts(given, [second]) == {second: given}
 
 
 def test_removed_checkpoints_are_gone(tmp_path):

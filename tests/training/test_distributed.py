@@ -27,13 +27,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-from experiments.command_line import parse_arguments
-from experiments.merging.arguments import MergeArguments
-from experiments.tasks.glue import GlueDataArguments
-from experiments.training.model_arguments import ModelArguments
-from experiments.training.stage import RetrainArguments
 from tests.support.script_run import ROOT, call_script
 from tests.support.tiny_texts import LABELS, write_glue, write_model_config
 from tests.training.test_resume import Killed, killed_at
@@ -53,7 +48,7 @@ CONFIGS = sorted((ROOT / "examples").glob("accelerate_*.yaml"))
 
 
 def run_commands(commands: Path) -> None:
-    """In each of several processes: run scripts as a file of JSON lists them, and note the world they are in.
+    """In each of several processes: run scripts as a file of JSON lists them.
 
     Each is [NAME, ARGUMENTS, HOW], where HOW is "killed" in the second step of retraining, "sharded" or "".
     """
@@ -69,10 +64,10 @@ def run_commands(commands: Path) -> None:
                 with sharded() if how == "sharded" else nullcontext():
                     call_script(name, *arguments)
                 closed.assert_called_once_with()
-        world = [torch.distributed.get_world_size(), torch.distributed.get_rank()]
-        (commands.parent / f"world-{number}-{os.environ['RANK']}.json").write_text(json.dumps(world))
+        assert torch.distributed.get_world_size() == 2
     # The first one writes for longer, and a mistake of one process ends the others.
     torch.distributed.barrier()
+    print("== mistake", flush=True)
     try:
         call_script(mistake[0], *mistake[1])
     finally:
@@ -130,8 +125,6 @@ def one(folder, data, finetuning) -> tuple[Path, str]:
     checkpoint = ("--model_name_or_path", folder / "glue" / "finetuned", *data)
     training = (*TRAINING, "--per_device_train_batch_size", 6)
     call_script("eval_sweep.py", *checkpoint, *training, *SWEEP, "--output_dir", folder / "sweep")
-    evaluation = ("--do_eval", "--use_cpu", "--per_device_eval_batch_size", 1)
-    call_script("run_glue.py", *checkpoint, *evaluation, "--output_dir", folder / "evaluated")
     return folder, printed.getvalue()
 
 
@@ -142,18 +135,15 @@ def two(folder, data, finetuning, one) -> tuple[Path, subprocess.CompletedProces
     folder.mkdir()
     checkpoint = ("--model_name_or_path", one[0] / "glue" / "finetuned", *data)
     batches = ("--per_device_train_batch_size", 3)
-    killed = ("run_glue.py", (*finetuning, *batches, "--output_dir", folder / "killed"))
-    resumed = ("run_glue.py", (*killed[1], "--resume_from_checkpoint", "last"))
-    evaluation = ("--do_eval", "--use_cpu", "--per_device_eval_batch_size", 1, "--output_dir", folder / "evaluated")
+    killed = (*finetuning, *batches, "--output_dir", folder / "killed")
     unmerged = ("--r", 0, "--retrain_epochs", 0)
     elastic = (*finetuning, *ELASTIC, *batches)
     mistake = ("--use_cpu", "--do_eval", "--r", -1, "--output_dir", folder / "mistaken")
     commands = [
         ("run_glue.py", (*finetuning, *batches, "--output_dir", folder / "glue"), ""),
         ("eval_sweep.py", (*checkpoint, *TRAINING, *batches, *SWEEP, "--output_dir", folder / "sweep"), ""),
-        (*killed, "killed"),
-        (*resumed, ""),
-        ("run_glue.py", (*checkpoint, *evaluation), ""),
+        ("run_glue.py", killed, "killed"),
+        ("run_glue.py", (*killed, "--resume_from_checkpoint", "last"), ""),
         ("run_glue.py", (*finetuning, *batches, *unmerged, "--output_dir", folder / "sharded"), "sharded"),
         ("run_glue.py", (*elastic, "--output_dir", folder / "elastic"), ""),
         ("run_glue.py", (*elastic, "--output_dir", folder / "elastic_sharded"), "sharded"),
@@ -169,7 +159,7 @@ def two(folder, data, finetuning, one) -> tuple[Path, subprocess.CompletedProces
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, timeout=400,
     )  # fmt: skip
-    assert len(list(folder.glob("world-*"))) == 2 * (len(commands) - 1), logs(folder, "stderr") + [result.stderr]
+    assert all("== mistake" in text for text in logs(folder, "stdout")), logs(folder, "stderr") + [result.stderr]
     return folder, result
 
 
@@ -193,15 +183,10 @@ def apart(first: Path, second: Path) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def test_there_are_two(two):
-    """Both processes ran every command in a world of two, and each kept its own state of the random generators."""
-    folder, _ = two
-    for number in range(8):
-        worlds = [json.loads((folder / f"world-{number}-{rank}.json").read_text()) for rank in (0, 1)]
-        assert worlds == [[2, 0], [2, 1]]
-    for checkpoint in ("glue/finetuned/checkpoint-8", "glue/checkpoint-4", "sweep/retrained/r2/checkpoint-4"):
-        states = sorted(path.name for path in (folder / checkpoint).glob("rng_state*"))
-        assert states == ["rng_state_0.pth", "rng_state_1.pth"]
+@pytest.mark.parametrize("checkpoint", ["glue/finetuned/checkpoint-8", "glue/checkpoint-4"])
+def test_each_process_keeps_its_own_state_of_the_random_generators(two, checkpoint):
+    states = sorted(path.name for path in (two[0] / checkpoint).glob("rng_state*"))
+    assert states == ["rng_state_0.pth", "rng_state_1.pth"]
 
 
 @pytest.mark.parametrize("stage", ["glue/finetuned", "glue", "sweep/retrained/r0", "sweep/retrained/r2"])
@@ -220,15 +205,8 @@ def test_metrics_are_those_of_one_process(one, two, stage):
     assert second["eval_accuracy"] == first["eval_accuracy"]
     assert second["eval_samples"] == VALIDATION
     assert (second["eval_accuracy"] * VALIDATION) % 1 == pytest.approx(0, abs=1e-9)
-    # The last batch is filled up with examples that only the loss then counts; see the batches of one below.
+    # The last batch is filled up with examples that only the loss then counts.
     assert second["eval_loss"] == pytest.approx(first["eval_loss"], rel=0.05)
-
-
-def test_the_loss_is_that_of_one_process(one, two):
-    """Of every sample once, where nothing but a batch of one is filled up."""
-    first, second = results(one[0] / "evaluated"), results(two[0] / "evaluated")
-    assert second["eval_loss"] == pytest.approx(first["eval_loss"], abs=1e-5)
-    assert second["eval_samples"] == VALIDATION
 
 
 def test_every_input_is_predicted_once_and_in_order(one, two):
@@ -305,7 +283,7 @@ def test_a_mistake_is_one_line_and_no_success(two):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_a_config_for_accelerate_starts_what_it_says(path, monkeypatch):
-    """Its command is understood, by accelerate and by the script, and starts all the processes that the file names."""
+    """accelerate understands its command, and starts all the processes that the file names."""
     config = load_config_from_file(str(path))
     comments = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
     command = shlex.split(
@@ -321,12 +299,6 @@ def test_a_config_for_accelerate_starts_what_it_says(path, monkeypatch):
     machines = int(getattr(arguments, "nnodes", None) or 1)
     assert (machines, int(arguments.nproc_per_node)) == (config.num_machines, config.num_processes // machines)
     assert config.num_processes // machines > 1
-
-    monkeypatch.setattr(sys, "argv", [arguments.training_script, *arguments.training_script_args])
-    types = (ModelArguments, MergeArguments, GlueDataArguments, RetrainArguments, TrainingArguments)
-    model, merging, *_, training = parse_arguments("", *types)
-    assert (model.model_name_or_path, merging.r) == ("deepmind/language-perceiver", "8")
-    assert training.do_train
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from experiments.runs.sweep_report import SweepResults
 from experiments.training import stage as training
 from experiments.training import trainer
 from experiments.training.resume import last_checkpoint
+from experiments.training.run_record import RunRecord
 from tests.support import tiny_images
 from tests.support.script_run import bad_input_line, call_script
 from tests.support.tiny_texts import write_glue, write_model_config
@@ -30,6 +31,7 @@ TRAINING = (
 BATCH = ("--per_device_train_batch_size", 6)
 RETRAINING = ("--r", 2, "--retrain_epochs", 1)
 LAST = ("--resume_from_checkpoint", "last")
+FIGURES = ("train_loss", "epoch", "merged_loss", "merged_accuracy", "eval_loss", "eval_accuracy")
 
 
 class Killed(BaseException):
@@ -80,8 +82,7 @@ def left(output_dir: Path) -> tuple[bytes | float, ...]:
         if (folder / "all_results.json").exists():
             figures.append((folder / "model.safetensors").read_bytes())
             results = json.loads((folder / "all_results.json").read_text())
-            figures += [results.get(name) for name in ("merged_loss", "merged_accuracy", "eval_loss", "eval_accuracy")]
-            figures.append(results["epoch"])
+            figures += [results.get(name) for name in FIGURES]
     return tuple(figures)
 
 
@@ -161,44 +162,36 @@ def test_a_run_that_has_ended_is_left_as_it_is(both_stages, tmp_path):
     assert left(tmp_path / "copy") == left(whole)
 
 
-def test_with_gradient_accumulation(inputs, tmp_path):
-    """Killed in the middle of a step, in the middle of an epoch."""
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> tuple[object, ...]:
+    folder = tmp_path_factory.mktemp("images")
+    config = tiny_images.write_model_config(folder, attention_probs_dropout_prob=0.1)
+    return (
+        "--config_name",
+        config,
+        "--dataset_name",
+        tiny_images.write_images(folder / "data", {"train": 24, "test": 6}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "accumulated", "given"),
+    [
+        pytest.param("inputs", 2, 3, ("--lr_scheduler_type", "cosine", "--warmup_steps", 2), id="accumulation"),
+        pytest.param("inputs", 3, 2, ("--elastic",), id="a merging drawn in every step"),
+        pytest.param("images", 6, 1, ("--crop_scale", 0.5, "--horizontal_flip", 0.5), id="augmented images"),
+    ],
+)
+def test_random_draws_of_a_step_go_on_in_the_middle_of_an_epoch(request, tmp_path, data, size, accumulated, given):
+    """Killed in the middle of step 8, after the checkpoint of step 6."""
+    script = {"inputs": "run_glue.py", "images": "run_image.py"}[data]
     arguments = (
-        *inputs, *TRAINING, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 3,
-        "--lr_scheduler_type", "cosine", "--warmup_steps", 2, "--output_dir",
+        *request.getfixturevalue(data), *TRAINING, *given, "--per_device_train_batch_size", size,
+        "--gradient_accumulation_steps", accumulated, "--output_dir",
     )  # fmt: skip
-    call_script("run_glue.py", *arguments, tmp_path / "whole")
-    kill("run_glue.py", (*arguments, tmp_path / "killed"), Trainer, "training_step", 3 * 6 + 2)
-    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-6"
-    assert steps_of("run_glue.py", *arguments, tmp_path / "killed", *LAST) == 3 * 2
-    assert left(tmp_path / "killed") == left(tmp_path / "whole")
-
-
-def test_with_a_merging_drawn_in_every_step(inputs, tmp_path):
-    """Resumed in the middle of an epoch, the steps merge as they would have, in parts of them too."""
-    arguments = (
-        *inputs, *TRAINING, "--elastic", "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2,
-        "--output_dir",
-    )  # fmt: skip
-    call_script("run_glue.py", *arguments, tmp_path / "whole")
-    kill("run_glue.py", (*arguments, tmp_path / "killed"), Trainer, "training_step", 2 * 6 + 2)
-    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-6"
-    assert steps_of("run_glue.py", *arguments, tmp_path / "killed", *LAST) == 2 * 2
-    assert left(tmp_path / "killed") == left(tmp_path / "whole")
-
-
-def test_with_augmented_images(tmp_path):
-    """Resumed in the middle of an epoch, the images are cropped and mirrored as they would have been."""
-    config = tiny_images.write_model_config(tmp_path, attention_probs_dropout_prob=0.1)
-    images = tiny_images.write_images(tmp_path / "images", {"train": 24, "test": 6})
-    arguments = (
-        "--config_name", config, "--dataset_name", images, *TRAINING, *BATCH,
-        "--crop_scale", 0.5, "--horizontal_flip", 0.5, "--output_dir",
-    )  # fmt: skip
-    call_script("run_image.py", *arguments, tmp_path / "whole")
-    kill("run_image.py", (*arguments, tmp_path / "killed"), Trainer, "training_step", 8)
-    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-6"
-    assert steps_of("run_image.py", *arguments, tmp_path / "killed", *LAST) == 2
+    call_script(script, *arguments, tmp_path / "whole")
+    kill(script, (*arguments, tmp_path / "killed"), Trainer, "training_step", accumulated * 7 + 1)
+    assert steps_of(script, *arguments, tmp_path / "killed", *LAST) == accumulated * 2
     assert left(tmp_path / "killed") == left(tmp_path / "whole")
 
 
@@ -209,84 +202,37 @@ def test_training_may_go_on_for_longer(trained, tmp_path, resume):
     longer = tmp_path / "longer"
     shutil.copytree(whole, longer)
     resume = resume if resume == "last" else longer / resume
-    arguments = (*arguments, "--num_train_epochs", 3, "--output_dir", longer)
-    assert steps_of("run_glue.py", *arguments, "--resume_from_checkpoint", resume) == 4
-    state = json.loads((longer / "trainer_state.json").read_text())
-    assert (state["global_step"], state["epoch"]) == (12, 3.0)
-    assert (longer / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
-    assert json.loads((longer / "arguments.json").read_text())["num_train_epochs"] == 3
-
-
-def test_finetuning_before_retraining_may_not_go_on_for_longer(both_stages, tmp_path, capsys):
-    """What was retrained began from what finetuning left."""
-    arguments, whole = both_stages
-    shutil.copytree(whole, tmp_path / "copy")
-    line = bad_input_line(
-        capsys, "run_glue.py", *arguments, *LAST, "--num_train_epochs", 3, "--output_dir", tmp_path / "copy"
-    )
-    assert "num_train_epochs 2" in line
-    assert contents(tmp_path / "copy") == contents(whole)
+    arguments = (*arguments, "--num_train_epochs", 3, "--output_dir", longer, "--resume_from_checkpoint", resume)
+    assert steps_of("run_glue.py", *arguments) == 4
+    assert json.loads((longer / "train_results.json").read_text())["train_resumed_from"] == "checkpoint-8"
+    assert left(longer) != left(whole) and RunRecord.read(longer).arguments["num_train_epochs"] == 3
 
 
 def test_what_is_trained_may_be_evaluated_where_it_is(inputs, trained, tmp_path, capsys):
-    """The same figures come out; those of another merging, another model or other data would be taken for its own."""
+    """The same figures come out; those of another merging would be taken for its own."""
     arguments, whole = trained
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
-    evaluation = (*inputs[2:], "--do_eval", "--use_cpu", "--output_dir", copy)
-    call_script("run_glue.py", *evaluation, "--model_name_or_path", copy)
+    evaluation = (*inputs[2:], "--do_eval", "--use_cpu", "--model_name_or_path", copy, "--output_dir", copy)
+    call_script("run_glue.py", *evaluation)
     before, after = (json.loads((folder / "eval_results.json").read_text()) for folder in (whole, copy))
-    for name in ("eval_loss", "eval_accuracy"):
-        assert after[name] == pytest.approx(before[name], rel=1e-6)
-    left_there = contents(copy)
-    others = {
-        "other content of its config": ("--model_name_or_path", copy, "--r", 2),
-        "other content of its weights": ("--model_name_or_path", whole / "checkpoint-3"),
-        "other content of its evaluation": ("--model_name_or_path", copy, "--max_eval_samples", 5),
-    }
-    for says, other in others.items():
-        assert says in bad_input_line(capsys, "run_glue.py", *evaluation, *other)
-    assert contents(copy) == left_there
-    call_script("run_glue.py", *arguments, *LAST, "--output_dir", copy)
+    assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-6)
+    assert "other content of its config" in bad_input_line(capsys, "run_glue.py", *evaluation, "--r", 2)
+    with killed_at(Trainer, "training_step"):
+        call_script("run_glue.py", *arguments, *LAST, "--output_dir", copy)  # still the result of that training
 
 
-def test_what_was_stopped_is_not_begun_anew_in_silence(trained, tmp_path, capsys):
+def test_what_was_stopped_begins_anew_only_if_asked_to(trained, tmp_path, capsys):
     """Its checkpoints would go; when they are to go, none of them is left for a later run to go on from."""
     arguments, whole = trained
     arguments = (*arguments, "--output_dir", tmp_path)
     kill("run_glue.py", arguments, Trainer, "training_step", 8)
     before = contents(tmp_path)
-    line = bad_input_line(capsys, "run_glue.py", *arguments)
-    assert "stopped after checkpoint-6" in line and "--resume_from_checkpoint last" in line and "false" in line
+    assert "stopped after checkpoint-6" in bad_input_line(capsys, "run_glue.py", *arguments)
     assert contents(tmp_path) == before
     kill("run_glue.py", (*arguments, "--resume_from_checkpoint", "false"), Trainer, "training_step", 2)
     assert last_checkpoint(tmp_path) is None
     call_script("run_glue.py", *arguments, *LAST)
-    assert left(tmp_path) == left(whole)
-
-
-def test_the_loss_after_a_resume_is_that_of_all_steps(trained, tmp_path):
-    arguments, whole = trained
-    arguments = (*arguments, "--output_dir", tmp_path)
-    kill("run_glue.py", arguments, Trainer, "training_step", 8)
-    call_script("run_glue.py", *arguments, *LAST)
-    results, expected = (json.loads((folder / "train_results.json").read_text()) for folder in (tmp_path, whole))
-    assert results["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-12)
-    assert results["train_resumed_from"] == "checkpoint-6" and "train_resumed_from" not in expected
-    logged = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][-1]
-    assert logged["train_loss"] == results["train_loss"]
-
-
-def test_a_checkpoint_with_one_byte_changed_is_passed_over(trained, tmp_path, caplog):
-    arguments, whole = trained
-    arguments = (*arguments, "--output_dir", tmp_path)
-    kill("run_glue.py", arguments, Trainer, "training_step", 8)
-    path = tmp_path / "checkpoint-6" / "optimizer.pt"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-    assert steps_of("run_glue.py", *arguments, *LAST) == 8 - 3
-    assert "checkpoint-6 is passed over" in caplog.text
     assert left(tmp_path) == left(whole)
 
 
@@ -321,44 +267,6 @@ def test_weights_that_are_not_finite_are_not_saved(inputs, tmp_path, capsys):
         assert all(tensor.isfinite().all() for tensor in load_file(weights).values())
 
 
-@pytest.mark.parametrize("kind", ["not there", "weights alone", "the end of training"])
-def test_what_is_no_checkpoint_is_named_and_nothing_is_written(trained, tmp_path, capsys, kind):
-    """Weights without the optimizer's state would start that anew, and say nothing."""
-    arguments, whole = trained
-    folder = tmp_path / "checkpoint-4"
-    if kind == "the end of training":
-        folder = whole
-    elif kind == "weights alone":
-        shutil.copytree(whole / "checkpoint-8", folder)
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            (folder / name).unlink()
-    line = bad_input_line(
-        capsys, "run_glue.py", *arguments, "--resume_from_checkpoint", folder, "--output_dir", tmp_path / "out"
-    )
-    assert f"--resume_from_checkpoint {folder}" in line and "'last'" in line
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("kind", ["another learning rate", "foreign"])
-def test_another_experiment_in_the_folder_is_named_and_stays(trained, tmp_path, capsys, kind):
-    arguments, whole = trained
-    folder = tmp_path / "out"
-    if kind.startswith("another"):
-        shutil.copytree(whole, folder)
-    else:
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-    before = contents(folder)
-    changes, says = {
-        "another learning rate": (("--learning_rate", 1e-4), "learning_rate 0.003, now 0.0001"),
-        "foreign": ((), "config.json"),
-    }[kind]
-    for resume in ((), LAST):
-        line = bad_input_line(capsys, "run_glue.py", *arguments, *changes, *resume, "--output_dir", folder)
-        assert f"--output_dir {folder}: holds another run" in line and says in line, line
-    assert contents(folder) == before
-
-
 @pytest.fixture(scope="module")
 def sweep(trained, tmp_path_factory) -> tuple[tuple[object, ...], Path]:
     """The arguments of a sweep with retraining, and what they leave if nothing happens."""
@@ -391,17 +299,11 @@ def test_a_killed_sweep_goes_on(sweep, tmp_path, owner, name, call, retrained, s
     before = cells(tmp_path)
     assert sum("retrained" in row for row in before) == retrained
     assert steps_of("eval_sweep.py", *arguments) == steps
-    check_continued(before, tmp_path, whole)
-
-
-def check_continued(before: list[dict], output_dir: Path, whole: Path) -> None:
-    """Cells that were there stay to the last digit, times of this machine among them; the others come out the same."""
-    after, expected = cells(output_dir), cells(whole)
-    for old, new, row in zip(before, after, expected, strict=True):
-        assert {name: new[name] for name in old} == old
+    for old, new, row in zip(before, cells(tmp_path), cells(whole), strict=True):
+        # Cells that were there stay to the last digit, times of this machine among them.
+        assert {name: new[name] for name in old} == old and new.keys() == row.keys()
         assert (new["merged"], new["retrained"]) == (row["merged"], row["retrained"])
-        assert new.keys() == row.keys()
     for r in ("r0", "r2"):
-        weights = [folder / "retrained" / r / "model.safetensors" for folder in (output_dir, whole)]
+        weights = [folder / "retrained" / r / "model.safetensors" for folder in (tmp_path, whole)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
-        assert (output_dir / "retrained" / r / "README.md").exists()
+        assert (tmp_path / "retrained" / r / "README.md").exists()
