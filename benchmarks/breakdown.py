@@ -97,10 +97,9 @@ class PartClock:
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             self.enter(part)
-            try:
-                return function(*arguments, **keywords)
-            finally:
-                self.leave()
+            result = function(*arguments, **keywords)
+            self.leave()
+            return result
 
         return call
 
@@ -172,7 +171,7 @@ class Row:
 def measure(arguments: BreakdownArguments, cell: Cell) -> Table:
     """Run the rounds of one cell, in which every setting runs once without the clock and once with it."""
     published, dtype = arguments.model, DTYPES[cell.dtype]
-    model = published.build_merging(published.build_stock(arguments.seed, dtype, arguments.device))
+    model = published.build_merging(published.build_stock(dtype, arguments.device))
     inputs = published.draw_inputs(cell.input_shape, dtype, arguments.device)
     synchronize = torch.cuda.synchronize if inputs.is_cuda else lambda: None
     unmerged = Merging.none(published.config())

@@ -110,7 +110,7 @@ def check_most_rows(before: PreTrainedModel, now: PreTrainedModel, inputs: Tenso
 def measure(arguments: CompareCodeArguments, cell: Cell) -> Table:
     """Run the rounds of one cell, setting by setting."""
     published, dtype, codes = arguments.model, DTYPES[cell.dtype], (arguments.before_code, now)
-    stock = published.build_stock(arguments.seed, dtype, arguments.device)
+    stock = published.build_stock(dtype, arguments.device)
     inputs = published.draw_inputs(cell.input_shape, dtype, arguments.device)
     # All three are on the same tensors.
     check_outputs(*(published.build_merging(stock, modeling=code) for code in codes), inputs)

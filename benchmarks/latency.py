@@ -9,9 +9,9 @@ are stock, each setting kept for all requests, and `changing`, which merges as e
 the 99th percentile of its times are reported, and requests per second one after another.
 
 Requests of a real service come when they like and wait for those before them. So the same times are put into a queue
-of one server: requests arrive at random (a Poisson process) at --load times the rate at which stock could serve them,
-the same arrivals for every variant, and the percentiles are those of waiting and service together. The queue is
-computed from the times; nothing waits here.
+of one server: requests arrive at random (a Poisson process) at 0.7 times the rate at which stock could serve them, the
+same arrivals for every variant, and the percentiles are those of waiting and service together. The queue is computed
+from the times; nothing waits here.
 
     python benchmarks/latency.py --small                                           # two minutes on two cores
     python benchmarks/latency.py --dtype bfloat16 --requests 100 --output_dir out
@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,8 +44,9 @@ from transformers import PreTrainedModel
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import speed_rows
 from benchmarks.published_models import DTYPES, check_outputs
-from benchmarks.speed_rows import Cell, SpeedArguments, check_backend, print_written, spread, write_results
+from benchmarks.speed_rows import Cell, SpeedArguments, spread, write_results
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input
 from experiments.measurement import Quartiles
@@ -54,6 +56,8 @@ from experiments.publishing.tables import markdown_table
 
 STOCK, UNMERGED, CHANGING, COMPILED = "stock", "r = 0", "changing", ", layers compiled"
 PERCENTILES = (50, 99)
+LOAD = 0.7
+"""Requests that arrive at the queue, as a share of those that stock can serve."""
 
 
 @dataclass
@@ -66,36 +70,28 @@ class LatencyArguments(SpeedArguments):
     reduced: ClassVar[dict[str, Any]] = {
         "batch_size": [1], "r": [0, 8, 32], "flops_ratio": [0.5], "requests": 100
     }  # fmt: skip
-    usual_lengths: ClassVar[list[int]] = [32, 128, 512, 2048]
 
     requests: int | None = field(default=None, metadata={"help": "In the stream (see above)."})
-    load: float = field(
-        default=0.7, metadata={"help": "Requests that arrive, as a share of those that stock can serve; below 1."}
-    )
     compile: bool = field(
         default=False, metadata={"help": "Serve also with compiled self-attention layers (compile_repeated_blocks)."}
     )
-    compile_backend: str = field(default="inductor", metadata={"help": "Of --compile."})
     output_dir: str = field(default="outputs/latency", metadata={"help": "Where the results go."})
 
     def __post_init__(self) -> None:
         if self.length is None and self.shapes == "language":
-            self.length = self.usual_lengths
+            self.length = [32, 128, 512, 2048]
         super().__post_init__()
         if self.rounds is not None:
             raise BadInput(f"--rounds {self.rounds}: each request is a round; use --requests")
         if self.requests is None or self.requests < 1:
             raise BadInput(f"--requests {self.requests}: must be 1 or more")
-        if not 0 < self.load < 1:
-            raise BadInput(f"--load {self.load}: must be between 0 and 1, without the ends")
-        check_backend(self.compile_backend if self.compile else None)
 
     def streams(self) -> list[list[Cell]]:
         """Return for each dtype and batch size the cells of all lengths, which one stream mixes."""
         return [list(cells) for _, cells in groupby(self.cells(), key=lambda cell: (cell.dtype, cell.input_shape[0]))]
 
     def described(self) -> dict[str, Any]:
-        described = super().described() | {"lengths": self.length or "one size of images", "load": self.load}
+        described = super().described() | {"lengths": self.length or "one size of images", "load": LOAD}
         return described | {"rounds": f"{self.requests} requests, after one of each length and setting for warm-up"}
 
 
@@ -181,7 +177,7 @@ class Stream:
 
 def draw_requests(arguments: LatencyArguments, cells: Sequence[Cell]) -> list[Request]:
     """Draw one request of each length and setting to warm up, and then the stream."""
-    published, generator = arguments.model, np.random.default_rng(arguments.seed)
+    published, generator = arguments.model, np.random.default_rng(0)
     # Fixed groups are no r, so no call can ask for them.
     settings = [{name: fields["r"] for name, fields in cell.settings.items() if "r" in fields} for cell in cells]
     every = [(place, name) for place, names in enumerate(settings) for name in names]
@@ -202,7 +198,7 @@ def build_variants(arguments: LatencyArguments, stock: PreTrainedModel, settings
     for ending in ("", COMPILED) if arguments.compile else ("",):
         model = arguments.model.build_merging(stock)
         if ending:
-            model.compile_repeated_blocks(backend=arguments.compile_backend)
+            model.compile_repeated_blocks(backend=speed_rows.COMPILE_BACKEND)
         variants += [Variant(f"{name}{ending}", model, name) for name in [*settings, CHANGING]]
     return variants
 
@@ -242,20 +238,19 @@ def measure(arguments: LatencyArguments, cells: Sequence[Cell]) -> tuple[Stream,
         The table, and by name of the variant the milliseconds of each request.
     """
     dtype = DTYPES[cells[0].dtype]
-    stock = arguments.model.build_stock(arguments.seed, dtype, arguments.device)
+    stock = arguments.model.build_stock(dtype, arguments.device)
     requests = draw_requests(arguments, cells)
     check_outputs(stock, arguments.model.build_merging(stock), requests[0].inputs)
     variants = build_variants(arguments, stock, list(requests[0].settings))
     name = f"{cells[0].dtype}, batch {cells[0].input_shape[0]}"
     # One of each length and setting goes first, by whatever model.
     warming = [variant for variant in variants if variant.setting in (None, CHANGING)]
-    assert arguments.requests is not None
     torch.compiler.reset()
     with tqdm(total=len(requests), desc=name) as bar:
         warm_up = answer_all(warming, requests[: -arguments.requests], bar).max(axis=0)
         seconds = answer_all(variants, requests[-arguments.requests :], bar)
 
-    gaps = np.random.default_rng(arguments.seed).exponential(seconds[:, 0].mean() / arguments.load, len(seconds))
+    gaps = np.random.default_rng(0).exponential(seconds[:, 0].mean() / LOAD, len(seconds))
     rows = [
         Row(
             name=variant.name,
@@ -333,9 +328,7 @@ def main() -> None:
     measured = [measure(arguments, cells) for cells in streams]
     tables = [table for table, _ in measured]
     figures = {"percentiles": PERCENTILES, "streams": [asdict(table) for table in tables]}
-    print(write_results(arguments, "latency", figures, map(as_markdown, tables)), end="")
-    draw(measured, Path(arguments.output_dir) / "latency.png")
-    print_written(arguments, "latency")
+    print(write_results(arguments, "latency", figures, map(as_markdown, tables), partial(draw, measured)))
 
 
 if __name__ == "__main__":

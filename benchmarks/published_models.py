@@ -71,7 +71,6 @@ class PublishedModel:
         """(B, S) for S = `length`, or (B, 3, height, width), as `cost_tome_perceiver.forward_cost` takes it."""
         if not self.takes_text:
             return batch_size, RGB_CHANNELS, self.config().image_size, self.config().image_size
-        assert length is not None
         return batch_size, length
 
     def draw_inputs(self, input_shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
@@ -80,7 +79,7 @@ class PublishedModel:
             return torch.randint(self.config().vocab_size, input_shape, device=device)
         return torch.randn(input_shape, device=device).to(dtype)
 
-    def build_stock(self, seed: int, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    def build_stock(self, dtype: torch.dtype, device: str, seed: int = 0) -> PreTrainedModel:
         """The stock model with random weights, in evaluation mode and without gradients."""
         torch.manual_seed(seed)
         # A config is written to by the model that it builds.

@@ -41,16 +41,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.published_models import DTYPES, PublishedModel, check_outputs
-from benchmarks.speed_rows import (
-    Cell,
-    Fields,
-    SpeedArguments,
-    error_bars,
-    print_written,
-    read_back,
-    spread,
-    write_results,
-)  # fmt: skip
+from benchmarks.speed_rows import Cell, Fields, SpeedArguments, error_bars, read_back, spread, write_results
 from cost_tome_perceiver import forward_cost, interleaved_seconds
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
@@ -62,8 +53,6 @@ from experiments.publishing.tables import markdown_table
 STOCK, UNMERGED = "stock", "r = 0"
 COLORS: dict[str, Any] = {STOCK: picture_style.STOCK, UNMERGED: picture_style.UNMERGED}
 PICTURE = "scaling.png"
-# Far more would not fit in any memory, and a typing error is better found here than there.
-MAX_LENGTH = 2**20
 
 
 @dataclass
@@ -81,18 +70,12 @@ class ScalingArguments(SpeedArguments):
     schedule: list[str] = field(default_factory=list, init=False)
 
     length: list[int] | None = field(
-        default=None, metadata={"help": f"Bytes in a text, two or more lengths up to {MAX_LENGTH} (see above)."}
-    )
-    batch_size: list[int] | None = field(default=None, metadata={"help": "Texts in a forward pass, one number."})
-    dtype: list[str] = field(
-        default_factory=lambda: ["float32"],
-        metadata={"help": f"Of weights and activations, one of {', '.join(DTYPES)}."},
+        default=None, metadata={"help": "Bytes in a text, two or more lengths (see above)."}
     )
     output_dir: str = field(default="outputs/scaling", metadata={"help": "Where the results go."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert self.length is not None and self.batch_size is not None
         for name, values in (("dtype", self.dtype), ("batch_size", self.batch_size)):
             if len(values) != 1:
                 raise BadInput(f"--{name} {' '.join(map(str, values))}: must be one value")
@@ -103,16 +86,10 @@ class ScalingArguments(SpeedArguments):
     @property
     def model(self) -> PublishedModel:
         """The model with positions for the longest text: they are a parameter, and random as all are."""
-        assert self.length is not None
         published = super().model
         return replace(published, fields={**published.fields, "max_position_embeddings": max(self.length)})
 
-    @property
-    def max_length(self) -> int:
-        return MAX_LENGTH
-
     def described(self) -> dict[str, Any]:
-        assert self.batch_size is not None
         positions = self.model.config().max_position_embeddings
         return super().described() | {"dtype": self.dtype[0], "batch size": self.batch_size[0], "positions": positions}
 
@@ -222,7 +199,7 @@ def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
         cells: one for each length, the shortest first, all with the same settings.
     """
     published, dtype = arguments.model, DTYPES[cells[0].dtype]
-    stock = published.build_stock(arguments.seed, dtype, arguments.device)
+    stock = published.build_stock(dtype, arguments.device)
     inputs = [published.draw_inputs(cell.input_shape, dtype, arguments.device) for cell in cells]
     difference = check_outputs(stock, published.build_merging(stock), inputs[0])
 
@@ -253,19 +230,13 @@ def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
                 peak_memory_mb=peak_memory_mb(turns[index], pairs[index][1]),
             )
         )
-    growth = [
-        grow(name, flops_line(published, fields, len(inputs[0])), rate, [row for row in rows if row.name == name])
-        for name, fields in settings.items()
-    ]
+    lengths, growth = [cell.input_shape[1] for cell in cells], []
+    for name, fields in settings.items():
+        medians = [row.milliseconds.median for row in rows if row.name == name]
+        flops, line = flops_line(published, fields, len(inputs[0])), Line.fit(lengths, medians)
+        predicted = Line(1e3 * flops.constant / rate, 1e3 * flops.slope / rate)
+        growth.append(Growth(name, flops, line, predicted, line.largest_deviation(lengths, medians)))
     return Scaling(difference, rate / 1e9, rows, growth)
-
-
-def grow(name: str, flops: Line, rate: float, rows: list[Row]) -> Growth:
-    """Return the growth of a variant from its rows, with predictions at `rate` FLOPs a second."""
-    lengths, medians = [row.length for row in rows], [row.milliseconds.median for row in rows]
-    line = Line.fit(lengths, medians)
-    predicted = Line(1e3 * flops.constant / rate, 1e3 * flops.slope / rate)
-    return Growth(name, flops, line, predicted, line.largest_deviation(lengths, medians))
 
 
 def as_markdown(scaling: Scaling) -> str:
@@ -371,10 +342,8 @@ def main() -> None:
     with naming(f"--output_dir {output_dir}", OSError):
         output_dir.mkdir(parents=True, exist_ok=True)
     scaling = measure(arguments, cells)
-    text = write_results(arguments, "scaling", asdict(scaling), [as_markdown(scaling)])
-    draw(scaling, picture_title(arguments.described()), output_dir / PICTURE)
-    print(text, end="")
-    print_written(arguments, "scaling")
+    picture = partial(draw, scaling, picture_title(arguments.described()))
+    print(write_results(arguments, "scaling", asdict(scaling), [as_markdown(scaling)], picture))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ Letters: B batch, N latents, M latents left.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -34,6 +34,8 @@ Fields = dict[str, Any]
 """Fields of a config that say what merges; the others have their defaults."""
 
 Figures = TypeVar("Figures")
+COMPILE_BACKEND = "inductor"
+"""What `--compile` compiles with, by its name among the backends of `torch.compile`."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,6 @@ class SpeedArguments:
     )
     rounds: int | None = field(default=None, metadata={"help": "Each runs every variant once (see above)."})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, ..."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default as many as PyTorch chooses."})
-    seed: int = field(default=0, metadata={"help": "Of weights and inputs."})
     output_dir: str = field(default="outputs/speed", metadata={"help": "Where the results go."})
 
     def __post_init__(self) -> None:
@@ -117,14 +117,15 @@ class SpeedArguments:
             raise BadInput(
                 f"--length {' '.join(map(str, self.length))}: only models of texts take it, not {self.shapes}"
             )
-        limits = {"batch_size": (1, math.inf), "length": (1, self.max_length), "r": (0, math.inf)}
-        for name, (least, most) in (limits | dict.fromkeys(("rounds", "threads"), (1, math.inf))).items():
-            value = getattr(self, name)
-            for each in value if isinstance(value, list) else [] if value is None else [value]:
-                if not least <= each <= most:
-                    raise BadInput(
-                        f"--{name} {each}: must be {least} {'or more' if math.isinf(most) else f'to {most}'}"
-                    )
+        longest = self.model.config().max_position_embeddings
+        for each in self.length or []:
+            if not 1 <= each <= longest:
+                raise BadInput(f"--length {each}: must be 1 to {longest}")
+        rounds = None if self.rounds is None else [self.rounds]
+        for name, least, values in (("batch_size", 1, self.batch_size), ("r", 0, self.r), ("rounds", 1, rounds)):
+            for each in values or []:
+                if each < least:
+                    raise BadInput(f"--{name} {each}: must be {least} or more")
         with naming(f"--device {self.device}", RuntimeError, AssertionError):
             torch.empty(0, device=self.device)
 
@@ -134,18 +135,12 @@ class SpeedArguments:
         published = PUBLISHED_MODELS[self.shapes]
         return published.small() if self.small else published
 
-    @property
-    def max_length(self) -> int:
-        """Most bytes of a text."""
-        return self.model.config().max_position_embeddings
-
     def cells(self) -> list[Cell]:
         """Every combination of dtype, batch size and length.
 
         Raises:
             BadInput: for a share of the FLOPs that a schedule cannot come down to.
         """
-        assert self.batch_size is not None
         cells = []
         lengths: list[int] | list[None] = self.length or [None]
         for dtype, batch_size, length in product(self.dtype, self.batch_size, lengths):
@@ -154,7 +149,6 @@ class SpeedArguments:
         return cells
 
     def _settings(self, input_shape: tuple[int, ...]) -> dict[str, Fields]:
-        assert self.r is not None and self.flops_ratio is not None
         config = self.model.config()
         settings: dict[str, Fields] = {f"r = {r}": {"r": r} for r in self.r}
         share = FlopsShare(config, input_shape, self.model.architecture)
@@ -166,9 +160,7 @@ class SpeedArguments:
         return settings
 
     def use_device(self) -> None:
-        """Set the number of threads and the current device."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        """Make the device the current one."""
         device = torch.device(self.device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
@@ -255,18 +247,24 @@ def run_cells(
     for cell in cells:
         tables.append(measure(arguments, cell))
         figures = {"cells": [asdict(table) for table in tables]}
-        text = write_results(arguments, name, figures, map(as_markdown, tables))
-        if draw is not None:
-            draw(tables, Path(arguments.output_dir) / f"{name}.png")
-    print(text, end="")
-    print_written(arguments, name, draw is not None)
+        picture = None if draw is None else partial(draw, tables)
+        text = write_results(arguments, name, figures, map(as_markdown, tables), picture)
+    print(text)
 
 
-def write_results(arguments: SpeedArguments, name: str, figures: Mapping[str, Any], tables: Iterable[str]) -> str:
-    """Write figures as NAME.json and tables as NAME.md, each with the settings, the command and the machine.
+def write_results(
+    arguments: SpeedArguments,
+    name: str,
+    figures: Mapping[str, Any],
+    tables: Iterable[str],
+    draw: Callable[[Path], None] | None = None,
+) -> str:
+    """Write figures as NAME.json, tables as NAME.md, and what `draw` draws as NAME.png.
+
+    Both files have the settings, the command and the machine.
 
     Returns:
-        The text of NAME.md.
+        The text of NAME.md, and a line that names the files.
     """
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -275,13 +273,10 @@ def write_results(arguments: SpeedArguments, name: str, figures: Mapping[str, An
     notes = [f"- {name}: {value}" for name, value in settings.items()] + [f"- {environment_line(environment)}"]
     text = "\n".join([*tables, *notes]) + "\n"
     write_text(output_dir / f"{name}.md", text)
-    return text
-
-
-def print_written(arguments: SpeedArguments, name: str, picture: bool = True) -> None:
-    """Print which files were written."""
-    files = [f"{name}.json", f"{name}.md", *([f"{name}.png"] if picture else [])]
-    print(f"written to {arguments.output_dir}: {', '.join(files[:-1])} and {files[-1]}")
+    if draw is None:
+        return f"{text}written to {output_dir}: {name}.json and {name}.md"
+    draw(output_dir / f"{name}.png")
+    return f"{text}written to {output_dir}: {name}.json, {name}.md and {name}.png"
 
 
 def spread(quartiles: Quartiles, form: str = ".2f") -> tuple[str, str]:
@@ -298,17 +293,6 @@ def error_bars(quartiles: Iterable[Quartiles]) -> list[list[float]]:
 def read_back(kind: type[Figures], part: type, fields: Mapping[str, Any]) -> Figures:
     """Return a dataclass from what `asdict` made of it; its values that are mappings are all of one other dataclass."""
     return kind(**{name: part(**value) if isinstance(value, dict) else value for name, value in fields.items()})
-
-
-def check_backend(name: str | None) -> None:
-    """Check that `torch.compile` has a backend of that name; `None` if nothing is compiled.
-
-    Raises:
-        BadInput: naming the argument, the value and the choices.
-    """
-    # Only if asked for: to list them takes seconds of imports.
-    if name is not None:
-        check_names("compile_backend", [name], torch.compiler.list_backends(exclude_tags=()))
 
 
 def check_names(argument: str, names: Iterable[str], known: Collection[str]) -> None:

@@ -39,13 +39,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from matplotlib import pyplot as plt
 
+from benchmarks import speed_rows
 from benchmarks.published_models import DTYPES, check_outputs
 from benchmarks.speed_rows import (
     Cell,
     Fields,
     StepArguments,
     Table,
-    check_backend,
     check_names,
     error_bars,
     read_back,
@@ -90,13 +90,11 @@ class ThroughputArguments(StepArguments):
             "Settings are compiled in their order, so that the second one's first call is what a change of r costs."
         },
     )
-    compile_backend: str = field(default="inductor", metadata={"help": "Of --compile."})
     output_dir: str = field(default="outputs/throughput", metadata={"help": "Where the results go."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names("compile", self.compile, COMPILERS)
-        check_backend(self.compile_backend if self.compile else None)
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ def build_variants(
         ]
     for variant in variants:
         if variant.compiled:
-            COMPILERS[variant.compiled](variant.model, backend=arguments.compile_backend)
+            COMPILERS[variant.compiled](variant.model, backend=speed_rows.COMPILE_BACKEND)
         variant.model.train(arguments.training).requires_grad_(arguments.training)
     return variants
 
@@ -211,7 +209,7 @@ def first_calls(variants: list[Variant], step: Callable[[PreTrainedModel], objec
 def measure(arguments: ThroughputArguments, cell: Cell) -> ThroughputTable:
     """Run the rounds of one cell."""
     published, dtype = arguments.model, DTYPES[cell.dtype]
-    stock = published.build_stock(arguments.seed, dtype, arguments.device)
+    stock = published.build_stock(dtype, arguments.device)
     inputs = published.draw_inputs(cell.input_shape, dtype, arguments.device)
     difference = check_outputs(stock, published.build_merging(stock), inputs)
     variants = build_variants(arguments, stock, cell.settings)

@@ -79,7 +79,7 @@ class Row:
 
 def trainers(arguments: TrainingStepArguments, cell: Cell, folder: Path) -> dict[str, TaskTrainer]:
     """One for each way to train, with a model of its own and the same weights."""
-    stock = arguments.model.build_stock(arguments.seed, DTYPES[cell.dtype], arguments.device)
+    stock = arguments.model.build_stock(DTYPES[cell.dtype], arguments.device)
     ways = [*((name, TaskTrainer, fields) for name, fields in cell.settings.items()), (ELASTIC, ElasticTrainer, {})]
     made: dict[str, TaskTrainer] = {}
     for ending in ("", COMPILED) if arguments.torch_compile else ("",):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import latency
+from benchmarks import latency, speed_rows
 from benchmarks.latency import CHANGING, STOCK, LatencyArguments, build_variants, draw_requests, queued_seconds
 from tests.support.script_run import bad_input_line, call_script
 
@@ -62,7 +62,7 @@ def test_each_request_is_merged_as_its_variant_says(monkeypatch):
     """By what the model is called with, one call of each variant for each request."""
     arguments = tiny_arguments()
     (cells,) = arguments.streams()
-    stock = arguments.model.build_stock(0, torch.float32, "cpu")
+    stock = arguments.model.build_stock(torch.float32, "cpu")
     requests = draw_requests(arguments, cells)
     variants = build_variants(arguments, stock, SETTINGS)
     assert [variant.name for variant in variants] == [STOCK, *SETTINGS, CHANGING]
@@ -77,8 +77,9 @@ def test_each_request_is_merged_as_its_variant_says(monkeypatch):
         assert said == [{}, *({"r": r} for r in merges)]
 
 
-def test_compiled_layers_answer_too():
-    arguments = tiny_arguments(compile=True, compile_backend="eager", requests=3)
+def test_compiled_layers_answer_too(monkeypatch):
+    monkeypatch.setattr(speed_rows, "COMPILE_BACKEND", "eager")
+    arguments = tiny_arguments(compile=True, requests=3)
     (cells,) = arguments.streams()
     table, milliseconds = latency.measure(arguments, cells)
     compiled = [f"{name}, layers compiled" for name in [*SETTINGS, CHANGING]]
@@ -95,36 +96,12 @@ def test_a_request_waits_until_those_before_it_are_done():
     assert queued_seconds(service, gaps).tolist() == [3, 3, 3, 5, 5]
 
 
-def test_half_the_service_time_takes_more_than_half_off_the_queue():
-    generator = np.random.default_rng(0)
-    service, gaps = generator.exponential(0.7, 20_000), generator.exponential(1.0, 20_000)
-    slow, fast = queued_seconds(service, gaps), queued_seconds(service / 2, gaps)
-    # The mean of such a queue is known: 1 over the rate of service less the rate of arrivals.
-    assert slow.mean() == pytest.approx(1 / (1 / 0.7 - 1), rel=0.1)
-    assert fast.mean() == pytest.approx(1 / (1 / 0.35 - 1), rel=0.1)
-
-
-def test_images_have_one_size(tmp_path):
-    call_script(SCRIPT, "--shapes", "vision", "--small", "--r", 2, "--flops_ratio", 0.95, "--requests", 2,
-                "--output_dir", tmp_path)  # fmt: skip
-    report = json.loads((tmp_path / "latency.json").read_text())
-    assert report["settings"]["lengths"] == "one size of images"
-
-
-def test_small_means_fewer_of_what_is_not_given(monkeypatch):
-    full, small = LatencyArguments(length=[9]), LatencyArguments(length=[9], small=True, r=[5])
-    assert small.model.config().num_self_attention_layers == 2 < full.model.config().num_self_attention_layers
-    assert small.r == [5] and small.requests < full.requests and full.batch_size == [1] == small.batch_size
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--requests", 0), "--requests 0: must be 1 or more"),
         (("--rounds", 5), "--rounds 5: each request is a round"),
-        (("--load", 1), "--load 1.0: must be between 0 and 1"),
         (("--length", 129), "--length 129: must be 1 to 128"),
-        (("--compile", "--compile_backend", "gcc"), "--compile_backend gcc: choose from"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, arguments, says):

@@ -9,8 +9,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -40,18 +38,6 @@ def test_the_flops_are_linear_in_the_length_and_merging_lowers_the_constant_alon
         assert line.at(length) == cost.total_with_matching
     assert line.slope == unmerged.slope and line.slope > 0
     assert (line.constant < unmerged.constant) == (r > 0) and line.constant > 0
-
-
-@given(
-    constant=st.floats(0.1, 1e4),
-    slope=st.floats(1e-4, 10),
-    lengths=st.lists(st.integers(1, 1 << 20), min_size=2, max_size=6, unique=True),
-)
-def test_the_fit_recovers_a_line(constant, slope, lengths):
-    values = [constant + slope * length for length in lengths]
-    line = Line.fit(lengths, values)
-    assert line.largest_deviation(lengths, values) < 1e-6
-    assert [line.at(length) for length in lengths] == pytest.approx(values, rel=1e-6)
 
 
 def test_the_fit_weighs_every_value_alike_and_reports_its_largest_deviation():
@@ -145,7 +131,7 @@ def test_positions_are_as_many_as_the_longest_text_has_bytes(small):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--length", 9, 1048577), "--length 1048577: must be 1 to 1048576"),
+        (("--length", 9, 0), "--length 0: must be 1 to 9"),
         (("--length", 9, 9), "--length 9: must be two lengths or more"),
         (("--dtype", "float32", "bfloat16"), "--dtype float32 bfloat16: must be one value"),
         (("--batch_size", 1, 2), "--batch_size 1 2: must be one value"),

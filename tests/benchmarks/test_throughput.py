@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import speed_rows
 from benchmarks.breakdown import BreakdownArguments
 from benchmarks.latency import LatencyArguments
 from benchmarks.published_models import PUBLISHED_MODELS, check_outputs
@@ -106,10 +107,11 @@ def test_flops_of_a_training_step_are_those_that_are_counted(r):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_compiled_variants_stand_beside_the_others():
-    arguments = ThroughputArguments(small=True, compile=["layers", "model"], compile_backend="eager", flops_ratio=[1.0])
+def test_compiled_variants_stand_beside_the_others(monkeypatch):
+    monkeypatch.setattr(speed_rows, "COMPILE_BACKEND", "eager")
+    arguments = ThroughputArguments(small=True, compile=["layers", "model"], flops_ratio=[1.0])
     published = arguments.model
-    stock = published.build_stock(0, torch.float32, "cpu")
+    stock = published.build_stock(torch.float32, "cpu")
     variants = build_variants(arguments, stock, {"r = 2": {"r": 2}})
     names = [f"{name}, {how} compiled" for how in ("layers", "model") for name in ("stock", "r = 2")]
     assert [variant.name for variant in variants] == [STOCK, "r = 2", *names]
@@ -126,10 +128,10 @@ def test_compiled_variants_stand_beside_the_others():
 
 def test_a_model_that_does_something_else_is_not_timed():
     published = PUBLISHED_MODELS["language"]
-    stock = published.build_stock(0, torch.float32, "cpu")
+    stock = published.build_stock(torch.float32, "cpu")
     inputs = published.draw_inputs((2, 9), torch.float32, "cpu")
     assert check_outputs(stock, published.build_merging(stock), inputs) < 1e-5
-    other = published.build_merging(published.build_stock(1, torch.float32, "cpu"))
+    other = published.build_merging(published.build_stock(torch.float32, "cpu", seed=1))
     with pytest.raises(AssertionError, match="outputs differ"):
         check_outputs(stock, other, inputs)
 
@@ -172,7 +174,7 @@ def test_the_published_shapes_reach_their_budgets(monkeypatch, script_arguments,
         (("--schedule", "search"), "--schedule search: choose from constant"),
         (("--flops_ratio", 0.01), "flops_ratio=0.01 is out of reach"),
         (("--device", "abacus"), "--device abacus: "),
-        (("--compile", "layers", "--compile_backend", "gcc"), "--compile_backend gcc: choose from"),
+        (("--compile", "layers", "blocks"), "--compile blocks: choose from layers, model"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, arguments, says):

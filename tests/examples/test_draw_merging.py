@@ -139,7 +139,7 @@ IMAGE_MODEL, TEXT_MODEL = "ForImageClassificationConvProcessing", "ForSequenceCl
         (TEXT_MODEL, ("--texts", "a", "--max_length", "2"), "--max_length 2: allowed"),
         (TEXT_MODEL, ("--texts", "a", "--split", "test"), "--split test: allowed only with --dataset_name"),
         (TEXT_MODEL, ("--texts", "a", "--r", "-1"), "--r -1: must be"),
-        (TEXT_MODEL, ("--texts", "a", "--r", "1,2"), "one entry for each of the 6 self-attention layers"),
+        (TEXT_MODEL, ("--texts", "a", "--r", "1,2"), "r=[1, 2]: must be"),
         (TEXT_MODEL, ("--texts", "a", "--r", "many"), "--r many: must be"),
         (TEXT_MODEL, ("--texts", "a", "--flops_ratio", "0.001"), "flops_ratio=0.001 is out of reach"),
         (TEXT_MODEL, ("--texts", "a", "--flops_ratio", "0.9", "--merge_method", "groups"), "--merge_method groups: "),

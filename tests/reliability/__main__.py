@@ -28,10 +28,8 @@ from tests.support.script_run import isolated_environment
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="Cases whose kind or name contains this.")
-    parser.add_argument("--kills", type=int, default=6, help="Kills of each scenario at random times.")
     parser.add_argument("--workers", type=int, default=2, help="Cases at a time.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/reliability"), help="Of the log.")
-    parser.add_argument("--report", type=Path, default=Path("docs/reliability.md"), help="Page with the tables.")
     arguments = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="reliability-") as name:
@@ -52,7 +50,7 @@ def main() -> int:
     print(text)
     (arguments.output_dir / "report.md").write_text(text + "\n")
     if not arguments.only:
-        write_report(arguments.report, text)
+        write_report(Path("docs/reliability.md"), text)
     return 0 if verdicts and all(verdict.passed for verdict in verdicts) else 1
 
 
@@ -64,7 +62,7 @@ def _try_all(folder: Path, arguments: argparse.Namespace) -> list:
     from tests.reliability.cases import all_cases
     from tests.reliability.inputs import Inputs
 
-    cases = [case for case in all_cases(arguments.kills) if arguments.only in f"{case.kind}: {case.id}"]
+    cases = [case for case in all_cases() if arguments.only in f"{case.kind}: {case.id}"]
     disable_progress_bars()
     inputs = Inputs.write(folder / "inputs")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
@@ -50,53 +50,46 @@ VALUES: dict[str, tuple[object, str]] = {
     "not_an_argument": (1, "not_an_argument"),
     "pad_to_max_length": ("sometimes", "sometimes"),
 }
-OUTPUT_DIRS: dict[str, object] = {"a list": ["a", "b"], "a mapping": {"a": 1}}
 
 
 def argument_file_mistakes() -> Iterator[BadInputCase]:
     for number, (name, data) in enumerate(WHOLE.items()):
-        script = SCRIPTS[number % len(SCRIPTS)]
-        yield BadInputCase(MISTAKE, name, script, _whole(name.replace(" ", "_"), data), (name.replace(" ", "_"),))
+        file = name.replace(" ", "_")
+        make = _file(file, lambda inputs, path, data=data: path.write_bytes(data))
+        yield BadInputCase(MISTAKE, name, SCRIPTS[number % len(SCRIPTS)], make, (file,))
     for name in ("not_there.yaml", "not_there.json"):
-        yield BadInputCase(MISTAKE, name, "run_glue.py", _alone(name), (name,))
-    yield BadInputCase(MISTAKE, "a folder.yaml", "eval_sweep.py", _a_folder, ("folder.yaml",))
+        yield BadInputCase(MISTAKE, name, "run_glue.py", _file(name, lambda inputs, path: None), (name,))
+    make = _file("folder.yaml", lambda inputs, path: path.mkdir())
+    yield BadInputCase(MISTAKE, "a folder.yaml", "eval_sweep.py", make, ("folder.yaml",))
     for number, (name, (value, says)) in enumerate(VALUES.items()):
         ending = (".yaml", ".json")[number % 2]
-        yield BadInputCase(
-            MISTAKE, f"{name} is {value}{ending}", "run_glue.py", _value(name, value, ending), (name, says)
-        )
-    for what, folder in OUTPUT_DIRS.items():
-        make = _value("output_dir", folder, ".yaml")
+        make = _file(f"arguments{ending}", _arguments(name, value))
+        yield BadInputCase(MISTAKE, f"{name} is {value}{ending}", "run_glue.py", make, (name, says))
+    for what, folder in (("a list", ["a", "b"]), ("a mapping", {"a": 1})):
+        make = _file("arguments.yaml", _arguments("output_dir", folder))
         yield BadInputCase(MISTAKE, f"output_dir is {what}", "run_glue.py", make, ("output_dir",))
 
 
-def _whole(name: str, data: bytes) -> Make:
+def _file(name: str, write: Callable[[Inputs, Path], object]) -> Make:
+    """A file with all arguments, and nothing beside it."""
+
     def make(inputs: Inputs, folder: Path) -> Command:
-        (folder / name).write_bytes(data)
+        write(inputs, folder / name)
         return (ONLY, folder / name)
 
     return make
 
 
-def _alone(name: str) -> Make:
-    return lambda inputs, folder: (ONLY, folder / name)
+def _arguments(name: str, value: object) -> Callable[[Inputs, Path], object]:
+    """Good arguments but for one."""
 
-
-def _a_folder(inputs: Inputs, folder: Path) -> Command:
-    (folder / "folder.yaml").mkdir()
-    return (ONLY, folder / "folder.yaml")
-
-
-def _value(name: str, value: object, ending: str) -> Make:
-    def make(inputs: Inputs, folder: Path) -> Command:
+    def write(inputs: Inputs, path: Path) -> None:
         arguments = {
             "config_name": str(inputs.text_config), "task_name": "sst2", "dataset_name": str(inputs.glue),
             "do_train": True, "do_eval": True, "use_cpu": True, "save_strategy": "no",
-            "output_dir": str(folder / OUTPUT),
+            "output_dir": str(path.parent / OUTPUT),
         }  # fmt: skip
         text = json.dumps(arguments | {name: value})
-        path = folder / f"arguments{ending}"
-        path.write_text(text if ending == ".json" else yaml.safe_dump(json.loads(text)))
-        return (ONLY, path)
+        path.write_text(text if path.suffix == ".json" else yaml.safe_dump(json.loads(text)))
 
-    return make
+    return write

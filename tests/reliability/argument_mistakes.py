@@ -6,10 +6,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from tests.reliability.bad_input import BadInputCase
-from tests.reliability.inputs import Command
+from tests.reliability.bad_input import BadInputCase, usual
+from tests.reliability.inputs import SCRIPTS
 
-GLUE, IMAGE, MLM, SWEEP = "run_glue.py", "run_image.py", "run_mlm.py", "eval_sweep.py"
+GLUE, IMAGE, MLM, SWEEP = SCRIPTS
 
 # By class and script: what is added, a mistake a line. Of the first argument in it, name and value must be in the line;
 # after "=>" stands what else must be, or, after "=>>", what must be instead.
@@ -333,17 +333,10 @@ def argument_mistakes() -> Iterator[BadInputCase]:
                 words = shlex.split(added)
                 named = [] if says.startswith(">") else _named(words)
                 said = tuple(word.lstrip("-") for word in (*named, *says.removeprefix(">").split()))
-                yield BadInputCase(mistake, added.strip(), script, _added(script, tuple(words)), said)
+                yield BadInputCase(mistake, added.strip(), script, usual(script, *words), said)
 
 
 def _named(words: list[str]) -> list[str]:
     """The first argument and its first value; the line may call it `r = 2` or `--r 2`."""
     value = [word for word in words[1:2] if not word.startswith("--")]
     return [words[0], *value]
-
-
-def _added(script: str, words: Command):
-    def make(inputs, folder):
-        return (*inputs.usual(script), *words)
-
-    return make

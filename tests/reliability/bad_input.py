@@ -85,6 +85,11 @@ class BadInputCase:
         return (f"written or changed: {changed}", "other") if changed else PASSED
 
 
+def usual(script: str, *words: object) -> Make:
+    """A good command with more arguments."""
+    return lambda inputs, folder: (*inputs.usual(script), *words)
+
+
 def _names(line: str, part: str) -> bool:
     """Whether a line has a part in it, a number in any spelling, and a list with or without brackets."""
     line, part = line.lower(), part.lower()

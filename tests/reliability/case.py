@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case that is tried, and the verdict on it."""
+"""The verdict on a case, and what comes to it.
+
+A case is one line of a table: a dataclass with its `kind` (the law that it tries, which has a table in the report), its
+`row` in that table, an `id` unlike that of every other case, and `attempt(inputs, folder)`, which tries it in a new
+folder and returns an `Attempt`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from tests.reliability.inputs import Inputs
 from tests.reliability.running import Outcome
@@ -19,28 +24,6 @@ from tests.reliability.running import Outcome
 Finding = tuple[str, str]
 PASSED: Finding = ("", "")
 FAULTS = ("wrong in silence", "traceback", "hang", "other")
-
-
-class Case(Protocol):
-    """One line of a table.
-
-    Attributes:
-        kind: the law it tries, which has a table in the report.
-        row: its class in that table.
-        id: unlike that of every other case.
-    """
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def row(self) -> str: ...
-
-    @property
-    def id(self) -> str: ...
-
-    def attempt(self, inputs: Inputs, folder: Path) -> Attempt:
-        """Try it in a new folder."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +45,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a case; attributes as of `Case` and `Attempt`."""
+    """The result of a case; attributes as of a case and of `Attempt`."""
 
     kind: str
     row: str
@@ -78,7 +61,7 @@ class Verdict:
         return not self.wrong
 
 
-def try_case(case: Case, inputs: Inputs, folder: Path) -> Verdict:
+def try_case(case: Any, inputs: Inputs, folder: Path) -> Verdict:
     """Return the verdict on a case, also where trying itself fails, and remove the case's folder."""
     try:
         attempt = case.attempt(inputs, folder)

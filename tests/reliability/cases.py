@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from tests.reliability.argument_file_mistakes import argument_file_mistakes
 from tests.reliability.argument_mistakes import argument_mistakes
 from tests.reliability.bad_input import BadInputCase
-from tests.reliability.case import Case
 from tests.reliability.changed_runs import changes
 from tests.reliability.checkpoint_mistakes import checkpoint_mistakes
 from tests.reliability.data_mistakes import data_mistakes
@@ -23,9 +23,9 @@ BAD_INPUTS: tuple[BadInputCase, ...] = (
 )  # fmt: skip
 
 
-def all_cases(kills: int) -> Iterator[Case]:
-    """Every bad input, change and kill; `kills` of each scenario at random times."""
+def all_cases() -> Iterator[Any]:
+    """Every bad input, change and kill."""
     yield from BAD_INPUTS
     yield from (replace(case, fresh=True) for case in BAD_INPUTS[::FRESH_EVERY])
     yield from changes()
-    yield from kill_cases(kills)
+    yield from kill_cases()

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from tests.reliability.case import PASSED, Attempt, Finding, changed_paths, contents, said, shown
-from tests.reliability.inputs import LAST, OUTPUT, Command, Inputs, Scenario, edit_value
+from tests.reliability.inputs import LAST, OUTPUT, Command, Inputs, Scenario, edit_json, edit_value
 from tests.reliability.left import left, where
 from tests.reliability.running import Outcome, run_forked
 
@@ -109,7 +109,7 @@ LENGTH = ("num_train_epochs", "max_steps")
 NOT_COMPARED = re.compile(
     r"arguments\.json$|trainer_state\.json$|checkpoint-\d+/|\.png$|training_args\.bin$|README\.md$"
 )
-CHECKPOINT = re.compile(r"(^|/)checkpoint-\d+/")
+CHECKPOINT_PATH = re.compile(r"(^|/)checkpoint-\d+/")
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ class Change:
         run: key of `RUNS`.
         name: of the change.
         added: arguments of the second run.
-        edit: key of `EDITS`, the change of an input, if that is what changes.
+        edit: of an input, if that is what changes.
         resume: whether the second run resumes.
     """
 
     run: str
     name: str
     added: Command = ()
-    edit: str = ""
+    edit: Edit | None = None
     resume: bool = False
 
     kind = "one thing changed"
@@ -156,7 +156,7 @@ class Change:
         folder = folder / "run"
         shutil.copytree(finished, folder)
         if self.edit:
-            EDITS[self.edit](inputs)
+            self.edit(inputs)
         before = contents(folder / OUTPUT)
         outcome = run_forked(scenario.script, (*command, *(scenario.resume if self.resume else ())), folder)
         finding = self._judge(outcome, before, folder, command)
@@ -189,7 +189,7 @@ def changes() -> Iterator[Change]:
     """Every training argument, every argument of ours, and every input, one at a time, and resumed where one can."""
     once = [Change("training", name, (f"--{name}", *value)) for name, value in other_values().items()]
     once += [Change(run, line, tuple(shlex.split(line))) for run, lines in OWN.items() for line in lines]
-    once += [Change(run, edit, edit=edit) for run, edits in EDITED.items() for edit in edits]
+    once += [Change(run, name, edit=edit) for run, edits in EDITED.items() for name, edit in edits.items()]
     for change in once:
         yield change
         if RUNS[change.run].resume:
@@ -221,7 +221,7 @@ def _stale(found: dict[str, Any], expected: dict[str, Any], resumed: bool) -> li
     for path, value in expected.items():
         if not NOT_COMPARED.search(path) and not _alike(found.get(path), value):
             wrong.append(f"{path} is not what an empty folder gets{where(found.get(path), value)}")
-    theirs, ours = ({path for path in each if CHECKPOINT.search(path)} for each in (expected, found))
+    theirs, ours = ({path for path in each if CHECKPOINT_PATH.search(path)} for each in (expected, found))
     folders = {path.rpartition("/")[0] for path in ours} - {path.rpartition("/")[0] for path in theirs}
     if theirs and folders and not resumed:
         wrong.append(f"of another run: {', '.join(sorted(folders))}")
@@ -239,82 +239,80 @@ def _alike(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _edit_bytes(path: Path) -> None:
-    """One byte in the middle: the low bits of one number, or what a file says."""
-    data = bytearray(path.read_bytes())
-    data[len(data) * 3 // 4] ^= 0x55
-    path.write_bytes(bytes(data))
+Edit = Callable[[Inputs], None]
 
 
-def _edit_json(path: Path, **values: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def _byte(file: str) -> Edit:
+    """One byte in the middle: the low bits of one number."""
+
+    def edit(inputs: Inputs) -> None:
+        data = bytearray((inputs.folder / file).read_bytes())
+        data[len(data) * 3 // 4] ^= 0x55
+        (inputs.folder / file).write_bytes(bytes(data))
+
+    return edit
 
 
-def _text_file(inputs: Inputs, split: str) -> Path:
-    return next((inputs.glue / "sst2").glob(f"{split}-*"))
+def _fields(file: str, **values: object) -> Edit:
+    return lambda inputs: edit_json(inputs.folder / file, **values)
 
 
-def _brighter(image: Any) -> Any:
-    return image.point(lambda value: 255 - value)
-
-
-def _next_label(label: int) -> int:
-    return (label + 1) % 3
+def _value(file: str, column: str, change: Callable[[Any], Any]) -> Edit:
+    return lambda inputs: edit_value(next(inputs.folder.glob(file)), column, change)
 
 
 def _other_label(label: int) -> int:
     return 1 - label
 
 
+def _next_label(label: int) -> int:
+    return (label + 1) % 3
+
+
 def _other_text(text: str) -> str:
     return "zzzzzzz"
 
 
-EDITS: dict[str, Callable[[Inputs], None]] = {
-    "one byte of the text weights": lambda inputs: _edit_bytes(inputs.text_model / "model.safetensors"),
-    "one byte of the image weights": lambda inputs: _edit_bytes(inputs.image_model / "model.safetensors"),
-    "one field of the config": lambda inputs: _edit_json(inputs.text_config, num_self_attends_per_block=1),
-    "one field of the image config": lambda inputs: _edit_json(inputs.image_config, num_latents=6),
-    "one field of the masked config": lambda inputs: _edit_json(inputs.mlm_config, num_latents=6),
-    "one field of the text checkpoint": (
-        lambda inputs: _edit_json(inputs.text_model / "config.json", layer_norm_eps=0.1)
-    ),
-    "one field of the image checkpoint": (
-        lambda inputs: _edit_json(inputs.image_model / "config.json", layer_norm_eps=0.1)
-    ),
-    "the tokenizer": (
-        lambda inputs: _edit_json(inputs.text_model / "tokenizer_config.json", padding_side="left", cls_token="[SEP]")
-    ),
-    "the image processor": (
-        lambda inputs: _edit_json(inputs.image_model / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
-    ),
-    "one label to train on": lambda inputs: edit_value(_text_file(inputs, "train"), "label", _other_label),
-    "one label to evaluate on": lambda inputs: edit_value(_text_file(inputs, "validation"), "label", _other_label),
-    "one sentence to train on": lambda inputs: edit_value(_text_file(inputs, "train"), "sentence", _other_text),
-    "one sentence to evaluate on": lambda inputs: edit_value(_text_file(inputs, "validation"), "sentence", _other_text),
-    "one sentence to predict": lambda inputs: edit_value(_text_file(inputs, "test"), "sentence", _other_text),
-    "one masked sentence": lambda inputs: edit_value(inputs.sentences / "one" / "train.parquet", "text", _other_text),
-    "one image to train on": lambda inputs: edit_value(inputs.images / "train.parquet", "image", _brighter),
-    "one image to evaluate on": lambda inputs: edit_value(inputs.images / "test.parquet", "image", _brighter),
-    "one image label to train on": lambda inputs: edit_value(inputs.images / "train.parquet", "label", _next_label),
-    "one image label to evaluate on": lambda inputs: edit_value(inputs.images / "test.parquet", "label", _next_label),
+def _inverted(image: Any) -> Any:
+    return image.point(lambda value: 255 - value)
+
+
+EVALUATED: dict[str, Edit] = {
+    "one label to evaluate on": _value("glue/sst2/validation-*", "label", _other_label),
+    "one sentence to evaluate on": _value("glue/sst2/validation-*", "sentence", _other_text),
 }
-_TEXT = (
-    "one label to train on", "one label to evaluate on", "one sentence to train on", "one sentence to evaluate on",
-)  # fmt: skip
-_IMAGES = (
-    "one image to train on", "one image to evaluate on", "one image label to train on",
-    "one image label to evaluate on",
-)  # fmt: skip
-_CHECKPOINT = ("one byte of the text weights", "one field of the text checkpoint", "the tokenizer")
-_IMAGE_CHECKPOINT = ("one byte of the image weights", "one field of the image checkpoint", "the image processor")
-EDITED: dict[str, tuple[str, ...]] = {
-    "training": ("one field of the config", *_TEXT),
-    "training on from a checkpoint": (*_CHECKPOINT, *_TEXT),
-    "two stages": ("one field of the image config", *_IMAGES),
-    "masked tokens": ("one field of the masked config", "one masked sentence"),
-    "evaluation": (*_CHECKPOINT, "one label to evaluate on", "one sentence to evaluate on", "one sentence to predict"),
-    "sweep": (*_CHECKPOINT, *_TEXT),
-    "sweep of budgets": (*_IMAGE_CHECKPOINT, *_IMAGES),
-    "fixed groups": (*_CHECKPOINT, *_TEXT),
+TEXT = EVALUATED | {
+    "one label to train on": _value("glue/sst2/train-*", "label", _other_label),
+    "one sentence to train on": _value("glue/sst2/train-*", "sentence", _other_text),
+}
+IMAGES: dict[str, Edit] = {
+    "one image to train on": _value("images/train.parquet", "image", _inverted),
+    "one image to evaluate on": _value("images/test.parquet", "image", _inverted),
+    "one image label to train on": _value("images/train.parquet", "label", _next_label),
+    "one image label to evaluate on": _value("images/test.parquet", "label", _next_label),
+}
+CHECKPOINT: dict[str, Edit] = {
+    "one byte of the text weights": _byte("text_model/model.safetensors"),
+    "one field of the text checkpoint": _fields("text_model/config.json", layer_norm_eps=0.1),
+    "the tokenizer": _fields("text_model/tokenizer_config.json", padding_side="left", cls_token="[SEP]"),
+}
+IMAGE_CHECKPOINT: dict[str, Edit] = {
+    "one byte of the image weights": _byte("image_model/model.safetensors"),
+    "one field of the image checkpoint": _fields("image_model/config.json", layer_norm_eps=0.1),
+    "the image processor": _fields("image_model/preprocessor_config.json", image_mean=[0.1, 0.2, 0.3]),
+}
+EDITED: dict[str, dict[str, Edit]] = {
+    "training": {"one field of the config": _fields("text_config.json", num_self_attends_per_block=1)} | TEXT,
+    "training on from a checkpoint": CHECKPOINT | TEXT,
+    "two stages": {"one field of the image config": _fields("image_config.json", num_latents=6)} | IMAGES,
+    "masked tokens": {
+        "one field of the masked config": _fields("mlm_config.json", num_latents=6),
+        "one masked sentence": _value("sentences/one/train.parquet", "text", _other_text),
+    },
+    "evaluation": (
+        CHECKPOINT | EVALUATED | {"one sentence to predict": _value("glue/sst2/test-*", "sentence", _other_text)}
+    ),
+    "sweep": CHECKPOINT | TEXT,
+    "sweep of budgets": IMAGE_CHECKPOINT | IMAGES,
+    "fixed groups": CHECKPOINT | TEXT,
 }

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,47 +13,45 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
 from tests.reliability.bad_input import BadInputCase, Make
-from tests.reliability.inputs import TRAINING, Command, Inputs
+from tests.reliability.inputs import KINDS, SCRIPTS, Command, Inputs, cut, edit_json
 
+Change = Callable[[Path], object]
+GLUE, IMAGE, MLM, SWEEP = SCRIPTS
 CONFIGS, WEIGHTS, PROCESSORS = "config files", "weights files", "tokenizers and image processors"
 WEIGHTS_FILE = "model.safetensors"
-# A config for a model from scratch, in which a field is something else, and what the line must say.
-FIELDS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "num_latents": ("many", ("num_latents",)),
-    "num_latents ": (0, ("num_latents",)),
-    "num_latents  ": (-8, ("num_latents",)),
-    "num_latents   ": (1.5, ("num_latents",)),
-    "d_latents": (None, ("d_latents",)),
-    "d_model": ("wide", ("d_model",)),
-    "num_blocks": (0, ("num_blocks",)),
-    "num_blocks ": ("two", ("num_blocks",)),
-    "num_self_attends_per_block": (-1, ("num_self_attends_per_block",)),
-    "num_self_attention_heads": (3, ("num_self_attention_heads",)),
-    "num_self_attention_heads ": (0, ("num_self_attention_heads",)),
-    "num_cross_attention_heads": (5, ("num_cross_attention_heads",)),
-    "qk_channels": (7, ("qk_channels",)),
-    "max_position_embeddings": (0, ("max_position_embeddings",)),
-    "attention_probs_dropout_prob": (2, ("attention_probs_dropout_prob",)),
-    "attention_probs_dropout_prob ": ("some", ("attention_probs_dropout_prob",)),
-    "initializer_range": ("small", ("initializer_range",)),
-    "hidden_act": ("step", ("hidden_act",)),
-    "architectures": (["BertModel"], ("BertModel",)),
-    "architectures ": ("PerceiverForSequenceClassification", ("architectures",)),
-    "architectures  ": ([5], ("architectures",)),
-    "model_type": ("bert", ("bert",)),
-    "r": ([1, 1], ("r", "4")),
-    "r ": ("x", ("r", "x")),
-    "r  ": (True, ("r", "True")),
-    "r_inflection": ("early", ("r_inflection", "early")),
-    "min_latents": (99, ("min_latents", "99")),
-    "merge_method": ("glue", ("merge_method", "glue")),
-    "merge_metric": (5, ("merge_metric", "5")),
-    "merge_groups": ([[0, 0]], ("merge_groups",)),
-    "merge_groups ": ("all", ("merge_groups",)),
-    "proportional_attention": ("yes", ("proportional_attention", "yes")),
-    "id2label": ([1, 2], ("id2label",)),
-    "label2id": ({"negative": 0, "positive": 0}, ("label2id",)),
+# Fields of a config for a model from scratch, and values that they cannot have; the line names the field.
+FIELDS: dict[str, list[Any]] = {
+    "num_latents": ["many", 0, -8, 1.5],
+    "d_latents": [None],
+    "d_model": ["wide"],
+    "num_blocks": [0, "two"],
+    "num_self_attends_per_block": [-1],
+    "num_self_attention_heads": [3, 0],
+    "num_cross_attention_heads": [5],
+    "qk_channels": [7],
+    "max_position_embeddings": [0],
+    "attention_probs_dropout_prob": [2, "some"],
+    "initializer_range": ["small"],
+    "hidden_act": ["step"],
+    "architectures": ["PerceiverForSequenceClassification", [5]],
+    "merge_groups": [[[0, 0]], "all"],
+    "id2label": [[1, 2]],
+    "label2id": [{"negative": 0, "positive": 0}],
 }
+# The same, and what the line must say.
+FIELDS_AND_VALUES: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("architectures", ["BertModel"], ("BertModel",)),
+    ("model_type", "bert", ("bert",)),
+    ("r", [1, 1], ("r", "4")),
+    ("r", "x", ("r", "x")),
+    ("r", True, ("r", "True")),
+    ("r_inflection", "early", ("r_inflection", "early")),
+    ("min_latents", 99, ("min_latents", "99")),
+    ("merge_method", "glue", ("merge_method", "glue")),
+    ("merge_metric", 5, ("merge_metric", "5")),
+    ("proportional_attention", "yes", ("proportional_attention", "yes")),
+    *((name, value, (name,)) for name, values in FIELDS.items() for value in values),
+]
 WHOLE = {
     "empty.json": b"",
     "list.json": b"[1]",
@@ -66,31 +63,29 @@ WHOLE = {
 
 
 def checkpoint_mistakes() -> Iterator[BadInputCase]:
-    for name, (value, says) in FIELDS.items():
-        make = _from_scratch(name.strip(), value)
-        yield BadInputCase(CONFIGS, f"{name.strip()} is {value}", "run_glue.py", make, says)
+    for name, value, says in FIELDS_AND_VALUES:
+        yield BadInputCase(CONFIGS, f"{name} is {value}", "run_glue.py", _from_scratch(name, value), says)
     for number, (name, data) in enumerate(WHOLE.items()):
-        script = ("run_glue.py", "run_image.py", "run_mlm.py")[number % 3]
+        script = tuple(KINDS)[number % 3]
         yield BadInputCase(CONFIGS, name, script, _whole(script, name, data), ("--config_name", name))
-    for name, (script, change, says) in CHECKPOINTS.items():
-        yield BadInputCase(CONFIGS, name, script, _checkpoint(script, change), says)
-    for name, (change, says) in WEIGHTS_CHANGES.items():
-        for script in ("run_glue.py", "eval_sweep.py"):
-            yield BadInputCase(WEIGHTS, name, script, _checkpoint(script, change), says)
-    make, works = _checkpoint("eval_sweep.py", _not_finite, SEARCH), {"exit_code": 1, "works": True}
-    yield BadInputCase(WEIGHTS, "not finite, where outputs are compared", "eval_sweep.py", make, ("finite",), **works)
+    for name, (scripts, change, *says) in CHECKPOINTS.items():
+        for script in scripts:
+            yield BadInputCase(CONFIGS, name, script, _checkpoint(script, change), tuple(says or FOLDER))
+    for name, change in WEIGHTS_CHANGES.items():
+        for script in (GLUE, SWEEP):
+            yield BadInputCase(WEIGHTS, name, script, _checkpoint(script, change), FOLDER)
+    search: Command = ("--flops_ratio", 0.9, "--schedule", "search", "--calibration_samples", 4)
+    make, works = _checkpoint(SWEEP, _not_finite, search), {"exit_code": 1, "works": True}
+    yield BadInputCase(WEIGHTS, "not finite, where outputs are compared", SWEEP, make, ("finite",), **works)
     for name, (script, change, says) in PROCESSOR_CHANGES.items():
-        yield BadInputCase(PROCESSORS, name, script, _checkpoint(script, change), says)
-
-
-SEARCH: Command = ("--flops_ratio", 0.9, "--schedule", "search", "--calibration_samples", 4)
+        yield BadInputCase(PROCESSORS, name, script, _checkpoint(script, change), (says,))
 
 
 def _from_scratch(name: str, value: Any) -> Make:
     def make(inputs: Inputs, folder: Path) -> Command:
-        config = json.loads(inputs.text_config.read_text()) | {name: value}
-        (folder / "changed.json").write_text(json.dumps(config))
-        return ("--config_name", folder / "changed.json", *inputs.text_data, *TRAINING)
+        shutil.copyfile(inputs.text_config, folder / "changed.json")
+        edit_json(folder / "changed.json", **{name: value})
+        return (*inputs.text_training, "--config_name", folder / "changed.json")
 
     return make
 
@@ -103,18 +98,13 @@ def _whole(script: str, name: str, data: bytes) -> Make:
     return make
 
 
-def _checkpoint(script: str, change: Callable[[Path], object], added: Command = ()) -> Make:
+def _checkpoint(script: str, change: Change, added: Command = ()) -> Make:
     """A copy of a good checkpoint, changed, and the shortest command that reads it."""
 
     def make(inputs: Inputs, folder: Path) -> Command:
-        model = {
-            "run_glue.py": inputs.text_model, "run_image.py": inputs.image_model, "run_mlm.py": inputs.mlm_model,
-            "eval_sweep.py": inputs.text_model,
-        }[script]  # fmt: skip
-        data = {"run_image.py": inputs.image_data, "run_mlm.py": inputs.mlm_data}.get(script, inputs.text_data)
-        stage: Command = ("--do_eval",)
-        if script == "eval_sweep.py":
-            stage = ("--r", 1, "--timing_rounds", 0)
+        kind = KINDS.get(script, "text")
+        model, data = (getattr(inputs, f"{kind}_{what}") for what in ("model", "data"))
+        stage: Command = ("--r", 1, "--timing_rounds", 0) if script == SWEEP else ("--do_eval",)
         shutil.copytree(model, folder / "checkpoint")
         change(folder / "checkpoint")
         return ("--model_name_or_path", folder / "checkpoint", *data, "--use_cpu", *stage, *added)
@@ -122,94 +112,58 @@ def _checkpoint(script: str, change: Callable[[Path], object], added: Command = 
     return make
 
 
-def _set(name: str, value: Any, file: str = "config.json") -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        path = folder / file
-        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-
-    return change
+def _set(name: str, value: Any, file: str = "config.json") -> Change:
+    return lambda folder: edit_json(folder / file, **{name: value})
 
 
-def _write(file: str, data: bytes) -> Callable[[Path], object]:
+def _write(file: str, data: bytes) -> Change:
     return lambda folder: (folder / file).write_bytes(data)
 
 
-def _remove(file: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / file).unlink()
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
+def _remove(files: str) -> Change:
+    return lambda folder: [path.unlink() for path in list(folder.glob(files))]
 
 
 def _bert(folder: Path) -> None:
     BertConfig().save_pretrained(folder)
 
 
-def _twins(folder: Path) -> None:
-    _set("label2id", {"negative": 0, "positive": 0})(folder)
-
-
-def _contradiction(folder: Path) -> None:
-    _set("id2label", {"0": "positive", "1": "negative"})(folder)
-
-
-CHECKPOINTS: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
-    "an empty folder": ("run_glue.py", _empty, ("--model_name_or_path", "checkpoint")),
-    "an empty folder to sweep": ("eval_sweep.py", _empty, ("--model_name_or_path", "checkpoint")),
-    "no config": ("run_image.py", _remove("config.json"), ("--model_name_or_path", "config.json")),
-    "an empty config": ("run_mlm.py", _write("config.json", b""), ("--model_name_or_path", "checkpoint")),
-    "a cut config": ("eval_sweep.py", _write("config.json", b'{"model_'), ("--model_name_or_path", "checkpoint")),
-    "a config that is a list": ("eval_sweep.py", _write("config.json", b"[]"), ("--model_name_or_path", "checkpoint")),
-    "another model": ("run_glue.py", _bert, ("bert",)),
-    "another model to sweep": ("eval_sweep.py", _bert, ("bert",)),
-    "of text, for images": ("run_image.py", _set("architectures", ["PerceiverForMaskedLM"]), ("PerceiverForMaskedLM",)),
+# By name: the scripts, the change, and what the line must say beside `FOLDER`.
+FOLDER = ("--model_name_or_path", "checkpoint")
+CHECKPOINTS: dict[str, tuple[Any, ...]] = {
+    "an empty folder": ([GLUE, SWEEP], _remove("*")),
+    "no config": ([IMAGE], _remove("config.json"), "--model_name_or_path", "config.json"),
+    "an empty config": ([MLM], _write("config.json", b"")),
+    "a cut config": ([SWEEP], _write("config.json", b'{"model_')),
+    "a config that is a list": ([SWEEP], _write("config.json", b"[]")),
+    "another model": ([GLUE, SWEEP], _bert, "bert"),
+    "of text, for images": ([IMAGE], _set("architectures", ["PerceiverForMaskedLM"]), "PerceiverForMaskedLM"),
     "of optical flow": (
-        "run_glue.py", _set("architectures", ["PerceiverForOpticalFlow"]), ("PerceiverForOpticalFlow",)
+        [GLUE, SWEEP], _set("architectures", ["PerceiverForOpticalFlow"]), "PerceiverForOpticalFlow"
     ),
-    "of optical flow, swept": (
-        "eval_sweep.py", _set("architectures", ["PerceiverForOpticalFlow"]), ("PerceiverForOpticalFlow",)
-    ),
-    "of no class, swept": ("eval_sweep.py", _set("architectures", None), ("architectures",)),
-    "of an empty list of classes, swept": ("eval_sweep.py", _set("architectures", []), ("architectures",)),
+    "of no class": ([SWEEP], _set("architectures", None), "architectures"),
+    "of an empty list of classes": ([SWEEP], _set("architectures", []), "architectures"),
     "a classifier for masked tokens": (
-        "run_mlm.py", _set("architectures", ["ToMePerceiverForSequenceClassification"]), ("architectures",)
+        [MLM], _set("architectures", ["ToMePerceiverForSequenceClassification"]), "architectures"
     ),
-    "two labels of one index": ("run_glue.py", _twins, ("label2id",)),
-    "two labels of one index, swept": ("eval_sweep.py", _twins, ("label2id",)),
-    "id2label against label2id": ("run_glue.py", _contradiction, ("id2label",)),
-    "id2label against label2id, swept": ("eval_sweep.py", _contradiction, ("id2label",)),
-    "r for another number of layers": ("run_glue.py", _set("r", [1, 1, 1]), ("r", "4")),
-    "groups for another number of layers": ("eval_sweep.py", _set("merge_groups", [[0]]), ("merge_groups",)),
-    "other widths than the weights": ("run_glue.py", _set("d_latents", 16), ("--model_name_or_path", "checkpoint")),
-    "other latents than the weights": ("eval_sweep.py", _set("num_latents", 6), ("--model_name_or_path", "checkpoint")),
-    "other layers than the weights": (
-        "eval_sweep.py", _set("num_self_attends_per_block", 3), ("--model_name_or_path", "checkpoint")
-    ),
-    "a field of another type": ("run_image.py", _set("num_latents", "many"), ("num_latents",)),
+    "two labels of one index": ([GLUE, SWEEP], _set("label2id", {"negative": 0, "positive": 0}), "label2id"),
+    "id2label against label2id": ([GLUE, SWEEP], _set("id2label", {"0": "positive", "1": "negative"}), "id2label"),
+    "r for another number of layers": ([GLUE], _set("r", [1, 1, 1]), "r", "4"),
+    "groups for another number of layers": ([SWEEP], _set("merge_groups", [[0]]), "merge_groups"),
+    "other widths than the weights": ([GLUE], _set("d_latents", 16)),
+    "other latents than the weights": ([SWEEP], _set("num_latents", 6)),
+    "other layers than the weights": ([SWEEP], _set("num_self_attends_per_block", 3)),
+    "a field of another type": ([IMAGE], _set("num_latents", "many"), "num_latents"),
 }  # fmt: skip
 
 
-def _cut_weights(folder: Path) -> None:
-    path = folder / WEIGHTS_FILE
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def _weights(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Change:
+    return lambda folder: save_file(
+        change(load_file(folder / WEIGHTS_FILE)), folder / WEIGHTS_FILE, metadata={"format": "pt"}
+    )
 
 
-def _without_tensors(folder: Path) -> None:
-    weights = load_file(folder / WEIGHTS_FILE)
-    kept = dict(list(sorted(weights.items()))[: len(weights) // 2])
-    save_file(kept, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-
-
-def _foreign(folder: Path) -> None:
-    save_file({"layer.weight": torch.zeros(2, 2)}, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-
-
-def _not_finite(folder: Path) -> None:
-    weights = load_file(folder / WEIGHTS_FILE)
-    spoilt = {name: torch.full_like(tensor, float("nan")) for name, tensor in weights.items()}
-    save_file(spoilt, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+_not_finite = _weights(lambda weights: {name: torch.full_like(each, float("nan")) for name, each in weights.items()})
 
 
 def _pickled(folder: Path) -> None:
@@ -222,36 +176,22 @@ def _a_folder(folder: Path) -> None:
     (folder / WEIGHTS_FILE).mkdir()
 
 
-WEIGHTS_CHANGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "not there": (_remove(WEIGHTS_FILE), ("--model_name_or_path", "checkpoint")),
-    "empty": (_write(WEIGHTS_FILE, b""), ("--model_name_or_path", "checkpoint")),
-    "cut": (_cut_weights, ("--model_name_or_path", "checkpoint")),
-    "text": (_write(WEIGHTS_FILE, b"hello, I am no weights file"), ("--model_name_or_path", "checkpoint")),
-    "half of them missing": (_without_tensors, ("--model_name_or_path", "checkpoint")),
-    "of something else": (_foreign, ("--model_name_or_path", "checkpoint")),
-    "a broken pickle": (_pickled, ("--model_name_or_path", "checkpoint")),
-    "a folder": (_a_folder, ("--model_name_or_path", "checkpoint")),
+WEIGHTS_CHANGES: dict[str, Change] = {
+    "not there": _remove(WEIGHTS_FILE),
+    "empty": _write(WEIGHTS_FILE, b""),
+    "cut": lambda folder: cut(folder / WEIGHTS_FILE),
+    "text": _write(WEIGHTS_FILE, b"hello, I am no weights file"),
+    "half of them missing": _weights(lambda weights: dict(sorted(weights.items())[: len(weights) // 2])),
+    "of something else": _weights(lambda _: {"layer.weight": torch.zeros(2, 2)}),
+    "a broken pickle": _pickled,
+    "a folder": _a_folder,
 }
-
-
-def _remove_tokenizer(folder: Path) -> None:
-    for path in folder.glob("*token*"):
-        path.unlink()
-
-
-def _no_mask(folder: Path) -> None:
-    _set("mask_token", None, "tokenizer_config.json")(folder)
-
-
-PROCESSOR_CHANGES: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
-    "a tokenizer config that is cut": ("run_glue.py", _write("tokenizer_config.json", b'{"a'), ("tokenizer",)),
-    "a tokenizer config that is a list": ("eval_sweep.py", _write("tokenizer_config.json", b"[]"), ("tokenizer",)),
-    "an unknown tokenizer class": (
-        "run_mlm.py", _set("tokenizer_class", "NoTokenizer", "tokenizer_config.json"), ("tokenizer",)
-    ),
-    "no image processor": ("run_image.py", _remove("preprocessor_config.json"), ("preprocessor",)),
-    "an image processor that is cut": ("run_image.py", _write("preprocessor_config.json", b"{"), ("preprocessor",)),
-    "an image processor with a size of text": (
-        "run_image.py", _set("size", "large", "preprocessor_config.json"), ("large",)
-    ),
-}  # fmt: skip
+TOKENIZER, PROCESSOR = "tokenizer_config.json", "preprocessor_config.json"
+PROCESSOR_CHANGES: dict[str, tuple[str, Change, str]] = {
+    "a tokenizer config that is cut": (GLUE, _write(TOKENIZER, b'{"a'), "tokenizer"),
+    "a tokenizer config that is a list": (SWEEP, _write(TOKENIZER, b"[]"), "tokenizer"),
+    "an unknown tokenizer class": (MLM, _set("tokenizer_class", "NoTokenizer", TOKENIZER), "tokenizer"),
+    "no image processor": (IMAGE, _remove(PROCESSOR), "preprocessor"),
+    "an image processor that is cut": (IMAGE, _write(PROCESSOR, b"{"), "preprocessor"),
+    "an image processor with a size of text": (IMAGE, _set("size", "large", PROCESSOR), "large"),
+}

@@ -15,8 +15,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from tests.reliability.bad_input import BadInputCase, Make
-from tests.reliability.inputs import TRAINING, Command, Inputs, edit_value
-from tests.support import tiny_images
+from tests.reliability.inputs import Command, Inputs, edit_value
 from tests.support.tiny_texts import write_table
 
 FILES, LABELS, IMAGES = "files of sentences", "labels", "images"
@@ -81,12 +80,12 @@ def data_mistakes() -> Iterator[BadInputCase]:
         yield BadInputCase(FILES, name, "run_glue.py", _train_file(name, data), says)
     for name in ("empty.csv", "header.csv", "latin1.csv", "broken.json", "garbage.parquet"):
         data = TRAIN_FILES[name][0]
-        yield BadInputCase(FILES, name, "run_mlm.py", _train_file(name, data, "mlm_config"), (name,))
+        yield BadInputCase(FILES, name, "run_mlm.py", _train_file(name, data, "mlm_scratch"), (name,))
     for name, data in NOT_OF_TEXT.items():
-        make = _train_file(name, data, "mlm_config")
+        make = _train_file(name, data, "mlm_scratch")
         yield BadInputCase(FILES, name, "run_mlm.py", make, (name, "--text_column", ".txt"))
     yield BadInputCase(
-        FILES, "blank.txt", "run_mlm.py", _train_file("blank.txt", b"\n \n", "mlm_config"), ("blank.txt",)
+        FILES, "blank.txt", "run_mlm.py", _train_file("blank.txt", b"\n \n", "mlm_scratch"), ("blank.txt",)
     )
     for name, (make, says) in _SENTENCES.items():
         yield BadInputCase(FILES, name, "run_glue.py", make, says)
@@ -94,98 +93,94 @@ def data_mistakes() -> Iterator[BadInputCase]:
         yield BadInputCase(LABELS, name, "run_glue.py", _labels(train, validation), says)
     for name, (script, make, says) in _LABELLED.items():
         yield BadInputCase(LABELS, name, script, make, says)
-    for name, (make, says) in _IMAGES.items():
+    for name, (make, says) in _OF_IMAGES.items():
         # Only decoding shows that an image is cut, and each is decoded when it is used.
         yield BadInputCase(IMAGES, name, "run_image.py", make, says, works=name == "one image is cut")
 
 
-def _train_file(name: str, data: bytes, config: str = "text_config") -> Make:
+def _train_file(name: str, data: bytes, base: str = "text_scratch") -> Make:
     def make(inputs: Inputs, folder: Path) -> Command:
         (folder / name).write_bytes(data)
         ending = Path(name).suffix.replace(".tsv", ".csv")
-        good = write_table(folder / f"validation{ending}", GOOD) if ending in TABLES else folder
-        validation = ("--validation_file", good) if good is not folder else ()
-        return ("--config_name", getattr(inputs, config), "--train_file", folder / name, *validation, *TRAINING)
+        validation: Command = ()
+        if ending in (".csv", ".json", ".parquet"):
+            validation = ("--validation_file", write_table(folder / f"validation{ending}", GOOD))
+        return (*getattr(inputs, base), "--train_file", folder / name, *validation)
 
     return make
 
 
-TABLES = (".csv", ".json", ".parquet")
+def _own(name: str, columns: dict[str, list], argument: str, *words: object) -> Make:
+    """Good files of sentences, and a table in place of one of them."""
+    return lambda inputs, folder: (
+        *inputs.text_scratch, *inputs.own_files, *words, argument, write_table(folder / name, columns),
+    )  # fmt: skip
 
 
-def _no_validation(inputs: Inputs, folder: Path) -> Command:
-    return ("--config_name", inputs.text_config, "--train_file", inputs.folder / "train.csv", *TRAINING)
-
-
-def _no_test_file(inputs: Inputs, folder: Path) -> Command:
-    return ("--config_name", inputs.text_config, *inputs.own_files, *TRAINING, "--do_predict")
-
-
-def _a_folder(inputs: Inputs, folder: Path) -> Command:
-    (folder / "train.csv").mkdir()
-    own = inputs.own_files
-    return ("--config_name", inputs.text_config, *own, *TRAINING, "--train_file", folder / "train.csv")
-
-
-def _other_columns(inputs: Inputs, folder: Path) -> Command:
-    path = write_table(folder / "other.csv", {"words": GOOD["text"], "label": GOOD["label"]})
-    return ("--config_name", inputs.text_config, *inputs.own_files, *TRAINING, "--validation_file", path)
-
-
-def _test_without_text(inputs: Inputs, folder: Path) -> Command:
-    path = write_table(folder / "test.csv", {"number": [1, 2]})
-    given = (*inputs.own_files, *TRAINING, "--do_predict", "--test_file", path)
-    return ("--config_name", inputs.text_config, *given)
-
-
-def _missing_sentence(inputs: Inputs, folder: Path) -> Command:
-    path = write_table(folder / "holes.csv", {"text": ["aaa", None, "bbb"], "label": ["good", "bad", "bad"]})
-    return ("--config_name", inputs.text_config, *inputs.own_files, *TRAINING, "--train_file", path)
-
-
-def _empty_dataset(inputs: Inputs, folder: Path) -> Command:
-    (folder / "data").mkdir()
-    return ("--config_name", inputs.text_config, "--dataset_name", folder / "data", *TRAINING)
-
-
-def _no_such_task(inputs: Inputs, folder: Path) -> Command:
-    return ("--config_name", inputs.text_config, "--dataset_name", inputs.glue, "--task_name", "rte", *TRAINING)
+def _new_folder(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def _truncated_dataset(inputs: Inputs, folder: Path) -> Command:
     shutil.copytree(inputs.glue, folder / "glue")
     path = next((folder / "glue" / "sst2").glob("train*"))
     path.write_bytes(path.read_bytes()[:-200])
-    return ("--config_name", inputs.text_config, "--dataset_name", folder / "glue", "--task_name", "sst2", *TRAINING)
-
-
-def _images_for_text(inputs: Inputs, folder: Path) -> Command:
-    return ("--config_name", inputs.text_config, "--dataset_name", inputs.images, *TRAINING)
+    return (*inputs.text_scratch, "--dataset_name", folder / "glue", "--task_name", "sst2")
 
 
 _SENTENCES: dict[str, tuple[Make, tuple[str, ...]]] = {
-    "no validation file": (_no_validation, ("--validation_file",)),
-    "no test file": (_no_test_file, ("--test_file",)),
-    "a folder for a file": (_a_folder, ("--train_file", "train.csv")),
-    "other columns to evaluate on": (_other_columns, ("text",)),
-    "a test file without sentences": (_test_without_text, ("text",)),
-    "a sentence that is missing": (_missing_sentence, ("holes.csv", "text")),
-    "an empty dataset folder": (_empty_dataset, ("--dataset_name", "data")),
-    "a task that the dataset has not": (_no_such_task, ("--dataset_name", "rte")),
+    "no validation file": (
+        lambda inputs, folder: (*inputs.text_scratch, "--train_file", inputs.folder / "train.csv"),
+        ("--validation_file",),
+    ),
+    "no test file": (
+        lambda inputs, folder: (*inputs.text_scratch, *inputs.own_files, "--do_predict"), ("--test_file",),
+    ),
+    "a folder for a file": (
+        lambda inputs, folder: (
+            *inputs.text_scratch, *inputs.own_files, "--train_file", _new_folder(folder / "train.csv")
+        ),
+        ("--train_file", "train.csv"),
+    ),
+    "other columns to evaluate on": (
+        _own("other.csv", {"words": GOOD["text"], "label": GOOD["label"]}, "--validation_file"), ("text",),
+    ),
+    "a test file without sentences": (
+        _own("test.csv", {"number": [1, 2]}, "--test_file", "--do_predict"), ("text",),
+    ),
+    "a sentence that is missing": (
+        _own("holes.csv", {"text": ["aaa", None, "bbb"], "label": ["good", "bad", "bad"]}, "--train_file"),
+        ("holes.csv", "text"),
+    ),
+    "an empty dataset folder": (
+        lambda inputs, folder: (*inputs.text_scratch, "--dataset_name", _new_folder(folder / "data")),
+        ("--dataset_name", "data"),
+    ),
+    "a task that the dataset has not": (
+        lambda inputs, folder: (*inputs.text_scratch, "--dataset_name", inputs.glue, "--task_name", "rte"),
+        ("--dataset_name", "rte"),
+    ),
     "a dataset file that is cut": (_truncated_dataset, ("--dataset_name", "glue")),
-    "images for sentences": (_images_for_text, ("--dataset_name", "images")),
-}
+    "images for sentences": (
+        lambda inputs, folder: (*inputs.text_scratch, "--dataset_name", inputs.images), ("--dataset_name", "images"),
+    ),
+}  # fmt: skip
+
+
+def _labelled_files(folder: Path, **labels: list) -> Command:
+    """Files of sentences with these labels, one file for each split."""
+    words: list[object] = []
+    for split, each in labels.items():
+        columns = {"text": ["aaa", "bbb"] * (len(each) // 2), "label": each}
+        words += [f"--{split}_file", write_table(folder / f"{split}.csv", columns)]
+    return tuple(words)
 
 
 def _labels(train: list, validation: list) -> Make:
-    def make(inputs: Inputs, folder: Path) -> Command:
-        words: list[object] = []
-        for name, labels in (("train", train), ("validation", validation)):
-            path = write_table(folder / f"{name}.csv", {"text": ["aaa", "bbb"] * 4, "label": labels * 4})
-            words += [f"--{name}_file", path]
-        return ("--config_name", inputs.text_config, *words, *TRAINING)
-
-    return make
+    return lambda inputs, folder: (
+        *inputs.text_scratch, *_labelled_files(folder, train=train * 4, validation=validation * 4),
+    )  # fmt: skip
 
 
 def _label(script: str, split: str, label: int | None) -> Make:
@@ -200,16 +195,12 @@ def _label(script: str, split: str, label: int | None) -> Make:
     return make
 
 
-def _other_names(script: str) -> Make:
+def _other_names(*stage: object) -> Make:
     """As many labels as the checkpoint has, and other names."""
 
     def make(inputs: Inputs, folder: Path) -> Command:
-        words: list[object] = []
-        for name in ("train", "validation"):
-            path = write_table(folder / f"{name}.csv", {"text": ["aaa", "bbb"] * 3, "label": ["cat", "dog"] * 3})
-            words += [f"--{name}_file", path]
-        stage = ("--r", 1, *("--timing_rounds", 0)) if script == "eval_sweep.py" else ("--do_eval",)
-        return ("--model_name_or_path", inputs.text_model, *words, "--use_cpu", *stage)
+        files = _labelled_files(folder, train=["cat", "dog"] * 3, validation=["cat", "dog"] * 3)
+        return ("--model_name_or_path", inputs.text_model, *files, "--use_cpu", *stage)
 
     return make
 
@@ -224,94 +215,57 @@ def _other_image_names(inputs: Inputs, folder: Path) -> Command:
     return ("--model_name_or_path", inputs.image_model, "--dataset_name", folder / "images", "--do_eval", "--use_cpu")
 
 
-def _another_task(task: str) -> Make:
-    """Evaluation of the checkpoint for SST-2 on another task."""
-
-    def make(inputs: Inputs, folder: Path) -> Command:
-        return (*inputs.text_evaluation, "--task_name", task)
-
-    return make
-
-
 _LABELLED: dict[str, tuple[str, Make, tuple[str, ...]]] = {
     "-1 in training sentences": ("run_glue.py", _label("run_glue.py", "train", -1), ("train", "-1")),
     "-1 in evaluated sentences": ("run_glue.py", _label("run_glue.py", "validation", -1), ("validation", "-1")),
     "-1 in training images": ("run_image.py", _label("run_image.py", "train", -1), ("train", "-1")),
     "-1 in evaluated images": ("run_image.py", _label("run_image.py", "test", -1), ("test", "-1")),
     "missing in training images": ("run_image.py", _label("run_image.py", "train", None), ("train",)),
-    "other names than the checkpoint's": ("run_glue.py", _other_names("run_glue.py"), ("cat",)),
-    "other names than the swept checkpoint's": ("eval_sweep.py", _other_names("eval_sweep.py"), ("cat",)),
+    "other names than the checkpoint's": ("run_glue.py", _other_names("--do_eval"), ("cat",)),
+    "other names than the swept checkpoint's": (
+        "eval_sweep.py", _other_names("--r", 1, "--timing_rounds", 0), ("cat",)
+    ),
     "other names than the image checkpoint's": ("run_image.py", _other_image_names, ("cat",)),
-    "more than the checkpoint's": ("run_glue.py", _another_task("mnli"), ("3", "--ignore_mismatched_sizes")),
-    "numbers for a classifier": ("run_glue.py", _another_task("stsb"), ("--model_name_or_path",)),
-}
+    "more than the checkpoint's": (
+        "run_glue.py", lambda inputs, folder: (*inputs.text_evaluation, "--task_name", "mnli"),
+        ("3", "--ignore_mismatched_sizes"),
+    ),
+    "numbers for a classifier": (
+        "run_glue.py", lambda inputs, folder: (*inputs.text_evaluation, "--task_name", "stsb"),
+        ("--model_name_or_path",),
+    ),
+}  # fmt: skip
 
 
-def _folders(change: Callable[[Path], object], *words: object) -> Make:
-    """Folders of images in which something was changed."""
+def _images(files: str, change: Callable[[Path], object]) -> Make:
+    """Folders of images, with a change of each file or folder that matches a pattern."""
 
     def make(inputs: Inputs, folder: Path) -> Command:
-        train = folder / "train"
-        shutil.copytree(inputs.image_folders, train)
-        change(train)
-        return ("--config_name", inputs.image_config, "--train_dir", train, *TRAINING, *words)
+        shutil.copytree(inputs.image_folders, folder / "train")
+        for path in sorted((folder / "train").glob(files)):
+            change(path)
+        return (*inputs.image_scratch, "--train_dir", folder / "train")
 
     return make
 
 
-def _first(train: Path) -> Path:
-    return train / tiny_images.LABELS[0] / "0.png"
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
 
 
-def _cut(train: Path) -> None:
-    for path in train.rglob("*.png"):
-        path.write_bytes(path.read_bytes()[:60])
+def _saved_as(ending: str, convert: Callable[[Image.Image], Image.Image]) -> Callable[[Path], None]:
+    """The image in a mode that RGB does not hold."""
 
-
-def _cut_one(train: Path) -> None:
-    _first(train).write_bytes(_first(train).read_bytes()[:60])
-
-
-def _remove_all(train: Path) -> None:
-    for path in train.rglob("*.png"):
+    def change(path: Path) -> None:
+        image = convert(Image.open(path).convert("L"))
         path.unlink()
-
-
-def _flat(train: Path) -> None:
-    for number, path in enumerate(sorted(train.rglob("*.png"))):
-        path.rename(train / f"{number}.png")
-
-
-def _float_images(train: Path) -> None:
-    for path in list(train.rglob("*.png")):
-        pixels = np.full((8, 8), np.nan, np.float32)
-        Image.fromarray(pixels).save(path.with_suffix(".tiff"))
-        path.unlink()
-
-
-def _converted(mode: str, ending: str) -> Callable[[Path], None]:
-    """All images in a mode that RGB does not hold."""
-
-    def change(train: Path) -> None:
-        for path in list(train.rglob("*.png")):
-            image = Image.open(path).convert("L")
-            image = image.convert(mode) if mode != "RGBA" else Image.merge("RGBA", [image] * 4)
-            path.unlink()
-            image.save(path.with_suffix(ending))
+        image.save(path.with_suffix(ending))
 
     return change
 
 
-def _one_class_as(ending: str) -> Callable[[Path], None]:
-    def change(train: Path) -> None:
-        for path in list(_first(train).parent.iterdir()):
-            path.rename(path.with_suffix(ending))
-
-    return change
-
-
-def _not_utf8(train: Path) -> None:
-    _first(train).rename(train / tiny_images.LABELS[0] / os.fsdecode(b"caf\xe9.png"))
+def _transparent(image: Image.Image) -> Image.Image:
+    return Image.merge("RGBA", [image] * 4)
 
 
 def _pandas_images(**columns: object) -> Make:
@@ -322,7 +276,7 @@ def _pandas_images(**columns: object) -> Make:
         data = [path.read_bytes() for path in sorted(inputs.image_folders.rglob("*.png"))[:4]]
         table = {name: data if values is None else values for name, values in columns.items()}
         pd.DataFrame(table).to_parquet(folder / "data" / "train.parquet")
-        return ("--config_name", inputs.image_config, "--dataset_name", folder / "data", *TRAINING)
+        return (*inputs.image_scratch, "--dataset_name", folder / "data")
 
     return make
 
@@ -330,8 +284,7 @@ def _pandas_images(**columns: object) -> Make:
 def _unseen_class(inputs: Inputs, folder: Path) -> Command:
     shutil.copytree(inputs.image_folders, folder / "validation")
     (folder / "validation" / "dark").rename(folder / "validation" / "blue")
-    train = ("--train_dir", inputs.image_folders, "--validation_dir", folder / "validation")
-    return ("--config_name", inputs.image_config, *train, *TRAINING)
+    return (*inputs.image_scratch, "--train_dir", inputs.image_folders, "--validation_dir", folder / "validation")
 
 
 def _no_image_column(inputs: Inputs, folder: Path) -> Command:
@@ -340,7 +293,7 @@ def _no_image_column(inputs: Inputs, folder: Path) -> Command:
         features = Features({"pixels": Value("int32"), "label": ClassLabel(names=["a", "b"])})
         columns = {"pixels": [1, 2], "label": [0, 1]}
         Dataset.from_dict(columns, features=features).to_parquet(folder / "data" / f"{split}.parquet")
-    return ("--config_name", inputs.image_config, "--dataset_name", folder / "data", *TRAINING)
+    return (*inputs.image_scratch, "--dataset_name", folder / "data")
 
 
 def _not_an_image(split: str) -> Make:
@@ -353,31 +306,49 @@ def _not_an_image(split: str) -> Make:
         rows = [{"bytes": b"no image", "path": None}, *data["image"][1:]]
         changed = data.remove_columns("image").add_column("image", rows)
         changed.cast_column("image", ImageFeature()).to_parquet(path)
-        return ("--config_name", inputs.image_config, "--dataset_name", folder / "images", *TRAINING)
+        return (*inputs.image_scratch, "--dataset_name", folder / "images")
 
     return make
 
 
-_IMAGES: dict[str, tuple[Make, tuple[str, ...]]] = {
-    "no image is whole": (_folders(_cut), ("png",)),
-    "one image is cut": (_folders(_cut_one), ("0.png",)),
-    "one image is empty": (_folders(lambda train: _first(train).write_bytes(b"")), ("0.png",)),
-    "one image is text": (_folders(lambda train: _first(train).write_text("hello")), ("0.png",)),
-    "no images": (_folders(_remove_all), ("--train_dir",)),
-    "no folder for each class": (_folders(_flat), ("--train_dir",)),
-    "pixels that are no numbers": (_folders(_float_images), ("tiff",)),
-    "16 bits in PNG": (_folders(_converted("I;16", ".png")), (".png", "8 bits")),
-    "16 bits in TIFF": (_folders(_converted("I;16", ".tif")), (".tif", "8 bits")),
-    "transparency": (_folders(_converted("RGBA", ".png")), (".png", "transparent")),
-    "transparency in WebP": (_folders(_converted("RGBA", ".webp")), (".webp", "transparent")),
-    "a class in HEIC": (_folders(_one_class_as(".heic")), ("--train_dir", "dark", "6 .heic")),
-    "a class in files without an ending": (_folders(_one_class_as("")), ("--train_dir", "dark")),
-    "a class without files": (_folders(lambda train: (train / "blue").mkdir()), ("--train_dir", "blue", "empty")),
-    "an image deeper than the classes": (
-        _folders(lambda train: shutil.copytree(train / "dark", train / "dark" / "a" / "b")),
-        ("--train_dir", "dark/a/b"),
+_OF_IMAGES: dict[str, tuple[Make, tuple[str, ...]]] = {
+    "no image is whole": (_images("*/*.png", _cut), ("png",)),
+    "one image is cut": (_images("dark/0.png", _cut), ("0.png",)),
+    "one image is empty": (_images("dark/0.png", lambda path: path.write_bytes(b"")), ("0.png",)),
+    "one image is text": (_images("dark/0.png", lambda path: path.write_text("hello")), ("0.png",)),
+    "no images": (_images("*/*.png", Path.unlink), ("--train_dir",)),
+    "no folder for each class": (
+        _images("*/*.png", lambda path: path.rename(path.parents[1] / f"{path.parent.name}_{path.name}")),
+        ("--train_dir",),
     ),
-    "a name that is not UTF-8": (_folders(_not_utf8), ("--train_dir", "caf\\xe9.png")),
+    "pixels that are no numbers": (
+        _images("*/*.png", _saved_as(".tiff", lambda _: Image.fromarray(np.full((8, 8), np.nan, np.float32)))),
+        ("tiff",),
+    ),
+    "16 bits in PNG": (
+        _images("*/*.png", _saved_as(".png", lambda image: image.convert("I;16"))), (".png", "8 bits"),
+    ),
+    "16 bits in TIFF": (
+        _images("*/*.png", _saved_as(".tif", lambda image: image.convert("I;16"))), (".tif", "8 bits"),
+    ),
+    "transparency": (_images("*/*.png", _saved_as(".png", _transparent)), (".png", "transparent")),
+    "transparency in WebP": (_images("*/*.png", _saved_as(".webp", _transparent)), (".webp", "transparent")),
+    "a class in HEIC": (
+        _images("dark/*", lambda path: path.rename(path.with_suffix(".heic"))), ("--train_dir", "dark", "6 .heic"),
+    ),
+    "a class in files without an ending": (
+        _images("dark/*", lambda path: path.rename(path.with_suffix(""))), ("--train_dir", "dark"),
+    ),
+    "a class without files": (
+        _images("dark", lambda path: path.with_name("blue").mkdir()), ("--train_dir", "blue", "empty"),
+    ),
+    "an image deeper than the classes": (
+        _images("dark", lambda path: shutil.copytree(path, path / "a" / "b")), ("--train_dir", "dark/a/b"),
+    ),
+    "a name that is not UTF-8": (
+        _images("dark/0.png", lambda path: path.rename(path.with_name(os.fsdecode(b"caf\xe9.png")))),
+        ("--train_dir", "caf\\xe9.png"),
+    ),
     "two columns that may be the images": (
         _pandas_images(left=None, right=None, label=list("abab")), ("--image_column_name", "left", "right"),
     ),
@@ -399,11 +370,17 @@ _IMAGES: dict[str, tuple[Make, tuple[str, ...]]] = {
     "no image among training images": (_not_an_image("train"), ("train",)),
     "no image among evaluated images": (_not_an_image("test"), ("test",)),
     "a file for a folder": (
-        lambda inputs, folder: ("--config_name", inputs.image_config, "--train_dir", inputs.image_config, *TRAINING),
+        lambda inputs, folder: (*inputs.image_scratch, "--train_dir", inputs.image_config),
         ("--train_dir", "image_config.json"),
     ),
     "a validation folder that is not there": (
-        _folders(lambda train: None, "--validation_dir", "not_there"), ("--validation_dir", "not_there"),
+        lambda inputs, folder: (
+            *inputs.image_scratch, "--train_dir", inputs.image_folders, "--validation_dir", "not_there"
+        ),
+        ("--validation_dir", "not_there"),
     ),
-    "a test folder that is needed": (_folders(lambda train: None, "--do_predict"), ("test",)),
+    "a test folder that is needed": (
+        lambda inputs, folder: (*inputs.image_scratch, "--train_dir", inputs.image_folders, "--do_predict"),
+        ("test",),
+    ),
 }  # fmt: skip

@@ -32,7 +32,8 @@ TRAINING: Command = (
 OUTPUT = "out"
 TIMING: Command = ("--timing_rounds", 1, "--timing_batch_size", 2)
 LAST: Command = ("--resume_from_checkpoint", "last")
-SCRIPTS = ("run_glue.py", "run_image.py", "run_mlm.py", "eval_sweep.py")
+KINDS = {"run_glue.py": "text", "run_image.py": "image", "run_mlm.py": "mlm"}
+SCRIPTS = (*KINDS, "eval_sweep.py")
 
 
 class Inputs:
@@ -41,7 +42,8 @@ class Inputs:
     Attributes:
         folder: that all are in.
         text_model: tells the two classes of SST-2 apart.
-        text_training, image_training, mlm_training: of `run_glue.py`, `run_image.py`, `run_mlm.py`, from scratch.
+        text_scratch, image_scratch, mlm_scratch: of `run_glue.py`, `run_image.py`, `run_mlm.py`, without data.
+        text_training, image_training, mlm_training: with data too.
         text_training_on: of `run_glue.py`, from a checkpoint.
         text_evaluation: of `run_glue.py`.
         text_sweep, image_sweep, mlm_sweep: of `eval_sweep.py`.
@@ -62,12 +64,13 @@ class Inputs:
         self.own_files: Command = (
             "--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv", *cache,
         )  # fmt: skip
-        self.text_training: Command = ("--config_name", self.text_config, *self.text_data, *TRAINING)
+        self.text_scratch: Command = ("--config_name", self.text_config, *TRAINING)
+        self.image_scratch: Command = ("--config_name", self.image_config, *TRAINING)
+        self.mlm_scratch: Command = ("--config_name", self.mlm_config, *TRAINING)
+        self.text_training: Command = (*self.text_scratch, *self.text_data)
         self.text_training_on: Command = ("--model_name_or_path", self.text_model, *self.text_data, *TRAINING)
-        self.image_training: Command = ("--config_name", self.image_config, *self.image_data, *TRAINING)
-        self.mlm_training: Command = (
-            "--config_name", self.mlm_config, *self.mlm_data, *TRAINING, "--max_train_samples", 24,
-        )  # fmt: skip
+        self.image_training: Command = (*self.image_scratch, *self.image_data)
+        self.mlm_training: Command = (*self.mlm_scratch, *self.mlm_data, "--max_train_samples", 24)
         self.text_evaluation = self.evaluation("run_glue.py")
         self.text_sweep: Command = ("--model_name_or_path", self.text_model, *self.text_data, "--use_cpu", *TIMING)
         self.image_sweep: Command = ("--model_name_or_path", self.image_model, *self.image_data, "--use_cpu", *TIMING)
@@ -107,29 +110,19 @@ class Inputs:
 
     def checkpoint_of(self, script: str) -> Path:
         """Return a whole checkpoint after three steps of `usual(script)`."""
-        base = {"run_glue.py": "text_training", "run_image.py": "image_training", "run_mlm.py": "mlm_training"}[script]
-        folder, outcome = self.finished(Scenario("usual", script, base))
+        folder, outcome = self.finished(Scenario("usual", script, KINDS[script] + "_training"))
         if outcome.exit_code:
             raise RuntimeError(f"{script} does not work: {outcome.stderr[-2000:]}")
         return folder / OUTPUT / "checkpoint-3"
 
     def evaluation(self, script: str) -> Command:
         """Return the evaluation of a checkpoint that is not the one of `usual(script)`."""
-        model, data = {
-            "run_glue.py": (self.text_model, self.text_data),
-            "run_image.py": (self.image_model, self.image_data),
-            "run_mlm.py": (self.mlm_model, self.mlm_data),
-        }[script]
+        model, data = (getattr(self, f"{KINDS[script]}_{what}") for what in ("model", "data"))
         return ("--model_name_or_path", model, *data, "--use_cpu", "--do_eval")
 
     def usual(self, script: str) -> Command:
         """Return arguments with which a script works, but for its `--output_dir`."""
-        return {
-            "run_glue.py": self.text_training,
-            "run_image.py": self.image_training,
-            "run_mlm.py": self.mlm_training,
-            "eval_sweep.py": self.image_sweep,
-        }[script]
+        return self.image_sweep if script == "eval_sweep.py" else getattr(self, f"{KINDS[script]}_training")
 
 
 @dataclass(frozen=True)
@@ -166,21 +159,33 @@ def edit_value(path: Path, column: str, change: Callable[[Any], Any], row: int =
     Dataset.from_dict(columns, features=data.features).to_parquet(path)
 
 
+def edit_json(path: Path, **values: object) -> None:
+    """Change fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def cut(path: Path) -> None:
+    """Leave the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def _write_checkpoints(inputs: Inputs) -> None:
     torch.manual_seed(0)
-    text = tiny_texts.MODEL | {"model_type": "tome_perceiver"}
-    names = tiny_texts.LABELS["sst2"]
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    classifier = ToMePerceiverConfig(**text | labels | {"problem_type": "single_label_classification"})
-    spread_weights(ToMePerceiverForSequenceClassification(classifier)).save_pretrained(inputs.text_model)
-    masked = ToMePerceiverConfig(**text | {"architectures": ["PerceiverForMaskedLM"]})
-    spread_weights(ToMePerceiverForMaskedLM(masked)).save_pretrained(inputs.mlm_model)
+
+    def labels(names: list[str]) -> dict[str, Any]:
+        return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+    def save(model_class: type, path: Path, **fields: Any) -> None:
+        spread_weights(model_class(ToMePerceiverConfig(**fields))).save_pretrained(path)
+
+    ours = {"model_type": "tome_perceiver"}
+    text, two = tiny_texts.MODEL | ours, labels(tiny_texts.LABELS["sst2"])
+    problem = {"problem_type": "single_label_classification"}
+    save(ToMePerceiverForSequenceClassification, inputs.text_model, **text | two | problem)
+    save(ToMePerceiverForMaskedLM, inputs.mlm_model, **text | {"architectures": ["PerceiverForMaskedLM"]})
     for folder in (inputs.text_model, inputs.mlm_model):
         PerceiverTokenizer(model_max_length=tiny_texts.POSITIONS).save_pretrained(folder)
-    names = tiny_images.LABELS
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    config = ToMePerceiverConfig(**tiny_images.MODEL | labels | {"model_type": "tome_perceiver"})
-    spread_weights(ToMePerceiverForImageClassificationConvProcessing(config)).save_pretrained(inputs.image_model)
-    PerceiverImageProcessorPil(do_center_crop=False, size={"height": 16, "width": 16}).save_pretrained(
-        inputs.image_model
-    )
+    image = tiny_images.MODEL | ours | labels(tiny_images.LABELS)
+    save(ToMePerceiverForImageClassificationConvProcessing, inputs.image_model, **image)
+    size = {"height": 16, "width": 16}
+    PerceiverImageProcessorPil(do_center_crop=False, size=size).save_pretrained(inputs.image_model)
