@@ -322,10 +322,7 @@ def draw(streams: Sequence[tuple[Stream, dict[str, np.ndarray]]], path: Path) ->
 
 def main() -> None:
     (arguments,) = parse_arguments(__doc__ or "", LatencyArguments)
-    # All that can be wrong with the arguments shows here, before any model is built.
-    streams = arguments.streams()
-    arguments.use_device()
-    measured = [measure(arguments, cells) for cells in streams]
+    measured = [measure(arguments, cells) for cells in arguments.streams()]
     tables = [table for table, _ in measured]
     figures = {"percentiles": PERCENTILES, "streams": [asdict(table) for table in tables]}
     print(write_results(arguments, "latency", figures, map(as_markdown, tables), partial(draw, measured)))

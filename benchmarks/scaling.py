@@ -335,9 +335,7 @@ def picture_title(settings: Mapping[str, Any]) -> str:
 
 def main() -> None:
     (arguments,) = parse_arguments(__doc__ or "", ScalingArguments)
-    # All that can be wrong with the arguments shows here, before any model is built.
     cells = arguments.cells()
-    arguments.use_device()
     output_dir = Path(arguments.output_dir)
     with naming(f"--output_dir {output_dir}", OSError):
         output_dir.mkdir(parents=True, exist_ok=True)

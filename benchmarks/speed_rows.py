@@ -128,6 +128,8 @@ class SpeedArguments:
                     raise BadInput(f"--{name} {each}: must be {least} or more")
         with naming(f"--device {self.device}", RuntimeError, AssertionError):
             torch.empty(0, device=self.device)
+            if self.device.startswith("cuda:"):
+                torch.cuda.set_device(self.device)
 
     @property
     def model(self) -> PublishedModel:
@@ -142,28 +144,17 @@ class SpeedArguments:
             BadInput: for a share of the FLOPs that a schedule cannot come down to.
         """
         cells = []
-        lengths: list[int] | list[None] = self.length or [None]
-        for dtype, batch_size, length in product(self.dtype, self.batch_size, lengths):
+        for dtype, batch_size, length in product(self.dtype, self.batch_size, self.length or [None]):
             input_shape = self.model.input_shape(batch_size, length)
-            cells.append(Cell(dtype, input_shape, self._settings(input_shape)))
+            settings: dict[str, Fields] = {f"r = {r}": {"r": r} for r in self.r}
+            share = FlopsShare(self.model.config(), input_shape, self.model.architecture)
+            for schedule, ratio in product(self.schedule, self.flops_ratio):
+                with naming_arguments():
+                    fields = asdict(merging_within(self.model.config(), schedule, ratio, share))
+                settings[f"{schedule} {ratio}"] = fields
+                settings[f"{schedule} {ratio}, fixed groups"] = consecutive_groups(self.model.config(**fields))
+            cells.append(Cell(dtype, input_shape, settings))
         return cells
-
-    def _settings(self, input_shape: tuple[int, ...]) -> dict[str, Fields]:
-        config = self.model.config()
-        settings: dict[str, Fields] = {f"r = {r}": {"r": r} for r in self.r}
-        share = FlopsShare(config, input_shape, self.model.architecture)
-        for schedule, ratio in product(self.schedule, self.flops_ratio):
-            with naming_arguments():
-                fields = asdict(merging_within(config, schedule, ratio, share))
-            settings[f"{schedule} {ratio}"] = fields
-            settings[f"{schedule} {ratio}, fixed groups"] = consecutive_groups(self.model.config(**fields))
-        return settings
-
-    def use_device(self) -> None:
-        """Make the device the current one."""
-        device = torch.device(self.device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
 
     def described(self) -> dict[str, Any]:
         """Settings that stand beside the figures."""
@@ -238,13 +229,10 @@ def run_cells(
 ) -> None:
     """Measure every cell, and write NAME.json, NAME.md and, with `draw`, NAME.png after each.
 
-    So a stop in a long cell leaves what was measured before. What is wrong with the arguments shows before any model is
-    built.
+    So a stop in a long cell leaves what was measured before.
     """
-    cells = arguments.cells()
-    arguments.use_device()
     tables: list[Table] = []
-    for cell in cells:
+    for cell in arguments.cells():
         tables.append(measure(arguments, cell))
         figures = {"cells": [asdict(table) for table in tables]}
         picture = None if draw is None else partial(draw, tables)
