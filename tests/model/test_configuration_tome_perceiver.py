@@ -44,15 +44,6 @@ def test_defaults_merge_nothing_and_every_stock_field_keeps_its_own():
     assert {name: ours[name] for name in stock} == stock
 
 
-@pytest.mark.parametrize(
-    "inflection, schedule",
-    [(-1.0, [8, 6, 5, 3, 2, 0]), (0.0, [4] * 6), (1.0, [0, 2, 3, 5, 6, 8]), (0.5, [2, 3, 4, 4, 5, 6])],
-)
-def test_inflection_by_hand(inflection, schedule):
-    """-1 falls linearly from 2r to 0, +1 rises from 0 to 2r."""
-    assert config(NO_CAP, r=4, r_inflection=inflection).merge_schedule == schedule
-
-
 def test_groups_give_the_schedule():
     groups = [None, [0, 0, 1, 1, 2, 3, 4, 5, 5, 5, 5, 6], None, None, [0, 1, 0, 1, 2, 2, 0], None]
     merging = config(merge_groups=groups)

@@ -149,31 +149,6 @@ def test_all_equal_metric(method, metric):
     assert sorted(sizes[0].tolist()) == [1, 1, 1, 1, 5]
 
 
-@given(num_latents=st.integers(2, 24), seed=st.integers(0, 2**31), data=st.data())
-def test_exact_duplicates_merge_first(num_latents, seed, data):
-    """Nothing but duplicates merges, so nothing changes: where the form of the method lets them meet."""
-    r = data.draw(st.integers(1, num_latents // 2))
-    latents, orthogonal = randn(1, num_latents, 8, seed=seed), torch.eye(num_latents)[None]
-    order = torch.tensor(data.draw(st.permutations(range(num_latents))))
-    across = (2 * order[order < (num_latents + 1) // 2][:r], 2 * (order[:r] % (num_latents // 2)) + 1)
-    for method, start, (copies, originals) in (
-        # R even positions, each with a duplicate at some odd one.
-        ("bipartite", latents, across),
-        # The same, while sizes are equal.
-        ("size_penalty", latents, across),
-        # 2R copies of one latent anywhere, with nothing else as crowded.
-        ("energy", orthogonal, (order[1 : 2 * r], order[:1].expand(2 * r - 1))),
-        # R copies anywhere, of whatever is not a copy.
-        ("k_center", latents, (order[:r], order[r:][order[:r] % (num_latents - r)])),
-        ("leader", latents, (order[:r], order[r:][order[:r] % (num_latents - r)])),
-        ("ward", latents, (order[:r], order[r:][order[:r] % (num_latents - r)])),
-    ):
-        duplicated = start.clone()
-        duplicated[:, copies] = start[:, originals]
-        for merged, target in edges(match_by(method, duplicated, r), 0).items():
-            assert torch.equal(duplicated[0, merged], duplicated[0, target]), method
-
-
 def test_matching_is_done_in_full_precision_under_autocast():
     """Similarities that half precision cannot tell apart still decide which latents merge."""
     angles = 0.2 * randn(48, seed=5)

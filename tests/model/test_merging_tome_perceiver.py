@@ -146,53 +146,16 @@ def test_bias_is_the_log_in_the_dtype_of_the_scores(dtype):
 # Following latents through merges
 
 
-@st.composite
-def histories(draw):
-    """B, N and merges one after another: fixed groups or a method with its R and a seed for the metric."""
-    batch, num_latents = draw(st.integers(1, 3)), draw(st.integers(2, 20))
-    left, steps = num_latents, []
-    for _ in range(draw(st.integers(1, 4))):
-        method = draw(st.sampled_from([*METHODS, "groups"]))
-        seed = draw(st.integers(0, 2**31))
-        if method == "groups":
-            count = draw(st.integers(1, left))
-            # Each number at least once, in any order.
-            groups = draw(st.permutations([*range(count), *[seed % count] * (left - count)]))
-            steps.append((method, list(groups), seed))
-            left = count
-        elif left > 1:
-            r = draw(st.integers(1, left // 2))
-            steps.append((method, r, seed))
-            left -= r
-    return batch, num_latents, steps
-
-
-@given(histories())
-def test_sources_after_several_merges(drawn):
-    """The rows of the source matrix partition the latents not dropped, sum to the sizes, and say what was averaged."""
-    batch, num_latents, steps = drawn
+@given(matches())
+def test_sources_after_two_merges(drawn):
+    """The rows of the source matrix partition the latents, sum to the sizes, and say what was averaged."""
+    batch, num_latents = drawn.metric.shape[:2]
     first = randn(batch, num_latents, 3, seed=7)
-    latents, sizes = first, torch.ones(batch, num_latents)
-    sources = torch.eye(num_latents).expand(batch, -1, -1)
-    clusters = [[{i} for i in range(num_latents)] for _ in range(batch)]
-    for method, argument, seed in steps:
-        if method == "groups":
-            match = merging.match_groups(argument, torch.device("cpu"))
-        else:
-            match = match_by(method, randn(batch, latents.shape[1], 4, seed=seed), argument)
+    latents, sizes, sources = first, None, torch.eye(num_latents).expand(batch, -1, -1)
+    pairs = [position // 2 for position in range(drawn.match.kept.shape[1])]
+    for match in (drawn.match, merging.match_groups(pairs, torch.device("cpu"))):
         latents, sizes = merging.merge_latents(latents, sizes, match)
         sources = merging.merge_sources(sources, match)
-        for row in range(batch):
-            one, before = row_of(match, row), clusters[row]
-            clusters[row] = [before[i] for i in one.kept[0].tolist()]
-            if one.into is not None:
-                for i, target in zip(one.merged[0].tolist(), one.into[0].tolist(), strict=True):
-                    clusters[row][target] = clusters[row][target] | before[i]
-    assert sources.shape == (batch, latents.shape[1], num_latents)
-    assert sources.dtype == torch.float32
-    assert [[set(line.nonzero()[:, 0].tolist()) for line in row] for row in sources] == clusters
-    assert set(sources.sum(dim=1).unique().tolist()) <= {0.0, 1.0}
-    assert (sources.sum(dim=1) == 0).any() == any(method == "prune" for method, _, _ in steps)
-    assert torch.equal(sources.sum(dim=2), sizes)
-    averages = sources.double() @ first / sources.double().sum(dim=2, keepdim=True)
-    torch.testing.assert_close(latents, averages, rtol=1e-6, atol=1e-6)
+    assert sources.dtype == torch.float32 and set(sources.unique().tolist()) <= {0.0, 1.0}
+    assert (sources.sum(dim=1) == 1).all() and torch.equal(sources.sum(dim=2), sizes)
+    torch.testing.assert_close(latents, sources.double() @ first / sizes[..., None], rtol=1e-6, atol=1e-6)
