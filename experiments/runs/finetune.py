@@ -20,7 +20,7 @@ from experiments.training.evaluation import predict_and_save
 from experiments.training.loading import trained_classes
 from experiments.training.output_folder import lock_folder
 from experiments.training.progress import announce
-from experiments.training.resume import check_resume
+from experiments.training.resume import check_resume, parse_resume
 from experiments.training.stage import check_sharding, rehearse
 from frontier_tome_perceiver import GROUPS
 
@@ -116,7 +116,7 @@ def _check(args: RunArguments) -> None:
         raise BadInput(f"--push_to_hub: --output_dir {args.output_dir} holds no checkpoint; use --do_train to make one")
     untrained = "--retrain_epochs" if args.retrains else None if training.do_train else "--do_eval"
     check_sharding("--max_changed" if merging.max_changed is not None else untrained)
-    check_resume(training.resume_from_checkpoint)
+    check_resume(parse_resume(training.resume_from_checkpoint))
 
 
 def _check_groups(args: RunArguments, has_learned: bool) -> None:

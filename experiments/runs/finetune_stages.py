@@ -66,7 +66,7 @@ class Run:
         self.choice: FrontierRow | None = None
         self.sample_count = 0
         self._resolved: dict[str, Any] = {}
-        # What --resume_from_checkpoint means for each stage, by its folder.
+        # What each stage resumes from, by its folder.
         self.starts: dict[Path, str | None] = {}
         self._content = content(
             self.task, self.prepared, train=self.training.do_train, calibrates=self.merging.searches

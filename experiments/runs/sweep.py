@@ -30,6 +30,7 @@ from experiments.training.fingerprints import config_fingerprint, digest_of, wei
 from experiments.training.loading import load_config, load_model
 from experiments.training.output_folder import check_disk_space, claim, lock_folder
 from experiments.training.progress import announce, results_line, say
+from experiments.training.resume import LAST
 from experiments.training.run_record import CONFIG, START, content, data_fields, recorded_arguments, training_fields
 from experiments.training.stage import check_sharding, rehearse, task_trainer, train_and_save
 from frontier_tome_perceiver import Frontier
@@ -211,7 +212,7 @@ class Sweep:
                 model, self.loaded.prepared, arguments, folder, self.retraining.trainer_class, record
             )
             announce(f"retraining, {'for every row' if row is None else row.name}")
-            train_and_save(trainer, "last" if self.continued else None)
+            train_and_save(trainer, LAST if self.continued else None)
         return trainer
 
     def _time(self) -> None:

@@ -48,8 +48,6 @@ def evaluate(
     """Evaluate on every evaluation split.
 
     Args:
-        trainer: with the model to evaluate.
-        task: with the splits.
         split: prefix of the names in result files.
         before: by suffix of the split, other predictions to compare with, example by example.
 
@@ -80,15 +78,10 @@ def evaluate(
 
 
 def predict_and_save(trainer: TaskTrainer, task: PreparedTask, name: str) -> None:
-    """Predict, and write `predict_results_NAME.txt`, a row for each input, and `predict_results.json`.
+    """Predict, and write `predict_results_NAME.txt`, a row for each input of the task NAME, and `predict_results.json`.
 
     The table has the columns `index`, `prediction` and, for inputs that are files, `file`, separated by tabs; a value
     with a tab, a line break or a quotation mark in it is quoted, as by the `csv` module.
-
-    Args:
-        trainer: with the model.
-        task: with the splits to predict.
-        name: of the task.
     """
     folder = Path(trainer.args.output_dir)
     metrics: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from experiments.errors import BadInput
 from experiments.files import made_for_a_while, read_json, write_json
-from experiments.training.resume import LENGTHS, TRAINED_FILE, check_resume, checkpoints, resumes, stage_starts
+from experiments.training.resume import LENGTHS, TRAINED_FILE, check_resume, checkpoints, stage_starts
 from experiments.training.run_record import ARGUMENTS_FILE, CONTINUED, START, WEIGHTS, RunRecord
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def lock_folder(output_dir: Path) -> Iterator[None]:
 def claim_training(
     stages: dict[Path, RunRecord], resume_from_checkpoint: str | None, write: bool
 ) -> dict[Path, str | None]:
-    """Claim the folder of each stage of a training, and return which `--resume_from_checkpoint` each begins with.
+    """Claim the folder of each stage of a training, and return what each resumes from.
 
     Args:
         stages: the record of each stage by its folder, in their order; the last one makes the result.
@@ -80,7 +80,7 @@ def claim_training(
     for folder, record in stages.items():
         # A second stage began from the result of the first one, so it is not extended.
         is_first = folder == next(iter(stages))
-        claim(folder, record, write, longer=is_first and resumes(resume_from_checkpoint))
+        claim(folder, record, write, longer=is_first and starts[folder] is not None)
         check_resume(starts[folder], record)
     *_, output_dir = stages
     if resume_from_checkpoint is None and not (output_dir / TRAINED_FILE).exists():
@@ -102,7 +102,6 @@ def claim(output_dir: Path, record: RunRecord, write: bool, longer: bool = False
     training again, and evaluations of the weights that it made.
 
     Args:
-        output_dir: the folder.
         record: of the run; that of a training has the weights to start from.
         write: whether to write the record, or only to check.
         longer: whether training may be longer than was recorded, because it resumes.
@@ -157,8 +156,6 @@ def check_disk_space(output_dir: Path, model: nn.Module, arguments: TrainingArgu
     """Check that the disk has room for what training writes at the least.
 
     Args:
-        output_dir: where it writes.
-        model: that it trains.
         arguments: whether it keeps checkpoints.
         models: how many trained models stay.
 

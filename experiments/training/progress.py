@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run prints: the name of each stage, bars, and the results of the stage in one line."""
+"""Lines that a run prints: the name of each stage, bars, and the results of the stage in one line."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def quieten_transformers() -> None:
 def results_line(split: str, metrics: Mapping[str, Any]) -> str:
     """Return the results of a training or an evaluation: figures with errors, then number of examples and time.
 
-    Args:
-        split: prefix of the names of figures.
-        metrics: as Trainer gives them.
+    The metrics are as Trainer gives them, with `split` as prefix of their names.
     """
     plain = {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
     parts = [figures(plain)] if figures(plain) else []

@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeGuard
 
 from transformers import TrainerState, TrainingArguments
 
@@ -26,30 +25,25 @@ logger = logging.getLogger(__name__)
 RECORD_FILE = "run_record.json"
 # Written when training has ended.
 TRAINED_FILE = "train_results.json"
-# Values of --resume_from_checkpoint for the newest checkpoint, as the official scripts and Trainer spell them.
-LAST = ("true", "last")
+# Value of --resume_from_checkpoint for the newest checkpoint.
+LAST = "last"
 # Arguments that may grow when training resumes.
 LENGTHS = ("num_train_epochs", "max_steps")
 # Files of a checkpoint without which the optimizer and the learning rate would start anew.
 STATES = ("rng_state*.pth", "optimizer*", "scheduler.pt")
 
 
-def starting_point(
-    resume_from_checkpoint: str | None, folder: Path, arguments: TrainingArguments, record: RunRecord
-) -> Path | None:
+def starting_point(resume: str | None, folder: Path, arguments: TrainingArguments, record: RunRecord) -> Path | None:
     """Return where the training in a folder begins: a checkpoint, the folder itself if training has ended there, or
     None for the start.
 
     Args:
-        resume_from_checkpoint: as given; a checkpoint is one that `check_resume` has checked.
-        folder: of the training.
-        arguments: how long it is to be.
-        record: of the run.
+        resume: from `parse_resume`; a checkpoint has passed `check_resume`.
     """
-    if not resumes(resume_from_checkpoint):
+    if resume is None:
         return None
-    if resume_from_checkpoint.lower() not in LAST:
-        return Path(resume_from_checkpoint)
+    if resume != LAST:
+        return Path(resume)
     if _has_ended(folder, arguments):
         return folder
     newest = last_checkpoint(folder, record)
@@ -58,40 +52,38 @@ def starting_point(
     return newest
 
 
-def resumes(resume_from_checkpoint: str | None) -> TypeGuard[str]:
-    """Return whether `--resume_from_checkpoint` asks to resume."""
-    return resume_from_checkpoint is not None and resume_from_checkpoint.lower() != "false"
+def parse_resume(resume_from_checkpoint: str | None) -> str | None:
+    """Return what a training resumes from: `LAST`, the folder of a checkpoint, or None."""
+    if resume_from_checkpoint is None or resume_from_checkpoint.lower() == "false":
+        return None
+    # The official scripts and Trainer spell `LAST` as "true".
+    return LAST if resume_from_checkpoint.lower() in ("true", LAST) else resume_from_checkpoint
 
 
 def stage_starts(resume_from_checkpoint: str | None, folders: Sequence[Path]) -> dict[Path, str | None]:
-    """Return what `--resume_from_checkpoint` means for each of the stages of a training, by folder.
+    """Return what each stage of a training resumes from, by folder, as `parse_resume` does.
 
     A named checkpoint belongs to the stage in whose folder it is, or to the first one. The stages before that have
     ended, those after it have not begun.
     """
-    name = resume_from_checkpoint
-    if not resumes(name) or name.lower() in LAST:
+    name = parse_resume(resume_from_checkpoint)
+    if name is None or name == LAST:
         return dict.fromkeys(folders, name)
     places = [folder.resolve() for folder in folders]
     inside = Path(name).resolve().parent
     own = places.index(inside) if inside in places else 0
-    return dict(zip(folders, ["last"] * own + [name] + [None] * (len(folders) - own - 1), strict=True))
+    return dict(zip(folders, [LAST] * own + [name] + [None] * (len(folders) - own - 1), strict=True))
 
 
-def check_resume(resume_from_checkpoint: str | None, record: RunRecord | None = None) -> None:
-    """Check a checkpoint that `--resume_from_checkpoint` names.
-
-    Args:
-        resume_from_checkpoint: as given.
-        record: of the run that resumes; `None` as long as it is not known.
+def check_resume(resume: str | None, record: RunRecord | None = None) -> None:
+    """Check a checkpoint that a training is to resume from; without a record, only that it is whole.
 
     Raises:
         BadInput: if the run cannot resume from it.
     """
-    name = resume_from_checkpoint
-    if resumes(name) and name.lower() not in LAST and (found := fault(Path(name), record)) is not None:
+    if resume is not None and resume != LAST and (found := fault(Path(resume), record)) is not None:
         raise BadInput(
-            f"--resume_from_checkpoint {name}: {found}; use 'last' for the newest one in --output_dir, or the folder "
+            f"--resume_from_checkpoint {resume}: {found}; use 'last' for the newest one in --output_dir, or the folder "
             "of a whole checkpoint of the same run"
         )
 
@@ -108,13 +100,7 @@ def _has_ended(folder: Path, arguments: TrainingArguments) -> bool:
 
 
 def record_checkpoint(checkpoint: Path, record: RunRecord, loss_sum: float | None) -> None:
-    """Write the record of a checkpoint, when all else of it is written.
-
-    Args:
-        checkpoint: its folder.
-        record: of its run.
-        loss_sum: the sum of the losses of all steps so far, if it is known.
-    """
+    """Write the record of a checkpoint, when all else of it is written; with the sum of the losses up to there."""
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != RECORD_FILE)
     files = {str(path.relative_to(checkpoint)): file_fingerprint(path) for path in paths}
     write_json(checkpoint / RECORD_FILE, {"record": record.flatten(), "loss_sum": loss_sum, "files": files})
@@ -132,12 +118,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path, record: RunRecord | None = None) -> Path | None:
-    """Return the newest whole checkpoint of a run, and warn of those that are passed over.
-
-    Args:
-        folder: with the checkpoints.
-        record: of the run that resumes; `None` for any.
-    """
+    """Return the newest whole checkpoint of a run, `None` for any, and warn of those that are passed over."""
     for path in checkpoints(folder):
         found = fault(path, record)
         if found is None:
@@ -147,12 +128,7 @@ def last_checkpoint(folder: Path, record: RunRecord | None = None) -> Path | Non
 
 
 def fault(checkpoint: Path, record: RunRecord | None = None) -> str | None:
-    """Say why a run cannot resume from a folder; `None` if it can.
-
-    Args:
-        checkpoint: the folder.
-        record: of the run that resumes; `None` for any.
-    """
+    """Say why a run, or any if there is no record, cannot resume from a folder; `None` if it can."""
     try:
         written = read_json(checkpoint / RECORD_FILE)
         files, of = written["files"], RunRecord.parse(written["record"])

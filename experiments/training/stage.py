@@ -190,13 +190,12 @@ def check_sharding(untrained: str | None) -> None:
         raise BadInput(f"{untrained}: FSDP cannot evaluate a model before training; use examples/accelerate_ddp.yaml")
 
 
-def train_and_save(trainer: TaskTrainer, resume_from_checkpoint: str | None = None) -> None:
+def train_and_save(trainer: TaskTrainer, resume: str | None) -> None:
     """Train, and write the checkpoint, `trainer_state.json` and then `train_results.json`.
 
     Args:
         trainer: with the model, and with a folder that is claimed for it.
-        resume_from_checkpoint: as `experiments.training.resume.starting_point` takes it. Where training has ended, the
-            weights are loaded.
+        resume: from `claim_training`, or `LAST`. Where training has ended, the weights are loaded.
 
     Raises:
         Diverged: if the loss or the weights are not finite any more.
@@ -205,7 +204,7 @@ def train_and_save(trainer: TaskTrainer, resume_from_checkpoint: str | None = No
     folder, writes = Path(trainer.args.output_dir), trainer.is_world_process_zero()
     # A frontier is of the weights that it was measured on.
     trainer.model.config.merge_frontier = None
-    start = starting_point(resume_from_checkpoint, folder, trainer.args, trainer.record)
+    start = starting_point(resume, folder, trainer.args, trainer.record)
     if start == folder:
         _load_trained(trainer.model, folder)
         return

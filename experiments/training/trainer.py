@@ -37,8 +37,8 @@ class TaskTrainer(Trainer):
     - `train_loss` is the mean over all steps, also after a resume; upstream's is over those since
     - logs no gradient norm that is not finite, which would make `trainer_state.json` unreadable to other parsers
     - a figure that is not defined is never the best
-    - says what a stage came to in one line, see `experiments.training.progress`; counts no FLOPs, which upstream gives
-      as 0 for a model that has inputs of another name
+    - prints the results of a stage in one line, see `experiments.training.progress`
+    - counts no FLOPs, which upstream gives as 0 for a model that has inputs of another name
 
     Args:
         record: of the run that trains.
@@ -104,7 +104,7 @@ class TaskTrainer(Trainer):
         self.check_weights()
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)  # what a run left of it that was killed
+            shutil.rmtree(folder)  # left by a run that was killed
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         loss_sum = self._mean_over_processes()

@@ -107,7 +107,8 @@ def test_a_folder_without_the_state_of_a_training_is_named():
     [
         (None, None, None),
         ("last", "last", "last"),
-        ("false", "false", "false"),
+        ("True", "last", "last"),
+        ("false", None, None),
         ("out/finetuned/checkpoint-6", "out/finetuned/checkpoint-6", None),
         ("out/checkpoint-3", "last", "out/checkpoint-3"),
         ("elsewhere/checkpoint-3", "elsewhere/checkpoint-3", None),
@@ -117,7 +118,7 @@ def test_a_named_checkpoint_belongs_to_its_stage(given, finetuning, retraining):
     """The stage before has ended, the one after has not begun."""
     first, second = Path("out/finetuned"), Path("out")
     assert stage_starts(given, [first, second]) == {first: finetuning, second: retraining}
-    assert stage_starts(given, [second]) == {second: given}
+    assert stage_starts(given, [second])[second] == (finetuning if given != "out/checkpoint-3" else retraining)
 
 
 def test_removed_checkpoints_are_gone(tmp_path):

@@ -147,8 +147,8 @@ def test_a_stopped_training_begins_anew_only_if_asked_to(stages, tmp_path, file,
     (tmp_path / file).mkdir()
     with pytest.raises(BadInput, match=f"{says}; use --resume_from_checkpoint last .* false"):
         claim_training(stages, None, write=True)
-    for resume in ("last", "false"):
-        assert claim_training(stages, resume, write=True) == dict.fromkeys(stages, resume)
+    for asked, resume in (("last", "last"), ("false", None)):
+        assert claim_training(stages, asked, write=True) == dict.fromkeys(stages, resume)
     (tmp_path / "train_results.json").touch()  # the whole run has ended
     claim_training(stages, None, write=True)
 
