@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -80,9 +81,9 @@ class StartArguments:
 
     _argument_group_name = "start"
 
-    teacher_name_or_path: str = field(metadata={"help": "Hub id or folder of the BERT."})
-    output_dir: str = field(metadata={"help": "Folder for the checkpoint, not there yet."})
-    seed: int = field(default=42, metadata={"help": "Seed of the codes and of what the BERT does not fill."})
+    teacher_name_or_path: str = HfArg(help="Hub id or folder of the BERT.")
+    output_dir: str = HfArg(help="Folder for the checkpoint, not there yet.")
+    seed: int = HfArg(default=42, help="Seed of the codes and of the weights that the BERT does not fill.")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.hf_argparser import HfArg
 
 # A script's own folder is on the path, the repository's root, where the modules are, is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -53,12 +54,10 @@ RIDGE = 1e-3
 class TaughtArguments(MlmDataArguments):
     """The data of run_mlm.py, and the teacher."""
 
-    teacher_name_or_path: str | None = field(
+    teacher_name_or_path: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "An encoder, folder or Hub id, whose last hidden states are learnt beside the masked tokens, with "
-            "its tokenizer, which must have every token of the model's."
-        },
+        help="An encoder, folder or Hub id, whose last hidden states are learnt beside the masked tokens, with its "
+        "tokenizer, which must have every token of the model's.",
     )
 
     def __post_init__(self) -> None:
