@@ -89,15 +89,10 @@ def test_a_value_in_a_file_means_what_it_means_on_a_command_line(monkeypatch, tm
     ("name", "text", "says"),
     [
         ("a.json", b'{"sise": 3}', "--sise: unknown argument; did you mean --size?"),
-        ("a.yaml", b"1: 3", "--1: unknown argument"),
         ("a.json", b"{", "Expecting property name"),
         ("a.yaml", b"size: 1\n  rate: 2", "line 2: "),
         ("a.yaml", b"x: !!python/object:x {}", "could not determine a constructor"),
-        ("a.yaml", b"---\nsize: 1\n---\nsize: 2", "line 3: "),
         ("a.yaml", b"", "must be a mapping"),
-        ("a.json", b"", "Expecting value"),
-        ("a.json", b"null", "must be a mapping"),
-        ("a.yaml", b"- size", "must be a mapping"),
         ("a.yaml", b"size: 1\nsize: 2", "size: is given twice"),
         ("a.json", b'{"size": 1, "size": 2}', "size: is given twice"),
         ("a.yaml", b"name: \xff", "utf-8"),
@@ -105,8 +100,6 @@ def test_a_value_in_a_file_means_what_it_means_on_a_command_line(monkeypatch, tm
         ("a.yaml", b"size: [1, 2]", "--size [1, 2]: must be a single value"),
         ("a.yaml", b"size: null", "--size None: must be a value"),
         ("a.yaml", b"rate: .nan", "--rate nan: must be a finite number"),
-        ("a.json", b'{"rate": -Infinity}', "--rate -inf: must be a finite number"),
-        ("a.yaml", b"flag: perhaps", "--flag: Truthy value expected: got perhaps"),
         ("a.yaml", b"names: [a, null]", "--names null: must be a value"),
         ("a.yaml", b"optim_args: [[1], 2]", "--optim_args [[1], 2]: must be a list of single values"),
         ("a.yaml", b"name: {a: b}", "--name {'a': 'b'}: must be a single value, not a mapping"),
@@ -127,7 +120,6 @@ def test_a_mistake_in_a_file_is_one_line(monkeypatch, tmp_path, name, text, says
     ("words", "line"),
     [
         (["--sise=3"], "--sise: unknown argument; did you mean --size?"),
-        (["--zzz"], "--zzz: unknown argument"),
         (["--size", 3, "extra"], "extra: unexpected; arguments are given as --NAME VALUE"),
         (["--size", 3, "a.yaml"], "a.yaml: unexpected; arguments are given as --NAME VALUE; a file of arguments"),
         (["--size"], "--size: expected one argument"),
@@ -135,10 +127,8 @@ def test_a_mistake_in_a_file_is_one_line(monkeypatch, tmp_path, name, text, says
         (["--name", ""], "--name '': must not be empty"),
         (["--names", "a", " "], "--names ' ': must not be empty"),
         (["--rate", "nan"], "--rate nan: must be a finite number"),
-        (["--shares", 1, "inf"], "--shares inf: must be a finite number"),
         (["--strategy", "never"], "--strategy: invalid choice: 'never'"),
         (["--name=d\udcff"], "--name d\udcff: must be a name in UTF-8"),
-        (["--size", 1, "--names", "a", "d\udcff"], "--names d\udcff: must be a name in UTF-8"),
     ],
 )
 def test_a_mistake_on_a_command_line_is_one_line(monkeypatch, capsys, words, line):

@@ -30,12 +30,13 @@ def load(predict: bool = False, **given: object) -> ImageTask:
     return load_image_task(ImageDataArguments(**given), predict, seed=0)
 
 
-def prepared(task: ImageTask, label2id: dict[str, int] | None = None) -> PreparedTask:
-    config = ToMePerceiverConfig(**MODEL)
-    config.label2id = label2id or {name: index for index, name in enumerate(task.labels)}
-    config.id2label = {index: name for name, index in config.label2id.items()}
-    processor = PerceiverImageProcessorPil(do_center_crop=False, size={"height": 16, "width": 16})
-    return task.prepared(config, processor, seed=0)
+def prepared(task: ImageTask, side: int | None = 16, **fields: object) -> PreparedTask:
+    """The task as a model sees it; without a side, images are not resized."""
+    config = ToMePerceiverConfig(**MODEL | fields)
+    config.id2label = dict(enumerate(task.labels))
+    config.label2id = {name: index for index, name in enumerate(task.labels)}
+    size = {"do_resize": False} if side is None else {"size": {"height": side, "width": side}}
+    return task.prepared(config, PerceiverImageProcessorPil(do_center_crop=False, **size), seed=0)
 
 
 def test_greyscale_becomes_three_channels(tmp_path):
@@ -103,24 +104,15 @@ def test_a_cut_image_ends_a_run_in_a_line_that_names_it(tmp_path, workers):
 
 def test_an_image_processor_that_does_not_fit_is_named(tmp_path):
     task = load(dataset_name=str(write_images(tmp_path, {"train": 6, "test": 3})))
-    config = ToMePerceiverConfig(**MODEL | {"architectures": ["PerceiverForImageClassificationLearned"]})
-    config.id2label = dict(enumerate(task.labels))
-    config.label2id = {name: index for index, name in enumerate(task.labels)}
-    with pytest.raises(
-        BadInput, match="--image_processor_name: makes images of 8 x 8; must be the image_size of the model, 16"
-    ):
-        task.prepared(config, PerceiverImageProcessorPil(do_center_crop=False, size={"height": 8, "width": 8}), 0)
+    with pytest.raises(BadInput, match="--image_processor_name: makes images of 8 x 8; .*, 16"):
+        prepared(task, 8, architectures=["PerceiverForImageClassificationLearned"])
 
 
 def test_an_image_processor_that_does_not_resize_needs_images_of_one_size(tmp_path):
     task = load(train_dir=str(write_image_folders(tmp_path / "train", 6)))
-    config = ToMePerceiverConfig(**MODEL)
-    config.id2label = dict(enumerate(task.labels))
-    config.label2id = {name: index for index, name in enumerate(task.labels)}
-    processor = PerceiverImageProcessorPil(do_center_crop=False, do_resize=False)
-    assert task.prepared(config, processor, 0).batch(2)["pixel_values"].shape == (2, 3, 8, 8)
+    assert prepared(task, None).batch(2)["pixel_values"].shape == (2, 3, 8, 8)
     Image.new("RGB", (9, 8)).save(tmp_path / "train" / "dark" / "0.png")
-    sight = load(train_dir=str(tmp_path / "train")).prepared(config, processor, 0)
+    sight = prepared(load(train_dir=str(tmp_path / "train")), None)
     with pytest.raises(BadInput, match="--image_processor_name: does not make all images the same size: .* 9 x 8"):
         [example for split in (sight.train, sight.evaluation[""]) for example in split]
 
@@ -234,18 +226,12 @@ def test_columns_beside_others_that_may_be_meant(tmp_path, given):
         ({"image": FILES}, ("has images and no labels",)),
         ({"text": CATS_AND_DOGS, "label": CATS_AND_DOGS}, ("no column of images", "'label', 'text'")),
         ({"image": ["a.png"] * COUNT, "label": CATS_AND_DOGS}, ("'image' holds large_string", "metadata.csv")),
-        ({"image": [[1, 2]] * COUNT, "label": CATS_AND_DOGS}, ("'image' holds List",)),
-        ({"image": FILES, "label": [["cat"], ["dog"]] * 6}, ("'label' holds List",)),
         ({"image": FILES, "label": ["cat", None] * 6}, ("split 'train': column 'label' has no value", "6 of 12")),
-        ({"image": FILES, "label": [1.0, None] * 6}, ("split 'train': column 'label' has no value", "6 of 12")),
-        ({"image": FILES, "label": ["cat"] * COUNT}, ("the class 'cat' alone",)),
         ({"image": [*FILES[:7], None, *FILES[8:]], "label": CATS_AND_DOGS}, ("image 7 of", "split 'train'", "missing")),
-        ({"image": [*FILES[:7], b"x", *FILES[8:]], "label": CATS_AND_DOGS}, ("image 7 of", "split 'train'")),
         (
             {"image": FILES, "label": CATS_AND_DOGS, "image_column_name": "img"},
             ("--image_column_name img", "choose from 'image', 'label'"),
         ),
-        ({"image": FILES, "label": CATS_AND_DOGS, "label_column_name": "kind"}, ("--label_column_name kind",)),
         ({"image": FILES, "label": CATS_AND_DOGS, "label_column_name": "image"}, ("choose from 'label'",)),
     ],
 )
@@ -255,16 +241,12 @@ def test_tables_that_cannot_be_meant(tmp_path, columns, says):
     assert all(part in str(error.value) for part in says), str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("argument", ["train_dir", "dataset_name"])
-def test_a_metadata_file(tmp_path, kind, argument):
+def test_a_metadata_file(tmp_path, argument):
     """The images that it does not list are left out, and said to be."""
     names = [f"{'ab'[index % 2]}/{index}.png" for index in range(COUNT)]
     write_files(tmp_path, *names, "b/13.png", "b/14.heic")
-    table = pd.DataFrame({"file_name": names, "label": CATS_AND_DOGS})
-    path = tmp_path / f"metadata.{kind}"
-    {"csv": lambda: table.to_csv(path, index=False), "parquet": lambda: table.to_parquet(path),
-     "jsonl": lambda: table.to_json(path, orient="records", lines=True)}[kind]()  # fmt: skip
+    pd.DataFrame({"file_name": names, "label": CATS_AND_DOGS}).to_csv(tmp_path / "metadata.csv", index=False)
     task = load(**{argument: str(tmp_path)})
     assert classes(task) == dict(enumerate(CATS_AND_DOGS))
     assert task.read[-1] == f"left out: files of --{argument} {tmp_path} that are in no example (1 .heic, 1 .png)"
@@ -299,12 +281,6 @@ def test_a_class_does_not_vanish_from_a_folder(tmp_path, argument):
     write_files(tmp_path, "cow/1.heic")
     with pytest.raises(BadInput, match=rf"--{argument} .*: the folder cow has no image that can be read \(1 .heic\)"):
         load(**{argument: str(tmp_path)})
-
-
-def test_a_class_does_not_vanish_from_a_split(tmp_path):
-    write_files(tmp_path, *grid("train/cat", "train/dog", "test/cat"), "test/dog/1.heic", "docs/1.pdf")
-    with pytest.raises(BadInput, match="the folder test/dog has no image"):
-        load(dataset_name=str(tmp_path))
 
 
 @pytest.mark.parametrize("argument", ["train_dir", "dataset_name"])
