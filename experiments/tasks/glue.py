@@ -153,7 +153,10 @@ def load_glue_task(
     """
     splits, source = _load_splits(arguments, predict, evaluate, classes, calibration_samples > 0, download)
     ends = SPLITS.get(arguments.task_name or "", {"": ""})
-    evaluated = _evaluated_names(arguments, splits, evaluate)
+    if arguments.task_name is not None:
+        evaluated = {suffix: f"validation{end}" for suffix, end in ends.items()}
+    else:
+        evaluated = {"": splits.evaluated()} if evaluate or "validation" in splits.by_name else {}
     predicted = {suffix: f"test{end}" for suffix, end in ends.items()} if predict else {}
     has_train = "train" in splits.by_name or classes is None
     first = splits.take("train" if has_train else next(iter((evaluated or predicted).values())))
@@ -165,16 +168,17 @@ def load_glue_task(
     sentences = _sentences(arguments, splits.argument, first, is_predicted=not has_train and not evaluated)
     labels = _labels(arguments, first, splits.argument) if has_train else list(classes or ())
 
-    def taken(name: str, count: int | None = None, train: Dataset | None = None, labelled: bool = True) -> Dataset:
-        where = splits.where(name)
-        split = with_text(splits.take(name, count), sentences, where)
-        # Whatever labels examples to predict have, they do not matter.
-        return with_labels(split, LABEL, labels, where, train) if labelled else without_column(split, LABEL)
+    def taken(name: str, count: int | None) -> Dataset:
+        return with_text(splits.take(name, count), sentences, splits.where(name))
 
-    train = taken("train") if has_train else None
-    evaluation = {suffix: taken(name, arguments.max_eval_samples, train) for suffix, name in evaluated.items()}
+    def labelled(name: str, count: int | None = None, train: Dataset | None = None) -> Dataset:
+        return with_labels(taken(name, count), LABEL, labels, splits.where(name), train)
+
+    train = labelled("train") if has_train else None
+    evaluation = {suffix: labelled(name, arguments.max_eval_samples, train) for suffix, name in evaluated.items()}
+    # Whatever labels examples to predict have, they do not matter.
     prediction = {
-        suffix: taken(name, arguments.max_predict_samples, labelled=False) for suffix, name in predicted.items()
+        suffix: without_column(taken(name, arguments.max_predict_samples), LABEL) for suffix, name in predicted.items()
     }
     test = f"test{ends['']}"
     calibration = splits.unseen(test, evaluated.values(), calibration_samples)
@@ -201,11 +205,7 @@ def load_glue_task(
 
 
 def _used(
-    arguments: GlueDataArguments,
-    argument: str,
-    first: Dataset,
-    sentences: Sequence[str],
-    read: dict[str, Dataset],
+    arguments: GlueDataArguments, argument: str, first: Dataset, sentences: Sequence[str], read: dict[str, Dataset]
 ) -> str:
     """Say which columns of the first split are used for what, and which are not."""
     used = [f"sentence in column {listed([name])}" for name in sentences]
@@ -271,15 +271,6 @@ def _own_files(
     if not evaluate and not train:
         paths = {"test": paths["test"]}
     return {name: path for name, path in paths.items() if path is not None}
-
-
-def _evaluated_names(arguments: GlueDataArguments, splits: Splits, evaluate: bool) -> dict[str, str]:
-    """Return the splits to evaluate on, by the suffix of their results; none only if nothing is evaluated."""
-    if arguments.task_name is not None:
-        return {suffix: f"validation{end}" for suffix, end in SPLITS.get(arguments.task_name, {"": ""}).items()}
-    if not evaluate and "validation" not in splits.by_name:
-        return {}
-    return {"": splits.evaluated()}
 
 
 def _sentences(arguments: GlueDataArguments, argument: str, first: Dataset, is_predicted: bool) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ def label_names(dataset: Dataset, column: str, where: str, regression: bool | No
         # The Hub's tables say -1 of a label that is not there, and a class of that name would be none.
         names = _distinct([str(value) for value in found if not _is_missing(value)], column, where)
     if len(names) < 2:
-        _check_none_missing(dataset[column], column, where)
+        refuse_missing(dataset[column][:], column, where)
         raise BadInput(f"{where}: column '{column}' has the class {listed(names)} alone; it must have two or more")
     return names
 
@@ -235,8 +235,6 @@ def with_labels(
 
     Args:
         dataset: with classes in `column` as names, integers, or places in the names of its own; or with numbers.
-        column: their name.
-        labels: names of the classes.
         where: what messages call the split.
         train: training examples with their labels as places, which must have all the classes of the split.
 
@@ -267,7 +265,7 @@ def _with_places(dataset: Dataset, column: str, labels: Sequence[str], where: st
     if own_names is not None:
         names = dict(enumerate(own_names)) | {NO_LABEL: NO_LABEL}
         values = [names.get(value) for value in values]
-    _check_none_missing(values, column, where)
+    refuse_missing(values, column, where)
     if own_names == list(labels):
         return dataset
     places: dict[object, int] = {}
@@ -284,7 +282,7 @@ def _with_numbers(dataset: Dataset, column: str, where: str) -> Dataset:
     if isinstance(dataset.features[column], ClassLabel):
         raise BadInput(f"{where}: column '{column}' holds classes; it must hold numbers")
     values = dataset[column][:]
-    refuse_missing([index for index, value in enumerate(values) if _is_empty(value)], len(values), column, where)
+    refuse_missing(values, column, where, _is_empty)
     if wrong := [index for index, value in enumerate(values) if not _is_finite(value)]:
         raise BadInput(
             f"{where}: column '{column}' has no finite number in {len(wrong)} of {len(values)} examples, the first "
@@ -300,26 +298,24 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (str, int, float)) and bool(abs(float(value)) <= np.finfo(np.float32).max)
 
 
-def _check_none_missing(values: Iterable[object], column: str, where: str) -> None:
-    values = list(values)
-    missing = [index for index, value in enumerate(values) if _is_missing(value)]
+def refuse_missing(
+    values: Sequence[object], column: str, where: str, is_missing: Callable[[object], bool] | None = None
+) -> None:
+    """Refuse the values of a column if any is missing: by default, if it is empty or a label that says so.
+
+    Raises:
+        BadInput: with how many are missing and which is the first.
+    """
+    missing = [index for index, value in enumerate(values) if (is_missing or _is_missing)(value)]
+    if not missing:
+        return
     hint = ""
     if not all(_is_empty(values[index]) for index in missing):
         hint = f" (the label {NO_LABEL} says that there is none, as in GLUE; a class needs another name)"
-    refuse_missing(missing, len(values), column, where, hint)
-
-
-def refuse_missing(missing: Sequence[int], count: int, column: str, where: str, hint: str = "") -> None:
-    """Refuse a column of `count` examples if any have no value.
-
-    Raises:
-        BadInput: with how many they are and which is the first.
-    """
-    if missing:
-        raise BadInput(
-            f"{where}: column '{column}' has no value in {len(missing)} of {count} examples, the first of them example "
-            f"{missing[0]}, counted from 0{hint}; fill or remove these rows"
-        )
+    raise BadInput(
+        f"{where}: column '{column}' has no value in {len(missing)} of {len(values)} examples, the first of them "
+        f"example {missing[0]}, counted from 0{hint}; fill or remove these rows"
+    )
 
 
 def _is_empty(value: object) -> bool:

@@ -135,8 +135,7 @@ def with_text(dataset: Dataset, columns: Sequence[str], where: str) -> Dataset:
         raise BadInput(f"{where} has no column {listed(missing)}, only {listed(dataset.column_names)}")
     for column in columns:
         dataset = as_text(dataset, column, where)
-        missing_rows = [index for index, value in enumerate(dataset[column][:]) if value is None]
-        refuse_missing(missing_rows, len(dataset), column, where)
+        refuse_missing(dataset[column][:], column, where, lambda value: value is None)
     return dataset
 
 
