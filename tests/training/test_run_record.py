@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -107,16 +106,12 @@ def test_every_training_argument_counts_but_those_that_are_named():
     assert json.loads(json.dumps(fields)) == fields and fields["lr_scheduler_type"] == "linear"
 
 
-def test_when_to_save_counts_where_an_evaluation_decides():
+def test_when_to_save_counts_where_an_evaluation_decides_and_the_number_of_processes_always(monkeypatch):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     arguments = TrainingArguments(output_dir="out", use_cpu=True, **best)
-    assert set(training_fields(arguments)) >= SAVING
-
-
-def test_the_number_of_processes_counts(monkeypatch):
-    arguments = TrainingArguments(output_dir=str(Path("out")), use_cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert training_fields(arguments)["processes"] == 2
+    fields = training_fields(arguments)
+    assert set(fields) >= SAVING and fields["processes"] == 2
 
 
 def test_the_first_difference_between_two_records():
