@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import layers_tome_perceiver
 from benchmarks.published_models import DTYPES
 from benchmarks.speed_rows import Cell, SpeedArguments, Table, run_cells, spread
-from cost_tome_perceiver import Merging, forward_cost
+from cost_tome_perceiver import Merging
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
 from experiments.measurement import Quartiles, time_interleaved
@@ -147,25 +147,15 @@ def charged(model: ToMePerceiverPreTrainedModel, clock: PartClock) -> Iterator[N
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of a setting.
-
-    Attributes:
-        name: of the setting.
-        latents_per_layer: left after each layer; the decoder reads the last of them.
-        milliseconds: of a pass without the clock.
-        part_milliseconds: of each of `PARTS` in a pass with it.
-        part_shares: of their sum.
-        matching_and_merging_share: the share of these two in each round.
-        matching_flops_share: of the FLOPs of the pass.
-    """
+    """Figures of a setting."""
 
     name: str
-    latents_per_layer: list[int]
-    milliseconds: Quartiles
-    part_milliseconds: dict[str, float]
-    part_shares: dict[str, float]
-    matching_and_merging_share: Quartiles
-    matching_flops_share: float
+    latents_per_layer: list[int]  # left after each layer; the decoder reads the last of them
+    milliseconds: Quartiles  # of a pass without the clock
+    part_milliseconds: dict[str, float]  # of each of `PARTS` in a pass with it
+    part_shares: dict[str, float]  # of their sum
+    matching_and_merging_share: Quartiles  # the share of these two in each round
+    matching_flops_share: float  # of the FLOPs of the pass
 
 
 def measure(arguments: BreakdownArguments, cell: Cell) -> Table:
@@ -195,7 +185,7 @@ def measure(arguments: BreakdownArguments, cell: Cell) -> Table:
     rows = []
     for (name, fields), timing in zip(cell.settings.items(), timings, strict=False):
         config = published.config(**fields)
-        cost = forward_cost(config, cell.input_shape, published.architecture)
+        cost = published.cost(cell.input_shape, **fields)
         rounds = charges[name][1:]  # the first round is warm-up
         milliseconds = {part: 1e3 * float(np.median([each[part] for each in rounds])) for part in PARTS}
         whole = sum(milliseconds.values())

@@ -74,22 +74,14 @@ def modeling_code(folder: Path) -> ModuleType:
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of a setting.
-
-    Attributes:
-        name: of the setting.
-        implied_speedup: stock's FLOPs over this setting's.
-        before, now: with the code of the folder and with the present one; `before.speedup` is against itself.
-        stock_ms: of stock transformers, which merge nothing.
-        before_times_stock, now_times_stock: stock's time over theirs within a round.
-    """
+    """Figures of a setting."""
 
     name: str
-    implied_speedup: float
-    before: Timing
-    now: Timing
-    stock_ms: Quartiles
-    before_times_stock: Quartiles
+    implied_speedup: float  # stock's FLOPs over this setting's
+    before: Timing  # with the code of the folder; its speed-up is against itself
+    now: Timing  # with the present code, against the code of the folder
+    stock_ms: Quartiles  # of stock transformers, which merge nothing
+    before_times_stock: Quartiles  # stock's time over theirs within a round
     now_times_stock: Quartiles
 
 

@@ -97,32 +97,20 @@ class LatencyArguments(SpeedArguments):
 
 @dataclass(frozen=True)
 class Request:
-    """One input, and the settings by which it may be merged.
+    """One input, and the settings by which it may be merged."""
 
-    Attributes:
-        inputs: (B, S) or (B, 3, height, width).
-        settings: by name, the r of a call.
-        asks: for one of them.
-    """
-
-    inputs: Tensor
-    settings: dict[str, int | list[int]]
-    asks: str
+    inputs: Tensor  # (B, S) or (B, 3, height, width)
+    settings: dict[str, int | list[int]]  # by name, the r of a call
+    asks: str  # for one of them
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model that answers requests.
-
-    Attributes:
-        name: in the table.
-        model: stock or ours.
-        setting: by which it merges every request; `None` for none (stock), `CHANGING` for what each asks for.
-    """
+    """A model that answers requests."""
 
     name: str
-    model: PreTrainedModel
-    setting: str | None
+    model: PreTrainedModel  # stock or ours
+    setting: str | None  # by which it merges every request; `None` for none (stock), `CHANGING` for what each asks for
 
     def answer(self, request: Request) -> None:
         """Run a forward pass to its end."""
@@ -137,40 +125,25 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Figures of a variant.
-
-    Attributes:
-        name: of the variant.
-        milliseconds: of the 50th and the 99th percentile.
-        requests_per_second: served one after another.
-        speedup: stock's time over this one's for the same request.
-        queued_milliseconds: of the percentiles, waiting and service.
-        busy: share of the time that the server of the queue works.
-    """
+    """Figures of a variant."""
 
     name: str
-    milliseconds: list[float]
-    requests_per_second: float
-    speedup: Quartiles
-    queued_milliseconds: list[float]
-    busy: float
+    milliseconds: list[float]  # of the 50th and the 99th percentile
+    requests_per_second: float  # served one after another
+    speedup: Quartiles  # stock's time over this one's for the same request
+    queued_milliseconds: list[float]  # of the percentiles, waiting and service
+    busy: float  # share of the time that the server of the queue works
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Figures of a stream.
-
-    Attributes:
-        stream: its name.
-        warm_up_seconds: longest first answer to a length and setting, compilation included, by the way that the layers
-            run.
-        change: for each way that the layers run, the time of a request that says an r of its own over that of the same
-            request where all have this r.
-        rows: the variants.
-    """
+    """Figures of a stream."""
 
     stream: str
+    # Longest first answer to a length and setting, compilation included, by the way that the layers run.
     warm_up_seconds: dict[str, float]
+    # For each way that the layers run, the time of a request that says an r of its own over that of the same request
+    # where all have this r.
     change: dict[str, Quartiles]
     rows: list[Row]
 

@@ -22,6 +22,7 @@ from transformers.models.perceiver import modeling_perceiver as upstream
 
 import modeling_tome_perceiver as tome
 from configuration_tome_perceiver import ToMePerceiverConfig
+from cost_tome_perceiver import ForwardCost, forward_cost
 
 # `deepmind/language-perceiver`; every other field has its default.
 PUBLISHED_LANGUAGE_SHAPES: dict[str, Any] = {"qk_channels": 256, "v_channels": 1280}
@@ -41,22 +42,15 @@ def _example_shapes(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A published model, or one that this project trains.
+    """A published model, or one that this project trains."""
 
-    Attributes:
-        hub_id: of the checkpoint, or what it is.
-        architecture: name of the stock class.
-        fields: of its config.
-        fewer_layers: fields that change in a model of the same widths with fewer layers; none if it is small already.
-        takes_text: texts (B, S), else images.
-        flops_ratio: shares of its FLOPs that schedules come down to, in place of a benchmark's own.
-    """
-
-    hub_id: str
-    architecture: str
-    fields: Mapping[str, Any]
+    hub_id: str  # of the checkpoint, or what it is
+    architecture: str  # name of the stock class
+    fields: Mapping[str, Any]  # of its config
+    # Fields that change in a model of the same widths with fewer layers; none if it is small already.
     fewer_layers: Mapping[str, Any] = field(default_factory=dict)
-    takes_text: bool = True
+    takes_text: bool = True  # texts (B, S), else images
+    # Shares of its FLOPs that schedules come down to, in place of a benchmark's own.
     flops_ratio: tuple[float, ...] | None = None
 
     def small(self) -> PublishedModel:
@@ -72,6 +66,10 @@ class PublishedModel:
         if not self.takes_text:
             return batch_size, RGB_CHANNELS, self.config().image_size, self.config().image_size
         return batch_size, length
+
+    def cost(self, input_shape: tuple[int, ...], **merging: Any) -> ForwardCost:
+        """FLOPs of a forward pass, by what computes."""
+        return forward_cost(self.config(**merging), input_shape, self.architecture)
 
     def draw_inputs(self, input_shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
         """Random inputs of that shape."""

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.published_models import DTYPES, PublishedModel, check_outputs
 from benchmarks.speed_rows import Cell, Fields, SpeedArguments, error_bars, read_back, spread, write_results
-from cost_tome_perceiver import forward_cost, interleaved_seconds
+from cost_tome_perceiver import interleaved_seconds
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
 from experiments.measurement import Quartiles, peak_memory_mb
@@ -96,29 +96,17 @@ class ScalingArguments(SpeedArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Figures of a variant at one length, for the whole batch.
-
-    Attributes:
-        length: S.
-        name: of the variant.
-        latents_left: after the last layer.
-        gflops: by the cost function, the matching included.
-        milliseconds: of a forward pass.
-        predicted_milliseconds: its GFLOPs at the rate of stock on the shortest texts.
-        speedup: stock's time at this length over this one's in the same round.
-        implied_speedup: stock's FLOPs over this one's.
-        peak_memory_mb: most that tensors hold at once, the parameters, which all variants share, among them.
-    """
+    """Figures of a variant at one length, for the whole batch."""
 
     length: int
     name: str
-    latents_left: int
-    gflops: float
-    milliseconds: Quartiles
-    predicted_milliseconds: float
-    speedup: Quartiles
-    implied_speedup: float
-    peak_memory_mb: float
+    latents_left: int  # after the last layer
+    gflops: float  # by the cost function, the matching included
+    milliseconds: Quartiles  # of a forward pass
+    predicted_milliseconds: float  # its GFLOPs at the rate of stock on the shortest texts
+    speedup: Quartiles  # stock's time at this length over this one's in the same round
+    implied_speedup: float  # stock's FLOPs over this one's
+    peak_memory_mb: float  # most that tensors hold at once, the parameters, which all variants share, among them
 
 
 @dataclass(frozen=True)
@@ -145,48 +133,29 @@ class Line:
 
 @dataclass(frozen=True)
 class Growth:
-    """Growth of a variant with S, for the whole batch.
-
-    Attributes:
-        name: of the variant.
-        flops: FLOPs by the cost function, which are this line exactly.
-        milliseconds: fitted to the medians.
-        predicted_milliseconds: the FLOPs at the rate of stock on the shortest texts.
-        largest_deviation: of a median from the fitted line, as a part of the median.
-    """
+    """Growth of a variant with S, for the whole batch."""
 
     name: str
-    flops: Line
-    milliseconds: Line
-    predicted_milliseconds: Line
-    largest_deviation: float
+    flops: Line  # FLOPs by the cost function, which are this line exactly
+    milliseconds: Line  # fitted to the medians
+    predicted_milliseconds: Line  # the FLOPs at the rate of stock on the shortest texts
+    largest_deviation: float  # of a median from the fitted line, as a part of the median
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """All figures.
+    """All figures."""
 
-    Attributes:
-        outputs_difference: between stock's outputs and ours at r = 0 on the shortest texts, as a part of the largest.
-        gflops_per_second: of stock there, the factor of all predictions.
-        rows: every variant at the shortest length, then at the next.
-        growth: of every variant.
-    """
-
+    # Between stock's outputs and ours at r = 0 on the shortest texts, as a part of the largest.
     outputs_difference: float
-    gflops_per_second: float
-    rows: list[Row]
-    growth: list[Growth]
-
-
-def variant_flops(published: PublishedModel, fields: Fields, input_shape: tuple[int, ...]) -> int:
-    """Return the FLOPs of a forward pass with these merging fields."""
-    return forward_cost(published.config(**fields), input_shape, published.architecture).total_with_matching
+    gflops_per_second: float  # of stock there, the factor of all predictions
+    rows: list[Row]  # every variant at the shortest length, then at the next
+    growth: list[Growth]  # of every variant
 
 
 def flops_line(published: PublishedModel, fields: Fields, batch_size: int) -> Line:
     """Return the FLOPs as a line in S, which they are exactly."""
-    one, two = (variant_flops(published, fields, (batch_size, length)) for length in (1, 2))
+    one, two = (published.cost((batch_size, length), **fields).total_with_matching for length in (1, 2))
     return Line(2 * one - two, two - one)
 
 
@@ -211,12 +180,13 @@ def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
     with tqdm(total=rounds + 1, desc="rounds") as bar:
         seconds = np.array(interleaved_seconds(lambda turn: turn(), turns, rounds, bar)).T  # (turns, rounds)
 
-    rate = variant_flops(published, {}, cells[0].input_shape) / np.median(seconds[0])
+    stock_flops = {cell.input_shape: published.cost(cell.input_shape).total_with_matching for cell in cells}
+    rate = stock_flops[cells[0].input_shape] / np.median(seconds[0])
     rows = []
     for index, (cell, (name, fields)) in enumerate(product(cells, settings.items())):
         # The variants of a length stand together, stock first.
         stocks = seconds[index - index % len(settings)]
-        flops = variant_flops(published, fields, cell.input_shape)
+        flops = published.cost(cell.input_shape, **fields).total_with_matching
         rows.append(
             Row(
                 length=cell.input_shape[1],
@@ -226,7 +196,7 @@ def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
                 milliseconds=Quartiles.of(1e3 * seconds[index]),
                 predicted_milliseconds=1e3 * flops / rate,
                 speedup=Quartiles.of(stocks / seconds[index]),
-                implied_speedup=variant_flops(published, {}, cell.input_shape) / flops,
+                implied_speedup=stock_flops[cell.input_shape] / flops,
                 peak_memory_mb=peak_memory_mb(turns[index], pairs[index][1]),
             )
         )

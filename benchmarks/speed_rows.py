@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.published_models import DTYPES, PUBLISHED_MODELS, PublishedModel
 from configuration_tome_perceiver import ToMePerceiverConfig
-from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, FlopsShare, forward_cost, merging_within
+from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, FlopsShare, merging_within
 from experiments.command_line import shown_command
 from experiments.errors import BadInput, naming
 from experiments.files import write_json, write_text
@@ -40,17 +40,11 @@ COMPILE_BACKEND = "inductor"
 
 @dataclass(frozen=True)
 class Cell:
-    """A combination of dtype, batch size and length, which has a table of its own.
+    """A combination of dtype, batch size and length, which has a table of its own."""
 
-    Attributes:
-        dtype: of weights and activations.
-        input_shape: of a forward pass, (B, S) or (B, 3, height, width).
-        settings: what merges, by name.
-    """
-
-    dtype: str
-    input_shape: tuple[int, ...]
-    settings: dict[str, Fields]
+    dtype: str  # of weights and activations
+    input_shape: tuple[int, ...]  # of a forward pass, (B, S) or (B, 3, height, width)
+    settings: dict[str, Fields]  # what merges, by name
 
     @property
     def name(self) -> str:
@@ -200,7 +194,7 @@ class StepArguments(SpeedArguments):
         none for the matching, which has no gradients. (The convolution on an image has one, since pixels need no
         gradient.) With checkpointing every layer, its matching included, runs once more.
         """
-        cost = forward_cost(self.model.config(**fields), input_shape, self.model.architecture)
+        cost = self.model.cost(input_shape, **fields)
         if not self.training:
             return cost.total_with_matching
         layers = cost.cross_attention + sum(cost.self_attention) + sum(cost.matching) + cost.decoder

@@ -99,67 +99,39 @@ class ThroughputArguments(StepArguments):
 
 @dataclass(frozen=True)
 class Variant:
-    """A model that takes turns.
-
-    Attributes:
-        name: in the table.
-        model: stock, or ours with what it merges in its config.
-        fields: of a config, that say what it merges.
-        checkpointing: whether its layers are computed again in the backward pass.
-        compiled: which of `COMPILERS` compiles it, in its first call; "" for none.
-    """
+    """A model that takes turns."""
 
     name: str
-    model: PreTrainedModel
-    fields: Fields
-    checkpointing: bool = False
-    compiled: str = ""
+    model: PreTrainedModel  # stock, or ours with what it merges in its config
+    fields: Fields  # of a config, that say what it merges
+    checkpointing: bool = False  # whether its layers are computed again in the backward pass
+    compiled: str = ""  # which of `COMPILERS` compiles it, in its first call; "" for none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Figures of a variant.
-
-    Attributes:
-        name: of the variant.
-        latents_per_layer: left after each layer; the decoder reads the last of them.
-        gflops: of a turn of the batch, the matching included.
-        milliseconds: of a turn.
-        speedup: stock's time over this one's in the same round.
-        implied_speedup: stock's FLOPs over this one's.
-        share_of_implied: of the two medians.
-        gflops_per_second: in the median time.
-        share_of_product_rate: of what a matrix product reaches in the same rounds.
-        peak_memory_mb: most that tensors hold at once, the parameters, which all variants share, among them.
-        first_call_seconds: of a compiled model, with its compilation.
-    """
+    """Figures of a variant."""
 
     name: str
-    latents_per_layer: list[int]
-    gflops: float
-    milliseconds: Quartiles
-    speedup: Quartiles
-    implied_speedup: float
-    share_of_implied: float
-    gflops_per_second: float
-    share_of_product_rate: float
-    peak_memory_mb: float
-    first_call_seconds: float | None
+    latents_per_layer: list[int]  # left after each layer; the decoder reads the last of them
+    gflops: float  # of a turn of the batch, the matching included
+    milliseconds: Quartiles  # of a turn
+    speedup: Quartiles  # stock's time over this one's in the same round
+    implied_speedup: float  # stock's FLOPs over this one's
+    share_of_implied: float  # of the two medians
+    gflops_per_second: float  # in the median time
+    share_of_product_rate: float  # of what a matrix product reaches in the same rounds
+    peak_memory_mb: float  # most that tensors hold at once, the parameters, which all variants share, among them
+    first_call_seconds: float | None  # of a compiled model, with its compilation
 
 
 @dataclass(frozen=True)
 class ThroughputTable(Table):
-    """The rows of a cell, and figures of all of them.
+    """The rows of a cell, and figures of all of them."""
 
-    Attributes:
-        outputs_difference: between stock's outputs and ours at r = 0, as a part of the largest.
-        product_shape: (B x N, C) of the matrix products.
-        product_gflops_per_second: their rate.
-    """
-
-    outputs_difference: float
-    product_shape: tuple[int, int]
-    product_gflops_per_second: float
+    outputs_difference: float  # between stock's outputs and ours at r = 0, as a part of the largest
+    product_shape: tuple[int, int]  # (B x N, C) of the matrix products
+    product_gflops_per_second: float  # their rate
 
 
 def build_variants(

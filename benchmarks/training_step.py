@@ -64,17 +64,11 @@ class TrainingStepArguments(SpeedArguments):
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of a way to train.
-
-    Attributes:
-        name: of the training.
-        timing: of a step; its speed-up is against the first one.
-        first_steps_seconds: that the steps before the timed ones took, compilation included.
-    """
+    """Figures of a way to train."""
 
     name: str
-    timing: Timing
-    first_steps_seconds: float
+    timing: Timing  # of a step; its speed-up is against the first one
+    first_steps_seconds: float  # that the steps before the timed ones took, compilation included
 
 
 def trainers(arguments: TrainingStepArguments, cell: Cell, folder: Path) -> dict[str, TaskTrainer]:

@@ -14,8 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from benchmarks import scaling
 from benchmarks.published_models import PUBLISHED_MODELS
-from benchmarks.scaling import STOCK, Line, ScalingArguments, flops_line, variant_flops
-from cost_tome_perceiver import forward_cost
+from benchmarks.scaling import STOCK, Line, ScalingArguments, flops_line
 from experiments.measurement import Quartiles
 from modeling_tome_perceiver import ToMePerceiverModel
 from tests.support.script_run import bad_input_line, call_script
@@ -34,8 +33,7 @@ def test_the_flops_are_linear_in_the_length_and_merging_lowers_the_constant_alon
     line = flops_line(published, {"r": r}, 2)
     unmerged = flops_line(published, {}, 2)
     for length in (1, 128, 4097, 65536):
-        cost = forward_cost(published.config(r=r), (2, length), published.architecture)
-        assert line.at(length) == cost.total_with_matching
+        assert line.at(length) == published.cost((2, length), r=r).total_with_matching
     assert line.slope == unmerged.slope and line.slope > 0
     assert (line.constant < unmerged.constant) == (r > 0) and line.constant > 0
 
@@ -80,7 +78,7 @@ def test_the_report_has_every_variant_at_every_length_and_its_line(tiny_publishe
     published = ScalingArguments(length=LENGTHS, r=[0, 2]).model
     for row in rows:
         fields = {"r": 2 if row["name"] == "r = 2" else 0}
-        flops = variant_flops(published, fields, (3, row["length"]))
+        flops = published.cost((3, row["length"]), **fields).total_with_matching
         (stock,) = (each for each in rows if each["length"] == row["length"] and each["name"] == STOCK)
         assert row["gflops"] == flops / 1e9
         assert row["implied_speedup"] == pytest.approx(stock["gflops"] / row["gflops"])

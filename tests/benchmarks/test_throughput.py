@@ -151,10 +151,9 @@ def test_the_published_shapes_reach_their_budgets(monkeypatch, script_arguments,
     assert config.num_self_attention_layers == layers[small]
     for cell in arguments.cells():
         assert len(cell.settings) > 1
-        unmerged = forward_cost(config, cell.input_shape, arguments.model.architecture).total_with_matching
+        unmerged = arguments.model.cost(cell.input_shape).total_with_matching
         for ratio in arguments.flops_ratio:
-            merged = arguments.model.config(**cell.settings[f"floor {ratio}"])
-            cost = forward_cost(merged, cell.input_shape, arguments.model.architecture)
+            cost = arguments.model.cost(cell.input_shape, **cell.settings[f"floor {ratio}"])
             assert 0.9 * ratio < cost.total_with_matching / unmerged <= ratio
 
 

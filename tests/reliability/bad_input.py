@@ -22,28 +22,18 @@ Make = Callable[[Inputs, Path], Command]
 
 @dataclass(frozen=True)
 class BadInputCase:
-    """A command that is a mistake.
+    """A command that is a mistake."""
 
-    Attributes:
-        mistake: its class, a row of the table.
-        name: unlike that of any other case of this class and script.
-        script: that is called.
-        make: writes its files into an empty folder, and returns the arguments; `--output_dir out`, in that folder,
-            comes before them, so that they may name another one.
-        says: what the line must contain, at least.
-        exit_code: 2 for a mistake of the user's, 1 for what else stops a script.
-        works: whether only training or evaluating shows it, so that it may leave files.
-        fresh: run in a new interpreter, not in a fork: that shows imports, and how an interpreter ends.
-    """
-
-    mistake: str
-    name: str
-    script: str
+    mistake: str  # its class, a row of the table
+    name: str  # unlike that of any other case of this class and script
+    script: str  # that is called
+    # Writes its files into an empty folder, and returns the arguments; `--output_dir out`, in that folder, comes
+    # before them, so that they may name another one.
     make: Make
-    says: tuple[str, ...]
-    exit_code: int = 2
-    works: bool = False
-    fresh: bool = False
+    says: tuple[str, ...]  # what the line must contain, at least
+    exit_code: int = 2  # 2 for a mistake of the user's, 1 for what else stops a script
+    works: bool = False  # whether only training or evaluating shows it, so that it may leave files
+    fresh: bool = False  # run in a new interpreter, not in a fork: that shows imports, and how an interpreter ends
 
     @property
     def kind(self) -> str:

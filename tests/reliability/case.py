@@ -28,19 +28,12 @@ FAULTS = ("wrong in silence", "traceback", "hang", "other")
 
 @dataclass(frozen=True)
 class Attempt:
-    """What was run for a case and what is wrong with what came out.
+    """What was run for a case and what is wrong with what came out."""
 
-    Attributes:
-        command: shown to repeat it.
-        finding: the fault, if any.
-        detail: for the log.
-        stages: in which kills met it.
-    """
-
-    command: str
-    finding: Finding
-    detail: str
-    stages: tuple[str, ...] = ()
+    command: str  # shown to repeat it
+    finding: Finding  # the fault, if any
+    detail: str  # for the log
+    stages: tuple[str, ...] = ()  # in which kills met it
 
 
 @dataclass(frozen=True)

@@ -114,21 +114,13 @@ CHECKPOINT_PATH = re.compile(r"(^|/)checkpoint-\d+/")
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that is changed between two runs into one folder.
+    """One thing that is changed between two runs into one folder."""
 
-    Attributes:
-        run: key of `RUNS`.
-        name: of the change.
-        added: arguments of the second run.
-        edit: of an input, if that is what changes.
-        resume: whether the second run resumes.
-    """
-
-    run: str
-    name: str
-    added: Command = ()
-    edit: Edit | None = None
-    resume: bool = False
+    run: str  # key of `RUNS`
+    name: str  # of the change
+    added: Command = ()  # arguments of the second run
+    edit: Edit | None = None  # of an input, if that is what changes
+    resume: bool = False  # whether the second run resumes
 
     kind = "one thing changed"
 

@@ -127,21 +127,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command of a script that works.
+    """A command of a script that works."""
 
-    Attributes:
-        name: what is special in it.
-        script: that is called.
-        base: attribute of `Inputs` that is the start of its arguments.
-        added: the rest of them, but for `--output_dir`.
-        resume: what is added when it is called again, if it can resume.
-    """
-
-    name: str
-    script: str
-    base: str
-    added: Command = ()
-    resume: Command = ()
+    name: str  # what is special in it
+    script: str  # that is called
+    base: str  # attribute of `Inputs` that is the start of its arguments
+    added: Command = ()  # the rest of them, but for `--output_dir`
+    resume: Command = ()  # what is added when it is called again, if it can resume
 
     @property
     def id(self) -> str:

@@ -85,17 +85,11 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class KillCase:
-    """A run that is killed, and called again until it ends.
-
-    Attributes:
-        scenario: what runs.
-        seed: of the moment, and of whether it is killed again.
-        function, half: as of `Kill`, in place of a random moment.
-    """
+    """A run that is killed, and called again until it ends."""
 
     scenario: Scenario
-    seed: int
-    function: str | None = None
+    seed: int  # of the moment, and of whether it is killed again
+    function: str | None = None  # as of `Kill`, in place of a random moment
     half: bool = False
 
     kind = "kills"

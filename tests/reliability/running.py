@@ -23,40 +23,26 @@ CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 @dataclass(frozen=True)
 class Kill:
-    """The moment at which a run gets SIGKILL: after `seconds`, or as `kill_at` says; by default never.
+    """The moment at which a run gets SIGKILL; by default never."""
 
-    Attributes:
-        seconds: from the start of the fork.
-        function, call, half: arguments of `kill_at`.
-    """
-
-    seconds: float | None = None
-    function: str | None = None
+    seconds: float | None = None  # from the start of the fork
+    function: str | None = None  # this and what follows: arguments of `kill_at`
     call: int = 1
     half: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-        exit_code: negative for a signal.
-        stdout, stderr: all that was written to them.
-        seconds: wall-clock time.
-        training_steps, evaluation_steps: batches.
-        hung: whether it was ended at the time limit.
-        stack: functions on the stack of a killed or hung run, outermost first.
-    """
-
-    exit_code: int
+    exit_code: int  # negative for a signal
     stdout: str
     stderr: str
-    seconds: float = 0.0
-    training_steps: int = 0
+    seconds: float = 0.0  # wall-clock time
+    training_steps: int = 0  # batches
     evaluation_steps: int = 0
-    hung: bool = False
-    stack: tuple[str, ...] = ()
+    hung: bool = False  # whether it was ended at the time limit
+    stack: tuple[str, ...] = ()  # functions on the stack of a killed or hung run, outermost first
 
     @property
     def killed(self) -> bool:
