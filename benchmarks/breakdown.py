@@ -151,11 +151,11 @@ class Row:
 
     name: str
     latents_per_layer: list[int]  # left after each layer; the decoder reads the last of them
-    milliseconds: Quartiles  # of a pass without the clock
-    part_milliseconds: dict[str, float]  # of each of `PARTS` in a pass with it
-    part_shares: dict[str, float]  # of their sum
+    milliseconds: Quartiles  # time of a pass without the clock
+    part_milliseconds: dict[str, float]  # time of each of `PARTS` in a pass with the clock
+    part_shares: dict[str, float]  # shares of the sum of these times
     matching_and_merging_share: Quartiles  # the share of these two in each round
-    matching_flops_share: float  # of the FLOPs of the pass
+    matching_flops_share: float  # share of the pass's FLOPs
 
 
 def measure(arguments: BreakdownArguments, cell: Cell) -> Table:

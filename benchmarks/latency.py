@@ -100,8 +100,8 @@ class Request:
     """One input, and the settings by which it may be merged."""
 
     inputs: Tensor  # (B, S) or (B, 3, height, width)
-    settings: dict[str, int | list[int]]  # by name, the r of a call
-    asks: str  # for one of them
+    settings: dict[str, int | list[int]]  # the r that a call says, by the setting's name
+    asks: str  # name of the setting that this request asks for
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Variant:
 
     name: str
     model: PreTrainedModel  # stock or ours
-    setting: str | None  # by which it merges every request; `None` for none (stock), `CHANGING` for what each asks for
+    setting: str | None  # name of the one for all requests; `CHANGING` for what each asks for, `None` for stock
 
     def answer(self, request: Request) -> None:
         """Run a forward pass to its end."""
@@ -128,10 +128,10 @@ class Row:
     """Figures of a variant."""
 
     name: str
-    milliseconds: list[float]  # of the 50th and the 99th percentile
+    milliseconds: list[float]  # 50th and 99th percentile
     requests_per_second: float  # served one after another
     speedup: Quartiles  # stock's time over this one's for the same request
-    queued_milliseconds: list[float]  # of the percentiles, waiting and service
+    queued_milliseconds: list[float]  # the same percentiles of waiting and service together
     busy: float  # share of the time that the server of the queue works
 
 

@@ -44,9 +44,9 @@ def _example_shapes(name: str) -> dict[str, Any]:
 class PublishedModel:
     """A published model, or one that this project trains."""
 
-    hub_id: str  # of the checkpoint, or what it is
+    hub_id: str  # the checkpoint's, or a description
     architecture: str  # name of the stock class
-    fields: Mapping[str, Any]  # of its config
+    fields: Mapping[str, Any]  # fields of its config
     # Fields that change in a model of the same widths with fewer layers; none if it is small already.
     fewer_layers: Mapping[str, Any] = field(default_factory=dict)
     takes_text: bool = True  # texts (B, S), else images

@@ -139,7 +139,7 @@ class Growth:
     flops: Line  # FLOPs by the cost function, which are this line exactly
     milliseconds: Line  # fitted to the medians
     predicted_milliseconds: Line  # the FLOPs at the rate of stock on the shortest texts
-    largest_deviation: float  # of a median from the fitted line, as a part of the median
+    largest_deviation: float  # distance of a median from the fitted line, as a part of the median
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,9 @@ class Scaling:
 
     # Between stock's outputs and ours at r = 0 on the shortest texts, as a part of the largest.
     outputs_difference: float
-    gflops_per_second: float  # of stock there, the factor of all predictions
+    gflops_per_second: float  # rate of stock on the shortest texts, the factor of all predictions
     rows: list[Row]  # every variant at the shortest length, then at the next
-    growth: list[Growth]  # of every variant
+    growth: list[Growth]
 
 
 def flops_line(published: PublishedModel, fields: Fields, batch_size: int) -> Line:

@@ -102,8 +102,8 @@ class Variant:
     """A model that takes turns."""
 
     name: str
-    model: PreTrainedModel  # stock, or ours with what it merges in its config
-    fields: Fields  # of a config, that say what it merges
+    model: PreTrainedModel  # stock, or ours with its merging in the config
+    fields: Fields  # merging fields of its config
     checkpointing: bool = False  # whether its layers are computed again in the backward pass
     compiled: str = ""  # which of `COMPILERS` compiles it, in its first call; "" for none
 
@@ -114,15 +114,15 @@ class Row:
 
     name: str
     latents_per_layer: list[int]  # left after each layer; the decoder reads the last of them
-    gflops: float  # of a turn of the batch, the matching included
-    milliseconds: Quartiles  # of a turn
+    gflops: float  # FLOPs of a turn of the batch, the matching included
+    milliseconds: Quartiles  # time of a turn
     speedup: Quartiles  # stock's time over this one's in the same round
     implied_speedup: float  # stock's FLOPs over this one's
-    share_of_implied: float  # of the two medians
-    gflops_per_second: float  # in the median time
-    share_of_product_rate: float  # of what a matrix product reaches in the same rounds
+    share_of_implied: float  # median speed-up over the implied one
+    gflops_per_second: float  # rate in the median time
+    share_of_product_rate: float  # share of the rate of a matrix product in the same rounds
     peak_memory_mb: float  # most that tensors hold at once, the parameters, which all variants share, among them
-    first_call_seconds: float | None  # of a compiled model, with its compilation
+    first_call_seconds: float | None  # time of a compiled model's first call, with the compilation
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class ThroughputTable(Table):
 
     outputs_difference: float  # between stock's outputs and ours at r = 0, as a part of the largest
     product_shape: tuple[int, int]  # (B x N, C) of the matrix products
-    product_gflops_per_second: float  # their rate
+    product_gflops_per_second: float  # rate of these products
 
 
 def build_variants(

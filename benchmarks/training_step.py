@@ -67,8 +67,8 @@ class Row:
     """Figures of a way to train."""
 
     name: str
-    timing: Timing  # of a step; its speed-up is against the first one
-    first_steps_seconds: float  # that the steps before the timed ones took, compilation included
+    timing: Timing  # time of a step; its speed-up is against the first row
+    first_steps_seconds: float  # time of the steps before the timed ones, with compilation
 
 
 def trainers(arguments: TrainingStepArguments, cell: Cell, folder: Path) -> dict[str, TaskTrainer]:

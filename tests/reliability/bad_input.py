@@ -24,9 +24,9 @@ Make = Callable[[Inputs, Path], Command]
 class BadInputCase:
     """A command that is a mistake."""
 
-    mistake: str  # its class, a row of the table
+    row: str  # class of the mistake
     name: str  # unlike that of any other case of this class and script
-    script: str  # that is called
+    script: str
     # Writes its files into an empty folder, and returns the arguments; `--output_dir out`, in that folder, comes
     # before them, so that they may name another one.
     make: Make
@@ -40,12 +40,8 @@ class BadInputCase:
         return "some of them in an interpreter of their own" if self.fresh else "bad inputs"
 
     @property
-    def row(self) -> str:
-        return self.mistake
-
-    @property
     def id(self) -> str:
-        return f"{self.script.removesuffix('.py')}: {self.mistake}: {self.name}"
+        return f"{self.script.removesuffix('.py')}: {self.row}: {self.name}"
 
     def attempt(self, inputs: Inputs, folder: Path) -> Attempt:
         folder.mkdir(parents=True)

@@ -33,7 +33,7 @@ class Attempt:
     command: str  # shown to repeat it
     finding: Finding  # the fault, if any
     detail: str  # for the log
-    stages: tuple[str, ...] = ()  # in which kills met it
+    stages: tuple[str, ...] = ()  # stages in which kills met the run
 
 
 @dataclass(frozen=True)

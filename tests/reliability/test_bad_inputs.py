@@ -11,7 +11,7 @@ import pytest
 from tests.reliability.cases import BAD_INPUTS
 
 # The first mistake of each class for each script.
-SOME = {(case.mistake, case.script): case for case in reversed(BAD_INPUTS)}.values()
+SOME = {(case.row, case.script): case for case in reversed(BAD_INPUTS)}.values()
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
