@@ -350,23 +350,22 @@ class _Images:
 
 def _read_images(arguments: ImageDataArguments, classes: Sequence[str] | None, download: dict[str, Any]) -> _Images:
     name, chosen = arguments.chosen
-    argument = f"--{name} {chosen}"
-    in_folders, is_local = name != "dataset_name", name == "dataset_name" and Path(chosen).is_dir()
-    if name not in ("dataset_name", "train_dir") and classes is None:
+    argument, folders = f"--{name} {chosen}", arguments.folders
+    is_local = not folders and Path(chosen).is_dir()
+    own = {split: f"--{split}_dir {folder}" for split, folder in folders.items()}
+    if folders and "train" not in folders and classes is None:
         raise BadInput(
             f"--train_dir: not given beside {argument}; give it, or only evaluate or predict, without a budget"
         )
-    if is_local:
-        list_files(argument, Path(chosen))
     left_out: list[str] = []
     by_name: dict[str, Dataset] = {}
-    if in_folders:
-        for split, folder in arguments.folders.items():
-            by_name[split], lines = read_image_folder(f"--{split}_dir {folder}", folder, split == "test", **download)
-            left_out += lines
-    else:
+    for split, folder in folders.items():
+        by_name[split], lines = read_image_folder(own[split], folder, split == "test", **download)
+        left_out += lines
+    if is_local:
+        list_files(argument, Path(chosen))  # refuses names that are not UTF-8
+    if not folders:
         by_name = read_dataset(argument, chosen, arguments.dataset_config_name, anew=False, **download)
-    own = {split: f"--{split}_dir {folder}" for split, folder in arguments.folders.items()}
     needs_train = "train" in by_name or classes is None
     first = Splits(argument, by_name).take("train" if needs_train else next(iter(by_name)))
     image = _image_column(first.features, argument, arguments.image_column_name)
@@ -380,7 +379,7 @@ def _read_images(arguments: ImageDataArguments, classes: Sequence[str] | None, d
         left_out.append("the labels of split 'test', none of which is a class of training")
     features = next(iter(by_name.values())).features
     used = f"images in column '{image}', " + (f"labels in column '{label}'" if LABEL in features else "no labels")
-    if in_folders and isinstance(features.get(LABEL), ClassLabel):
+    if folders and isinstance(features.get(LABEL), ClassLabel):
         used = "a class for each folder of images"
     return _Images(Splits(argument, by_name, own), label, labels, used, left_out)
 

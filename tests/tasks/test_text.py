@@ -34,6 +34,7 @@ def test_batches_are_padded_to_their_longest_unless_asked(tmp_path, pad, length)
     lengths = [len(sight.train[index]["input_ids"]) for index in range(4)]
     batch = sight.collate([sight.train[index] for index in range(4)])
     assert batch["input_ids"].shape[1] == (length or POSITIONS if pad else max(lengths))
+    assert sight.processing_class.model_max_length == (length or POSITIONS)
     assert max(lengths) > min(lengths) or pad
 
 
@@ -44,10 +45,6 @@ def test_long_sentences_are_cut(tmp_path):
 def test_an_empty_sentence_is_one(tmp_path):
     path = str(write_table(tmp_path / "data.parquet", {"text": ["", "b", "c"], "label": ["x", "y", "x"]}))
     assert prepared(tmp_path, train_file=path, validation_file=path).train[0]["attention_mask"] == [1, 1]
-
-
-def test_the_tokenizer_learns_the_positions_of_the_model(tmp_path):
-    assert prepared(tmp_path).processing_class.model_max_length == POSITIONS
 
 
 @pytest.mark.parametrize(
