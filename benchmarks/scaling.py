@@ -22,9 +22,8 @@ Letters: B batch, S bytes of a text.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import cycle, product
@@ -41,7 +40,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.published_models import DTYPES, PublishedModel, check_outputs
-from benchmarks.speed_rows import Cell, Fields, SpeedArguments, error_bars, read_back, spread, write_results
+from benchmarks.speed_rows import Cell, Fields, SpeedArguments, error_bars, spread, write_results
 from cost_tome_perceiver import interleaved_seconds
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
@@ -52,7 +51,6 @@ from experiments.publishing.tables import markdown_table
 
 STOCK, UNMERGED = "stock", "r = 0"
 COLORS: dict[str, Any] = {STOCK: picture_style.STOCK, UNMERGED: picture_style.UNMERGED}
-PICTURE = "scaling.png"
 
 
 @dataclass
@@ -287,22 +285,6 @@ def draw(scaling: Scaling, title: str, path: Path) -> None:
     save_picture(figure, path)
 
 
-def redraw(folder: Path) -> Path:
-    """Draw the picture anew from the `scaling.json` in a folder, and return where it is."""
-    report = json.loads((folder / "scaling.json").read_text())
-    rows = [read_back(Row, Quartiles, row) for row in report["rows"]]
-    growth = [read_back(Growth, Line, each) for each in report["growth"]]
-    scaling = Scaling(report["outputs_difference"], report["gflops_per_second"], rows, growth)
-    draw(scaling, picture_title(report["settings"]), folder / PICTURE)
-    return folder / PICTURE
-
-
-def picture_title(settings: Mapping[str, Any]) -> str:
-    """Return the settings of `ScalingArguments.described` as a title; older files lack the batch size."""
-    batch = f", batch size {settings['batch size']}" if "batch size" in settings else ""
-    return f"{settings['shapes']}\n{settings['dtype']}{batch}"
-
-
 def main() -> None:
     (arguments,) = parse_arguments(__doc__ or "", ScalingArguments)
     cells = arguments.cells()
@@ -310,7 +292,9 @@ def main() -> None:
     with naming(f"--output_dir {output_dir}", OSError):
         output_dir.mkdir(parents=True, exist_ok=True)
     scaling = measure(arguments, cells)
-    picture = partial(draw, scaling, picture_title(arguments.described()))
+    settings = arguments.described()
+    title = f"{settings['shapes']}\n{settings['dtype']}, batch size {settings['batch size']}"
+    picture = partial(draw, scaling, title)
     print(write_results(arguments, "scaling", asdict(scaling), [as_markdown(scaling)], picture))
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ from experiments.merging.arguments import naming_arguments
 Fields = dict[str, Any]
 """Fields of a config that say what merges; the others have their defaults."""
 
-Figures = TypeVar("Figures")
 COMPILE_BACKEND = "inductor"
 """What `--compile` compiles with, by its name among the backends of `torch.compile`."""
 
@@ -270,11 +269,6 @@ def error_bars(quartiles: Iterable[Quartiles]) -> list[list[float]]:
     """Return the distances of the lower and of the upper quartiles from the medians, as matplotlib takes them."""
     each = list(quartiles)
     return [[one.median - one.lower for one in each], [one.upper - one.median for one in each]]
-
-
-def read_back(kind: type[Figures], part: type, fields: Mapping[str, Any]) -> Figures:
-    """Return a dataclass from what `asdict` made of it; its values that are mappings are all of one other dataclass."""
-    return kind(**{name: part(**value) if isinstance(value, dict) else value for name, value in fields.items()})
 
 
 def check_names(argument: str, names: Iterable[str], known: Collection[str]) -> None:

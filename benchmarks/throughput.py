@@ -21,7 +21,6 @@ two cores. With --small, 6 layers of the published widths, --batch_size 1 4 --r 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -48,7 +47,6 @@ from benchmarks.speed_rows import (
     Table,
     check_names,
     error_bars,
-    read_back,
     run_cells,
     spread,
 )  # fmt: skip
@@ -61,7 +59,7 @@ from experiments.publishing.tables import markdown_table
 from merging_tome_perceiver import product_flops
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
-STOCK, PICTURE = "stock", "throughput.png"
+STOCK = "stock"
 COMPILERS: dict[str, Callable[..., None]] = {
     # It takes a stock model too: nothing that it asks for is ours.
     "layers": ToMePerceiverPreTrainedModel.compile_repeated_blocks,
@@ -281,14 +279,6 @@ def _color_and_label(name: str) -> tuple[Any, str]:
     if name.startswith(STOCK):
         return picture_style.STOCK, "stock"
     return (picture_style.UNMERGED, "unmerged") if name.startswith("r = 0") else (MERGED(0.75), "merged")
-
-
-def redraw(folder: Path) -> Path:
-    """Draw the picture anew from the `throughput.json` in a folder, and return where it is."""
-    cells = json.loads((folder / "throughput.json").read_text())["cells"]
-    rows = [[read_back(Row, Quartiles, row) for row in cell["rows"]] for cell in cells]
-    draw([ThroughputTable(**cell | {"rows": each}) for cell, each in zip(cells, rows, strict=True)], folder / PICTURE)
-    return folder / PICTURE
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.command_line import shown_command
@@ -33,6 +33,7 @@ from experiments.training.progress import announce, results_line, say
 from experiments.training.resume import LAST
 from experiments.training.run_record import CONFIG, START, content, data_fields, recorded_arguments, training_fields
 from experiments.training.stage import check_sharding, rehearse, task_trainer, train_and_save
+from experiments.training.trainer import TaskTrainer
 from frontier_tome_perceiver import Frontier
 
 MERGED = "merged"
@@ -119,7 +120,10 @@ class Sweep:
         if self.continued:
             model.config.merge_frontier = self.results.frontier
         else:
-            self._resolve()
+            with self.results.spending("resolving budgets"):
+                model.to(self.training.device)
+                self.results.rows = self.sweep_args.resolve(model, self.loaded.samples, self.loaded.input_shape)
+            self.results.frontier = model.config.merge_frontier
         # The unmerged model, that of the best row, and the retrained ones.
         retrained = (1 if self.retraining.elastic else len(self.results.rows)) if self.retrains else 0
         check_disk_space(self.output_dir, model, self.training, models=2 + retrained)
@@ -130,15 +134,6 @@ class Sweep:
         if self.writes:
             self._write()
 
-    def _resolve(self) -> None:
-        model = self.loaded.model.to(self.training.device)
-        samples, input_shape = self.loaded.samples, self.loaded.input_shape
-        with self.results.spending("resolving budgets"):
-            if count := self.sweep_args.sample_count(model, samples, input_shape):
-                say(f"calibrating on {count:,} {samples.name}, without labels")
-            self.results.rows = self.sweep_args.resolve(model, samples, input_shape)
-        self.results.frontier = model.config.merge_frontier
-
     def _evaluate(self, stage: str) -> None:
         """Evaluate every row that lacks a stage, the baseline of the others first, and save after each.
 
@@ -146,14 +141,11 @@ class Sweep:
         """
         missing = [row for row in self.results.rows if stage not in row.scores]
         missing.sort(key=lambda row: not self._is_unmerged(row))
-        each = stage == "retrained" and not self.retraining.elastic
-        trainer: Any = None
+        trainer: TaskTrainer | None = None
         for row in (bar := tqdm(missing, desc=stage, unit="cell", disable=not self.writes)):
             bar.set_description(f"{stage} {row.name}")
-            if each:
+            if stage == "retrained" and (trainer is None or not self.retraining.elastic):
                 trainer = self._train(row)
-            elif trainer is None and stage == "retrained":
-                trainer = self._train(None)
             elif trainer is None:
                 trainer = task_trainer(self.loaded.model, self.loaded.prepared, self.training, self.output_dir)
             row.merging.apply(trainer.model.config)
@@ -164,14 +156,9 @@ class Sweep:
             if self.writes:
                 self._save_predictions(evaluation, row)
                 # A saved cell is not measured again, so its card comes before.
-                if each:
-                    r = shown_r(row.merging)
-                    measured = [Measured(name, r, row.scores[at]) for at, name in self.stage_names.items()]
-                    self._write_retrained_card(row.branch, self._what_merges(row, trainer.model.config), measured)
+                if stage == "retrained":
+                    self._write_retrained_card(row, trainer.model.config)
                 self.results.save(self.output_dir)
-        if stage == "retrained" and self.retraining.elastic and self.writes:
-            config = ToMePerceiverConfig.from_pretrained(self.output_dir / RETRAINED / ELASTIC)
-            self._write_retrained_card(ELASTIC, self._what_merges(None, config), self._measured("retrained"))
 
     def _is_unmerged(self, row: Row) -> bool:
         return not row.merging.merges(self.baseline.asked_of(self.loaded.model.config))
@@ -195,23 +182,27 @@ class Sweep:
 
         save_whole(self.output_dir / PREDICTIONS, save)
 
-    def _train(self, row: Row | None) -> Trainer:
+    def _retrained_branch(self, row: Row) -> str:
+        """Return the folder below `retrained/`, and the branch, of the checkpoint that is retrained for a row."""
+        return ELASTIC if self.retraining.elastic else row.branch
+
+    def _train(self, row: Row) -> TaskTrainer:
         """Train the checkpoint from its start, with a row's merging or for all rows; a sweep that continues resumes."""
-        merging = self.baseline if row is None else row.merging
+        name, merging = ("for every row", self.baseline) if self.retraining.elastic else (row.name, row.merging)
         with self.results.spending("loading"):
             set_seed(self.training.seed)
             config = load_config(self.args.model, {}, self.loaded.task)
             merging.apply(config)
             model = load_model(self.args.model, config, self.loaded.task)
         with self.results.spending("retraining"):
-            folder = self.output_dir / RETRAINED / (ELASTIC if row is None else row.branch)
+            folder = self.output_dir / RETRAINED / self._retrained_branch(row)
             record = replace(self.results.record, arguments={**self.results.arguments, "row": asdict(merging)})
             claim(folder, record, self.writes)
             arguments = self.retraining.training_arguments(self.training)
             trainer = task_trainer(
                 model, self.loaded.prepared, arguments, folder, self.retraining.trainer_class, record
             )
-            announce(f"retraining, {'for every row' if row is None else row.name}")
+            announce(f"retraining, {name}")
             train_and_save(trainer, LAST if self.continued else None)
         return trainer
 
@@ -257,23 +248,32 @@ class Sweep:
         }
         return Card(**about | given)
 
-    def _what_merges(self, row: Row | None, config: ToMePerceiverConfig) -> WhatMerges:
-        """Return what merges in the checkpoint of a row, with its measured speed, or in the one for all rows."""
-        budget = None if row is None else f"row '{row.name}' of the sweep"
-        what = WhatMerges(config, self.results.input_shape, budget, self.baseline.asked_of(config))
-        if row is None or row.speedup is None or self.results.timing is None:
-            return what
-        return replace(what, speedup=row.speedup, batch_size=self.results.timing["batch_size"])
+    def _what_merges(self, row: Row, config: ToMePerceiverConfig) -> WhatMerges:
+        """Return what merges in the checkpoint of a row, with its measured speed."""
+        batch_size = self.results.timing["batch_size"] if self.results.timing is not None else 0
+        unmerged = self.baseline.asked_of(config)
+        return WhatMerges(
+            config, self.results.input_shape, f"row '{row.name}' of the sweep", unmerged, row.speedup, batch_size
+        )
 
-    def _write_retrained_card(self, branch: str, merging: WhatMerges, measured: list[Measured]) -> None:
-        elastic = {"elastic": True, "distillation_weight": self.retraining.distillation_weight}
-        training = training_fields(self.retraining.training_arguments(self.training))
+    def _write_retrained_card(self, row: Row, config: ToMePerceiverConfig) -> None:
+        """Write the card of the checkpoint that was retrained for a row, or for all rows, with the scores so far."""
+        steps = training_fields(self.retraining.training_arguments(self.training))
+        if self.retraining.elastic:
+            steps |= {"elastic": True, "distillation_weight": self.retraining.distillation_weight}
+            config = self.baseline.asked_of(config)
+            merging = WhatMerges(config, self.results.input_shape, None, config)
+            measured = self._measured("retrained")
+        else:
+            merging, r = self._what_merges(row, config), shown_r(row.merging)
+            measured = [Measured(name, r, row.scores[stage]) for stage, name in self.stage_names.items()]
+        branch = self._retrained_branch(row)
         self._card(
             revision=branch,
             merging=merging,
-            frontier=Frontier.of(merging.config),
+            frontier=Frontier.of(config),
             measured=measured,
-            steps={"Retraining": training | (elastic if self.retraining.elastic else {})},
+            steps={"Retraining": steps},
             trained_on=len(self.loaded.prepared.train),
         ).write(self.output_dir / RETRAINED / branch)
 
@@ -325,7 +325,7 @@ class Sweep:
     def _save_best(self, best: Best) -> Path:
         """Save the checkpoint merged as the best row is, with its card, if it is not kept as a retrained one."""
         if best.stage == "retrained":
-            return self.output_dir / RETRAINED / (ELASTIC if self.retraining.elastic else best.row.branch)
+            return self.output_dir / RETRAINED / self._retrained_branch(best.row)
         model, folder = self.loaded.model, self.output_dir / MERGED
         with best.row.merging.applied(model.config):
             save_whole(folder, model.save_pretrained)

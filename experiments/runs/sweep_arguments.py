@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
+
+from transformers.hf_argparser import HfArg
 
 from cost_tome_perceiver import Merging
 from experiments.errors import BadInput
@@ -23,12 +25,15 @@ from experiments.merging.arguments import (
     spelled_r,
 )
 from experiments.runs.sweep_report import Row
+from experiments.training.progress import say
 from frontier_tome_perceiver import GROUPS, Frontier
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 # Largest number of timing rounds and inputs; a larger one is a typing mistake.
 MOST = 10**6
 BOOLEANS = {"true": True, "false": False}
+# Values of `proportional_attention` in the name of a row.
+ATTENTIONS = {True: "proportional", False: "plain"}
 
 
 class _Asked(NamedTuple):
@@ -45,68 +50,52 @@ class SweepArguments:
 
     _argument_group_name: ClassVar[str] = "sweep"
 
-    r: list[str] = field(
+    r: list[str] = HfArg(
         default_factory=list,
-        metadata={
-            "help": "Each an integer, or a comma-separated list, one a layer. 0, the unmerged model that all others "
-            "are compared with, is always among them."
-        },
+        help="Each an integer, or a comma-separated list, one a layer. 0, the unmerged model that all others "
+        "are compared with, is always among them.",
     )
-    flops_ratio: list[float] = field(
+    flops_ratio: list[float] = HfArg(
+        default_factory=list, help="Each a share of the unmerged model's FLOPs, for a row with every --schedule."
+    )
+    latency_ratio: list[float] = HfArg(
         default_factory=list,
-        metadata={"help": "Each a share of the unmerged model's FLOPs, for a row with every --schedule."},
+        help="Each a share of the unmerged model's time for a timed batch, measured on this machine.",
     )
-    latency_ratio: list[float] = field(
+    max_changed: list[float] = HfArg(
         default_factory=list,
-        metadata={"help": "Each a share of the unmerged model's time for a timed batch, measured on this machine."},
+        help="Each a share of inputs whose answer merging may change, at 95 percent confidence. Needs a test "
+        "split that is not evaluated on.",
     )
-    max_changed: list[float] = field(
-        default_factory=list,
-        metadata={
-            "help": "Each a share of inputs whose answer merging may change, at 95 percent confidence. Needs a test "
-            "split that is not evaluated on."
-        },
+    frontier: bool = HfArg(
+        default=False, help="A row for each row of the checkpoint's frontier, which is measured first if it has none."
     )
-    frontier: bool = field(
-        default=False,
-        metadata={"help": "A row for each row of the checkpoint's frontier, which is measured first if it has none."},
-    )
-    schedule: list[str] = field(
+    schedule: list[str] = HfArg(
         default_factory=lambda: [SEARCH],
-        metadata={
-            "help": f"How such a share is spread over the layers: {', '.join(sorted(SCHEDULE_NAMES))}. '{SEARCH}' "
-            "finds that, with the method and the metric if they are not given."
-        },
+        help=f"How such a share is spread over the layers: {', '.join(sorted(SCHEDULE_NAMES))}. '{SEARCH}' "
+        "finds that, with the method and the metric if they are not given.",
     )
-    calibration_samples: int | None = field(
+    calibration_samples: int | None = HfArg(
         default=None,
-        metadata={
-            "help": f"Unlabelled samples that --schedule {SEARCH} looks at, of the test split if there is one that is "
-            "not evaluated on, otherwise of the training split. By default as many as take a few minutes, at most "
-            f"{MOST_SAMPLES}."
-        },
+        help=f"Unlabelled samples that --schedule {SEARCH} looks at, of the test split if there is one that is "
+        "not evaluated on, otherwise of the training split. By default as many as take a few minutes, at most "
+        f"{MOST_SAMPLES}.",
     )
-    merge_method: list[str] = field(
+    merge_method: list[str] = HfArg(
         default_factory=list,
-        metadata={
-            "help": "What merges with what. Several: every row with each, such as with the controls. "
-            f"'{GROUPS}', with budgets and --schedule {SEARCH} alone: fixed groups of latents."
-        },
+        help="What merges with what. Several: every row with each, such as with the controls. "
+        f"'{GROUPS}', with budgets and --schedule {SEARCH} alone: fixed groups of latents.",
     )
-    merge_metric: list[str] = field(
-        default_factory=list,
-        metadata={"help": "What of the latents is compared: key, value, hidden. Several: every row with each."},
+    merge_metric: list[str] = HfArg(
+        default_factory=list, help="What of the latents is compared: key, value, hidden. Several: every row with each."
     )
-    proportional_attention: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Weight merged latents by their size in attention: true, false, or both in turn."},
+    proportional_attention: list[str] = HfArg(
+        default_factory=list, help="Weight merged latents by their size in attention: true, false, or both in turn."
     )
-    r_inflection: float | None = field(default=None, metadata={"help": "Shape of the schedule of an integer r."})
-    min_latents: int | None = field(default=None, metadata={"help": "Never merge below this many latents."})
-    timing_rounds: int = field(default=15, metadata={"help": "Rounds in which every row is timed once. 0: no timing."})
-    timing_batch_size: int = field(
-        default=32, metadata={"help": "Inputs in a timed batch: the first ones that are evaluated."}
-    )
+    r_inflection: float | None = HfArg(default=None, help="Shape of the schedule of an integer r.")
+    min_latents: int | None = HfArg(default=None, help="Never merge below this many latents.")
+    timing_rounds: int = HfArg(default=15, help="Rounds in which every row is timed once. 0: no timing.")
+    timing_batch_size: int = HfArg(default=32, help="Inputs in a timed batch: the first ones that are evaluated.")
 
     def __post_init__(self) -> None:
         for name, smallest in (("timing_rounds", 0), ("timing_batch_size", 1)):
@@ -146,15 +135,6 @@ class SweepArguments:
     def most_samples(self) -> int:
         """Number of samples that are read at most; 0 if nothing is calibrated."""
         return max((arguments.most_samples for arguments in self._searching(carried=False)), default=0)
-
-    def sample_count(self, model: ToMePerceiverPreTrainedModel, samples: Samples, input_shape: tuple[int, ...]) -> int:
-        """Return the number of samples that all budgets are calibrated on; 0 if nothing is searched for.
-
-        Raises:
-            BadInput: if they cannot promise the least `--max_changed`.
-        """
-        searching = self._searching(carried=model.config.merge_frontier is not None)
-        return max((each.sample_count(model, samples, input_shape) for each in searching), default=0)
 
     def _searching(self, carried: bool) -> list[MergeArguments]:
         """Return the arguments of all rows that need a frontier measured; one that is carried serves `--frontier`."""
@@ -203,10 +183,14 @@ class SweepArguments:
             input_shape: of one input, (1, S) or (1, 3, height, width); a share of the FLOPs is for it.
 
         Raises:
-            BadInput: for settings that the config does not take.
+            BadInput: for settings that the config does not take, or samples that cannot promise `--max_changed`.
         """
         config, baseline, carried = model.config, model.unmerged, model.config.merge_frontier
-        count = self.sample_count(model, samples, input_shape)
+        searching = self._searching(carried=carried is not None)
+        # All budgets are calibrated on as many samples as the one that needs most.
+        count = max((each.sample_count(model, samples, input_shape) for each in searching), default=0)
+        if count:
+            say(f"calibrating on {count:,} {samples.name}, without labels")
         # One frontier serves all budgets of a way and schedule.
         frontiers: dict[str, dict[str, Any] | None] = {}
 
@@ -231,7 +215,8 @@ class SweepArguments:
         found = {"r=0": ("r", baseline)}
         for place, (name, series, arguments) in enumerate(asked):
             if chosen[place].merges(baseline.asked_of(config)):
-                way = "".join(f" {_spelled(getattr(arguments, each))}" for each in WAYS if len(getattr(self, each)) > 1)
+                values = [getattr(arguments, each) for each in WAYS if len(getattr(self, each)) > 1]
+                way = "".join(f" {ATTENTIONS.get(value, value)}" for value in values)
                 found[name + way] = (series + way, chosen[place])
             else:
                 # The way makes no difference where nothing merges.
@@ -242,25 +227,13 @@ class SweepArguments:
             # Rows of another attention or least number of latents are not what the checkpoint would do.
             config.merge_frontier = carried or frontiers.get(_frontier_key(self._for_frontier))
         baseline.apply(config)
-        if self.frontier:
-            found |= {name: ("frontier", merging) for name, merging in _frontier_rows(model).items()}
-        return [
-            Row.plan(model, input_shape, merging, baseline, name=name, series=series)
-            for name, (series, merging) in found.items()
-        ]
-
-
-def _frontier_rows(model: ToMePerceiverPreTrainedModel) -> dict[str, Merging]:
-    """Return the rows of a model's frontier that merge anything, by name, from mild to strong."""
-    frontier = Frontier.of(model.config)
-    assert frontier is not None
-    start = model.unmerged.asked_of(model.config)
-    merging = {row.merging.key: row for row in frontier.rows if row.merging.merges(start)}
-    found: dict[str, Merging] = {}
-    for row in merging.values():
-        short = f"frontier={row.flops_ratio:.3f}"
-        found[short if short not in found else f"frontier={row.flops_ratio:.6f}"] = row.merging
-    return found
+        frontier = Frontier.of(config) if self.frontier else None
+        for row in frontier.rows if frontier is not None else ():
+            name = f"frontier={row.flops_ratio:.3f}"
+            name = name if name not in found else f"frontier={row.flops_ratio:.6f}"
+            if row.merging.merges(config) and ("frontier", row.merging) not in found.values():
+                found[name] = ("frontier", row.merging)
+        return [Row.plan(model, input_shape, name, series, merging) for name, (series, merging) in found.items()]
 
 
 def _frontier_key(arguments: MergeArguments) -> str:
@@ -272,8 +245,3 @@ def _effort(arguments: MergeArguments) -> tuple[bool, bool, float]:
     """Return a key to sort by: rows that are searched for or timed come last, strong ones first."""
     share = arguments.flops_ratio or arguments.latency_ratio or arguments.max_changed or 0.0
     return arguments.searches, arguments.latency_ratio is not None, share
-
-
-def _spelled(value: Any) -> str:
-    """Return a way to merge as it stands in the name of a row."""
-    return {True: "proportional", False: "plain"}[value] if isinstance(value, bool) else str(value)

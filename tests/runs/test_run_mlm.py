@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoTokenizer, PerceiverTokenizer, pipeline
+from transformers import AutoTokenizer, pipeline
 
 from experiments.tasks.mlm import NOT_ASKED, MlmDataArguments, load_mlm_task
 from modeling_tome_perceiver import ToMePerceiverForMaskedLM, ToMePerceiverForSequenceClassification
 from tests.support.script_run import call_script, run_script
-from tests.support.tiny_models import stock_model
-from tests.support.tiny_texts import POSITIONS, write_glue, write_model_config, write_sentences
+from tests.support.tiny_texts import write_glue, write_model_config, write_sentences
 
 LENGTH = 48
 TRAINING = (
@@ -120,16 +119,6 @@ def test_a_sweep_compares_sentence_by_sentence(trained, data, tmp_path):
     assert ModelCard.load(tmp_path / "sweep" / "README.md").data.pipeline_tag == "fill-mask"
 
 
-def test_fixed_groups_within_a_budget(trained, data, tmp_path):
-    call_script(
-        "run_mlm.py", "--model_name_or_path", trained, *data, "--flops_ratio", 0.985, "--merge_method", "groups",
-        "--calibration_samples", 4, "--do_eval", "--use_cpu", "--output_dir", tmp_path / "groups",
-    )  # fmt: skip
-    model = ToMePerceiverForMaskedLM.from_pretrained(tmp_path / "groups")
-    assert model.config.merge_groups or model.config.latent_groups
-    assert "eval_accuracy_change_stderr" in results(tmp_path / "groups")
-
-
 def test_a_classifier_starts_from_it(trained, tmp_path):
     write_glue(tmp_path / "glue", "sst2")
     call_script(
@@ -139,15 +128,3 @@ def test_a_classifier_starts_from_it(trained, tmp_path):
     model = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out")
     start = ToMePerceiverForMaskedLM.from_pretrained(trained)
     assert model.perceiver.embeddings.latents.equal(start.perceiver.embeddings.latents)
-
-
-def test_a_stock_checkpoint_is_evaluated_merged(data, tmp_path):
-    stock_model("ForMaskedLM", max_position_embeddings=POSITIONS, dtype=torch.float32).save_pretrained(
-        tmp_path / "stock"
-    )
-    PerceiverTokenizer().save_pretrained(tmp_path / "stock")
-    call_script(
-        "run_mlm.py", "--model_name_or_path", tmp_path / "stock", *data, "--r", 2, "--do_eval", "--use_cpu",
-        "--max_eval_samples", 6, "--output_dir", tmp_path / "out",
-    )  # fmt: skip
-    assert 0 < results(tmp_path / "out")["eval_samples"] <= 6

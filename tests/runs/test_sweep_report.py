@@ -19,7 +19,10 @@ from experiments.measurement import Quartiles
 from experiments.runs.sweep_report import Row, best_of, draw_sweep, sweep_table, write_csv
 from experiments.tasks.scores import Score
 
-PLANNED = {"name": "r=4", "r": [4], "gflops": 0.25, "flops_ratio": 0.125, "latents_left": 1}
+FIELDS = asdict(Merging.of(ToMePerceiverConfig()))
+PLANNED = {
+    "name": "r=4", "series": "r", "fields": FIELDS, "r": [4], "gflops": 0.25, "flops_ratio": 0.125, "latents_left": 1,
+}  # fmt: skip
 MEASURED = PLANNED | {
     "name": "r=2", "gflops": 0.5, "throughput": 812.34, "peak_memory_mb": 123.4,
     "merged": {
@@ -82,8 +85,7 @@ def test_without_a_row_that_saves_anything_there_is_no_result(rows):
 
 
 def test_a_row_of_the_results_file_is_read_as_it_was_written():
-    saved = MEASURED | {"series": "r", "fields": asdict(Merging.of(ToMePerceiverConfig()))}
-    assert Row.from_json(saved).to_json() == saved
+    assert Row.from_json(MEASURED).to_json() == MEASURED
 
 
 def test_table_has_a_line_for_each_row_and_no_empty_column():
@@ -173,23 +175,6 @@ def test_colours_say_what_is_drawn(draw):
     for points in figure.axes[0].containers[1:]:
         red, green, blue = to_rgb(points.lines[0].get_color())
         assert red > green > blue
-
-
-def test_of_many_series_those_are_drawn_that_lose_least(draw):
-    """A series that merges nothing is none of them."""
-    many = [row(f"flops=0.5 floor {name}", 0.5, 0.9 - index / 100, 1.3) for index, name in enumerate("abcdefghij")]
-    figure = draw(UNMERGED, row("r=0 a", 1.0, 0.96, 1.0), *many)
-    drawn = [text.removeprefix("merged, schedule floor, ") for text in legend(figure)[1:]]
-    assert drawn == list("abcdefgh")
-    assert "Not drawn: 2 series" in figure.legends[0].get_title().get_text()
-
-
-def test_names_of_points_do_not_meet(draw):
-    """Where there is no room above a point and above that, it has no name."""
-    shares = [0.5 + index / 1000 for index in range(5)] + [0.9]
-    figure = draw(UNMERGED, *(row(f"flops={share} search", share, 0.95, 1.4) for share in shares))
-    names = [text.get_text() for text in figure.axes[0].texts if text.get_text()]
-    assert names == ["flops=0.9", "flops=0.504", "flops=0.503"]
 
 
 def test_a_row_that_is_slower_than_unmerged_is_marked_as_such(draw):

@@ -167,12 +167,6 @@ def test_names_of_result_files():
     assert parse_scores(flat | {"eval_runtime": 3.0, "epoch": 1.0, "train_f1": 1.0}, "eval_") == scores
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_change_from_an_undefined_score_is_undefined(count):
-    change = score("stsb", np.arange(float(count)), np.arange(float(count)), np.ones(count))["pearson"]
-    assert change.compared and change.change is None
-
-
 def test_values_are_those_of_a_metric_of_evaluate(tmp_path):
     """Given at once or batch by batch, as those that `evaluate.load` returns take them."""
     from experiments.tasks.metric import TaskMetric
