@@ -17,7 +17,7 @@ from experiments.runs.start import RunArguments
 from experiments.tasks.base import Batch
 from experiments.training.fingerprints import config_fingerprint
 from experiments.training.output_folder import save_metrics
-from experiments.training.run_record import CONFIG, CONTINUED, RunRecord, data_fields, training_fields, update_record
+from experiments.training.run_record import CONFIG, CONTINUED, RunRecord, training_fields, update_record
 from frontier_tome_perceiver import Frontier
 
 # Figures of the chosen row of a frontier that are saved.
@@ -82,7 +82,7 @@ def _what_merges(run: Run) -> str:
     removed, start = sum(config.merge_schedule), config.latents_at_start
     layers = f"{removed} of {start} latents in layers, r = {config.merge_schedule}" if removed else "none in layers"
     if run.choice is not None:
-        return f"{_chosen(run)}; {layers}"
+        return f"{run.chosen}; {layers}"
     if config.latent_groups is not None:
         layers = f"learned latents in {start} fixed groups, then {layers}"
     method = "fixed groups" if config.merge_groups else f"{config.merge_method} {config.merge_metric}"
@@ -104,14 +104,11 @@ def _write_card(run: Run, speedup: Quartiles | None, batch_size: int | None) -> 
     budget = run.merging.budget_line
     if run.choice is not None:
         searched = "" if run.choice.divergence is None else f", calibrated on {run.samples}"
-        budget = "; ".join([f"{budget}{searched}: {_chosen(run)}", *_changes(run)])
+        budget = "; ".join([f"{budget}{searched}: {run.chosen}", *_changes(run)])
         figures = {f"merging_{name}": value for name, value in asdict(run.choice).items() if name in FIGURES}
         save_metrics(run.output_dir, "merging", figures)
     Card(
-        model_id=str(run.output_dir),
-        source=run.task.source,
-        hub_task=run.task.hub_task,
-        base_model=run.args.model.model_name_or_path,
+        **run.loaded.card_fields(run.args),
         merging=WhatMerges(
             run.model.config,
             run.loaded.input_shape,
@@ -122,11 +119,8 @@ def _write_card(run: Run, speedup: Quartiles | None, batch_size: int | None) -> 
         ),
         frontier=Frontier.of(run.model.config),
         measured=run.measured,
-        evaluated_on=len(run.prepared.evaluation.get("", ())),
         steps=_steps(run),
         trained_on=len(run.prepared.train),
-        labels=run.prepared.labels,
-        data_fields=data_fields(run.args.data),
     ).write(run.output_dir)
 
 
@@ -144,8 +138,3 @@ def _steps(run: Run) -> dict[str, dict[str, Any]]:
         **{f"{name} at first, then on from there": value for name, value in extended.items()},
     }
     return trainings
-
-
-def _chosen(run: Run) -> str:
-    """Return the choice in words."""
-    return "" if run.choice is None else run.choice.describe(run.model.unmerged.num_blocks)

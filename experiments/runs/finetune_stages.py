@@ -170,13 +170,19 @@ class Run:
         choice = merging.choose(self.model, self.loaded.samples, self.loaded.input_shape)
         assert choice is not None
         self.choice = choice.chosen
-        say(f"chosen: {self.choice.describe(self.model.unmerged.num_blocks)}")
+        say(f"chosen: {self.chosen}")
 
     def _calibrate(self, merging: MergeArguments) -> None:
         """Measure the frontier of the present weights, if anything is searched for."""
         if merging.searches:
             say(f"calibrating on {self.samples}")
             merging.calibrate(self.model, self.loaded.samples, self.sample_count, self.loaded.input_shape)
+
+    @property
+    def chosen(self) -> str:
+        """What was chosen to merge, in words."""
+        assert self.choice is not None
+        return self.choice.describe(self.model.unmerged.num_blocks)
 
     @property
     def samples(self) -> str:
@@ -248,8 +254,7 @@ class Run:
         )
         self._evaluate(trainer, "eval", name)
         if self.saves_merged and self.writes:
-            save_whole(self.output_dir, self.model.save_pretrained)
-            save_whole(self.output_dir, self.prepared.processing_class.save_pretrained)
+            self.loaded.save(self.output_dir)
             update_record(self.output_dir, {WEIGHTS: weights_fingerprint(self.model)})
 
     def _evaluate(self, trainer: TaskTrainer, split: str, name: str) -> Evaluation:

@@ -12,12 +12,14 @@ from transformers import TrainingArguments, set_seed
 
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput
+from experiments.files import save_whole
 from experiments.merging.arguments import Samples
 from experiments.publishing.hub import HubArguments
 from experiments.tasks.base import PreparedTask, Task
 from experiments.training.loading import load_model_and_task
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.progress import quieten_transformers, say
+from experiments.training.run_record import data_fields
 from experiments.training.stage import RetrainArguments
 from experiments.training.trainer_arguments import TrainerArguments
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
@@ -101,6 +103,23 @@ class Loaded:
                 f"--model_name_or_path {model_args.model_name_or_path}: its head for this task is new and has learned "
                 "nothing; finetune it first, with --do_train"
             )
+
+    def save(self, folder: Path) -> None:
+        """Save the model and its tokenizer or image processor, each whole or not at all."""
+        save_whole(folder, self.model.save_pretrained)
+        save_whole(folder, self.prepared.processing_class.save_pretrained)
+
+    def card_fields(self, args: RunArguments) -> dict[str, Any]:
+        """Return what the cards of all checkpoints of a script say of their data and their base."""
+        return {
+            "model_id": str(args.output_dir),
+            "source": self.task.source,
+            "hub_task": self.task.hub_task,
+            "base_model": args.model.model_name_or_path,
+            "evaluated_on": len(self.prepared.evaluation.get("", ())),
+            "labels": self.prepared.labels,
+            "data_fields": data_fields(args.data),
+        }
 
     @property
     def samples(self) -> Samples:

@@ -31,7 +31,7 @@ from experiments.training.loading import load_config, load_model
 from experiments.training.output_folder import check_disk_space, claim, lock_folder
 from experiments.training.progress import announce, results_line, say
 from experiments.training.resume import LAST
-from experiments.training.run_record import CONFIG, START, content, data_fields, recorded_arguments, training_fields
+from experiments.training.run_record import CONFIG, START, content, recorded_arguments, training_fields
 from experiments.training.stage import check_sharding, rehearse, task_trainer, train_and_save
 from experiments.training.trainer import TaskTrainer
 from frontier_tome_perceiver import Frontier
@@ -236,17 +236,7 @@ class Sweep:
 
     def _card(self, **given: Any) -> Card:
         """Return a card of a checkpoint of this sweep."""
-        task = self.loaded.task
-        about: dict[str, Any] = {
-            "model_id": str(self.output_dir),
-            "source": task.source,
-            "hub_task": task.hub_task,
-            "base_model": self.args.model.model_name_or_path,
-            "evaluated_on": self.results.evaluated_on,
-            "labels": self.loaded.prepared.labels,
-            "data_fields": data_fields(self.args.data),
-        }
-        return Card(**about | given)
+        return Card(**self.loaded.card_fields(self.args) | given)
 
     def _what_merges(self, row: Row, config: ToMePerceiverConfig) -> WhatMerges:
         """Return what merges in the checkpoint of a row, with its measured speed."""
@@ -294,8 +284,7 @@ class Sweep:
         """Write the report, the best row's checkpoint, and the unmerged one with a card that is the report, last."""
         model = self.loaded.model
         self.baseline.apply(model.config)
-        save_whole(self.output_dir, model.save_pretrained)
-        save_whole(self.output_dir, self.loaded.prepared.processing_class.save_pretrained)
+        self.loaded.save(self.output_dir)
         self.results.save(self.output_dir)
         report, best = write_report(self.results, shown_command(), self.output_dir)
         saved = None if best is None else self._save_best(best)
@@ -328,8 +317,7 @@ class Sweep:
             return self.output_dir / RETRAINED / self._retrained_branch(best.row)
         model, folder = self.loaded.model, self.output_dir / MERGED
         with best.row.merging.applied(model.config):
-            save_whole(folder, model.save_pretrained)
-            save_whole(folder, self.loaded.prepared.processing_class.save_pretrained)
+            self.loaded.save(folder)
             unmerged = Measured("unmerged", 0, self.results.rows[0].scores["merged"])
             merged = Measured(self.stage_names["merged"], shown_r(model.config), best.row.scores["merged"])
             self._card(

@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, pipeline
 
 from experiments.tasks.mlm import NOT_ASKED, MlmDataArguments, load_mlm_task
-from modeling_tome_perceiver import ToMePerceiverForMaskedLM, ToMePerceiverForSequenceClassification
+from modeling_tome_perceiver import ToMePerceiverForMaskedLM
 from tests.support.script_run import call_script, run_script
-from tests.support.tiny_texts import write_glue, write_model_config, write_sentences
+from tests.support.tiny_texts import write_model_config, write_sentences
 
 LENGTH = 48
 TRAINING = (
@@ -117,14 +117,3 @@ def test_a_sweep_compares_sentence_by_sentence(trained, data, tmp_path):
     assert merged["accuracy_change"] == pytest.approx(merged["accuracy"] - unmerged["accuracy"])
     assert merged["accuracy_change_stderr"] >= 0
     assert ModelCard.load(tmp_path / "sweep" / "README.md").data.pipeline_tag == "fill-mask"
-
-
-def test_a_classifier_starts_from_it(trained, tmp_path):
-    write_glue(tmp_path / "glue", "sst2")
-    call_script(
-        "run_glue.py", "--model_name_or_path", trained, "--dataset_name", tmp_path / "glue", "--task_name", "sst2",
-        *TRAINING, "--learning_rate", 0, "--num_train_epochs", 1, "--output_dir", tmp_path / "out",
-    )  # fmt: skip
-    model = ToMePerceiverForSequenceClassification.from_pretrained(tmp_path / "out")
-    start = ToMePerceiverForMaskedLM.from_pretrained(trained)
-    assert model.perceiver.embeddings.latents.equal(start.perceiver.embeddings.latents)
