@@ -22,8 +22,8 @@ from torch import Tensor
 EVERY, EVENS, ODDS = slice(None), slice(0, None, 2), slice(1, None, 2)
 # What a vector is divided by to make it of length 1, at least.
 SHORTEST = 1e-12
-# Methods that experiments compare with; `experiments/merging/controls.py` registers them, and no checkpoint has them.
-CONTROLS = ("energy", "prune", "random", "size_penalty")
+# Methods that `experiments/merging/controls.py` registers to compare with; no checkpoint carries them.
+EXPERIMENTS_ONLY = ("energy", "prune", "random", "size_penalty")
 
 
 class Match(NamedTuple):
@@ -84,7 +84,7 @@ def check_merge_method(name: str) -> None:
         ValueError: in one line naming the value and the methods there are.
     """
     if name not in MERGE_METHODS:
-        why = "is a control of the experiments, not of a checkpoint" if name in CONTROLS else "is not registered"
+        why = "is a method of the experiments, not of a checkpoint" if name in EXPERIMENTS_ONLY else "is not registered"
         raise ValueError(f"merge_method={name!r}: {why}; choose from {', '.join(sorted(MERGE_METHODS))}")
 
 

@@ -49,6 +49,7 @@ except ImportError:
     )
     from merging_tome_perceiver import check_merge_method
 
+# transformers also copies these two files because it reads these lines; they are imported when first needed.
 if TYPE_CHECKING:
     from .cost_tome_perceiver import Merging
     from .frontier_tome_perceiver import Choice, Frontier

@@ -253,13 +253,12 @@ def test_groups_against_a_plain_reference(groups):
 # The registry
 
 
-def test_a_checkpoint_has_the_methods_that_are_no_controls(monkeypatch):
-    carried = {name: method for name, method in merging.MERGE_METHODS.items() if name not in merging.CONTROLS}
-    assert sorted(carried) == ["bipartite", "k_center", "leader", "ward"]
-    assert sorted([*carried, *merging.CONTROLS]) == METHODS
+def test_a_checkpoint_refuses_the_methods_of_the_experiments(monkeypatch):
+    carried = {name: method for name, method in merging.MERGE_METHODS.items() if name not in merging.EXPERIMENTS_ONLY}
+    assert set(merging.EXPERIMENTS_ONLY) < set(METHODS)
     monkeypatch.setattr(merging, "MERGE_METHODS", carried)
-    for name, why in (("prune", "is a control of the experiments"), ("best", "is not registered")):
-        message = f"^merge_method='{name}': {why}.*; choose from bipartite, k_center, leader, ward$"
+    for name, why in (("prune", "is a method of the experiments"), ("best", "is not registered")):
+        message = f"^merge_method='{name}': {why}.*; choose from {', '.join(sorted(carried))}$"
         with pytest.raises(ValueError, match=message):
             merging.check_merge_method(name)
 

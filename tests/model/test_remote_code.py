@@ -227,7 +227,7 @@ def test_a_broken_module_fails_with_its_own_error(checkpoints):
     for number, (name, text) in enumerate(breaks.items()):
         folders[name] = shutil.copytree(saved, checkpoints.root / f"broken_{number}")
         (folders[name] / "merging_tome_perceiver.py").write_text(text)
-    # A control of the experiments, which the copy on the path could register.
+    # A method of the experiments, which the copy on the path could register.
     folders["control"] = shutil.copytree(saved, checkpoints.root / "control")
     config = json.loads((saved / "config.json").read_text())
     (folders["control"] / "config.json").write_text(json.dumps({**config, "merge_method": "prune"}))
@@ -237,7 +237,7 @@ def test_a_broken_module_fails_with_its_own_error(checkpoints):
     )
     assert report["whole"]["loaded"].startswith("transformers_modules.")
     assert report["control"]["error"] == "ValueError"
-    assert "merge_method='prune': is a control of the experiments" in report["control"]["message"]
+    assert "merge_method='prune': is a method of the experiments" in report["control"]["message"]
     assert (report["raises"]["error"], report["raises"]["message"]) == ("RuntimeError", "broken on purpose")
     for name, missing in (("imports what is not there", "no_such_name"), ("lacks a name", "cannot import name")):
         assert report[name]["error"] == "ImportError"
