@@ -161,6 +161,11 @@ class ImageTask(Task):
     def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
         """Return the image processor; with no name, one that resizes to `config.image_size` and scales to [-1, 1]."""
         if name is None:
+            if config.image_size < 1:
+                raise BadInput(
+                    f"--config_name, --config_overrides: image_size={config.image_size}; "
+                    "must be an integer of 1 or more"
+                )
             size = {"height": config.image_size, "width": config.image_size}
             halves = [0.5, 0.5, 0.5]
             processor = PerceiverImageProcessorPil(do_center_crop=False, size=size, image_mean=halves, image_std=halves)
