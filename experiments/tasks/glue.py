@@ -166,7 +166,8 @@ def load_glue_task(
             "labels this name (in the first line of a csv or tsv file)"
         )
     sentences = _sentences(arguments, splits.argument, first, is_predicted=not has_train and not evaluated)
-    labels = _labels(arguments, first, splits.argument) if has_train else list(classes or ())
+    labels = _label_names(arguments, first, splits.argument) if has_train else list(classes or ())
+    labels = _positive_last(labels, arguments.task_name, splits.argument if has_train else "--model_name_or_path")
 
     def taken(name: str, count: int | None) -> Dataset:
         return with_text(splits.take(name, count), sentences, splits.where(name))
@@ -293,18 +294,25 @@ def _sentences(arguments: GlueDataArguments, argument: str, first: Dataset, is_p
     return sentences
 
 
-def _labels(arguments: GlueDataArguments, train: Dataset, argument: str) -> list[str]:
-    """Return the names of the classes, in the order in which they are scored; none where labels are numbers."""
-    task = arguments.task_name
-    if task == REGRESSION:
+def _label_names(arguments: GlueDataArguments, train: Dataset, argument: str) -> list[str]:
+    """Return the names of the classes in the training split; none where labels are numbers."""
+    if arguments.task_name == REGRESSION:
         return []
-    regression = arguments.do_regression if task is None else False
-    labels = label_names(train, LABEL, f"{argument}: split 'train'", regression) or []
+    regression = arguments.do_regression if arguments.task_name is None else False
+    return label_names(train, LABEL, f"{argument}: split 'train'", regression) or []
+
+
+def _positive_last(labels: list[str], task: str | None, argument: str) -> list[str]:
+    """Return the classes in the order in which they are scored: last the one that F1 is about, whatever order the data
+    or a checkpoint have.
+
+    Raises:
+        BadInput: for other classes than those of the task.
+    """
     if task not in POSITIVE:
         return labels
-    # The two classes as GLUE has them, whatever their order in the data.
     positive, by_spelling = POSITIVE[task], {spelling(label): label for label in labels}
-    for known in ((f"not_{positive}", positive), ("0", "1")):
+    for known in ((f"not_{positive}", positive), ("0", "1"), ("label_0", "label_1")):
         if set(by_spelling) == set(known) and len(labels) == 2:
             return [by_spelling[name] for name in known]
     raise BadInput(

@@ -87,7 +87,8 @@ def _count_right(predictions: np.ndarray, references: np.ndarray) -> tuple[np.nd
 
 
 def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
-    """Undefined where there is nothing to find and nothing was found."""
+    """Return F1 of the second class, which `_positive_last` of tasks/glue.py makes the positive one; undefined where
+    there is nothing to find and nothing was found."""
     return f1_score(references, predictions) if predictions.any() or references.any() else math.nan
 
 

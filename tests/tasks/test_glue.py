@@ -142,6 +142,17 @@ def test_f1_is_about_the_same_class_whatever_the_data_call_it_and_in_whatever_or
         assert task.labels[label] == names[ord(sentence[0]) - ord("a")]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_f1_is_about_the_same_class_whatever_order_a_checkpoint_has(tmp_path, order):
+    """Without a training split the classes are the checkpoint's."""
+    folder = write_glue(tmp_path, "mrpc")
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text().replace("  - split: train\n    path: mrpc/train-*\n", ""))
+    arguments = GlueDataArguments(task_name="mrpc", dataset_name=str(folder))
+    task = load_glue_task(arguments, predict=False, seed=0, classes=LABELS["mrpc"][::order])
+    assert task.labels == LABELS["mrpc"]
+
+
 def test_a_task_of_other_classes_is_refused(tmp_path):
     folder = write_glue(tmp_path, "mrpc", labels=["no", "yes"])
     with pytest.raises(BadInput, match="'no', 'yes'.*'not_equivalent' and 'equivalent'"):
