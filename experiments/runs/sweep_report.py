@@ -205,7 +205,13 @@ class SweepResults:
         record = RunRecord(earlier["arguments"], earlier["content"])
         if (different := record.difference(self.record, NOT_COMPARED)) is not None:
             raise another_run(output_dir, different)
-        self.rows = [Row.from_json(row) for row in earlier["rows"]]
+        try:
+            self.rows = [Row.from_json(row) for row in earlier["rows"]]
+        except (KeyError, TypeError) as error:
+            raise BadInput(
+                f"--output_dir {output_dir}: the rows in its {SWEEP_FILE} lack {error}; use another folder, or the "
+                "version of this project that wrote it"
+            ) from error
         self.environment, self.seconds = earlier["environment"], earlier["seconds"]
         self.timing, self.frontier = earlier.get("timing"), earlier.get("frontier")
         return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,9 @@ def recorded_arguments(*groups: Any) -> dict[str, Any]:
 
 def data_fields(data: Any) -> dict[str, Any]:
     """Return the arguments that say how data are read, where they are not the default."""
-    defaults = {each.name: each.default for each in type(data).__dataclass_fields__.values()}
+    defaults = {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory() for each in fields(data)
+    }
     return {
         name: value
         for name, value in recorded_arguments(data).items()

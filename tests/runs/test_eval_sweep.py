@@ -132,6 +132,18 @@ def test_the_same_command_continues(inputs, sweep, tmp_path):
     assert measured["accuracy_change"] == pytest.approx(measured["accuracy"] - accuracy)
 
 
+def test_a_sweep_of_a_version_with_other_rows_is_refused_and_kept(inputs, sweep, tmp_path, capsys):
+    output_dir = tmp_path / "sweep"
+    shutil.copytree(sweep, output_dir)
+    results = read(output_dir)
+    del results["rows"][1]["fields"]["latent_groups"]
+    (output_dir / "sweep_results.json").write_text(json.dumps(results))
+    with pytest.raises(SystemExit) as exit:
+        call_script("eval_sweep.py", *inputs, "--r", *R, "--retrain_epochs", 1, "--output_dir", output_dir)
+    assert exit.value.code == 2 and "latent_groups" in capsys.readouterr().err
+    assert read(output_dir) == results
+
+
 @pytest.mark.parametrize("change", ["weights", "config", "label", "label_smoothing_factor", "min_latents"])
 def test_what_an_earlier_sweep_measured_is_of_the_same_weights_data_and_arguments(
     sweep, inputs, tmp_path, capsys, change

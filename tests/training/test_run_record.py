@@ -15,8 +15,16 @@ from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 from experiments.errors import BadInput
+from experiments.tasks.mlm import MlmDataArguments
 from experiments.training.fingerprints import config_fingerprint, data_fingerprint, weights_fingerprint
-from experiments.training.run_record import EVALUATION, SAVING, WITHOUT_EFFECT, RunRecord, training_fields
+from experiments.training.run_record import (
+    EVALUATION,
+    SAVING,
+    WITHOUT_EFFECT,
+    RunRecord,
+    data_fields,
+    training_fields,
+)
 from tests.support.tiny_models import HEADS, tiny_config, tiny_model
 
 TEXTS = st.lists(st.tuples(st.text(max_size=4), st.integers(0, 2)), min_size=1, max_size=5)
@@ -35,6 +43,12 @@ def of_data(dataset: object, labels: tuple[str, ...] = ("a", "b", "c")) -> str:
 @given(TEXTS, TEXTS)
 def test_data_are_the_same_if_and_only_if_their_values_are(one, other):
     assert (of_data(sentences(one)) == of_data(sentences(other))) == (one == other)
+
+
+def test_data_arguments_that_are_the_default_are_not_recorded():
+    assert data_fields(MlmDataArguments(dataset_name="glue")) == {}
+    given = MlmDataArguments(dataset_name="glue", text_column=["a"], mlm_probability=0.3)
+    assert data_fields(given) == {"text_column": ["a"], "mlm_probability": 0.3}
 
 
 def test_order_names_and_columns_count():
