@@ -1,4 +1,4 @@
-# `make demo` and `make test` each set up .venv on a fresh machine.
+# Every target that needs .venv sets it up first; PYTHON chooses the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
@@ -11,7 +11,8 @@ DEMO := outputs/demo
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# Gradio, for space/, beside .venv and on top of its packages: it wants an older pillow than the one pinned.
+# A second environment with Gradio, for space/, on top of the packages of .venv: Gradio needs an older pillow than the
+# pinned one.
 .venv/space/installed: .venv/installed requirements-space.txt
 	$(PYTHON) -m venv --without-pip .venv/space
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
@@ -19,7 +20,7 @@ DEMO := outputs/demo
 	.venv/space/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-space.txt
 	touch $@
 
-# On real images that scikit-learn brings along: train, merge to a few budgets without training, measure, save, report.
+# On the digit images that scikit-learn carries: train, merge to three budgets without training, measure, save, report.
 demo: export HF_HUB_OFFLINE = 1
 demo: .venv/installed
 	rm -rf $(DEMO)
@@ -31,11 +32,12 @@ test: lint types .venv/space/installed
 	.venv/space/bin/python -m pytest tests/space/test_app.py
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/space/test_app.py
 
-# What does not compile, start other programs or train whole runs (tests/conftest.py): under a minute on two cores.
+# Without the tests that compile, start other programs or train whole runs (listed in tests/conftest.py): under a minute
+# on two cores.
 test-fast: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
-# Bad inputs, changes between two runs and kills, all of them; the tables go to docs/reliability.md.
+# Try every bad input, change between two runs and killed run; write the tables of docs/reliability.md.
 reliability: .venv/installed
 	$(BIN)/python -m tests.reliability
 
