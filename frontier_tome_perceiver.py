@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 # As in the module of the layers, which says why.
 try:
-    from .configuration_tome_perceiver import FRONTIER_SETTINGS, MERGE_METRICS, MOST_ROWS, check_share
+    from .configuration_tome_perceiver import FRONTIER_SETTINGS, MAX_FRONTIER_ROWS, MERGE_METRICS, check_share
     from .cost_tome_perceiver import (
         DEFAULT_SCHEDULE,
         SCHEDULES,
@@ -58,7 +58,7 @@ try:
 except ImportError:
     if __package__:
         raise
-    from configuration_tome_perceiver import FRONTIER_SETTINGS, MERGE_METRICS, MOST_ROWS, check_share
+    from configuration_tome_perceiver import FRONTIER_SETTINGS, MAX_FRONTIER_ROWS, MERGE_METRICS, check_share
     from cost_tome_perceiver import (
         DEFAULT_SCHEDULE,
         SCHEDULES,
@@ -271,8 +271,10 @@ class SearchOptions:
         for name in ("flops_ratios", "schedules", "merge_methods", "merge_metrics"):
             if isinstance(value := getattr(self, name), (int, float, str)):
                 raise ValueError(f"{name}={value!r}: must be a list, [{value!r}]")
-        if len(self.flops_ratios or ()) > MOST_ROWS // 2:
-            raise ValueError(f"flops_ratios: {len(self.flops_ratios or ())} shares; must be at most {MOST_ROWS // 2}")
+        if len(self.flops_ratios or ()) > MAX_FRONTIER_ROWS // 2:
+            raise ValueError(
+                f"flops_ratios: {len(self.flops_ratios or ())} shares; must be at most {MAX_FRONTIER_ROWS // 2}"
+            )
         for ratio in self.flops_ratios or ():
             check_share("flops_ratios", ratio)
         for method in self.merge_methods or ():

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a Perceiver that merging changes: attention, layer, encoder, decoders, image preprocessing.
 
-Every class is a subclass of the one in `transformers.models.perceiver.modeling_perceiver`; upstream's constructors
-build the parts, and `take_tome_classes` gives them the classes of this module.
+`modeling_tome_perceiver.py` builds the models from them, with the functions of `merging_tome_perceiver.py`. Each module
+class here is a subclass of its upstream class in `transformers.models.perceiver.modeling_perceiver`: upstream's
+constructors build the parts, then `use_tome_classes` changes their classes to those of this module.
 
-Letters: B batch, S inputs, N latents, M latents left, Q decoder queries, H heads, C channels of a latent, D channels
-of a head's keys, E of a head's values.
+Letters: B batch size, S inputs, N latents, M latents left, Q decoder queries, H heads, C channels of a latent, D
+channels of a head's keys, E channels of a head's values.
 """
 
 # mypy: disable-error-code="import-not-found"
@@ -25,19 +26,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.perceiver import modeling_perceiver as upstream
 from transformers.pytorch_utils import apply_chunking_to_forward
 
-# A Hub checkpoint's code is a package, in which only the relative import may answer: another copy on the path must not
-# stand in for a broken module.
+# The code of a Hub checkpoint is a package and must import its own files only: if one of them is broken, a copy of the
+# same name elsewhere on the path must not replace it.
 try:
     from .configuration_tome_perceiver import ToMePerceiverConfig
-    from .merging_tome_perceiver import Match, log_size_bias, match_groups, merge_latents, merge_method, merge_sources
+    from .merging_tome_perceiver import Match, get_method, log_size_bias, match_groups, merge_latents, merge_sources
 except ImportError:
     if __package__:
         raise
     from configuration_tome_perceiver import ToMePerceiverConfig
-    from merging_tome_perceiver import Match, log_size_bias, match_groups, merge_latents, merge_method, merge_sources
+    from merging_tome_perceiver import Match, get_method, log_size_bias, match_groups, merge_latents, merge_sources
 
-# Scores that a CPU's cache holds: 8 MB in float32.
-CACHED_SCORES = 2**21
+# Attention scores to compute at once on a CPU, so that they stay in its cache: 8 MB in float32.
+MAX_CACHED_SCORES = 2**21
 
 
 @dataclass
@@ -45,11 +46,11 @@ class ToMePerceiverModelOutput(upstream.PerceiverModelOutput):
     """Upstream's model output with the sizes and sources of the latents.
 
     Args:
-        latent_sizes: (B, M) in float32 how many of the N latents each one left stands for; the rows sum to N. An
-            encoder's are `None` if none merged.
-        latent_sources: (B, M, N) of 0 and 1, which of the N latents each one left stands for; returned when
-            `output_latent_sources=True`. It partitions the N latents and its row sums are the sizes (but for the
-            latents that a method drops).
+        latent_sizes: (B, M) in float32, the number of the N latents that each remaining latent contains; each row sums
+            to N. The encoder returns `None` if nothing merged.
+        latent_sources: (B, M, N) of 0 and 1, which of the N latents each remaining latent contains; returned if
+            `output_latent_sources=True`. Each of the N latents is in exactly one, except those that a method drops, and
+            the sums over N are the sizes.
     """
 
     latent_sizes: Tensor | None = None
@@ -57,7 +58,7 @@ class ToMePerceiverModelOutput(upstream.PerceiverModelOutput):
 
 
 class AttentionOutput(NamedTuple):
-    """Output of attention (B, Q, C), its keys (B, H, N, D), its values (B, H, N, E) and, if asked for, its weights."""
+    """Output of attention (B, Q, C), its keys (B, H, N, D), its values (B, H, N, E) and, on request, its weights."""
 
     hidden_states: Tensor
     keys: Tensor
@@ -66,19 +67,19 @@ class AttentionOutput(NamedTuple):
 
 
 MatchLatents = Callable[[AttentionOutput, Tensor | None], Match]
-"""Decides what a layer merges, from the output of its attention and the sizes of the latents."""
+"""Function that decides what a layer merges, given the output of its attention and the sizes of its latents."""
 
 METRICS: dict[str, Callable[[AttentionOutput], Tensor]] = {
-    # The mean over heads is ToMe's metric (section 3, "token similarity").
+    # ToMe compares keys averaged over heads (section 3, "token similarity").
     "key": lambda attention: attention.keys.mean(dim=1),
     "value": lambda attention: attention.values.mean(dim=1),
     "hidden": lambda attention: attention.hidden_states,
 }
-"""For each `config.merge_metric` the vectors that matching compares, (B, N, D), (B, N, E) or (B, N, C)."""
+"""The vectors that matching compares, by `config.merge_metric`: (B, N, D), (B, N, E) or (B, N, C)."""
 
 
 class LayerOutput(NamedTuple):
-    """Latents (B, M, C) that a layer leaves, their sizes (B, M), its merge and, if asked for, its attention weights."""
+    """Latents (B, M, C) after a layer, their sizes (B, M), the layer's match and, on request, its attention weights."""
 
     hidden_states: Tensor
     sizes: Tensor | None
@@ -90,36 +91,37 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
     """Upstream's multi-head attention.
 
     Modifications:
-    - `scaled_dot_product_attention` where that is the faster way, unless the weights are asked for or
+    - uses `scaled_dot_product_attention` where it is faster, unless the attention weights are requested or
       `attn_implementation="eager"`
-    - an additive bias (B or 1, 1, 1, N) instead of a mask
+    - takes an additive bias (B or 1, 1, 1, N) instead of a mask
     - also returns the keys and the values, which matching may compare
-    - queries that one row of the batch repeats to all (learned latents, a decoder's positions) are projected once
+    - projects queries only once if all rows of the batch share them (learned latents, a decoder's positions)
     """
 
     def forward(
         self, hidden_states: Tensor, inputs: Tensor | None, bias: Tensor | None, output_attentions: bool
     ) -> AttentionOutput:
         batch = hidden_states.shape[0]
-        hidden_states = self.layernorm1(hidden_states if inputs is None else _repeated_row(hidden_states))
+        hidden_states = self.layernorm1(hidden_states if inputs is None else _drop_repeated_rows(hidden_states))
         inputs = hidden_states if inputs is None else self.layernorm2(inputs)
         queries = self.transpose_for_scores(self.query(hidden_states), self.qk_channels_per_head)
         queries = queries.expand(batch, -1, -1, -1)
         keys = self.transpose_for_scores(self.key(inputs), self.qk_channels_per_head)
         values = self.transpose_for_scores(self.value(inputs), self.v_channels_per_head)
-        if output_attentions or not self._is_fused(queries):
-            context, weights = self._attend(queries, keys, values, bias, output_attentions)
+        if output_attentions or not self._uses_fused_attention(queries):
+            context, weights = self._attend_unfused(queries, keys, values, bias, output_attentions)
         else:
             dropout, weights = self.dropout.p if self.training else 0.0, None
             bias = None if bias is None else bias.to(queries.dtype)
-            k, v, bias = _fill_up_keys(keys, values, bias)
+            k, v, bias = _pad_keys(keys, values, bias)
             context = F.scaled_dot_product_attention(queries, k, v, attn_mask=bias, dropout_p=dropout)
         return AttentionOutput(context.transpose(1, 2).flatten(2), keys, values, weights)
 
-    def _is_fused(self, queries: Tensor) -> bool:
-        """Whether to use `scaled_dot_product_attention`: a CPU's is slow to train in bfloat16, and for unequal widths.
+    def _uses_fused_attention(self, queries: Tensor) -> bool:
+        """Return whether to use `scaled_dot_product_attention`.
 
-        Measured in docs/results/throughput ("A training step under autocast to bfloat16").
+        On a CPU it is slow when training in bfloat16, and when a head's keys and values have different widths; see
+        docs/results/throughput ("A training step under autocast to bfloat16").
         """
         if self.config._attn_implementation == "eager":
             return False
@@ -128,18 +130,18 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
         )
         return queries.device.type != "cpu" or not slow
 
-    def _attend(
+    def _attend_unfused(
         self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend by plain products, on a CPU with as many heads at a time as leave the scores in its cache."""
-        # Scaled before the product: there are far fewer queries than scores.
+        """Attend by matrix products; on a CPU, for a few heads at a time, so that the scores stay in its cache."""
+        # Scale the queries and not the scores, which have far more entries.
         queries = queries / math.sqrt(self.qk_channels_per_head)
         heads = queries.shape[1]
         if not (output_attentions or torch.compiler.is_compiling() or queries.device.type != "cpu"):
             scores_per_head = queries.shape[0] * queries.shape[2] * keys.shape[2]
-            heads = min(max(CACHED_SCORES // max(scores_per_head, 1), 1), heads)
+            heads = min(max(MAX_CACHED_SCORES // max(scores_per_head, 1), 1), heads)
         contexts = []
-        for q, k, v in zip(*(each.split(heads, dim=1) for each in (queries, keys, values)), strict=True):
+        for q, k, v in zip(*(tensor.split(heads, dim=1) for tensor in (queries, keys, values)), strict=True):
             scores = q @ k.transpose(-1, -2)
             if bias is not None:
                 scores += bias
@@ -149,30 +151,30 @@ class ToMePerceiverSelfAttention(upstream.PerceiverSelfAttention):
         return context, weights if output_attentions else None
 
 
-def _fill_up_keys(keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Fill up the keys that a merge leaves to a multiple of 16, with keys of weight 0.
+def _pad_keys(keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pad the keys to a multiple of 16, with padding keys of attention weight 0, where that is faster.
 
-    A CPU's fused attention takes 16 keys at once and the others one by one, which is slower for more than 8 of them
-    (docs/results/throughput, "What merging leaves"). For a batch of one the copies cost what they save.
+    On a CPU, fused attention handles keys 16 at a time and the rest one by one, which is slower if more than 8 remain
+    (docs/results/throughput, "What merging leaves"). For a batch of one, the copies cost as much as they save.
     """
     added = -keys.shape[2] % 16
     if bias is None or keys.device.type != "cpu" or torch.compiler.is_compiling():
         return keys, values, bias
     if keys.shape[0] == 1 or not 0 < added < 8:
         return keys, values, bias
-    keys, values = (F.pad(each, (0, 0, 0, added)) for each in (keys, values))
+    keys, values = (F.pad(tensor, (0, 0, 0, added)) for tensor in (keys, values))
     return keys, values, F.pad(bias, (0, added), value=-math.inf)
 
 
-def _repeated_row(hidden_states: Tensor) -> Tensor:
-    """(1, Q, C) if the rows of (B, Q, C) are one row in memory, as `expand` makes them; otherwise all of them."""
+def _drop_repeated_rows(hidden_states: Tensor) -> Tensor:
+    """Return one row, (1, Q, C), if `expand` made the rows of (B, Q, C) from one; otherwise return all B rows."""
     return hidden_states[:1] if hidden_states.stride(0) == 0 else hidden_states
 
 
 class ToMePerceiverAttention(upstream.PerceiverAttention):
     """Upstream's attention with output projection and residual.
 
-    Modifications: passes the bias and hands on the keys and the values.
+    Modifications: passes the bias to the attention, and also returns its keys and values.
     """
 
     def forward(
@@ -189,8 +191,8 @@ class ToMePerceiverLayer(GradientCheckpointingLayer, upstream.PerceiverLayer):
     """Upstream's layer: attention, then an MLP.
 
     Modifications:
-    - merges between the two, so that the MLP already runs on the latents that are left
-    - can be checkpointed; the merge is an argument, so that a recomputed layer merges the same latents
+    - merges latents between the two, so that the MLP runs only on those left
+    - supports activation checkpointing; the merge is an argument, so a recomputed layer merges the same latents
     """
 
     def forward(
@@ -205,18 +207,18 @@ class ToMePerceiverLayer(GradientCheckpointingLayer, upstream.PerceiverLayer):
         """
         Args:
             hidden_states: (B, N, C), or a decoder's queries (B, Q, C).
-            sizes: (B, N), or `None` for 1 each.
-            match_latents: decides what merges; `None` if nothing does.
-            inputs: (B, S, C'), what cross-attention attends to; `None` for self-attention.
-            bias: (B or 1, 1, 1, S) or (B, 1, 1, N), added to the scores.
-            output_attentions: return the weights too.
+            sizes: (B, N), sizes of the latents; `None` for 1 each.
+            match_latents: decides what merges; `None` to merge nothing.
+            inputs: (B, S, C'), the inputs of cross-attention; `None` for self-attention.
+            bias: (B or 1, 1, 1, S) or (B, 1, 1, N), added to the attention scores.
+            output_attentions: also return the attention weights.
         """
         attention = self.attention(hidden_states, inputs, bias, output_attentions)
         hidden_states, weights, match = attention.hidden_states, attention.weights, None
         if match_latents is not None:
             match = match_latents(attention, sizes)
             hidden_states, sizes = merge_latents(hidden_states, sizes, match)
-        # The MLP needs the memory of the keys, of the values and of the latents before the merge.
+        # Free the keys, the values and the latents before the merge, so that the MLP can use their memory.
         del attention
         hidden_states = hidden_states + apply_chunking_to_forward(
             self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
@@ -225,8 +227,10 @@ class ToMePerceiverLayer(GradientCheckpointingLayer, upstream.PerceiverLayer):
 
 
 def call_layer(layer: ToMePerceiverLayer, *arguments: Any) -> LayerOutput:
-    """Call a layer so that it can be checkpointed: reentrant checkpointing gives gradients to positional arguments
-    only, and returns a plain tuple."""
+    """Call a layer so that activation checkpointing works.
+
+    Reentrant checkpointing computes gradients only for positional arguments, and returns a plain tuple.
+    """
     return LayerOutput(*layer(*arguments))
 
 
@@ -234,9 +238,9 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
     """Upstream's encoder.
 
     Modifications:
-    - threads the sizes through the layers and gives each its merge. Layer modules are shared between blocks, so what a
-      layer merges is an argument of its call, never a state of it
-    - learned latents in fixed groups merge before they read the inputs
+    - passes the sizes from layer to layer, and to each layer what it merges. Blocks share their layer modules, so this
+      is an argument of the call and not an attribute of the layer
+    - can merge fixed groups of the learned latents before they read the inputs
     """
 
     def forward(
@@ -252,19 +256,21 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
         """
         Args:
             hidden_states: (B, N, C), the latents.
-            inputs: (B, S, C'), preprocessed.
-            bias: (B, 1, 1, S), the padding mask as scores.
-            output_attentions, output_hidden_states, output_latent_sources: return them too.
-            plan: of this call's merges; `None` for the config's.
+            inputs: (B, S, C'), the preprocessed inputs.
+            bias: (B, 1, 1, S), the padding mask as a bias on the attention scores.
+            output_attentions, output_hidden_states, output_latent_sources: also return these.
+            plan: what to merge in this call; `None` to follow the config.
 
         Raises:
-            ValueError: for a setting out of its range, or a config that is of another shape than the model by now.
+            ValueError: if a setting is out of range, or if the config's shapes no longer are those of the model.
         """
         batch, num_latents = hidden_states.shape[:2]
-        # The schedule is the config's, so a number changed in it later would merge other layers or latents.
-        for name, built in (("num_self_attends_per_block", len(self.self_attends)), ("num_latents", num_latents)):
-            if getattr(self.config, name) != built:
-                raise ValueError(f"{name}={getattr(self.config, name)}: must be {built}, as the model was built")
+        # The merge schedule is computed from the config. If these fields were changed after the model was built, the
+        # schedule would not fit its layers and latents.
+        for name, built_with in (("num_self_attends_per_block", len(self.self_attends)), ("num_latents", num_latents)):
+            value = getattr(self.config, name)
+            if value != built_with:
+                raise ValueError(f"{name}={value}: must be {built_with}, the value that the model was built with")
         plan = merge_plan(self.config) if plan is None else plan
         all_hidden_states, all_attentions = [], []
         sources = None
@@ -275,7 +281,7 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
         if sources is not None and layer.match is not None:
             sources = merge_sources(sources, layer.match)
         for index, match_latents in enumerate(layer_matchers(plan, hidden_states.device)):
-            # Only if asked for: held any longer, a layer's latents could not be reused for the next one's.
+            # Keep them only on request: otherwise their memory is free for the next layer.
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if layer.match is not None or index == 0:
@@ -286,7 +292,7 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
             all_attentions.append(layer.attention_weights)
             if sources is not None and layer.match is not None:
                 sources = merge_sources(sources, layer.match)
-            # As upstream: the state that ends a block stands twice, also as the one that starts the next.
+            # As upstream, the state between two blocks is returned twice: as the end of one and the start of the next.
             if output_hidden_states and (index + 1) % len(self.self_attends) == 0:
                 all_hidden_states.append(hidden_states)
         return ToMePerceiverModelOutput(
@@ -301,28 +307,31 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
     def read(
         self, latents: Tensor, inputs: Tensor, bias: Tensor | None, plan: MergePlan, output_attentions: bool = False
     ) -> LayerOutput:
-        """Let the learned latents (B, N, C) read the inputs (B, S, C'), merged in fixed groups if the plan has any."""
+        """Apply the cross-attention of the latents (B, N, C) to the inputs (B, S, C').
+
+        If the plan has `latent_groups`, the latents are merged in these groups first.
+        """
         sizes, match, batch = None, None, latents.shape[0]
         if plan.latent_groups is not None:
             match = match_groups(plan.latent_groups, latents.device)
-            merged, size = merge_latents(_repeated_row(latents), None, match)
+            merged, size = merge_latents(_drop_repeated_rows(latents), None, match)
             latents, sizes = merged.expand(batch, -1, -1), size.expand(batch, -1)
         layer = call_layer(self.cross_attention, latents, None, None, inputs, bias, output_attentions)
         return layer._replace(sizes=sizes, match=match)
 
 
 def latent_bias(config: ToMePerceiverConfig, sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return the bias on scores whose keys are latents, (B, 1, 1, M); `None` if sizes make no difference."""
+    """Return the bias (B, 1, 1, M) of proportional attention to latents; `None` if it is off or all sizes are 1."""
     return None if sizes is None or not config.proportional_attention else log_size_bias(sizes, dtype)
 
 
 class MergePlan(NamedTuple):
-    """Merges of one forward pass.
+    """What to merge in one forward pass.
 
     Attributes:
-        schedule: latents removed in each layer that runs.
-        merge_groups: fixed groups for each layer, in place of matching; `None` to match.
-        latent_groups: groups of the learned latents before they read the inputs; `None` for none.
+        schedule: number of latents merged away in each layer that runs.
+        merge_groups: fixed groups for each layer; `None` to match latents instead.
+        latent_groups: groups in which the learned latents merge before they read the inputs; `None` to keep them all.
         merge_method, merge_metric: as in the config.
     """
 
@@ -336,10 +345,15 @@ class MergePlan(NamedTuple):
 def merge_plan(
     config: ToMePerceiverConfig, r: int | list[int] | None = None, flops_ratio: float | None = None
 ) -> MergePlan:
-    """Return the merges of a config, or in their place those of an `r` or of the frontier's best row within a share.
+    """Return what to merge in one forward pass: by `r`, by `flops_ratio`, or without both by the config.
+
+    Args:
+        config: config of the model.
+        r: number of latents to merge away in each layer, as in the config.
+        flops_ratio: merge by the best row of the config's frontier within this share of the FLOPs.
 
     Raises:
-        ValueError: for a setting out of its range, in one line.
+        ValueError: if a setting is out of range, or if both arguments are given.
     """
     if r is not None and flops_ratio is not None:
         raise ValueError(f"r={r}, flops_ratio={flops_ratio}: use one of them")
@@ -352,14 +366,14 @@ def merge_plan(
 
 
 def layer_matchers(plan: MergePlan, device: torch.device) -> list[MatchLatents | None]:
-    """Return the function that decides the merge of each layer, by matching or fixed groups; `None` for no merge."""
+    """Return for each layer the function that decides what merges, by groups or matching; `None` to merge nothing."""
     if plan.merge_groups is not None:
-        # As tensors from here on: a compiled layer would take lists for constants, and be compiled for each.
+        # Groups as tensors: `torch.compile` treats lists as constants and would compile the layer again for each.
         return [
-            None if groups is None else partial(_match_fixed, match=match_groups(groups, device))
+            None if groups is None else partial(_return_fixed_match, match=match_groups(groups, device))
             for groups in plan.merge_groups
         ]
-    method, metric = merge_method(plan.merge_method), METRICS[plan.merge_metric]
+    method, metric = get_method(plan.merge_method), METRICS[plan.merge_metric]
     matching = partial(_match_by_metric, method=method, metric=metric)
     layers = len(plan.schedule)
     return [partial(matching, r=r, depth=index / layers) if r else None for index, r in enumerate(plan.schedule)]
@@ -376,14 +390,15 @@ def _match_by_metric(
     return method(metric(attention).detach(), r, sizes, depth)
 
 
-def _match_fixed(attention: AttentionOutput, sizes: Tensor | None, match: Match) -> Match:
+def _return_fixed_match(attention: AttentionOutput, sizes: Tensor | None, match: Match) -> Match:
     return match
 
 
 class WeighedLatents(NamedTuple):
-    """Latents (B, M, C) for a decoder, and the bias on their scores (B, 1, 1, M), `None` for none.
+    """Latents (B, M, C) for a decoder, with the bias (B, 1, 1, M) on their attention scores or `None`.
 
-    Upstream's decoders hand the latents as they are to the one of cross-attention, and drop every mask on the way.
+    They travel together because upstream's decoders pass the latents unchanged to `PerceiverBasicDecoder`, but drop
+    every mask.
     """
 
     latents: Tensor
@@ -391,7 +406,7 @@ class WeighedLatents(NamedTuple):
 
 
 class ToMePerceiverBasicDecoder(upstream.PerceiverBasicDecoder):
-    """Upstream's cross-attention decoder. Modifications: takes `WeighedLatents`."""
+    """Upstream's cross-attention decoder. Modifications: takes `WeighedLatents` in place of latents."""
 
     def forward(
         self, query: Tensor, z: WeighedLatents, query_mask: Tensor | None = None, output_attentions: bool = False
@@ -406,7 +421,7 @@ class ToMePerceiverBasicDecoder(upstream.PerceiverBasicDecoder):
 class ToMePerceiverFourierPositionEncoding(upstream.PerceiverFourierPositionEncoding):
     """Upstream's Fourier features (Jaegle et al., 2022, appendix D).
 
-    Modifications: shapes by `math` instead of NumPy, which breaks the graph of `torch.compile`.
+    Modifications: computes shapes without NumPy, which breaks the graph of `torch.compile`.
     """
 
     def forward(
@@ -417,7 +432,7 @@ class ToMePerceiverFourierPositionEncoding(upstream.PerceiverFourierPositionEnco
         dtype: torch.dtype,
         pos: Tensor | None = None,
     ) -> Tensor:
-        # Positions are the same in every row of the batch, which may have none.
+        # All rows of the batch share the positions, which are built without a batch dimension: the batch may be empty.
         shared = upstream.build_linear_positions(index_dims, device=device).flatten(0, -2) if pos is None else pos[0]
         pos = shared.expand(batch_size, -1, -1) if pos is None else pos
         bands = torch.stack(
@@ -432,8 +447,8 @@ class ToMePerceiverFourierPositionEncoding(upstream.PerceiverFourierPositionEnco
 class ToMePerceiverImagePreprocessor(upstream.PerceiverImagePreprocessor):
     """Upstream's image preprocessing.
 
-    Modifications: shapes without NumPy, which breaks the graph of `torch.compile`; an image whose size does not fit
-    learned positions is an error of one line.
+    Modifications: computes shapes without NumPy, which breaks the graph of `torch.compile`; raises a one-line error for
+    an image whose size does not fit the learned positions.
     """
 
     def _build_network_inputs(
@@ -458,12 +473,12 @@ class ToMePerceiverImagePreprocessor(upstream.PerceiverImagePreprocessor):
     def _check_learned_positions(self, index_dims: torch.Size) -> None:
         count = self.position_embeddings.position_embeddings.shape[0]
         side = math.isqrt(count)
-        # Positions that were learned in one dimension are of a square image, as upstream's interpolation assumes.
-        square = self.position_embeddings.num_dimensions == 1
-        if math.prod(index_dims) != count or (square and index_dims != (side, side)):
+        # One-dimensional learned positions belong to a square image; upstream's interpolation assumes so too.
+        is_square = self.position_embeddings.num_dimensions == 1
+        if math.prod(index_dims) != count or (is_square and index_dims != (side, side)):
             raise ValueError(
-                f"inputs: an image of {' x '.join(map(str, index_dims))} positions; must be {side} x {side} "
-                "(config.image_size), or another size with interpolate_pos_encoding=True"
+                f"inputs: the image has {' x '.join(map(str, index_dims))} positions; must be {side} x {side} "
+                "(config.image_size), or use interpolate_pos_encoding=True"
             )
 
 
@@ -478,13 +493,13 @@ _TOME_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def take_tome_classes(model: nn.Module, config: ToMePerceiverConfig) -> None:
-    """Give the parts that upstream's constructors made the classes of this module, once, while the model is built.
+def use_tome_classes(model: nn.Module, config: ToMePerceiverConfig) -> None:
+    """Change the class of each part that upstream's constructors built to the class of this module, in place.
 
-    Upstream's constructors name their parts' classes themselves, in seven heads and four decoders; to build ours
-    beside them would copy all of their arguments and keep them in step with every release. The classes of this module
-    change behaviour only (no constructor, no attribute but `config` on attention), stand at the top level of it, and
-    so pickle and copy as any other.
+    Called once, while the model is built. Upstream's constructors, in seven heads and four decoders, name the classes
+    of their parts themselves; building ours instead would mean copying these constructors and following every release.
+    The classes here change behaviour only: they have no constructor and add no attribute except `config` on attention,
+    so a changed object equals one built with the class, and pickles and copies like it.
     """
     for module in model.modules():
         module.__class__ = _TOME_CLASSES.get(type(module), type(module))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perceiver IO (Jaegle et al., 2022) that merges its latents as it runs (Bolya et al., 2023).
+"""Perceiver IO (Jaegle et al., 2022) that merges its latents while it runs (Bolya et al., 2023).
 
-Every class is a subclass of the one in `transformers.models.perceiver.modeling_perceiver` with the same submodule
-names, so stock checkpoints load as they are and `state_dict` keys stay upstream's. Data flows one way: encoder
-cross-attention -> for each layer attention, match, size-weighted merge, MLP -> decoder cross-attention.
+Every model class is a subclass of its upstream class in `transformers.models.perceiver.modeling_perceiver`, with the
+same submodule names, so stock checkpoints load unchanged and `state_dict` keys stay upstream's. A forward pass runs the
+encoder's cross-attention; in each layer attention, matching, the size-weighted merge and the MLP; then the decoder's
+cross-attention. The parts are in `layers_tome_perceiver.py`.
 
-Letters: B batch, S inputs, N latents, M latents left, Q decoder queries, H heads, C channels of a latent, D channels
-of a head's keys.
+Letters: B batch size, S inputs, M latents left, P decoder queries that are answered, C channels of a latent.
 """
 
 # mypy: disable-error-code="import-not-found"
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.perceiver import modeling_perceiver as upstream
 
-# A checkpoint carries the files named here. As in the module of the layers, only its own copies may answer.
+# `save_pretrained` copies the files imported here into a checkpoint, which must import only its own copies, as
+# `layers_tome_perceiver.py` explains.
 try:
     from .configuration_tome_perceiver import ToMePerceiverConfig
     from .layers_tome_perceiver import (
@@ -33,7 +34,7 @@ try:
         WeighedLatents,
         latent_bias,
         merge_plan,
-        take_tome_classes,
+        use_tome_classes,
     )
     from .merging_tome_perceiver import check_merge_method
 except ImportError:
@@ -45,32 +46,34 @@ except ImportError:
         WeighedLatents,
         latent_bias,
         merge_plan,
-        take_tome_classes,
+        use_tome_classes,
     )
     from merging_tome_perceiver import check_merge_method
 
-# transformers also copies these two files because it reads these lines; they are imported when first needed.
+# These two files are imported only when first needed; transformers finds these lines and copies the files too.
 if TYPE_CHECKING:
     from .cost_tome_perceiver import Merging
     from .frontier_tome_perceiver import Choice, Frontier
 
-# More than all layers of a model could need, each for itself.
-COMPILED_GRAPHS = 256
+# `recompile_limit` of a compiled layer: above the number of graphs that one model needs, so that it never falls back to
+# eager code.
+MAX_COMPILED_GRAPHS = 256
 
-# What tokenizers and Trainer hand to any model, and a Perceiver has no use for.
-WITHOUT_EFFECT = ("token_type_ids", "special_tokens_mask", "num_items_in_batch")
+# Keywords that tokenizers and Trainer pass to every model, and that a Perceiver does not use.
+IGNORED_KEYWORDS = ("token_type_ids", "special_tokens_mask", "num_items_in_batch")
 
 
 class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
-    """Base of every ToMe Perceiver, before its upstream class in the order of bases.
+    """Base class of every ToMe Perceiver; each model lists it before its upstream class.
 
     Modifications:
-    - upstream's parts take the classes of `layers_tome_perceiver.py`
-    - `r`, settable at any time, and an `r` or a `flops_ratio` for one call
-    - `calibrate` measures cost against quality; `merge_to` and `merged` choose from the result; `flops_ratio` counts
-    - a keyword that `forward` does not know is an error
-    - a checkpoint loads by `AutoModel` too, as the head that it is: upstream's bare model takes no text and no images
-    - the input embeddings of a text model are its tokens', and can be resized
+    - upstream's parts get the classes of `layers_tome_perceiver.py`
+    - `model.r` can be set at any time, and a call can be given its own `r` or `flops_ratio`
+    - `calibrate` measures cost against quality, `merge_to` and `merged` choose merging settings from the result, and
+      `flops_ratio` computes their cost
+    - an unknown keyword argument of `forward` is an error
+    - `AutoModel` loads a checkpoint with its head, because upstream's bare model takes neither text nor images
+    - the input embeddings of a text model are those of its tokens, and can be resized
     - `scaled_dot_product_attention` and activation checkpointing are supported
     """
 
@@ -79,19 +82,20 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["ToMePerceiverLayer"]
-    # The heads take **kwargs and do not normalise their loss by `num_items_in_batch`; without this, Trainer believes
-    # that they do and multiplies loss and gradients by the number of accumulation steps.
+    # The heads take **kwargs but do not divide their loss by `num_items_in_batch`. Without this flag, Trainer assumes
+    # that they do, and loss and gradients grow by the number of accumulation steps.
     accepts_loss_kwargs = False
 
     def __init__(self, config: ToMePerceiverConfig, *args: Any, **kwargs: Any) -> None:
         config.check_merging()
         check_merge_method(config.merge_method)
-        # Upstream builds the parts, so that names, shapes, initialisation and use of random numbers are its own. Its
-        # classes refuse sdpa, so they are built as eager and the question is put to this class.
+        # Upstream builds the parts, so names, shapes, initialisation and random numbers are the same as there. Its
+        # classes do not support sdpa, so they are built with eager attention, and this class checks the requested
+        # implementation afterwards.
         attn_implementation = config._attn_implementation
         config._attn_implementation = "eager"
         super().__init__(config, *args, **kwargs)
-        take_tome_classes(self, config)
+        use_tome_classes(self, config)
         if type(self.base_model) is upstream.PerceiverModel:
             self.base_model.__class__ = ToMePerceiverModel
         config._attn_implementation = self._check_and_adjust_attn_implementation(
@@ -102,39 +106,39 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         self._built_num_blocks = config.num_blocks
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Upstream's, with an `auto_map` for `AutoModel` and the head's own Auto class, whichever loaded the model."""
+        """Save as upstream does, with an `auto_map` for both `AutoModel` and the head's own Auto class."""
         code = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         named = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = named | {"AutoModel": code, self._auto_class: code}
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embeddings of a text model's tokens (upstream's are the latents, a parameter).
+        """Return the token embeddings of a text model (upstream returns the latents).
 
         Raises:
-            NotImplementedError: for a model of anything else.
+            NotImplementedError: for a model of other inputs.
         """
         return self._text_preprocessor().embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """As `get_input_embeddings`."""
+        """Replace the token embeddings of a text model; raises as `get_input_embeddings`."""
         self._text_preprocessor().embeddings = value
 
     def _text_preprocessor(self) -> upstream.PerceiverTextPreprocessor:
         preprocessor = self.base_model.input_preprocessor
         if not isinstance(preprocessor, upstream.PerceiverTextPreprocessor):
-            raise NotImplementedError(f"input embeddings: {type(self).__name__} has none; must be a model of text")
+            raise NotImplementedError(f"input embeddings: {type(self).__name__} has none; use a text model")
         return preprocessor
 
     @property
     def r(self) -> int | list[int]:
-        """Latents merged in each layer, as `config.r`; what is set is checked at once and is what gets saved.
+        """Latents merged away in each layer: `config.r`, checked when it is set.
 
-        An r set on a wrapper has no effect. Set `wrapper.module.r` (DataParallel, DistributedDataParallel) or
-        `peft_model.get_base_model().r`, or say it for each call: `wrapper(**inputs, r=8)`.
+        Setting r on a wrapper has no effect. Set `wrapper.module.r` (DataParallel, DistributedDataParallel) or
+        `peft_model.get_base_model().r`, or pass it in each call: `wrapper(**inputs, r=8)`.
 
         Raises:
-            ValueError: in one line naming the field, the value and what it must be; the old value stays.
+            ValueError: if the value is out of range; the old value stays.
         """
         return self.config.r
 
@@ -151,32 +155,32 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
     def from_pretrained(
         cls, *args: Any, flops_ratio: float | None = None, max_changed: float | None = None, **kwargs: Any
     ) -> Any:
-        """Upstream's, with a budget to merge to, as `merge_to` takes it."""
+        """Load as upstream does, then merge to a budget if one is given; see `merge_to`."""
         loaded = super().from_pretrained(*args, **kwargs)
         if flops_ratio is not None or max_changed is not None:
-            # With `output_loading_info` it is a pair.
+            # With `output_loading_info`, upstream returns a pair.
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model.merge_to(flops_ratio=flops_ratio, max_changed=max_changed)
         return loaded
 
     @property
     def unmerged(self) -> Merging:
-        """The baseline of every share: nothing merges, and as many blocks run as before any budget."""
+        """Merging settings of the unmerged model, with the number of blocks before any budget; the cost baseline."""
         num_blocks = (self.config.merge_frontier or {}).get("num_blocks", self._built_num_blocks)
-        return _import("cost_tome_perceiver").Merging.of(self.config).by(0, num_blocks=num_blocks)
+        return _import_lazily("cost_tome_perceiver").Merging.of(self.config).by(0, num_blocks=num_blocks)
 
     def flops_ratio(self, input_shape: Any, r: int | list[int] | None = None, merging: Merging | None = None) -> float:
-        """Return the share of the unmerged model's FLOPs that merging leaves, with the cost of its matching.
+        """Return the FLOPs with merging, matching included, as a share of the unmerged model's FLOPs.
 
         Args:
-            input_shape: of a batch of inputs, as `cost_tome_perceiver.forward_cost` takes it: `(1, 128)` for a text.
-            r: counted in place of the config's merging, as the `r` of a call is.
-            merging: counted in place of the config's merging, as `model.unmerged` or the `merging` of a frontier's row.
+            input_shape: shape of a batch of inputs, as for `cost_tome_perceiver.forward_cost`: `(1, 128)` for a text.
+            r: count with this r in place of the config's merging settings, as in a call with `r`.
+            merging: count with these settings in place of the config's, such as the `merging` of a frontier's row.
 
         Raises:
-            ValueError: in one line, for a shape or merging settings that the model does not take.
+            ValueError: if the model does not take inputs of this shape, or if the merging settings are out of range.
         """
-        cost = _import("cost_tome_perceiver")
+        cost = _import_lazily("cost_tome_perceiver")
         if merging is None:
             merging = cost.Merging.of(self.config)
         if r is not None:
@@ -190,23 +194,26 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         seconds: float | None = None,
         **options: Any,
     ) -> Frontier:
-        """Measure how much merging changes the outputs at each cost, and keep the result in `config.merge_frontier`.
+        """Search for the merging settings that change the outputs least at each cost, and store them as a frontier.
+
+        The frontier goes to `config.merge_frontier`. The merging settings of the model do not change.
 
         Args:
-            samples: a few hundred inputs without labels that the model was not trained on: what `forward` takes, a
-                batch or several. A quarter of them chooses what merges; the others measure it.
-            seconds: ends the search after about this time with the best it has; the result then depends on the clock.
-            options: `flops_ratios`, `schedules`, `merge_methods`, `merge_metrics`, `input_shape`:
-                `frontier_tome_perceiver.SearchOptions` describes them.
+            samples: a few hundred unlabelled inputs that the model was not trained on, as keyword arguments of
+                `forward`: one batch or several. The search uses a quarter of them; the others measure its result.
+            seconds: stop the search after about this time and keep the best result so far, which then depends on the
+                speed of the machine.
+            options: `flops_ratios`, `schedules`, `merge_methods`, `merge_metrics`, `input_shape`; see
+                `frontier_tome_perceiver.SearchOptions`.
 
         Returns:
-            The frontier; `print` shows its rows. What the model merges stays as it is.
+            The frontier; `print` shows its rows.
 
         Raises:
-            ValueError: in one line, for samples or options that cannot be searched with.
-            FloatingPointError: for outputs that are not finite.
+            ValueError: if the samples or the options do not fit the model.
+            FloatingPointError: if outputs are not finite.
         """
-        return _import("frontier_tome_perceiver").calibrate(self, samples, seconds=seconds, **options)
+        return _import_lazily("frontier_tome_perceiver").calibrate(self, samples, seconds=seconds, **options)
 
     def merge_to(
         self,
@@ -216,102 +223,105 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
         samples: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]] | None = None,
         **options: Any,
     ) -> Choice:
-        """Merge by the frontier's best row within one budget, of cost or of quality; `save_pretrained` keeps it.
+        """Set the config to the frontier's best row within one budget of cost or quality; `save_pretrained` keeps it.
 
-        Without a frontier it calibrates on `samples` first; without both, a share of the FLOPs is met by a schedule
-        that needs no data (`floor`, by `leader` on keys).
+        Without a frontier, `calibrate` measures one on `samples` first. Without samples too, a budget of FLOPs is met
+        by a schedule that needs no data (schedule `floor`, method `leader` on keys).
 
         Args:
-            flops_ratio: largest share of the unmerged model's FLOPs, above 0 up to 1, with the matching.
-            latency_ratio: largest share of its time on this machine, for the first batch of `samples`.
-            max_changed: largest share of inputs whose answer merging may change, at 95 % confidence for inputs like
-                the samples.
-            samples: as `calibrate` takes them.
-            options: of `calibrate`.
+            flops_ratio: budget as a share of the unmerged model's FLOPs, above 0, up to 1; matching is included.
+            latency_ratio: budget as a share of the unmerged model's time on this machine, for the first batch of
+                `samples`.
+            max_changed: largest share of inputs whose answer merging may change, at 95 % confidence for inputs of the
+                same kind as the samples.
+            samples: as for `calibrate`.
+            options: as for `calibrate`.
 
         Returns:
-            What was chosen and on what grounds.
+            The chosen row, and the frontier that it is from if there is one.
 
         Raises:
-            ValueError: in one line, for a budget that cannot be met; what merges stays.
-            FloatingPointError: for outputs that are not finite.
+            ValueError: if the budget cannot be met; the merging settings then stay.
+            FloatingPointError: if outputs are not finite.
         """
-        frontier = _import("frontier_tome_perceiver")
+        frontier = _import_lazily("frontier_tome_perceiver")
         choice = frontier.choose(self, flops_ratio, latency_ratio, max_changed, samples, **options)
         choice.chosen.merging.apply(self.config)
         return choice
 
     @contextmanager
     def merged(self, **budget: Any) -> Iterator[Choice]:
-        """Merge inside a `with` block as `merge_to` does, and restore the merging after it.
+        """Merge as `merge_to` does inside a `with` block, and restore the merging settings after it.
 
-        It sets the config, which threads share; `model(**inputs, flops_ratio=0.5)` merges in one call alone.
+        This changes the config, which all threads share; `model(**inputs, flops_ratio=0.5)` changes one call only.
 
         Args:
-            budget: as `merge_to` takes it.
+            budget: as for `merge_to`.
         """
-        before = _import("cost_tome_perceiver").Merging.of(self.config)
+        before = _import_lazily("cost_tome_perceiver").Merging.of(self.config)
         try:
             yield self.merge_to(**budget)
         finally:
             before.apply(self.config)
 
     def compile_repeated_blocks(self, **kwargs: Any) -> None:
-        """Compile the self-attention layers, in place: one graph serves all of them, with any number of latents.
+        """Compile the self-attention layers in place; they share graphs that work for any number of latents.
 
-        `model.compile()` makes a new graph for another r. Names of parameters, saving and loading stay as they are.
+        Unlike `model.compile()`, this does not compile again for another r. Parameter names, saving and loading do not
+        change.
 
         Args:
-            kwargs: of `torch.compile`; by default `dynamic=True`. With `dynamic=False` every number of latents is
-                compiled for itself.
+            kwargs: arguments of `torch.compile`, with `dynamic=True` as the default. `dynamic=False` compiles a graph
+                for each number of latents.
 
-        Source: the method of that name in diffusers' `ModelMixin`.
+        Source: the method of the same name in diffusers' `ModelMixin`.
         """
         kwargs = {"dynamic": True} | kwargs
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
-            # Of one layer's code there are several graphs: the first merge, later ones, none; one latent; training.
-            kwargs = {"recompile_limit": COMPILED_GRAPHS} | kwargs
+            # The layers' code needs several graphs: for the first merge, later merges, no merge, one latent, training.
+            kwargs = {"recompile_limit": MAX_COMPILED_GRAPHS} | kwargs
         for layer in self.base_model.encoder.self_attends:
             layer.compile(**kwargs)
 
 
-def _import(name: str) -> Any:
-    """Import a model file when it is first needed: loading and running a checkpoint does without it."""
+def _import_lazily(name: str) -> Any:
+    """Import a model file on first use, because loading and running a checkpoint does not need it."""
     return import_module(f".{name}", __package__) if __package__ else import_module(name)
 
 
-class _WithBase:
-    """A view of a head for one call: it behaves as the head, but for the call of its base model.
+class _HeadView:
+    """View of a model with a head that calls a given function in place of its base model.
 
-    Upstream's heads hand none of their keywords to their base model. Each call has a view of its own, so threads that
-    call one model with different arguments do not meet.
+    Upstream's heads cannot pass keyword arguments to their base model. Every call makes its own view, so threads can
+    call one model with different arguments.
     """
 
-    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
-        self._module, self._call = module, call
+    def __init__(self, module: nn.Module, call_base: Callable[..., Any]) -> None:
+        self._module, self._call_base = module, call_base
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
-        return _WithBase(value, self._call) if name == "perceiver" else value
+        return _HeadView(value, self._call_base) if name == "perceiver" else value
 
     def __call__(self, **kwargs: Any) -> Any:
-        return self._call(**kwargs)
+        return self._call_base(**kwargs)
 
 
 def call_with_base(head: nn.Module, base: Callable[..., ToMePerceiverModelOutput], inputs: Mapping[str, Tensor]) -> Any:
-    """Return a head's output with `base` called in place of its base model."""
-    return inspect.unwrap(type(head).forward)(_WithBase(head, base), **inputs)
+    """Return the output of a model with a head, calling `base` in place of its base model."""
+    return inspect.unwrap(type(head).forward)(_HeadView(head, base), **inputs)
 
 
-def _merging_in_each_call(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The `forward` of an upstream head.
+def _add_merging_arguments(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Add two arguments to the `forward` of an upstream head, which set the merging of one call.
 
-    Modifications: two arguments merge in this call alone and leave the config as it is: `r` (`int` or `list[int]`), in
-    the place of the config's `r`, `r_inflection`, `merge_groups` and `latent_groups`, or `flops_ratio` (`float`), by
-    the best row of `config.merge_frontier` within it. An unknown keyword is a TypeError.
+    They do not change the config. `r` (`int` or `list[int]`) replaces the config's `r`, `r_inflection`, `merge_groups`
+    and `latent_groups`; `flops_ratio` (`float`) merges by the best row of `config.merge_frontier` within it. The new
+    `forward` raises TypeError for unknown keyword arguments.
     """
-    parameters = [each for each in inspect.signature(forward).parameters.values() if each.kind != each.VAR_KEYWORD]
-    known = frozenset(each.name for each in parameters)
+    signature = inspect.signature(forward)
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
+    known = frozenset(parameter.name for parameter in parameters)
 
     @wraps(forward)
     def forward_and_merge(
@@ -320,28 +330,28 @@ def _merging_in_each_call(forward: Callable[..., Any]) -> Callable[..., Any]:
         _check_keywords(self, kwargs, known)
         kwargs = {name: value for name, value in kwargs.items() if name in known}
         if r is not None or flops_ratio is not None:
-            self = _WithBase(self, partial(self.perceiver, r=r, flops_ratio=flops_ratio))
+            self = _HeadView(self, partial(self.perceiver, r=r, flops_ratio=flops_ratio))
         return forward(self, *args, **kwargs)
 
-    # Trainer, pipelines and torch.export read the signature.
-    own = inspect.signature(forward_and_merge, follow_wrapped=False).parameters
-    signature = inspect.Signature([*parameters, own["r"], own["flops_ratio"], own["kwargs"]])
+    # Trainer, pipelines and torch.export read the signature to find the arguments.
+    added = inspect.signature(forward_and_merge, follow_wrapped=False).parameters
+    signature = inspect.Signature([*parameters, added["r"], added["flops_ratio"], added["kwargs"]])
     forward_and_merge.__signature__ = signature  # type: ignore[attr-defined]
     return forward_and_merge
 
 
 def _check_keywords(model: nn.Module, keywords: dict[str, Any], known: frozenset[str] = frozenset()) -> None:
-    """Refuse what upstream swallows: keywords that it does not know, unless they are `None`."""
+    """Refuse unknown keyword arguments unless they are `None`; upstream ignores them without a message."""
     for name, value in keywords.items():
-        if name not in known and name not in WITHOUT_EFFECT and value is not None:
-            raise TypeError(f"{name}: no argument of {type(model).__name__}; its forward names all it takes")
+        if name not in known and name not in IGNORED_KEYWORDS and value is not None:
+            raise TypeError(f"{name}: unknown argument; use the arguments of {type(model).__name__}.forward")
 
 
 class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
-    """Upstream's `PerceiverModel`: preprocessor, encoder, decoder, postprocessor, each but the encoder optional.
+    """Upstream's `PerceiverModel`: encoder, with optional preprocessor, decoder and postprocessor.
 
-    Modifications: merges by `config.r`, `config.merge_groups` and `config.latent_groups`; the decoder
-    weighs latents by their sizes; the output has `latent_sizes` and `latent_sources`.
+    Modifications: merges latents by `config.r`, `config.merge_groups` and `config.latent_groups`; the decoder weights
+    latents by their sizes; the output has `latent_sizes` and `latent_sources`.
     """
 
     def forward(
@@ -360,20 +370,20 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
     ) -> tuple | ToMePerceiverModelOutput:
         """
         Args:
-            inputs: what the preprocessor takes; without one (B, S, d_model).
-            attention_mask: (B, S) of 1 (attend) and 0 (padding), boolean or a number; or scores to add,
-                (B, 1, 1, S), in floating point.
-            subsampled_output_points: for multimodal autoencoding, as upstream.
+            inputs: inputs of the preprocessor; without a preprocessor (B, S, d_model).
+            attention_mask: padding mask (B, S), 1 or true for inputs to attend to and 0 or false for padding; or a bias
+                to add to the attention scores, (B, 1, 1, S), in floating point.
+            subsampled_output_points: as upstream, for multimodal autoencoding.
             output_attentions, output_hidden_states, interpolate_pos_encoding, return_dict: as upstream.
-            output_latent_sources: return `latent_sources` too.
-            r: merges so in this call, in the place of the config's `r`, `r_inflection`, `merge_groups` and
-                `latent_groups`.
-            flops_ratio: merges in this call by the best row of `config.merge_frontier` within this share.
+            output_latent_sources: also return `latent_sources`.
+            r: latents to merge away in each layer in this call, in place of the config's `r`, `r_inflection`,
+                `merge_groups` and `latent_groups`.
+            flops_ratio: merge in this call by the best row of `config.merge_frontier` within this share of the FLOPs.
 
         Raises:
-            ValueError: for inputs longer or larger than the model's positions, a mask of another shape, or an r out of
-                its range.
-            TypeError: for any other keyword.
+            ValueError: if the inputs exceed the model's positions, the mask does not fit them, or `r` or `flops_ratio`
+                is out of range.
+            TypeError: for an unknown keyword argument.
         """
         _check_keywords(self, kwargs)
         config = self.config
@@ -396,7 +406,7 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
             preprocessed, latents, sizes, subsampled_output_points, output_attentions=output_attentions
         )
         if not return_dict:
-            # Upstream's tuple: its heads, and whoever counts its places, know nothing of sizes.
+            # The same tuple as upstream, without sizes: upstream's heads and its users index it by position.
             outputs = (logits, latents, result.hidden_states, result.attentions, result.cross_attentions)
             return tuple(output for output in outputs if output is not None) + decoder_attentions
         return ToMePerceiverModelOutput(
@@ -418,13 +428,14 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
         positions: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Any, tuple]:
-        """Return the logits and the attention weights of the decoder, or `None` and `()` without one.
+        """Return the logits and the attention weights of the decoder; `None` and `()` if the model has no decoder.
 
         Args:
-            preprocessed: as `preprocess` returns it.
-            latents, sizes: (B, M, C) and (B, M), or `None` for 1 each.
-            output_points: for multimodal autoencoding, as upstream.
-            positions: (B, P) of the decoder's queries that are answered; `None` for all of them.
+            preprocessed: result of `preprocess`.
+            latents: (B, M, C).
+            sizes: (B, M), sizes of the latents; `None` for 1 each.
+            output_points: as upstream, for multimodal autoencoding.
+            positions: (B, P), positions of the decoder's queries to answer; `None` for all of them.
         """
         if self.decoder is None:
             return None, ()
@@ -448,34 +459,36 @@ class ToMePerceiverModel(ToMePerceiverPreTrainedModel, upstream.PerceiverModel):
                 raise ValueError(f"inputs: last dimension is {inputs.shape[-1]}; must be d_model={self.config.d_model}")
             return inputs, None, None
         if isinstance(self.input_preprocessor, upstream.PerceiverTextPreprocessor):
-            most = self.config.max_position_embeddings
-            if inputs.shape[1] > most:
-                raise ValueError(f"inputs: {inputs.shape[1]} long; must be max_position_embeddings={most} or less")
+            longest = self.config.max_position_embeddings
+            if inputs.shape[1] > longest:
+                raise ValueError(
+                    f"inputs: length is {inputs.shape[1]}; must be at most max_position_embeddings={longest}"
+                )
         return self.input_preprocessor(inputs, interpolate_pos_encoding=interpolate_pos_encoding)
 
 
 def padding_bias(attention_mask: Tensor, inputs: Tensor) -> Tensor:
-    """A padding mask as scores to add, (B, 1, 1, S), in the dtype of `inputs`.
+    """Return a padding mask as a bias on the attention scores, (B, 1, 1, S), in the dtype of `inputs`.
 
     Args:
-        attention_mask: (B, S), true or 1 where to attend; a mask of four dimensions is one already, boolean
-            (true where to attend) or to be added.
-        inputs: (B, S, C'), what the mask is for.
+        attention_mask: (B, S) or (B, 1, 1, S), true or 1 where to attend. Floating-point values with four dimensions
+            are a bias already.
+        inputs: (B, S, C'), the inputs that the mask is for.
 
     Raises:
-        ValueError: for a mask of another length than the inputs, of other dimensions, or of another number of rows.
+        ValueError: if the mask's number of dimensions, of rows, or its length does not fit the inputs.
     """
     dtype, (rows, length, _) = inputs.dtype, inputs.shape
-    # A single row would be taken for every row's.
+    # A mask with one row would broadcast to the whole batch, so it is refused too.
     if attention_mask.dim() not in (2, 4) or attention_mask.shape[0] != rows or attention_mask.shape[-1] != length:
         raise ValueError(
             f"attention_mask: has shape {tuple(attention_mask.shape)}; must have ({rows}, {length}) or "
-            f"({rows}, 1, 1, {length}), one entry for each input"
+            f"({rows}, 1, 1, {length}), one entry per input"
         )
     if attention_mask.dim() == 4 and attention_mask.is_floating_point():
         return attention_mask.to(dtype)
     keep = attention_mask.bool() if attention_mask.dim() == 4 else attention_mask[:, None, None, :].bool()
-    # The smallest number rather than -inf: a row that is all padding gives a mean and not NaN, as upstream.
+    # The lowest number and not -inf, as upstream: a row of padding only gives the mean of the values and not NaN.
     return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
 
 
@@ -483,12 +496,12 @@ class ToMePerceiverForSequenceClassification(ToMePerceiverPreTrainedModel, upstr
     """Upstream's text classification. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
     _auto_class = "AutoModelForSequenceClassification"
-    forward = _merging_in_each_call(upstream.PerceiverForSequenceClassification.forward)
+    forward = _add_merging_arguments(upstream.PerceiverForSequenceClassification.forward)
 
 
 @wraps(upstream.PerceiverForMaskedLM.forward)
-def _forward_naming_labels(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-    """Upstream's, with an error of one line for labels of another length."""
+def _forward_checking_labels(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    """Call upstream's forward, and raise a one-line error for labels of the wrong length."""
     try:
         return upstream.PerceiverForMaskedLM.forward(self, *args, labels=labels, **kwargs)
     except ValueError as error:
@@ -496,7 +509,7 @@ def _forward_naming_labels(self: Any, *args: Any, labels: Tensor | None = None, 
             raise
         raise ValueError(
             f"labels: have shape {tuple(labels.shape)}; must have a label for each of the model's "
-            f"{self.config.max_position_embeddings} positions, -100 where nothing is asked"
+            f"{self.config.max_position_embeddings} positions, -100 where the loss ignores it"
         ) from error
 
 
@@ -504,10 +517,10 @@ class ToMePerceiverForMaskedLM(ToMePerceiverPreTrainedModel, upstream.PerceiverF
     """Upstream's masked language model. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
     _auto_class = "AutoModelForMaskedLM"
-    forward = _merging_in_each_call(_forward_naming_labels)
+    forward = _add_merging_arguments(_forward_checking_labels)
 
     def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Upstream's, with the output's bias, which is 0 for a new token as it is at first for any."""
+        """Resize as upstream does, and resize the bias of the output too; it starts at 0 for a new token."""
         embeddings = super()._resize_token_embeddings(*args, **kwargs)
         decoder, tokens = self.embedding_decoder, embeddings.num_embeddings
         if tokens != decoder.vocab_size:
@@ -524,7 +537,7 @@ class ToMePerceiverForImageClassificationLearned(
     """Upstream's image classification with learned positions. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
     _auto_class = "AutoModelForImageClassification"
-    forward = _merging_in_each_call(upstream.PerceiverForImageClassificationLearned.forward)
+    forward = _add_merging_arguments(upstream.PerceiverForImageClassificationLearned.forward)
 
 
 class ToMePerceiverForImageClassificationFourier(
@@ -533,7 +546,7 @@ class ToMePerceiverForImageClassificationFourier(
     """Upstream's image classification with Fourier positions. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
     _auto_class = "AutoModelForImageClassification"
-    forward = _merging_in_each_call(upstream.PerceiverForImageClassificationFourier.forward)
+    forward = _add_merging_arguments(upstream.PerceiverForImageClassificationFourier.forward)
 
 
 class ToMePerceiverForImageClassificationConvProcessing(
@@ -542,16 +555,16 @@ class ToMePerceiverForImageClassificationConvProcessing(
     """Upstream's image classification with a convolution first. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
     _auto_class = "AutoModelForImageClassification"
-    forward = _merging_in_each_call(upstream.PerceiverForImageClassificationConvProcessing.forward)
+    forward = _add_merging_arguments(upstream.PerceiverForImageClassificationConvProcessing.forward)
 
 
 class ToMePerceiverForOpticalFlow(ToMePerceiverPreTrainedModel, upstream.PerceiverForOpticalFlow):
     """Upstream's optical flow. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
-    forward = _merging_in_each_call(upstream.PerceiverForOpticalFlow.forward)
+    forward = _add_merging_arguments(upstream.PerceiverForOpticalFlow.forward)
 
 
 class ToMePerceiverForMultimodalAutoencoding(ToMePerceiverPreTrainedModel, upstream.PerceiverForMultimodalAutoencoding):
     """Upstream's multimodal autoencoding. Modifications: see `ToMePerceiverPreTrainedModel`."""
 
-    forward = _merging_in_each_call(upstream.PerceiverForMultimodalAutoencoding.forward)
+    forward = _add_merging_arguments(upstream.PerceiverForMultimodalAutoencoding.forward)

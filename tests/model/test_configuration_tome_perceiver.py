@@ -147,7 +147,7 @@ def test_what_is_set_later_and_does_not_fit_gives_no_schedule(later):
 
 def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
-    with pytest.raises(ValueError, match=r"^model_type='bert': [^\n]*perceiver[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^model_type='bert' [^\n]*perceiver[^\n]*$"):
         ToMePerceiverConfig.from_pretrained(tmp_path)
 
 

@@ -254,11 +254,13 @@ def test_groups_against_a_plain_reference(groups):
 
 
 def test_a_checkpoint_refuses_the_methods_of_the_experiments(monkeypatch):
-    carried = {name: method for name, method in merging.MERGE_METHODS.items() if name not in merging.EXPERIMENTS_ONLY}
-    assert set(merging.EXPERIMENTS_ONLY) < set(METHODS)
+    carried = {
+        name: method for name, method in merging.MERGE_METHODS.items() if name not in merging.EXPERIMENT_ONLY_METHODS
+    }
+    assert set(merging.EXPERIMENT_ONLY_METHODS) < set(METHODS)
     monkeypatch.setattr(merging, "MERGE_METHODS", carried)
-    for name, why in (("prune", "is a method of the experiments"), ("best", "is not registered")):
-        message = f"^merge_method='{name}': {why}.*; choose from {', '.join(sorted(carried))}$"
+    for name, why in (("prune", "is for experiments only"), ("best", "is not registered")):
+        message = f"^merge_method='{name}' {why}.*; choose from {', '.join(sorted(carried))}$"
         with pytest.raises(ValueError, match=message):
             merging.check_merge_method(name)
 

@@ -82,7 +82,7 @@ def test_r_0_gives_upstreams_logits(head, attention, dtype, tolerance):
 def test_heads_that_attend_one_after_another_give_the_same(head, monkeypatch):
     model, inputs = tiny_model(head, attn_implementation="eager", r=R_LIST), tiny_inputs(head)
     loss, gradients = loss_and_gradients(model, inputs)
-    monkeypatch.setattr(layers, "CACHED_SCORES", 200)
+    monkeypatch.setattr(layers, "MAX_CACHED_SCORES", 200)
     again, gradients_again = loss_and_gradients(model, inputs)
     torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
     for name, gradient in gradients.items():

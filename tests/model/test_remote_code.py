@@ -237,7 +237,7 @@ def test_a_broken_module_fails_with_its_own_error(checkpoints):
     )
     assert report["whole"]["loaded"].startswith("transformers_modules.")
     assert report["control"]["error"] == "ValueError"
-    assert "merge_method='prune': is a method of the experiments" in report["control"]["message"]
+    assert "merge_method='prune' is for experiments only" in report["control"]["message"]
     assert (report["raises"]["error"], report["raises"]["message"]) == ("RuntimeError", "broken on purpose")
     for name, missing in (("imports what is not there", "no_such_name"), ("lacks a name", "cannot import name")):
         assert report[name]["error"] == "ImportError"
