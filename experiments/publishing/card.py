@@ -23,7 +23,7 @@ from experiments.files import write_text
 from experiments.measurement import Quartiles, describe_environment, environment_line
 from experiments.merging.arguments import spelled_r
 from experiments.publishing.card_pictures import draw_frontier, draw_schedule
-from experiments.publishing.tables import UNDEFINED, escape_markdown, markdown_table, with_error, without_places
+from experiments.publishing.tables import UNDEFINED, escape_markdown, markdown_table, with_error, without_local_paths
 from experiments.tasks.base import Source
 from experiments.tasks.scores import Scores
 from frontier_tome_perceiver import Frontier
@@ -33,14 +33,14 @@ R = int | list[int] | str
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # The line of the template that says where code loads the checkpoint from.
-ADDRESS = re.compile(r'^checkpoint = ".*"$', re.MULTILINE)
+CHECKPOINT_LINE = re.compile(r'^checkpoint = ".*"$', re.MULTILINE)
 # Training arguments that every card lists; others are listed where they are not the default.
-TRAINING_SHOWN = (
+ALWAYS_LISTED = (
     "seed", "num_train_epochs", "max_steps", "learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type",
     "optim", "bf16", "fp16", "per_device_train_batch_size", "gradient_accumulation_steps", "processes",
 )  # fmt: skip
 # Values that `TrainingArguments` gives to arguments that were left out, where they are not the field's default.
-FILLED_IN = {"accelerator_config": str(AcceleratorConfig())}
+FILLED_DEFAULTS = {"accelerator_config": str(AcceleratorConfig())}
 METRIC_NAMES = {"f1": "F1", "mse": "MSE", "pearson": "Pearson", "spearmanr": "Spearman"}
 
 
@@ -72,7 +72,7 @@ USAGES = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class ResultRow:
     """One row of a card's results.
 
     Attributes:
@@ -105,7 +105,7 @@ def shown_r(merging: Merging | ToMePerceiverConfig) -> R:
     return f"fixed groups, then {spelled_r(merging.r)}" if merges else "fixed groups"
 
 
-def results_table(measured: Sequence[Measured]) -> str:
+def results_table(measured: Sequence[ResultRow]) -> str:
     """Return a table with a row for each of `measured`, and columns for each metric and its change, if it has any."""
     header, columns = ["", "r"], [[row.name, spelled_r(row.r)] for row in measured]
     for name in measured[0].scores:
@@ -131,15 +131,15 @@ def listed_arguments(fields: Mapping[str, Any], previous: Mapping[str, Any] | No
     defaults = TrainingArguments.__dataclass_fields__
 
     def is_listed(name: str, value: Any) -> bool:
-        if name in TRAINING_SHOWN or name not in defaults:
+        if name in ALWAYS_LISTED or name not in defaults:
             return value is not None
-        return value not in (None, [], {}, False, defaults[name].default, FILLED_IN.get(name))
+        return value not in (None, [], {}, False, defaults[name].default, FILLED_DEFAULTS.get(name))
 
     return {name: value for name, value in fields.items() if is_listed(name, value)}
 
 
 @dataclass(frozen=True)
-class WhatMerges:
+class MergingSummary:
     """The merging of a checkpoint, and what it saves.
 
     Attributes:
@@ -205,9 +205,9 @@ class Card:
     source: Source
     hub_task: str
     base_model: str | None
-    merging: WhatMerges | None = None
+    merging: MergingSummary | None = None
     frontier: Frontier | None = None
-    measured: Sequence[Measured] = ()
+    measured: Sequence[ResultRow] = ()
     evaluated_on: int = 0
     report: str | None = None
     steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -236,8 +236,8 @@ class Card:
             results_table=table,
             undefined_note=undefined_note(table),
             environment=environment_line(self.environment),
-            plain=lambda value: escape_markdown(without_places(value)),
-            without_places=without_places,
+            plain=lambda value: escape_markdown(without_local_paths(value)),
+            without_local_paths=without_local_paths,
             quoted=lambda name: json.dumps(name, ensure_ascii=False),
             spelled_r=spelled_r,
             tuple=tuple,
@@ -327,10 +327,10 @@ class Card:
         return bound if bound < 1 else None
 
 
-def address_card(folder: Path, repo_id: str) -> None:
+def set_card_repository(folder: Path, repo_id: str) -> None:
     """Make the code in a folder's card load the checkpoint from a repository."""
     path = folder / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    addressed = ADDRESS.sub(f'checkpoint = "{repo_id}"', text, count=1)
+    addressed = CHECKPOINT_LINE.sub(f'checkpoint = "{repo_id}"', text, count=1)
     if addressed != text:
         write_text(path, addressed)

@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from transformers import PreTrainedConfig
 
 from cost_tome_perceiver import ForwardCost
-from experiments.publishing.picture_style import MERGED, POINTS, UNMERGED, add_legend, save_picture, shades
+from experiments.publishing.picture_style import MERGED, POINT_STYLE, UNMERGED, add_legend, save_picture, shades
 from frontier_tome_perceiver import Frontier
 
 
@@ -37,7 +37,7 @@ def draw_frontier(frontier: Frontier, path: Path) -> None:
     rows = frontier.rows
     shares = [row.flops_ratio for row in rows]
     dark, light = shades(MERGED, 2)
-    points = POINTS | {"marker": "o", "color": dark}
+    points = POINT_STYLE | {"marker": "o", "color": dark}
     if all(row.changed is not None for row in rows):
         changed = [100 * (row.changed or 0.0) for row in rows]
         axes.errorbar(shares, changed, **points, label=f"of {frontier.held_out} held-out samples")

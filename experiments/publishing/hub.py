@@ -26,10 +26,10 @@ from transformers.trainer_utils import HubStrategy
 
 from experiments.errors import BadInput, Stopped, naming
 from experiments.files import check_writable
-from experiments.publishing.card import address_card
-from experiments.publishing.tables import without_places
+from experiments.publishing.card import set_card_repository
+from experiments.publishing.tables import without_local_paths
 
-BRANCH = r"(?!.*\.\.)\w[\w./-]*(?<![./])"
+BRANCH_PATTERN = r"(?!.*\.\.)\w[\w./-]*(?<![./])"
 # Seconds before each further try of a push.
 RETRY_WAITS = (2.0, 5.0, 15.0, 45.0)
 # Files that are needed to resume training only, half-written files, and training_args.bin, which holds the token.
@@ -38,9 +38,9 @@ NOT_PUSHED = (
     "scaler*.pt", "rng_state*", "random_states_*",
 )  # fmt: skip
 # Weights in a repository that would be loaded beside, or instead of, those that are pushed.
-STALE = ("*.safetensors", "*.bin", "*.index.json")
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
 # Files with paths of this machine, which are pushed without them.
-WITH_PLACES = ("arguments.json", "sweep_results.json", "trainer_state.json")
+FILES_WITH_PATHS = ("arguments.json", "sweep_results.json", "trainer_state.json")
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _check_arguments(training: TrainingArguments) -> None:
             f"--hub_strategy {training.hub_strategy.value}: use 'end'; checkpoints to resume from stay on disk"
         )
     revision = training.hub_revision
-    if revision is not None and not re.fullmatch(BRANCH, revision):
+    if revision is not None and not re.fullmatch(BRANCH_PATTERN, revision):
         raise BadInput(f"--hub_revision {revision}: a branch is named by letters, digits, '.', '_', '-' and '/'")
     if not HF_HUB_DISABLE_XET:  # xet cuts uploads into pieces in its cache
         check_writable(f"HF_XET_CACHE={HF_XET_CACHE}", Path(HF_XET_CACHE))
@@ -141,19 +141,19 @@ def push_checkpoint(repository: HubRepository, folder: Path, message: str, revis
 
     Raises:
         PushFailed: the folder is unchanged, and pushing again does what is left to do.
-        BadInput: if the folder holds no checkpoint, or one of `WITH_PLACES` is not JSON.
+        BadInput: if the folder holds no checkpoint, or one of `FILES_WITH_PATHS` is not JSON.
     """
     # Otherwise a wrong folder would delete the weights of the repository.
     if not (folder / "config.json").is_file():
         raise BadInput(f"--output_dir {folder}: holds no config.json, so no checkpoint to push")
-    address_card(folder, repository.repo_id)
+    set_card_repository(folder, repository.repo_id)
     waits = iter(RETRY_WAITS)
     while True:
         try:
             return _commit(repository, folder, message, revision)
         except (HTTPError, OSError, RuntimeError, ValueError) as error:  # of huggingface_hub, httpx and hf_xet
             wait = next(waits, None)
-            if wait is None or not _may_pass(error):
+            if wait is None or not _is_temporary(error):
                 raise PushFailed(
                     f"pushing to {repository.url} failed ({_reason(error)}). Everything is in {folder}: "
                     "the same command with --push_only repeats only the push."
@@ -171,7 +171,7 @@ def _commit(repository: HubRepository, folder: Path, message: str, revision: str
     files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and not _matches(path, NOT_PUSHED)}
     # Folders of the repository are left alone, and so "*", which matches "/" too, must not see them.
     present = [file.rfilename for file in head.siblings or [] if "/" not in file.rfilename]
-    stale = [name for name in present if name not in files and _matches(Path(name), STALE)]
+    stale = [name for name in present if name not in files and _matches(Path(name), WEIGHT_FILES)]
     commit = api.create_commit(
         repository.repo_id,
         [
@@ -192,17 +192,17 @@ def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
 
 def _content(path: Path) -> Path | bytes:
     """Return the content to push of a file: the file, or bytes without the paths of this machine."""
-    if path.name not in WITH_PLACES:
+    if path.name not in FILES_WITH_PATHS:
         return path
     with naming(f"--output_dir {path.parent}: {path.name}", ValueError):
         written = json.loads(path.read_text(encoding="utf-8"))
-    pushed = without_places(written)
+    pushed = without_local_paths(written)
     return path if pushed == written else (json.dumps(pushed, indent=2) + "\n").encode()
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_temporary(error: BaseException) -> bool:
     """Return whether a failure may be gone at the next try."""
-    error = _origin(error)
+    error = _root_failure(error)
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 412, 429) or error.response.status_code >= 500
     # hf_xet raises ConnectionError; the HTML page of a failing gateway is a JSONDecodeError.
@@ -210,7 +210,7 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, passing) and not isinstance(error, OfflineModeIsEnabled)
 
 
-def _origin(error: BaseException) -> BaseException:
+def _root_failure(error: BaseException) -> BaseException:
     """Return the failure behind the RuntimeError that the upload of a file raises."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
@@ -219,7 +219,7 @@ def _origin(error: BaseException) -> BaseException:
 
 def _reason(error: BaseException) -> str:
     """Describe a failure in one line, in the Hub's own words if there are any."""
-    error = _origin(error)
+    error = _root_failure(error)
     text = str(error)
     if isinstance(error, HfHubHTTPError):
         text = f"{error.response.status_code} {error.response.reason_phrase}"

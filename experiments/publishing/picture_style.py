@@ -25,9 +25,9 @@ STOCK, UNMERGED = "black", "gray"
 MERGED, TRAINED, CONTROL = (matplotlib.colormaps[name] for name in ("Blues", "Greens", "Oranges"))
 MARKERS = "osD^vP*X<>hp8d"
 # A schedule that merges nothing, and methods that ignore the latents or drop them.
-CONTROLS = frozenset({"skip_blocks", "random", "prune"})
-POINTS: dict[str, Any] = {"markersize": 6, "linewidth": 1.5, "elinewidth": 1, "capsize": 3}
-SERIES = {"r": "r as given", "search": "as a search found it", "frontier": "rows of the frontier"}
+CONTROL_NAMES = frozenset({"skip_blocks", "random", "prune"})
+POINT_STYLE: dict[str, Any] = {"markersize": 6, "linewidth": 1.5, "elinewidth": 1, "capsize": 3}
+SCHEDULE_LABELS = {"r": "r as given", "search": "as a search found it", "frontier": "rows of the frontier"}
 
 
 def shades(base: Colormap, count: int) -> list[tuple[float, ...]]:
@@ -39,13 +39,13 @@ def shades(base: Colormap, count: int) -> list[tuple[float, ...]]:
 
 def is_control(series: str) -> bool:
     """Return whether a series of a sweep, such as "floor random", is a control."""
-    return not CONTROLS.isdisjoint(series.split())
+    return not CONTROL_NAMES.isdisjoint(series.split())
 
 
-def series_words(series: str) -> str:
+def series_label(series: str) -> str:
     """Return a series of a sweep in words: its schedule, and its method if it names one."""
     schedule, _, method = series.partition(" ")
-    words = SERIES.get(schedule, f"schedule {schedule}")
+    words = SCHEDULE_LABELS.get(schedule, f"schedule {schedule}")
     return f"{words}, {method}" if method else words
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-RULES = {"l": "---", "r": "---:"}
+ALIGNMENT_RULES = {"l": "---", "r": "---:"}
 UNDEFINED = "undefined"
 
 
@@ -23,7 +23,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], alig
     Raises:
         ValueError: for a row with more or fewer cells than the header.
     """
-    rules = [RULES[align[min(column, len(align) - 1)]] for column in range(len(header))]
+    rules = [ALIGNMENT_RULES[align[min(column, len(align) - 1)]] for column in range(len(header))]
     lines = [_line(header), f"|{'|'.join(rules)}|"]
     for row in rows:
         if len(row) != len(header):
@@ -59,20 +59,20 @@ def escape_markdown(value: object) -> str:
     return re.sub(r"([\\`*<>\[|~&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(str(value).split()))
 
 
-def without_places(value: Any) -> Any:
+def without_local_paths(value: Any) -> Any:
     """Return a JSON value in which every path of this machine is reduced to its last name; Hub ids stay.
 
     A relative path of two parts that does not exist is taken for a Hub id.
     """
     if isinstance(value, dict):
-        return {name: without_places(each) for name, each in value.items()}
+        return {name: without_local_paths(each) for name, each in value.items()}
     if isinstance(value, list):
-        return [without_places(each) for each in value]
+        return [without_local_paths(each) for each in value]
     if not isinstance(value, str) or not value or "\n" in value or "://" in value:
         return value
     if re.match(r"--\w+ ", value):  # an argument with its value
         name, _, given = value.partition(" ")
-        return f"{name} {without_places(given)}"
+        return f"{name} {without_local_paths(given)}"
     parts = value.split("/")
     if not (parts[0] in ("", ".", "..", "~") or len(parts) > 2 or "/" in value and Path(value).exists()):
         return value

@@ -21,10 +21,10 @@ class TaskKind(NamedTuple):
 
     arguments: type
     load: Callable[..., Task]
-    does: str
+    purpose: str
 
 
-TASKS: dict[str, TaskKind] = {
+TASK_KINDS: dict[str, TaskKind] = {
     "ForSequenceClassification": TaskKind(GlueDataArguments, load_glue_task, "classifies text"),
     "ForMaskedLM": TaskKind(MlmDataArguments, load_mlm_task, "finds masked tokens"),
     "ForImageClassification": TaskKind(ImageDataArguments, load_image_task, "classifies images"),
@@ -51,7 +51,7 @@ class SweepDataArguments(MlmDataArguments, GlueDataArguments, ImageDataArguments
         default=None, metadata={"help": "Own sentences, as run_glue.py or run_mlm.py takes them."}
     )
 
-    def of(self, kind: TaskKind) -> Any:
+    def for_kind(self, kind: TaskKind) -> Any:
         """Those that this kind of task has."""
         return kind.arguments(**{each.name: getattr(self, each.name) for each in fields(kind.arguments)})
 
@@ -69,7 +69,7 @@ def load_sweep_task(data: SweepDataArguments, model: ModelArguments, seed: int, 
         raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
     architectures = requested_config(model).architectures
     name = f"--model_name_or_path {model.model_name_or_path}"
-    kind = next((kind for part, kind in TASKS.items() if part in str(architectures)), None)
+    kind = next((kind for part, kind in TASK_KINDS.items() if part in str(architectures)), None)
     if kind is None:
         raise BadInput(
             f"{name}: architectures = {architectures}; allowed is a finetuned text or image classifier, or a masked "
@@ -78,7 +78,7 @@ def load_sweep_task(data: SweepDataArguments, model: ModelArguments, seed: int, 
     if data.task_name is not None and kind.arguments is not GlueDataArguments:
         raise BadInput(
             f"--task_name {data.task_name}: allowed for a finetuned text classifier only, and {name}, "
-            f"architectures = {architectures}, {kind.does}"
+            f"architectures = {architectures}, {kind.purpose}"
         )
     options = {"calibration_samples": calibration_samples, **model.dataset_options()}
-    return kind.load(data.of(kind), predict=False, seed=seed, **options)
+    return kind.load(data.for_kind(kind), predict=False, seed=seed, **options)

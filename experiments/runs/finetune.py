@@ -55,7 +55,7 @@ def finetune(description: str, data_arguments: type, load_task: Callable[..., Ta
 def _run(args: RunArguments, load_task: Callable[..., Task]) -> None:
     """Load, claim the output folder, train, evaluate, predict and report."""
     training, retraining = args.training, args.retraining
-    loaded = load(partial(_read_task, args, load_task), args.model, training, args.merging.config_fields())
+    loaded = load(partial(_read_task, args, load_task), args.model, training, args.merge_args.config_fields())
     if not training.do_train:
         loaded.check_head(args.model)
     _check_groups(args, has_learned=not loaded.has_new_head)
@@ -80,7 +80,7 @@ def _run(args: RunArguments, load_task: Callable[..., Task]) -> None:
 
 def _read_task(args: RunArguments, load_task: Callable[..., Task]) -> Task:
     """Read the data, with samples to calibrate on that are not trained on, if there are any."""
-    training, merging = args.training, args.merging
+    training, merging = args.training, args.merge_args
     evaluate = training.do_eval or args.retrains or training.eval_strategy != "no"
     options: dict[str, Any] = args.model.dataset_options() | {"calibration_samples": merging.most_samples}
     if isinstance(args.data, (GlueDataArguments, ImageDataArguments)) and not training.do_train:
@@ -98,7 +98,7 @@ def _check(args: RunArguments) -> None:
     Raises:
         BadInput: for a combination that cannot be met.
     """
-    training, merging, retraining = args.training, args.merging, args.retraining
+    training, merging, retraining = args.training, args.merge_args, args.retraining
     if args.retrains and not (training.do_train and (merging.merges or retraining.elastic)):
         raise BadInput(
             f"--retrain_epochs {retraining.retrain_epochs}: needs --do_train, and --r above 0, a budget or --elastic"
@@ -125,7 +125,7 @@ def _check_groups(args: RunArguments, has_learned: bool) -> None:
     Raises:
         BadInput: if not.
     """
-    if args.merging.merge_method == GROUPS and not has_learned and not args.retrains:
+    if args.merge_args.merge_method == GROUPS and not has_learned and not args.retrains:
         raise BadInput(
             f"--merge_method {GROUPS}: the latents of a model that has learned nothing do not show which are alike; "
             "use --retrain_epochs, or a finetuned checkpoint as --model_name_or_path"

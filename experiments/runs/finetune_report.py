@@ -10,7 +10,7 @@ from torch import inference_mode
 
 from cost_tome_perceiver import Merging, undisturbed
 from experiments.measurement import Quartiles, time_interleaved
-from experiments.publishing.card import Card, WhatMerges, metric_name
+from experiments.publishing.card import Card, MergingSummary, metric_name
 from experiments.publishing.tables import with_error
 from experiments.runs.finetune_stages import Run
 from experiments.runs.start import RunArguments
@@ -21,14 +21,14 @@ from experiments.training.run_record import CONFIG, CONTINUED, RunRecord, traini
 from frontier_tome_perceiver import Frontier
 
 # Figures of the chosen row of a frontier that are saved.
-FIGURES = ("flops_ratio", "divergence", "changed", "changed_bound", "who")
+SAVED_FIGURES = ("flops_ratio", "divergence", "changed", "changed_bound", "who")
 # Inputs in the batch that the speed of a run's result is measured with, and rounds.
-SPEED_INPUTS, ROUNDS = 8, 5
+TIMED_INPUTS, TIMING_ROUNDS = 8, 5
 
 
 def leaves_checkpoint(args: RunArguments) -> bool:
     """Whether a run saves a checkpoint: trained, or merged to a budget."""
-    return args.training.do_train or args.merging.has_budget
+    return args.training.do_train or args.merge_args.has_budget
 
 
 def report(run: Run, is_first: bool) -> list[str]:
@@ -40,7 +40,7 @@ def report(run: Run, is_first: bool) -> list[str]:
     """
     speedup = batch_size = None
     if run.measured and run.merges:
-        batch = run.prepared.batch(SPEED_INPUTS)
+        batch = run.prepared.batch(TIMED_INPUTS)
         speedup, batch_size = _time(run, batch), len(next(iter(batch.values())))
     if leaves_checkpoint(run.args) and is_first:
         _write_card(run, speedup, batch_size)
@@ -60,7 +60,7 @@ def report(run: Run, is_first: bool) -> list[str]:
         f"cost: {run.model.flops_ratio(run.loaded.input_shape):.3f} of the FLOPs, {speedup.median:.2f} times as "
         f"fast as unmerged ({speedup.lower:.2f} to {speedup.upper:.2f}, batch {batch_size}){slower}"
     )
-    return [*lines, cost, f"merges: {_what_merges(run)}", *_changes(run), f"saved: {run.output_dir}"]
+    return [*lines, cost, f"merges: {_describe_merging(run)}", *_change_lines(run), f"saved: {run.output_dir}"]
 
 
 def _time(run: Run, batch: Batch) -> Quartiles:
@@ -73,11 +73,11 @@ def _time(run: Run, batch: Batch) -> Quartiles:
 
     merged, unmerged = Merging.of(run.model.config), run.model.unmerged
     with undisturbed(run.model):
-        (timing,) = time_interleaved(forward, [merged], unmerged, ROUNDS, desc="timing")
+        (timing,) = time_interleaved(forward, [merged], unmerged, TIMING_ROUNDS, desc="timing")
     return timing.speedup
 
 
-def _what_merges(run: Run) -> str:
+def _describe_merging(run: Run) -> str:
     config = run.model.config
     removed, start = sum(config.merge_schedule), config.latents_at_start
     layers = f"{removed} of {start} latents in layers, r = {config.merge_schedule}" if removed else "none in layers"
@@ -89,11 +89,11 @@ def _what_merges(run: Run) -> str:
     return f"{layers}, {method}"
 
 
-def _changes(run: Run) -> list[str]:
+def _change_lines(run: Run) -> list[str]:
     """Whose answers change by the choice, on the weights that it was made for."""
     if run.choice is None:
         return []
-    current = run.saves_merged or run.chooses_last
+    current = run.saves_untrained or run.chooses_after_training
     when = "" if current else "before retraining, " if run.retrains else "before training, "
     return [f"{when}{line}" for line in run.choice.lines()]
 
@@ -101,15 +101,15 @@ def _changes(run: Run) -> list[str]:
 def _write_card(run: Run, speedup: Quartiles | None, batch_size: int | None) -> None:
     """Write the card of the saved checkpoint, and record its config: an evaluation of the folder is compared."""
     update_record(run.output_dir, {CONFIG: config_fingerprint(run.model.config)})
-    budget = run.merging.budget_line
+    budget = run.merge_args.budget_line
     if run.choice is not None:
         searched = "" if run.choice.divergence is None else f", calibrated on {run.samples}"
-        budget = "; ".join([f"{budget}{searched}: {run.chosen}", *_changes(run)])
-        figures = {f"merging_{name}": value for name, value in asdict(run.choice).items() if name in FIGURES}
+        budget = "; ".join([f"{budget}{searched}: {run.chosen}", *_change_lines(run)])
+        figures = {f"merging_{name}": value for name, value in asdict(run.choice).items() if name in SAVED_FIGURES}
         save_metrics(run.output_dir, "merging", figures)
     Card(
         **run.loaded.card_fields(run.args),
-        merging=WhatMerges(
+        merging=MergingSummary(
             run.model.config,
             run.loaded.input_shape,
             budget,
@@ -119,12 +119,12 @@ def _write_card(run: Run, speedup: Quartiles | None, batch_size: int | None) -> 
         ),
         frontier=Frontier.of(run.model.config),
         measured=run.measured,
-        steps=_steps(run),
+        steps=_training_arguments(run),
         trained_on=len(run.prepared.train),
     ).write(run.output_dir)
 
 
-def _steps(run: Run) -> dict[str, dict[str, Any]]:
+def _training_arguments(run: Run) -> dict[str, dict[str, Any]]:
     """Return the arguments of each training, by its name."""
     if not run.training.do_train:
         return {}

@@ -12,7 +12,7 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import Merging, undisturbed
 from experiments.files import check_writable, save_whole
 from experiments.merging.arguments import MergeArguments, naming_arguments
-from experiments.publishing.card import Measured, shown_r
+from experiments.publishing.card import ResultRow, shown_r
 from experiments.runs.start import Loaded, RunArguments
 from experiments.training.evaluation import Evaluation, evaluate
 from experiments.training.fingerprints import config_fingerprint, weights_fingerprint
@@ -40,7 +40,7 @@ from frontier_tome_perceiver import FrontierRow, check_reach
 logger = logging.getLogger(__name__)
 
 # Data arguments that decide predictions and no training.
-ONLY_PREDICTED = ("max_predict_samples",)
+PREDICTION_ONLY = ("max_predict_samples",)
 
 
 class Run:
@@ -53,15 +53,15 @@ class Run:
 
     def __init__(self, args: RunArguments, loaded: Loaded) -> None:
         self.args, self.loaded = args, loaded
-        self.training, self.retraining, self.merging = args.training, args.retraining, args.merging
+        self.training, self.retraining, self.merge_args = args.training, args.retraining, args.merge_args
         self.task, self.prepared, self.model = loaded.task, loaded.prepared, loaded.model
         self.output_dir, self.finetuned_dir = args.output_dir, args.output_dir / "finetuned"
         self.retrains, self.writes = args.retrains, self.training.should_save
         # The checkpoint, merged to a budget and not trained, is the result.
-        self.saves_merged = self.merging.has_budget and not self.training.do_train
+        self.saves_untrained = self.merge_args.has_budget and not self.training.do_train
         # A share of changed answers is promised of the trained weights, so these decide what merges.
-        self.chooses_last = self.training.do_train and self.merging.max_changed is not None
-        self.measured: list[Measured] = []
+        self.chooses_after_training = self.training.do_train and self.merge_args.max_changed is not None
+        self.measured: list[ResultRow] = []
         self.unmerged: Evaluation | None = None
         self.choice: FrontierRow | None = None
         self.sample_count = 0
@@ -69,22 +69,22 @@ class Run:
         # What each stage resumes from, by its folder.
         self.starts: dict[Path, str | None] = {}
         self._content = content(
-            self.task, self.prepared, train=self.training.do_train, calibrates=self.merging.searches
+            self.task, self.prepared, train=self.training.do_train, calibrates=self.merge_args.searches
         )
         self._content |= {START: weights_fingerprint(self.model)}
         # Before a budget changes the config: records of the run, and of finetuning as a stage of its own, which depends
         # on nothing that merges and nothing of the second stage.
-        self.record = self._record(args.model, args.data, self.merging, self.retraining)
+        self.record = self._record(args.model, args.data, self.merge_args, self.retraining)
         self.finetuning_record = self._record(args.model, args.data)
 
     def _record(self, *groups: Any) -> RunRecord:
         arguments = recorded_arguments(*groups) | training_fields(self.training)
-        merges = self.merging in groups
+        merges = self.merge_args in groups
         # Predictions are of other data than training and its figures; only a search depends on what it calibrates on.
         left_out = (PREDICTION,) if merges else (PREDICTION, CALIBRATION)
         contents = {name: value for name, value in self._content.items() if name not in left_out}
         contents[START_CONFIG] = config_fingerprint(self.model.config, merging=merges)
-        return RunRecord({name: value for name, value in arguments.items() if name not in ONLY_PREDICTED}, contents)
+        return RunRecord({name: value for name, value in arguments.items() if name not in PREDICTION_ONLY}, contents)
 
     def claim(self, write: bool) -> None:
         """Claim the folder of each stage, or of an evaluation, before anything is written.
@@ -97,8 +97,8 @@ class Run:
         """
         args, training = self.args, self.training
         write = write and self.writes
-        if self.saves_merged:
-            arguments = recorded_arguments(args.model, args.data, self.merging) | evaluation_fields(training)
+        if self.saves_untrained:
+            arguments = recorded_arguments(args.model, args.data, self.merge_args) | evaluation_fields(training)
             # Before a budget is resolved, the config is not yet that of the result.
             config = {CONFIG: config_fingerprint(self.model.config)} if self._resolved else {}
             record = RunRecord(arguments, {**self.record.content, **config}, self._resolved)
@@ -121,13 +121,13 @@ class Run:
 
     def resolve_merging(self) -> None:
         """Choose what merges within a budget; before there is a finetuned model, check that the budget can be met."""
-        model, merging, input_shape = self.model, self.merging, self.loaded.input_shape
+        model, merging, input_shape = self.model, self.merge_args, self.loaded.input_shape
         if not merging.has_budget:
             return
         model.to(self.training.device)
         if merging.searches:
             self.sample_count = merging.sample_count(model, self.loaded.samples, input_shape)
-        if self.chooses_last:
+        if self.chooses_after_training:
             return
         if self.retrains and merging.searches and merging.flops_ratio is not None:
             with naming_arguments():
@@ -141,7 +141,7 @@ class Run:
     def _resolve(self) -> None:
         """Choose what merges, or take an earlier choice of this run: time is not measured the same twice."""
         contents = {**self.record.content, START: weights_fingerprint(self.model)}
-        of = RunRecord(recorded_arguments(self.merging), contents).flatten()
+        of = RunRecord(recorded_arguments(self.merge_args), contents).flatten()
         earlier, config = RunRecord.read(self.output_dir).notes.get(RESOLVED) or {}, self.model.config
         if earlier.get("of") == of:
             self.choice = FrontierRow(**earlier["chosen"] | {"merging": Merging(**earlier["chosen"]["merging"])})
@@ -151,8 +151,8 @@ class Run:
             # A model that has learned nothing has no outputs to keep.
             new_head = self.loaded.has_new_head
             trained = self.retrains or self.args.model.model_name_or_path is not None and not new_head
-            merging = self.merging if trained else self.merging.without_samples
-            if merging is not self.merging:
+            merging = self.merge_args if trained else self.merge_args.without_samples
+            if merging is not self.merge_args:
                 logger.warning(
                     "%s has learned nothing for a search to keep: it merges by schedule %s; --retrain_epochs N "
                     "finetunes it unmerged, then searches and trains on with merging",
@@ -198,7 +198,7 @@ class Run:
         trainer = task_trainer(
             self.model, self.prepared, arguments, self.output_dir, self.retraining.trainer_class, self.record
         )
-        if self.retrains and (self.merging.merges or any(self.model.config.merge_schedule)):
+        if self.retrains and (self.merge_args.merges or any(self.model.config.merge_schedule)):
             announce("evaluating the same, merged without retraining")
             self._evaluate(trainer, "merged", "merged without retraining")
         if self.training.do_train:
@@ -218,7 +218,7 @@ class Run:
             train_and_save(trainer, self.starts[self.finetuned_dir])
             announce("evaluating what was finetuned, unmerged")
             self.unmerged = self._evaluate(trainer, "eval", "finetuned")
-        if self.merging.has_budget:
+        if self.merge_args.has_budget:
             self._resolve()
             if self.writes:
                 update_record(self.output_dir, notes=self._resolved)
@@ -226,13 +226,13 @@ class Run:
     def _measure_frontier(self, trainer: TaskTrainer) -> None:
         """Give the trained checkpoint a frontier of its own weights, from which `--max_changed` chooses."""
         # Sharded weights run by the trainer alone.
-        if not self.merging.searches or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if not self.merge_args.searches or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             return
-        if self.chooses_last:
-            self._choose(self.merging)
+        if self.chooses_after_training:
+            self._choose(self.merge_args)
         else:
             announce("measuring the frontier of the trained weights")
-            self._calibrate(self.merging)
+            self._calibrate(self.merge_args)
         if self.writes:
             # Weights that were loaded where training had ended leave the rest of the config as it began.
             saved = ToMePerceiverConfig.from_pretrained(self.output_dir)
@@ -244,7 +244,7 @@ class Run:
         """Evaluate the result; where merging was chosen for weights that are not trained with it, unmerged too."""
         name = "retrained" if self.retrains else "trained"
         name += " for every r" if self.retraining.elastic else ""
-        if self.saves_merged or self.chooses_last and not self.retrains:
+        if self.saves_untrained or self.chooses_after_training and not self.retrains:
             announce("evaluating, unmerged")
             with self.model.unmerged.applied(self.model.config):
                 self.unmerged = self._evaluate(trainer, "unmerged", "unmerged")
@@ -253,7 +253,7 @@ class Run:
             f"evaluating{' what was retrained' if self.retrains else ''}, {'merged' if self.merges else 'unmerged'}"
         )
         self._evaluate(trainer, "eval", name)
-        if self.saves_merged and self.writes:
+        if self.saves_untrained and self.writes:
             self.loaded.save(self.output_dir)
             update_record(self.output_dir, {WEIGHTS: weights_fingerprint(self.model)})
 
@@ -264,7 +264,7 @@ class Run:
         trainer.log_metrics(split, evaluation.flatten())
         if self.writes:
             save_metrics(Path(trainer.args.output_dir), split, evaluation.flatten())
-        self.measured.append(Measured(name, shown_r(self.model.config), evaluation.scores))
+        self.measured.append(ResultRow(name, shown_r(self.model.config), evaluation.scores))
         return evaluation
 
     @property

@@ -25,7 +25,7 @@ from experiments.training.trainer_arguments import TrainerArguments
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 # FLOPs are for an input as long as the longest of this many evaluated ones.
-COUNTED_INPUTS = 32
+INPUTS_FOR_SHAPE = 32
 
 
 @dataclass
@@ -156,4 +156,4 @@ def load(
     model, prepared = load_model_and_task(model_args, dict(merging or {}), task, training)
     if (first := task.first_input(prepared)) is not None:
         say(first)
-    return Loaded(task, prepared, model, (1, *prepared.batch(COUNTED_INPUTS)[task.input_name].shape[1:]))
+    return Loaded(task, prepared, model, (1, *prepared.batch(INPUTS_FOR_SHAPE)[task.input_name].shape[1:]))

@@ -19,7 +19,7 @@ from experiments.command_line import shown_command
 from experiments.errors import BadInput
 from experiments.files import check_writable, save_whole
 from experiments.measurement import describe_environment, peak_memory_mb, time_interleaved
-from experiments.publishing.card import Card, Measured, WhatMerges, shown_r
+from experiments.publishing.card import Card, MergingSummary, ResultRow, shown_r
 from experiments.publishing.hub import HubRepository, open_to_push, push_checkpoint
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.runs.start import Loaded, RunArguments, load
@@ -63,7 +63,7 @@ def run_sweep(description: str) -> None:
         raise BadInput("--elastic: needs --retrain_epochs")
     repository = open_to_push(training, args.model.token) if training.push_to_hub else None
     with lock_folder(args.output_dir):
-        load_task = partial(load_sweep_task, args.data, args.model, training.seed, args.merging.most_samples)
+        load_task = partial(load_sweep_task, args.data, args.model, training.seed, args.merge_args.most_samples)
         loaded = load(load_task, args.model, training)
         loaded.check_head(args.model)
         rehearse(loaded.model, loaded.prepared, retraining.stages(training), retraining.trainer_class)
@@ -82,11 +82,11 @@ class Sweep:
 
     def __init__(self, args: RunArguments, loaded: Loaded) -> None:
         self.args, self.loaded = args, loaded
-        self.sweep_args: SweepArguments = args.merging
+        self.sweep_args: SweepArguments = args.merge_args
         self.training, self.retraining, self.retrains = args.training, args.retraining, args.retrains
         self.output_dir, self.writes = args.output_dir, self.training.should_save
         task, model, prepared = loaded.task, loaded.model, loaded.prepared
-        self.baseline = model.unmerged
+        self.unmerged = model.unmerged
         recorded = recorded_arguments(args.model, args.data, self.sweep_args, self.retraining)
         read = content(task, prepared, train=self.retrains, calibrates=self.sweep_args.searches)
         if self.sweep_args.frontier and model.config.merge_frontier is not None:
@@ -111,13 +111,13 @@ class Sweep:
         Raises:
             BadInput: if the folder holds another run, or for settings that the config does not take.
         """
-        self.continued = self.results.take_over(self.output_dir)
+        self.is_resumed = self.results.take_over(self.output_dir)
         for folder in (MERGED, PREDICTIONS, *([RETRAINED] if self.retrains else [])):
             check_writable(f"--output_dir {self.output_dir}", self.output_dir / folder)
         model = self.loaded.model
         # Budgets take minutes, and only after them are all rows known.
         check_disk_space(self.output_dir, model, self.training, models=3 if self.retrains else 2)
-        if self.continued:
+        if self.is_resumed:
             model.config.merge_frontier = self.results.frontier
         else:
             with self.results.spending("resolving budgets"):
@@ -127,10 +127,10 @@ class Sweep:
         # The unmerged model, that of the best row, and the retrained ones.
         retrained = (1 if self.retraining.elastic else len(self.results.rows)) if self.retrains else 0
         check_disk_space(self.output_dir, model, self.training, models=2 + retrained)
-        self._evaluate("merged")
+        self._complete_stage("merged")
         self._time()
         if self.retrains:
-            self._evaluate("retrained")
+            self._complete_stage("retrained")
         if self.writes:
             self._write()
 
@@ -161,7 +161,7 @@ class Sweep:
                 self.results.save(self.output_dir)
 
     def _is_unmerged(self, row: Row) -> bool:
-        return not row.merging.merges(self.baseline.asked_of(self.loaded.model.config))
+        return not row.merging.merges(self.unmerged.asked_of(self.loaded.model.config))
 
     def _unmerged_predictions(self, stage: str, row: Row) -> dict[str, np.ndarray]:
         """Read the predictions of the unmerged checkpoint, by split; empty for the row that these come from."""
@@ -173,11 +173,11 @@ class Sweep:
 
     def _save_predictions(self, evaluation: Evaluation, row: Row) -> None:
         """Save predictions: later rows and a resumed sweep are compared with the unmerged ones."""
-        is_baseline = evaluation.split == "merged" and self._is_unmerged(row)
+        is_unmerged = evaluation.split == "merged" and self._is_unmerged(row)
 
         def save(folder: Path) -> None:
             for suffix, predicted in evaluation.predictions.items():
-                for name in (f"{evaluation.split}_{row.branch}", *(["unmerged"] if is_baseline else [])):
+                for name in (f"{evaluation.split}_{row.branch}", *(["unmerged"] if is_unmerged else [])):
                     np.save(folder / f"{name}{suffix}.npy", predicted)
 
         save_whole(self.output_dir / PREDICTIONS, save)
@@ -188,7 +188,7 @@ class Sweep:
 
     def _train(self, row: Row) -> TaskTrainer:
         """Train the checkpoint from its start, with a row's merging or for all rows; a sweep that continues resumes."""
-        name, merging = ("for every row", self.baseline) if self.retraining.elastic else (row.name, row.merging)
+        name, merging = ("for every row", self.unmerged) if self.retraining.elastic else (row.name, row.merging)
         with self.results.spending("loading"):
             set_seed(self.training.seed)
             config = load_config(self.args.model, {}, self.loaded.task)
@@ -203,7 +203,7 @@ class Sweep:
                 model, self.loaded.prepared, arguments, folder, self.retraining.trainer_class, record
             )
             announce(f"retraining, {name}")
-            train_and_save(trainer, LAST if self.continued else None)
+            train_and_save(trainer, LAST if self.is_resumed else None)
         return trainer
 
     def _time(self) -> None:
@@ -238,11 +238,11 @@ class Sweep:
         """Return a card of a checkpoint of this sweep."""
         return Card(**self.loaded.card_fields(self.args) | given)
 
-    def _what_merges(self, row: Row, config: ToMePerceiverConfig) -> WhatMerges:
+    def _summarize_merging(self, row: Row, config: ToMePerceiverConfig) -> MergingSummary:
         """Return what merges in the checkpoint of a row, with its measured speed."""
         batch_size = self.results.timing["batch_size"] if self.results.timing is not None else 0
-        unmerged = self.baseline.asked_of(config)
-        return WhatMerges(
+        unmerged = self.unmerged.asked_of(config)
+        return MergingSummary(
             config, self.results.input_shape, f"row '{row.name}' of the sweep", unmerged, row.speedup, batch_size
         )
 
@@ -251,12 +251,12 @@ class Sweep:
         steps = training_fields(self.retraining.training_arguments(self.training))
         if self.retraining.elastic:
             steps |= {"elastic": True, "distillation_weight": self.retraining.distillation_weight}
-            config = self.baseline.asked_of(config)
-            merging = WhatMerges(config, self.results.input_shape, None, config)
+            config = self.unmerged.asked_of(config)
+            merging = MergingSummary(config, self.results.input_shape, None, config)
             measured = self._measured("retrained")
         else:
-            merging, r = self._what_merges(row, config), shown_r(row.merging)
-            measured = [Measured(name, r, row.scores[stage]) for stage, name in self.stage_names.items()]
+            merging, r = self._summarize_merging(row, config), shown_r(row.merging)
+            measured = [ResultRow(name, r, row.scores[stage]) for stage, name in self.stage_names.items()]
         branch = self._retrained_branch(row)
         self._card(
             revision=branch,
@@ -267,10 +267,10 @@ class Sweep:
             trained_on=len(self.loaded.prepared.train),
         ).write(self.output_dir / RETRAINED / branch)
 
-    def _measured(self, *stages: str) -> list[Measured]:
+    def _measured(self, *stages: str) -> list[ResultRow]:
         """Return the scores of every row, for cards; names tell rows with the same r apart."""
         return [
-            Measured(
+            ResultRow(
                 self.stage_names[stage] if row.series == "r" else f"{self.stage_names[stage]}, {row.name}",
                 shown_r(row.merging),
                 row.scores[stage],
@@ -283,7 +283,7 @@ class Sweep:
     def _write(self) -> None:
         """Write the report, the best row's checkpoint, and the unmerged one with a card that is the report, last."""
         model = self.loaded.model
-        self.baseline.apply(model.config)
+        self.unmerged.apply(model.config)
         self.loaded.save(self.output_dir)
         self.results.save(self.output_dir)
         report, best = write_report(self.results, shown_command(), self.output_dir)
@@ -318,11 +318,11 @@ class Sweep:
         model, folder = self.loaded.model, self.output_dir / MERGED
         with best.row.merging.applied(model.config):
             self.loaded.save(folder)
-            unmerged = Measured("unmerged", 0, self.results.rows[0].scores["merged"])
-            merged = Measured(self.stage_names["merged"], shown_r(model.config), best.row.scores["merged"])
+            unmerged = ResultRow("unmerged", 0, self.results.rows[0].scores["merged"])
+            merged = ResultRow(self.stage_names["merged"], shown_r(model.config), best.row.scores["merged"])
             self._card(
                 model_id=str(folder),
-                merging=self._what_merges(best.row, model.config),
+                merging=self._summarize_merging(best.row, model.config),
                 frontier=Frontier.of(model.config),
                 measured=[unmerged, merged],
             ).write(folder)

@@ -30,13 +30,13 @@ from frontier_tome_perceiver import GROUPS, Frontier
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 # Largest number of timing rounds and inputs; a larger one is a typing mistake.
-MOST = 10**6
+TIMING_LIMIT = 10**6
 BOOLEANS = {"true": True, "false": False}
 # Values of `proportional_attention` in the name of a row.
 ATTENTIONS = {True: "proportional", False: "plain"}
 
 
-class _Asked(NamedTuple):
+class _RequestedRow(NamedTuple):
     """A row that the command line asks for, before it is resolved."""
 
     name: str
@@ -99,8 +99,8 @@ class SweepArguments:
 
     def __post_init__(self) -> None:
         for name, smallest in (("timing_rounds", 0), ("timing_batch_size", 1)):
-            if not smallest <= getattr(self, name) <= MOST:
-                raise BadInput(f"--{name} {getattr(self, name)}: must be an integer from {smallest} to {MOST}")
+            if not smallest <= getattr(self, name) <= TIMING_LIMIT:
+                raise BadInput(f"--{name} {getattr(self, name)}: must be an integer from {smallest} to {TIMING_LIMIT}")
         self.proportional_attention = [str(value).lower() for value in self.proportional_attention]
         for value in self.proportional_attention:
             if value not in BOOLEANS:
@@ -117,8 +117,8 @@ class SweepArguments:
         for schedule in [] if self._has_budget else self.schedule:
             MergeArguments(schedule=schedule)
         samples = self.calibration_samples
-        shared = self._for_frontier if self.searches else MergeArguments(calibration_samples=samples)
-        for way in self._ways():
+        shared = self._frontier_arguments if self.searches else MergeArguments(calibration_samples=samples)
+        for way in self._combinations():
             replace(shared, r_inflection=self.r_inflection, **way)
         list(self._rows())
 
@@ -134,39 +134,39 @@ class SweepArguments:
     @property
     def most_samples(self) -> int:
         """Number of samples that are read at most; 0 if nothing is calibrated."""
-        return max((arguments.most_samples for arguments in self._searching(carried=False)), default=0)
+        return max((arguments.most_samples for arguments in self._calibrating_arguments(carried=False)), default=0)
 
-    def _searching(self, carried: bool) -> list[MergeArguments]:
+    def _calibrating_arguments(self, carried: bool) -> list[MergeArguments]:
         """Return the arguments of all rows that need a frontier measured; one that is carried serves `--frontier`."""
         rows = [row.arguments for row in self._rows() if row.arguments.searches]
-        return [*rows, *([self._for_frontier] if self.frontier and not carried else [])]
+        return [*rows, *([self._frontier_arguments] if self.frontier and not carried else [])]
 
     @property
-    def _for_frontier(self) -> MergeArguments:
+    def _frontier_arguments(self) -> MergeArguments:
         """Arguments that measure the checkpoint's own frontier; every row counts, the budget has no effect."""
         return MergeArguments(flops_ratio=1.0, calibration_samples=self.calibration_samples)
 
-    def _ways(self) -> Iterator[dict[str, Any]]:
+    def _combinations(self) -> Iterator[dict[str, Any]]:
         """Yield the arguments that say how latents merge, each combination of those that are given."""
         attention = [BOOLEANS[value] for value in self.proportional_attention]
         given: tuple[list[Any], ...] = (self.merge_method, self.merge_metric, attention)
         for values in product(*(values or [None] for values in given)):
             yield dict(zip(WAYS, values, strict=True)) | {"min_latents": self.min_latents}
 
-    def _rows(self) -> Iterator[_Asked]:
+    def _rows(self) -> Iterator[_RequestedRow]:
         """Yield a row for every r and every budget with every schedule, in every way to merge."""
-        for way in self._ways():
+        for way in self._combinations():
             for r in self.r:
                 # Fixed groups take no r; 0 stands for the unmerged model, which is always a row.
                 if r != "0" or way["merge_method"] != GROUPS:
-                    yield _Asked(f"r={r}", "r", MergeArguments(r=r, r_inflection=self.r_inflection, **way))
+                    yield _RequestedRow(f"r={r}", "r", MergeArguments(r=r, r_inflection=self.r_inflection, **way))
             for schedule, budget in product(self.schedule, BUDGETS):
                 for ratio in getattr(self, budget):
                     searches = schedule == SEARCH or budget == "max_changed"
                     given_samples = self.calibration_samples if searches else None
                     name = f"{budget.removesuffix('_ratio').removeprefix('max_')}={ratio:g} {schedule}"
                     budgeted: dict[str, Any] = {budget: ratio, "schedule": schedule} | way
-                    yield _Asked(name, schedule, MergeArguments(calibration_samples=given_samples, **budgeted))
+                    yield _RequestedRow(name, schedule, MergeArguments(calibration_samples=given_samples, **budgeted))
 
     def resolve(
         self,
@@ -186,7 +186,7 @@ class SweepArguments:
             BadInput: for settings that the config does not take, or samples that cannot promise `--max_changed`.
         """
         config, baseline, carried = model.config, model.unmerged, model.config.merge_frontier
-        searching = self._searching(carried=carried is not None)
+        searching = self._calibrating_arguments(carried=carried is not None)
         # All budgets are calibrated on as many samples as the one that needs most.
         count = max((each.sample_count(model, samples, input_shape) for each in searching), default=0)
         if count:
@@ -208,7 +208,7 @@ class SweepArguments:
         asked = list(self._rows())
         chosen: dict[int, Merging] = {}
         # A budget out of reach is refused before any search: rows without a search first, and the least budget first.
-        for place in sorted(range(len(asked)), key=lambda place: _effort(asked[place].arguments)):
+        for place in sorted(range(len(asked)), key=lambda place: _resolving_order(asked[place].arguments)):
             prepare(asked[place].arguments)
             asked[place].arguments.choose(model, samples, input_shape, self.timing_batch_size)
             chosen[place] = Merging.of(config)
@@ -222,10 +222,10 @@ class SweepArguments:
                 # The way makes no difference where nothing merges.
                 found.setdefault(name, (series, chosen[place]))
         if self.frontier and carried is None:
-            prepare(self._for_frontier)
+            prepare(self._frontier_arguments)
         else:
             # Rows of another attention or least number of latents are not what the checkpoint would do.
-            config.merge_frontier = carried or frontiers.get(_frontier_key(self._for_frontier))
+            config.merge_frontier = carried or frontiers.get(_frontier_key(self._frontier_arguments))
         baseline.apply(config)
         frontier = Frontier.of(config) if self.frontier else None
         for row in frontier.rows if frontier is not None else ():
@@ -241,7 +241,7 @@ def _frontier_key(arguments: MergeArguments) -> str:
     return repr([getattr(arguments, name) for name in ("schedule", "min_latents", *WAYS)])
 
 
-def _effort(arguments: MergeArguments) -> tuple[bool, bool, float]:
+def _resolving_order(arguments: MergeArguments) -> tuple[bool, bool, float]:
     """Return a key to sort by: rows that are searched for or timed come last, strong ones first."""
     share = arguments.flops_ratio or arguments.latency_ratio or arguments.max_changed or 0.0
     return arguments.searches, arguments.latency_ratio is not None, share

@@ -28,13 +28,13 @@ from experiments.publishing.picture_style import (
     CONTROL,
     MARKERS,
     MERGED,
-    POINTS,
+    POINT_STYLE,
     TRAINED,
     UNMERGED,
     add_legend,
     is_control,
     save_picture,
-    series_words,
+    series_label,
     shades,
 )
 from experiments.publishing.tables import markdown_table, with_error
@@ -49,8 +49,8 @@ PICTURE = "sweep.png"
 # Stages in which a row is evaluated.
 STAGES = ("merged", "retrained")
 # A score holds if it has fallen by at most this many standard errors.
-HOLDS = 2
-BEST_IS = """The best row: of those that are faster than unmerged, if any is, the fastest whose score is not lower by
+MAX_DROP_IN_ERRORS = 2
+BEST_ROW_RULE = """The best row: of those that are faster than unmerged, if any is, the fastest whose score is not lower by
 more than two standard errors of the paired change; untimed, the one with the fewest FLOPs; if none is so, the one that
 lost least. It was picked on these examples."""
 # Timing may be left out at first, or be repeated with more rounds.
@@ -92,8 +92,8 @@ class Row:
         cls, model: ToMePerceiverPreTrainedModel, input_shape: tuple[int, ...], name: str, series: str, merging: Merging
     ) -> Row:
         """Return a row of which nothing is measured yet; FLOPs are for one input, (1, S) or (1, 3, height, width)."""
-        config, whole_config = (each.asked_of(model.config) for each in (merging, model.unmerged))
-        cost, unmerged = (forward_cost(each, input_shape, type(model).__name__) for each in (config, whole_config))
+        config, unmerged_config = (each.asked_of(model.config) for each in (merging, model.unmerged))
+        cost, unmerged = (forward_cost(each, input_shape, type(model).__name__) for each in (config, unmerged_config))
         own, whole = (sum(each.self_attention) + sum(each.matching) for each in (cost, unmerged))
         # Groups in the layers, or of the learned latents with nothing matched after them.
         only_groups = config.merge_groups or (config.latent_groups and not any(config.merge_schedule))
@@ -114,7 +114,7 @@ class Row:
         """Branch of the Hub repository, and folder below `retrained/`, of the retrained checkpoint."""
         return re.sub(r"[^A-Za-z0-9.]+", "_", self.name.replace("=", ""))
 
-    def judged(self, stage: str, name: str) -> tuple[float, float] | None:
+    def value_and_error(self, stage: str, name: str) -> tuple[float, float] | None:
         """Return the value of a score and the standard error by which it is judged, or `None` if it has no value.
 
         That is the error of its change, if it was compared.
@@ -232,8 +232,8 @@ class Best(NamedTuple):
     sentence: str
 
 
-def best_of(rows: Sequence[Row], score: str) -> Best | None:
-    """Return the fastest row whose score holds: it has fallen by at most `HOLDS` standard errors of its change.
+def find_best(rows: Sequence[Row], score: str) -> Best | None:
+    """Return the fastest row whose score holds: it has fallen by at most `MAX_DROP_IN_ERRORS` standard errors of its change.
 
     Rows that are slower than unmerged are left out while there are others. Where nothing was timed, it is the row with
     the fewest FLOPs; where no row holds, the one that has lost least.
@@ -245,12 +245,12 @@ def best_of(rows: Sequence[Row], score: str) -> Best | None:
     Returns:
         `None` if no row that saves anything was evaluated.
     """
-    unmerged = rows[0].judged("merged", score)
+    unmerged = rows[0].value_and_error("merged", score)
     cells = [
         (row, stage, *judged)
         for row in rows
         for stage in STAGES
-        if row.flops_ratio < 1 and (judged := row.judged(stage, score)) is not None
+        if row.flops_ratio < 1 and (judged := row.value_and_error(stage, score)) is not None
     ]
     if unmerged is None or not cells:
         return None
@@ -262,7 +262,7 @@ def best_of(rows: Sequence[Row], score: str) -> Best | None:
         row, _, value, _ = cell
         return row.speedup.median if timed and row.speedup is not None else -row.flops_ratio, value
 
-    holding = [cell for cell in cells if cell[2] - unmerged[0] >= -HOLDS * cell[3]]
+    holding = [cell for cell in cells if cell[2] - unmerged[0] >= -MAX_DROP_IN_ERRORS * cell[3]]
     row, stage, value, _ = max(holding, key=gain) if holding else max(cells, key=lambda cell: cell[2])
     speed = "not timed"
     if row.speedup is not None:
@@ -345,10 +345,10 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> tuple
     rows, score, name = results.rows, results.metric, metric_name(results.metric)
     title = f"{results.source.name}: {results.evaluated_on:,} examples"
     write_csv(rows, score, output_dir / "sweep_results.csv")
-    best = best_of(rows, score)
+    best = find_best(rows, score)
     draw_sweep(rows, score, title if best is None else f"{title}\n{best.sentence}", output_dir / PICTURE)
-    found = "" if best is None else f"{best.sentence} {BEST_IS}\n\n"
-    if rows[0].judged("merged", score) is None:
+    found = "" if best is None else f"{best.sentence} {BEST_ROW_RULE}\n\n"
+    if rows[0].value_and_error("merged", score) is None:
         found = f"{name} is not defined for the unmerged model on these examples, so no row is called the best.\n\n"
     others = ""
     for other in rows[0].scores.get("merged", {}):
@@ -429,7 +429,7 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], score: str, place: Callable[[Ro
     """
     unmerged, *others = rows
     for stage, mark, what in (("merged", "o", "unmerged"), ("retrained", "s", "unmerged, trained again")):
-        if (judged := unmerged.judged(stage, score)) is not None:
+        if (judged := unmerged.value_and_error(stage, score)) is not None:
             value, error = 100 * judged[0], 100 * (unmerged.scores[stage][score].stderr or 0)
             label = f"{what}: {with_error(value, error, '.1f')}"
             if stage == "merged":
@@ -441,13 +441,13 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], score: str, place: Callable[[Ro
     axes.grid(alpha=0.3)
     axes.margins(x=0.15, y=0.1)  # room for names beside the points
     # A row that merges nothing is the unmerged model again, unless it was retrained.
-    drawn = [row for row in others if row.flops_ratio != 1 or row.judged("retrained", score)]
+    drawn = [row for row in others if row.flops_ratio != 1 or row.value_and_error("retrained", score)]
     series = list(dict.fromkeys(row.series for row in drawn))
     for name, stage in product(series, STAGES):
         points = [
             (at, 100 * judged[0], 100 * judged[1], row.name)
             for row in sorted(drawn, key=lambda row: row.flops_ratio, reverse=True)
-            if row.series == name and (at := place(row)) is not None and (judged := row.judged(stage, score))
+            if row.series == name and (at := place(row)) is not None and (judged := row.value_and_error(stage, score))
         ]
         if points:
             places, values, errors, names = zip(*points, strict=True)
@@ -471,9 +471,9 @@ def _style(stage: str, name: str, series: list[str]) -> dict[str, Any]:
     alike = [each for each in series if is_control(each) == control]
     kind = CONTROL if control else TRAINED if retrained else MERGED
     words = f"{'control' if control else 'merged'}{', trained again' if retrained else ''}"
-    return POINTS | {
+    return POINT_STYLE | {
         "color": shades(kind, len(alike))[alike.index(name)],
         "marker": MARKERS[series.index(name) % len(MARKERS)],
         "linestyle": "--" if control and retrained else "-",
-        "label": words if series == ["r"] else f"{words}, {series_words(name)}",
+        "label": words if series == ["r"] else f"{words}, {series_label(name)}",
     }

@@ -23,12 +23,12 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import Merging
 from experiments.measurement import Quartiles, describe_environment
 from experiments.publishing.card import (
-    TRAINING_SHOWN,
+    ALWAYS_LISTED,
     USAGES,
     Card,
-    Measured,
-    WhatMerges,
-    address_card,
+    MergingSummary,
+    ResultRow,
+    set_card_repository,
     shown_r,
 )
 from experiments.tasks.base import Source
@@ -40,8 +40,8 @@ from tests.support.tiny_models import stock_model, tiny_config
 
 GLUE = Source("--task_name stsb", "nyu-mll/glue", True, "stsb", "validation")
 ROWS = [
-    Measured("finetuned", 0, {"pearson": Score(0.85, 0.01), "spearmanr": Score(0.84, 0.02)}),
-    Measured("retrained", [2, 0], {"pearson": Score(0.8, 0.03), "spearmanr": Score(0.7, 0.04, -0.1, 0.01, True)}),
+    ResultRow("finetuned", 0, {"pearson": Score(0.85, 0.01), "spearmanr": Score(0.84, 0.02)}),
+    ResultRow("retrained", [2, 0], {"pearson": Score(0.8, 0.03), "spearmanr": Score(0.7, 0.04, -0.1, 0.01, True)}),
 ]
 UNMERGED, CONFIG = (tiny_config(r=r, architectures=["ToMePerceiverForSequenceClassification"]) for r in (0, 2))
 
@@ -60,7 +60,7 @@ def card_of(**fields: object) -> Card:
 
 def full_card(**fields: object) -> Card:
     """Return a card with a text in every section."""
-    merging = WhatMerges(CONFIG, (1, 20), "at most 0.5", UNMERGED, speedup=Quartiles(1.5, 1.25, 1.75), batch_size=8)
+    merging = MergingSummary(CONFIG, (1, 20), "at most 0.5", UNMERGED, speedup=Quartiles(1.5, 1.25, 1.75), batch_size=8)
     training = training_fields(TrainingArguments(output_dir="out", deepspeed=None, seed=7))
     everything = {
         "base_model": "deepmind/language-perceiver", "measured": ROWS, "evaluated_on": 1500, "trained_on": 3000,
@@ -118,7 +118,7 @@ On 1,500 examples""" in text_of(full_card())
 
 
 def test_an_undefined_score_is_said_to_be_and_is_no_result():
-    card = card_of(measured=[Measured("trained", 0, {"pearson": Score(None), "mse": Score(0.5, None)})])
+    card = card_of(measured=[ResultRow("trained", 0, {"pearson": Score(None), "mse": Score(0.5, None)})])
     assert "| undefined | 0.5000 |" in text_of(card) and "An undefined figure has no value" in text_of(card)
     assert [result.metric_type for result in card.data.eval_results] == ["mse"]
 
@@ -202,7 +202,7 @@ def test_a_card_says_what_was_done_how_fast_it_is_and_where():
 def test_a_training_lists_what_is_not_the_default_and_the_next_one_what_has_changed():
     text = text_of(full_card())
     listed = re.findall(r"^- `(\w+)`: ", text.partition("## Training\n")[2].partition("## ")[0], re.MULTILINE)
-    assert "learning_rate" in listed and set(listed) <= set(TRAINING_SHOWN)
+    assert "learning_rate" in listed and set(listed) <= set(ALWAYS_LISTED)
     first = {"learning_rate": 0.1, "data_seed": None, "max_grad_norm": 1.0}
     steps = {"Finetuning": first, "Retraining": first | {"max_grad_norm": 2.0, "elastic": True}}
     text = text_of(full_card(steps=steps))
@@ -211,7 +211,7 @@ def test_a_training_lists_what_is_not_the_default_and_the_next_one_what_has_chan
 
 
 def test_a_checkpoint_that_merges_nothing_says_so(tmp_path):
-    full_card(merging=WhatMerges(UNMERGED, (1, 20), None, UNMERGED)).write(tmp_path)
+    full_card(merging=MergingSummary(UNMERGED, (1, 20), None, UNMERGED)).write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "whose latents can be merged" in text and "Nothing, until `model.merge_to`" in text
     assert not (tmp_path / "schedule.png").exists() and "FLOPs are" not in text
@@ -258,7 +258,7 @@ def test_a_card_loads_from_the_repository_it_is_pushed_to(tmp_path):
     before = (tmp_path / "README.md").read_text()
     assert f'\ncheckpoint = "{tmp_path.name}"\n' in before
     for repo_id in ("someone/model", "someone/other"):
-        address_card(tmp_path, repo_id)
+        set_card_repository(tmp_path, repo_id)
         assert (tmp_path / "README.md").read_text() == before.replace(f'"{tmp_path.name}"', f'"{repo_id}"')
     with Image.open(tmp_path / "schedule.png") as picture:
         assert picture.width > 500 and len(picture.convert("L").getcolors()) > 10

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.publishing.tables import escape_markdown, markdown_table, with_error, without_places
+from experiments.publishing.tables import escape_markdown, markdown_table, with_error, without_local_paths
 
 
 def test_a_table_has_a_line_for_header_alignment_and_each_row():
@@ -46,4 +46,4 @@ def test_names_are_escaped():
 def test_paths_of_this_machine_are_reduced_to_names(tmp_path, monkeypatch, value, pushed):
     (tmp_path / "outputs" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert without_places(value) == pushed
+    assert without_local_paths(value) == pushed

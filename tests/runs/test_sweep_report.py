@@ -16,7 +16,7 @@ from PIL import Image
 from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import Merging
 from experiments.measurement import Quartiles
-from experiments.runs.sweep_report import Row, best_of, draw_sweep, sweep_table, write_csv
+from experiments.runs.sweep_report import Row, draw_sweep, find_best, sweep_table, write_csv
 from experiments.tasks.scores import Score
 
 FIELDS = asdict(Merging.of(ToMePerceiverConfig()))
@@ -75,13 +75,13 @@ SEARCHED = [row("flops=0.8 search", 0.79, 0.96, 1.1), row("flops=0.5 search", 0.
     ids=["fastest", "holds", "trained again", "faster first", "only slower", "not timed", "all lose"],
 )  # fmt: skip
 def test_the_result_is_that_of_the_best_row(rows, sentence):
-    best = best_of([UNMERGED, *rows], "accuracy")
+    best = find_best([UNMERGED, *rows], "accuracy")
     assert best is not None and best.sentence == sentence and best.row.name in sentence
 
 
 @pytest.mark.parametrize("rows", [[], [row("r=2", 0.8, None)], [row("latency=1 search", 1.0, 0.96)]])
 def test_without_a_row_that_saves_anything_there_is_no_result(rows):
-    assert best_of([UNMERGED, *rows], "accuracy") is None
+    assert find_best([UNMERGED, *rows], "accuracy") is None
 
 
 def test_a_row_of_the_results_file_is_read_as_it_was_written():
@@ -110,7 +110,7 @@ def test_csv_has_a_number_a_column(tmp_path):
 
 def test_an_undefined_score_is_said_to_be(tmp_path):
     rows = [replace(each, scores={"merged": {"pearson": Score(None, compared=True)}}) for each in ROWS]
-    assert best_of(rows, "pearson") is None
+    assert find_best(rows, "pearson") is None
     assert sweep_table(rows, "pearson").splitlines()[3].startswith("| r=4 | undefined | undefined | 0.25 |")
     write_csv(rows, "pearson", tmp_path / "rows.csv")
     assert "undefined" not in (tmp_path / "rows.csv").read_text()
