@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts share, a module for each noun."""
+"""Shared code of the scripts: tasks, merging arguments, training, runs and publishing."""

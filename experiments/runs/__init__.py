@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each script does, from its arguments to what it leaves."""
+"""Runs: everything a script does, from its arguments to its output folder."""

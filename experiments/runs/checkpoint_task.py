@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data of a sweep: those of a GLUE task, of images or of masked language modelling, as the checkpoint asks."""
+"""Load the task of a sweep: GLUE, images or masked language modelling, depending on the checkpoint's model class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.training.model_arguments import ModelArguments
 
 
 class TaskKind(NamedTuple):
-    """A kind of task: the arguments that say which data, what loads them, and what a model of it does."""
+    """A kind of task: the dataclass of its data arguments, its loading function, and its purpose in messages."""
 
     arguments: type
     load: Callable[..., Task]
@@ -29,14 +29,14 @@ TASK_KINDS: dict[str, TaskKind] = {
     "ForMaskedLM": TaskKind(MlmDataArguments, load_mlm_task, "finds masked tokens"),
     "ForImageClassification": TaskKind(ImageDataArguments, load_image_task, "classifies images"),
 }
-"""By what is in the name of a model class."""
+"""Kinds of tasks, by the end of the model class's name."""
 
 
 @dataclass
 class SweepDataArguments(MlmDataArguments, GlueDataArguments, ImageDataArguments):
-    """Which sentences or images; as for run_glue.py, run_mlm.py and run_image.py.
+    """Sentences or images to evaluate on, with the arguments of run_glue.py, run_mlm.py and run_image.py.
 
-    The arguments of all kinds of tasks, since only the checkpoint says which it is. Files may be those of any kind.
+    All of their data arguments are accepted, since the kind of task is known only once the checkpoint is read.
     """
 
     _argument_group_name: ClassVar[str] = "sentences or images"
@@ -44,40 +44,40 @@ class SweepDataArguments(MlmDataArguments, GlueDataArguments, ImageDataArguments
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or local folder, as `datasets.load_dataset` takes it. With --task_name: where GLUE is."
+            "help": "Dataset: a Hub id or a local folder. With --task_name: the one that holds the GLUE tasks."
         },
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "Own sentences, as run_glue.py or run_mlm.py takes them."}
+        default=None, metadata={"help": "Your own sentences, in a file that run_glue.py or run_mlm.py accepts."}
     )
 
     def for_kind(self, kind: TaskKind) -> Any:
-        """Those that this kind of task has."""
-        return kind.arguments(**{each.name: getattr(self, each.name) for each in fields(kind.arguments)})
+        """Return the data arguments of one kind of task."""
+        return kind.arguments(**{argument.name: getattr(self, argument.name) for argument in fields(kind.arguments)})
 
 
 def load_sweep_task(data: SweepDataArguments, model: ModelArguments, seed: int, calibration_samples: int = 0) -> Task:
-    """Load what the checkpoint was trained for: labelled sentences, sentences to be masked, or images.
+    """Load the data of the task that the checkpoint was trained for.
 
     Args:
-        calibration_samples: number of unlabelled examples of the test split to take at most.
+        calibration_samples: largest number of unlabelled test examples to load for calibration.
 
     Raises:
-        BadInput: for a checkpoint or data that are not there or do not fit.
+        BadInput: for a missing checkpoint or data, or data that do not fit the checkpoint.
     """
     if model.model_name_or_path is None:
-        raise BadInput("--model_name_or_path: not given; allowed is a Hub id or a folder with a finetuned checkpoint")
+        raise BadInput("--model_name_or_path: is missing; use a Hub id or a folder with a finetuned checkpoint")
     architectures = requested_config(model).architectures
     name = f"--model_name_or_path {model.model_name_or_path}"
     kind = next((kind for part, kind in TASK_KINDS.items() if part in str(architectures)), None)
     if kind is None:
         raise BadInput(
-            f"{name}: architectures = {architectures}; allowed is a finetuned text or image classifier, or a masked "
+            f"{name}: architectures = {architectures}; use a finetuned text or image classifier, or a masked "
             "language model"
         )
     if data.task_name is not None and kind.arguments is not GlueDataArguments:
         raise BadInput(
-            f"--task_name {data.task_name}: allowed for a finetuned text classifier only, and {name}, "
+            f"--task_name {data.task_name}: needs a finetuned text classifier, but {name}, "
             f"architectures = {architectures}, {kind.purpose}"
         )
     options = {"calibration_samples": calibration_samples, **model.dataset_options()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work of run_glue.py, run_image.py and run_mlm.py: finetune, merge, evaluate, retrain, predict and push."""
+"""Steps of run_glue.py, run_image.py and run_mlm.py: finetune, merge, evaluate, retrain, predict and push."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ COMMIT_MESSAGE = "Checkpoint with merged latents"
 
 
 def finetune(description: str, data_arguments: type, load_task: Callable[..., Task]) -> None:
-    """Do what the command line asks for, everything on disk first and the push last.
+    """Run the command line's steps, and push only once everything is on disk.
 
     Args:
         description: first part of `--help`.
-        data_arguments: dataclass of the arguments that say which data.
-        load_task: reads them, such as `experiments.tasks.glue.load_glue_task`.
+        data_arguments: dataclass of the data arguments.
+        load_task: loads the task from these, such as `experiments.tasks.glue.load_glue_task`.
 
     Raises:
-        BadInput: for arguments that cannot be met, before any long work.
-        PushFailed: when everything is done and on disk.
+        BadInput: for arguments that cannot be fulfilled, before any long work.
+        PushFailed: if the push fails; by then everything else is on disk.
     """
     args = RunArguments.parse(description, data_arguments, MergeArguments)
     if args.hub.push_only:
@@ -61,7 +61,7 @@ def _run(args: RunArguments, load_task: Callable[..., Task]) -> None:
     _check_groups(args, has_learned=not loaded.has_new_head)
     rehearse(loaded.model, loaded.prepared, retraining.stages(training), retraining.trainer_class)
     run = Run(args, loaded)
-    # Another run's folder is refused before a search, which takes minutes; nothing is written before it.
+    # Refuse another run's folder before the search, which takes minutes; write the record only after it.
     run.claim(write=False)
     run.resolve_merging()
     run.claim(write=True)
@@ -71,7 +71,7 @@ def _run(args: RunArguments, load_task: Callable[..., Task]) -> None:
     if training.do_predict:
         announce("predicting")
         predict_and_save(trainer, loaded.prepared, loaded.task.source.name)
-    # In every process: each has a part of a sharded model.
+    # Every process reports: each may hold a part of a sharded model.
     lines = report(run, is_first=trainer.is_world_process_zero())
     trainer.accelerator.wait_for_everyone()
     if lines and trainer.is_world_process_zero():
@@ -79,54 +79,54 @@ def _run(args: RunArguments, load_task: Callable[..., Task]) -> None:
 
 
 def _read_task(args: RunArguments, load_task: Callable[..., Task]) -> Task:
-    """Read the data, with samples to calibrate on that are not trained on, if there are any."""
-    training, merging = args.training, args.merge_args
+    """Load the task, with unlabelled samples to calibrate on: the test split, or else held-out training samples."""
+    training, merge_args = args.training, args.merge_args
     evaluate = training.do_eval or args.retrains or training.eval_strategy != "no"
-    options: dict[str, Any] = args.model.dataset_options() | {"calibration_samples": merging.most_samples}
+    options: dict[str, Any] = args.model.dataset_options() | {"calibration_samples": merge_args.most_samples}
     if isinstance(args.data, (GlueDataArguments, ImageDataArguments)) and not training.do_train:
-        # No training split is needed then.
+        # The checkpoint knows its classes, so the training split need not be read.
         options["classes"] = trained_classes(args.model)
     task = load_task(args.data, training.do_predict, training.seed, evaluate, **options)
-    if task.calibration is None and merging.calibration_samples is not None and training.do_train:
-        hold_out(task, merging.calibration_samples)
+    if task.calibration is None and merge_args.calibration_samples is not None and training.do_train:
+        hold_out(task, merge_args.calibration_samples)
     return task
 
 
 def _check(args: RunArguments) -> None:
-    """Check arguments of several groups together.
+    """Check combinations of arguments.
 
     Raises:
-        BadInput: for a combination that cannot be met.
+        BadInput: for a combination that cannot be fulfilled.
     """
-    training, merging, retraining = args.training, args.merge_args, args.retraining
-    if args.retrains and not (training.do_train and (merging.merges or retraining.elastic)):
+    training, merge_args, retraining = args.training, args.merge_args, args.retraining
+    if args.retrains and not (training.do_train and (merge_args.merges or retraining.elastic)):
         raise BadInput(
-            f"--retrain_epochs {retraining.retrain_epochs}: needs --do_train, and --r above 0, a budget or --elastic"
+            f"--retrain_epochs {retraining.retrain_epochs}: needs --do_train and one of --r above 0, a budget or --elastic"
         )
     _check_groups(args, has_learned=args.model.model_name_or_path is not None)
     if retraining.elastic and not training.do_train:
         raise BadInput("--elastic: needs --do_train")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise BadInput("use at least one of --do_train, --do_eval, --do_predict")
-    if merging.has_budget and not training.do_train and not training.do_eval:
+    if merge_args.has_budget and not training.do_train and not training.do_eval:
         raise BadInput(
             "--flops_ratio, --latency_ratio, --max_changed: use --do_train or --do_eval, which save a checkpoint"
         )
     if training.push_to_hub and not leaves_checkpoint(args) and not (args.output_dir / "config.json").exists():
         raise BadInput(f"--push_to_hub: --output_dir {args.output_dir} holds no checkpoint; use --do_train to make one")
     untrained = "--retrain_epochs" if args.retrains else None if training.do_train else "--do_eval"
-    check_sharding("--max_changed" if merging.max_changed is not None else untrained)
+    check_sharding("--max_changed" if merge_args.max_changed is not None else untrained)
     check_resume(parse_resume(training.resume_from_checkpoint))
 
 
 def _check_groups(args: RunArguments, has_learned: bool) -> None:
-    """Check that fixed groups are searched for in a model that has learned something.
+    """Refuse a search for fixed groups on untrained weights.
 
     Raises:
-        BadInput: if not.
+        BadInput: if the model has a new head or was not loaded from a checkpoint.
     """
     if args.merge_args.merge_method == GROUPS and not has_learned and not args.retrains:
         raise BadInput(
-            f"--merge_method {GROUPS}: the latents of a model that has learned nothing do not show which are alike; "
+            f"--merge_method {GROUPS}: latents of an untrained model do not show which of them are similar; "
             "use --retrain_epochs, or a finetuned checkpoint as --model_name_or_path"
         )

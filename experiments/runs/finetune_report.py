@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""End of a run: its last lines, and the card of the checkpoint that it saves."""
+"""Report of a finished run: the lines printed last, and the card of the saved checkpoint."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from experiments.training.output_folder import save_metrics
 from experiments.training.run_record import CONFIG, CONTINUED, RunRecord, training_fields, update_record
 from frontier_tome_perceiver import Frontier
 
-# Figures of the chosen row of a frontier that are saved.
+# Fields of the chosen frontier row that are saved in the result files.
 SAVED_FIGURES = ("flops_ratio", "divergence", "changed", "changed_bound", "who")
-# Inputs in the batch that the speed of a run's result is measured with, and rounds.
+# Batch size and number of rounds of the timing at the end of a run.
 TIMED_INPUTS, TIMING_ROUNDS = 8, 5
 
 
 def leaves_checkpoint(args: RunArguments) -> bool:
-    """Whether a run saves a checkpoint: trained, or merged to a budget."""
+    """Return whether a run saves a checkpoint: a trained one, or one merged to a budget."""
     return args.training.do_train or args.merge_args.has_budget
 
 
 def report(run: Run, is_first: bool) -> list[str]:
-    """Write the card of a saved checkpoint, and return the last lines of the run: scores, cost, what merges, where.
+    """Write the card of a saved checkpoint, and return the lines to print: scores, cost, merging, output folder.
 
     Args:
-        run: with its stages done.
-        is_first: whether this process writes; every process runs the model, of which each may hold a part.
+        run: a run that has finished its stages.
+        is_first: whether this process writes. Every process runs the model, since each may hold a part of it.
     """
     speedup = batch_size = None
     if run.measured and run.merges:
@@ -90,16 +90,16 @@ def _describe_merging(run: Run) -> str:
 
 
 def _change_lines(run: Run) -> list[str]:
-    """Whose answers change by the choice, on the weights that it was made for."""
+    """Return lines on the answers that the chosen merging changes, measured on the weights that it was chosen for."""
     if run.choice is None:
         return []
-    current = run.saves_untrained or run.chooses_after_training
-    when = "" if current else "before retraining, " if run.retrains else "before training, "
+    are_saved_weights = run.saves_untrained or run.chooses_after_training
+    when = "" if are_saved_weights else "before retraining, " if run.retrains else "before training, "
     return [f"{when}{line}" for line in run.choice.lines()]
 
 
 def _write_card(run: Run, speedup: Quartiles | None, batch_size: int | None) -> None:
-    """Write the card of the saved checkpoint, and record its config: an evaluation of the folder is compared."""
+    """Write the card of the saved checkpoint, and record its config, by which a later evaluation recognises it."""
     update_record(run.output_dir, {CONFIG: config_fingerprint(run.model.config)})
     budget = run.merge_args.budget_line
     if run.choice is not None:
@@ -125,16 +125,16 @@ def _write_card(run: Run, speedup: Quartiles | None, batch_size: int | None) -> 
 
 
 def _training_arguments(run: Run) -> dict[str, dict[str, Any]]:
-    """Return the arguments of each training, by its name."""
+    """Return the arguments of each training, by its heading in the card."""
     if not run.training.do_train:
         return {}
     trainings = {"Finetuning" if run.retrains else "Training": training_fields(run.training)}
     if run.retrains:
         trainings["Retraining"] = training_fields(run.retraining.training_arguments(run.training))
-    extended = RunRecord.read(run.output_dir).notes.get(CONTINUED, {})
+    earlier_values = RunRecord.read(run.output_dir).notes.get(CONTINUED, {})
     trainings[list(trainings)[-1]] |= {
         "elastic": run.retraining.elastic or None,
         "distillation_weight": run.retraining.distillation_weight if run.retraining.elastic else None,
-        **{f"{name} at first, then on from there": value for name, value in extended.items()},
+        **{f"{name}, before training was extended": value for name, value in earlier_values.items()},
     }
     return trainings

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run on a loaded model: its records, the folders it claims, and its stages."""
+"""Stages of a run of run_glue.py, run_image.py or run_mlm.py, and the records of its output folders."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from frontier_tome_perceiver import FrontierRow, check_reach
 
 logger = logging.getLogger(__name__)
 
-# Data arguments that decide predictions and no training.
+# Data arguments that affect predictions but not training.
 PREDICTION_ONLY = ("max_predict_samples",)
 
 
 class Run:
-    """One run on a loaded model.
+    """A run: resolves the budget, trains and evaluates a loaded model, and collects the results.
 
     Args:
-        args: arguments of the command line.
-        loaded: the model, and the data for it.
+        args: command line arguments.
+        loaded: the model and its task.
     """
 
     def __init__(self, args: RunArguments, loaded: Loaded) -> None:
@@ -57,12 +57,12 @@ class Run:
         self.task, self.prepared, self.model = loaded.task, loaded.prepared, loaded.model
         self.output_dir, self.finetuned_dir = args.output_dir, args.output_dir / "finetuned"
         self.retrains, self.writes = args.retrains, self.training.should_save
-        # The checkpoint, merged to a budget and not trained, is the result.
+        # Without training, the result is the loaded checkpoint, merged to a budget.
         self.saves_untrained = self.merge_args.has_budget and not self.training.do_train
-        # A share of changed answers is promised of the trained weights, so these decide what merges.
+        # --max_changed is a promise about the trained weights, so the merging is chosen after training.
         self.chooses_after_training = self.training.do_train and self.merge_args.max_changed is not None
         self.measured: list[ResultRow] = []
-        self.unmerged: Evaluation | None = None
+        self.unmerged_evaluation: Evaluation | None = None
         self.choice: FrontierRow | None = None
         self.sample_count = 0
         self._resolved: dict[str, Any] = {}
@@ -72,40 +72,40 @@ class Run:
             self.task, self.prepared, train=self.training.do_train, calibrates=self.merge_args.searches
         )
         self._content |= {START: weights_fingerprint(self.model)}
-        # Before a budget changes the config: records of the run, and of finetuning as a stage of its own, which depends
-        # on nothing that merges and nothing of the second stage.
+        # Made before a budget changes the config. Finetuning has its own record, because it depends neither on the
+        # merging nor on the retraining.
         self.record = self._record(args.model, args.data, self.merge_args, self.retraining)
         self.finetuning_record = self._record(args.model, args.data)
 
     def _record(self, *groups: Any) -> RunRecord:
         arguments = recorded_arguments(*groups) | training_fields(self.training)
         merges = self.merge_args in groups
-        # Predictions are of other data than training and its figures; only a search depends on what it calibrates on.
+        # Training does not depend on the data to predict; only a search depends on the calibration samples.
         left_out = (PREDICTION,) if merges else (PREDICTION, CALIBRATION)
         contents = {name: value for name, value in self._content.items() if name not in left_out}
         contents[START_CONFIG] = config_fingerprint(self.model.config, merging=merges)
         return RunRecord({name: value for name, value in arguments.items() if name not in PREDICTION_ONLY}, contents)
 
     def claim(self, write: bool) -> None:
-        """Claim the folder of each stage, or of an evaluation, before anything is written.
+        """Claim the output folder of each training stage, or of the evaluation, before anything else is written.
 
         Args:
-            write: whether to write the record, once a budget has been resolved; if not, only check.
+            write: whether to write the run record, which is complete once the budget is resolved; otherwise only check.
 
         Raises:
-            BadInput: if a folder holds another run, or a part of this one and nothing says what to do with it.
+            BadInput: if a folder holds another run, or an unfinished one without --resume_from_checkpoint.
         """
         args, training = self.args, self.training
         write = write and self.writes
         if self.saves_untrained:
             arguments = recorded_arguments(args.model, args.data, self.merge_args) | evaluation_fields(training)
-            # Before a budget is resolved, the config is not yet that of the result.
+            # The result's config is known once the budget is resolved.
             config = {CONFIG: config_fingerprint(self.model.config)} if self._resolved else {}
             record = RunRecord(arguments, {**self.record.content, **config}, self._resolved)
             claim(self.output_dir, record, write)
             return
         if not training.do_train:
-            # Of how the model was made, its weights and config are what is left.
+            # An evaluation depends on the model's weights and config, not on how these were trained.
             contents = {WEIGHTS: self._content[START], CONFIG: config_fingerprint(self.model.config)}
             read = (PREDICTION, *(("evaluation", "inputs") if self.prepared.evaluation else ()))
             contents |= {name: self._content[name] for name in read if name in self._content}
@@ -120,77 +120,77 @@ class Run:
         self.starts = claim_training(stages, training.resume_from_checkpoint, write)
 
     def resolve_merging(self) -> None:
-        """Choose what merges within a budget; before there is a finetuned model, check that the budget can be met."""
-        model, merging, input_shape = self.model, self.merge_args, self.loaded.input_shape
-        if not merging.has_budget:
+        """Choose the merging for a budget; if that must wait for finetuning, check that the budget is within reach."""
+        model, merge_args, input_shape = self.model, self.merge_args, self.loaded.input_shape
+        if not merge_args.has_budget:
             return
         model.to(self.training.device)
-        if merging.searches:
-            self.sample_count = merging.sample_count(model, self.loaded.samples, input_shape)
+        if merge_args.searches:
+            self.sample_count = merge_args.sample_count(model, self.loaded.samples, input_shape)
         if self.chooses_after_training:
             return
-        if self.retrains and merging.searches and merging.flops_ratio is not None:
+        if self.retrains and merge_args.searches and merge_args.flops_ratio is not None:
             with naming_arguments():
-                check_reach(model, merging.flops_ratio, input_shape)
+                check_reach(model, merge_args.flops_ratio, input_shape)
         elif self.retrains:
             with undisturbed(model):
-                merging.without_samples.choose(model, self.loaded.samples, input_shape)
+                merge_args.without_samples.choose(model, self.loaded.samples, input_shape)
         else:
             self._resolve()
 
     def _resolve(self) -> None:
-        """Choose what merges, or take an earlier choice of this run: time is not measured the same twice."""
+        """Choose the merging, or take the choice that this run recorded before, since measured times vary."""
         contents = {**self.record.content, START: weights_fingerprint(self.model)}
-        of = RunRecord(recorded_arguments(self.merge_args), contents).flatten()
+        inputs = RunRecord(recorded_arguments(self.merge_args), contents).flatten()
         earlier, config = RunRecord.read(self.output_dir).notes.get(RESOLVED) or {}, self.model.config
-        if earlier.get("of") == of:
+        if earlier.get("of") == inputs:
             self.choice = FrontierRow(**earlier["chosen"] | {"merging": Merging(**earlier["chosen"]["merging"])})
             self.choice.merging.apply(config)
             config.merge_frontier = earlier["frontier"]
         else:
-            # A model that has learned nothing has no outputs to keep.
+            # A search preserves the model's outputs, which mean nothing before training.
             new_head = self.loaded.has_new_head
             trained = self.retrains or self.args.model.model_name_or_path is not None and not new_head
-            merging = self.merge_args if trained else self.merge_args.without_samples
-            if merging is not self.merge_args:
+            merge_args = self.merge_args if trained else self.merge_args.without_samples
+            if merge_args is not self.merge_args:
                 logger.warning(
-                    "%s has learned nothing for a search to keep: it merges by schedule %s; --retrain_epochs N "
-                    "finetunes it unmerged, then searches and trains on with merging",
-                    "a new head" if new_head else "a model from scratch",
-                    merging.schedule,
+                    "%s is untrained, so a search would be meaningless: using --schedule %s. Use --retrain_epochs N to "
+                    "finetune unmerged, then search and retrain merged.",
+                    "The head" if new_head else "The model",
+                    merge_args.schedule,
                 )
-            self._choose(merging)
+            self._choose(merge_args)
         assert self.choice is not None
-        self._resolved = {RESOLVED: {"of": of, "chosen": asdict(self.choice), "frontier": config.merge_frontier}}
+        self._resolved = {RESOLVED: {"of": inputs, "chosen": asdict(self.choice), "frontier": config.merge_frontier}}
 
-    def _choose(self, merging: MergeArguments) -> None:
-        """Choose what merges within the budget, from a frontier that is measured first if anything is searched for."""
-        announce(f"choosing what merges: {merging.budget_line}")
-        self._calibrate(merging)
-        choice = merging.choose(self.model, self.loaded.samples, self.loaded.input_shape)
+    def _choose(self, merge_args: MergeArguments) -> None:
+        """Choose the merging for the budget; a search measures the frontier first."""
+        announce(f"choosing what merges: {merge_args.budget_line}")
+        self._calibrate(merge_args)
+        choice = merge_args.choose(self.model, self.loaded.samples, self.loaded.input_shape)
         assert choice is not None
         self.choice = choice.chosen
         say(f"chosen: {self.chosen}")
 
-    def _calibrate(self, merging: MergeArguments) -> None:
-        """Measure the frontier of the present weights, if anything is searched for."""
-        if merging.searches:
+    def _calibrate(self, merge_args: MergeArguments) -> None:
+        """Measure the frontier of the current weights, if the budget needs one."""
+        if merge_args.searches:
             say(f"calibrating on {self.samples}")
-            merging.calibrate(self.model, self.loaded.samples, self.sample_count, self.loaded.input_shape)
+            merge_args.calibrate(self.model, self.loaded.samples, self.sample_count, self.loaded.input_shape)
 
     @property
     def chosen(self) -> str:
-        """What was chosen to merge, in words."""
+        """Description of the chosen merging."""
         assert self.choice is not None
         return self.choice.describe(self.model.unmerged.num_blocks)
 
     @property
     def samples(self) -> str:
-        """What a search calibrates on, in words."""
+        """Description of the samples that a search calibrates on."""
         return f"{self.sample_count:,} {self.loaded.samples.name}, without labels"
 
     def train(self) -> TaskTrainer:
-        """Train as asked, if at all, and return the trainer with the model as it is to be evaluated."""
+        """Run the training stages, if any, and return a trainer with the model to evaluate."""
         arguments = self.training
         if self.retrains:
             self._finetune()
@@ -209,7 +209,7 @@ class Run:
         return trainer
 
     def _finetune(self) -> None:
-        """Finetune and evaluate unmerged, the first of two stages, and then resolve the budget."""
+        """Finetune and evaluate the unmerged model, the first of two stages, then resolve the budget."""
         with Merging.of(self.model.config).by(0).applied(self.model.config):
             trainer = task_trainer(
                 self.model, self.prepared, self.training, self.finetuned_dir, record=self.finetuning_record
@@ -217,15 +217,15 @@ class Run:
             announce("finetuning, unmerged")
             train_and_save(trainer, self.starts[self.finetuned_dir])
             announce("evaluating what was finetuned, unmerged")
-            self.unmerged = self._evaluate(trainer, "eval", "finetuned")
+            self.unmerged_evaluation = self._evaluate(trainer, "eval", "finetuned")
         if self.merge_args.has_budget:
             self._resolve()
             if self.writes:
                 update_record(self.output_dir, notes=self._resolved)
 
     def _measure_frontier(self, trainer: TaskTrainer) -> None:
-        """Give the trained checkpoint a frontier of its own weights, from which `--max_changed` chooses."""
-        # Sharded weights run by the trainer alone.
+        """Measure the frontier of the trained weights, choose from it for `--max_changed`, and save both."""
+        # Sharded weights can run only inside the trainer.
         if not self.merge_args.searches or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             return
         if self.chooses_after_training:
@@ -234,20 +234,20 @@ class Run:
             announce("measuring the frontier of the trained weights")
             self._calibrate(self.merge_args)
         if self.writes:
-            # Weights that were loaded where training had ended leave the rest of the config as it began.
+            # A finished training that is resumed has in memory the config from before it: change the saved one instead.
             saved = ToMePerceiverConfig.from_pretrained(self.output_dir)
             saved.merge_frontier = self.model.config.merge_frontier
             Merging.of(self.model.config).apply(saved)
             save_whole(self.output_dir, saved.save_pretrained)
 
     def evaluate(self, trainer: TaskTrainer) -> None:
-        """Evaluate the result; where merging was chosen for weights that are not trained with it, unmerged too."""
+        """Evaluate the result, and before it the unmerged model if the weights were not trained with merging."""
         name = "retrained" if self.retrains else "trained"
         name += " for every r" if self.retraining.elastic else ""
         if self.saves_untrained or self.chooses_after_training and not self.retrains:
             announce("evaluating, unmerged")
             with self.model.unmerged.applied(self.model.config):
-                self.unmerged = self._evaluate(trainer, "unmerged", "unmerged")
+                self.unmerged_evaluation = self._evaluate(trainer, "unmerged", "unmerged")
             name = "merged without training"
         announce(
             f"evaluating{' what was retrained' if self.retrains else ''}, {'merged' if self.merges else 'unmerged'}"
@@ -257,17 +257,23 @@ class Run:
             self.loaded.save(self.output_dir)
             update_record(self.output_dir, {WEIGHTS: weights_fingerprint(self.model)})
 
-    def _evaluate(self, trainer: TaskTrainer, split: str, name: str) -> Evaluation:
-        """Evaluate, compare with the unmerged model if that was evaluated, and write the results."""
-        before = None if self.unmerged is None else self.unmerged.predictions
-        evaluation = evaluate(trainer, self.prepared, split, before)
-        trainer.log_metrics(split, evaluation.flatten())
+    def _evaluate(self, trainer: TaskTrainer, prefix: str, name: str) -> Evaluation:
+        """Evaluate, compare with the unmerged model if that was evaluated, and write the results.
+
+        Args:
+            trainer: holds the model.
+            prefix: of the file and of the names in it.
+            name: of the row in the report and card.
+        """
+        unmerged = None if self.unmerged_evaluation is None else self.unmerged_evaluation.predictions
+        evaluation = evaluate(trainer, self.prepared, prefix, unmerged)
+        trainer.log_metrics(prefix, evaluation.flatten())
         if self.writes:
-            save_metrics(Path(trainer.args.output_dir), split, evaluation.flatten())
+            save_metrics(Path(trainer.args.output_dir), prefix, evaluation.flatten())
         self.measured.append(ResultRow(name, shown_r(self.model.config), evaluation.scores))
         return evaluation
 
     @property
     def merges(self) -> bool:
-        """Whether anything merges at present."""
+        """Whether the model currently merges anything."""
         return Merging.of(self.model.config).merges(self.model.unmerged.asked_of(self.model.config))

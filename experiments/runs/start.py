@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start of every script: its arguments, the data and the model for them."""
+"""Parse the arguments of a script, then load its task and model. Every script starts here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from experiments.training.stage import RetrainArguments
 from experiments.training.trainer_arguments import TrainerArguments
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
-# FLOPs are for an input as long as the longest of this many evaluated ones.
+# FLOPs are counted for the shape of a batch of this many evaluated inputs: text is as long as the longest of them.
 INPUTS_FOR_SHAPE = 32
 
 
@@ -33,29 +33,29 @@ class RunArguments:
     """Arguments of a script, by group.
 
     Attributes:
-        merging: `MergeArguments`, or `SweepArguments` of a sweep.
-        data: which data, of the kind that the script takes.
+        data: the script's dataclass of data arguments.
+        merge_args: `MergeArguments`, or `SweepArguments` in eval_sweep.py.
     """
 
     model: ModelArguments
     data: Any
-    merging: Any
+    merge_args: Any
     training: TrainingArguments
     retraining: RetrainArguments
     hub: HubArguments
 
     @classmethod
-    def parse(cls, description: str, data: type, merging: type) -> RunArguments:
+    def parse(cls, description: str, data: type, merge_args: type) -> RunArguments:
         """Parse the command line of a script.
 
         Args:
             description: first part of its `--help`.
-            data, merging: dataclasses of these groups.
+            data, merge_args: dataclasses of these two groups.
 
         Raises:
             BadInput: for values that are out of range.
         """
-        groups = (ModelArguments, data, merging, TrainerArguments, RetrainArguments, HubArguments)
+        groups = (ModelArguments, data, merge_args, TrainerArguments, RetrainArguments, HubArguments)
         return cls(*parse_arguments(description, *groups))
 
     @property
@@ -77,9 +77,9 @@ class Loaded:
     """A task and a model for it.
 
     Attributes:
-        task, prepared: the data, as they are and as the model sees them.
-        model: as it was loaded.
-        input_shape: of one input, (1, S) or (1, 3, height, width), that FLOPs are for.
+        task, prepared: the data before and after preprocessing.
+        model: the loaded model.
+        input_shape: shape of one input, (1, S) or (1, 3, height, width), for which FLOPs are counted.
     """
 
     task: Task
@@ -89,7 +89,7 @@ class Loaded:
 
     @property
     def has_new_head(self) -> bool:
-        """Whether the model is a checkpoint's with a randomly initialised head, whose outputs mean nothing yet."""
+        """Whether the checkpoint had no head for this task, so that the model has a randomly initialised one."""
         return getattr(self.model, "head_is_new", False)
 
     def check_head(self, model_args: ModelArguments) -> None:
@@ -100,8 +100,8 @@ class Loaded:
         """
         if self.has_new_head:
             raise BadInput(
-                f"--model_name_or_path {model_args.model_name_or_path}: its head for this task is new and has learned "
-                "nothing; finetune it first, with --do_train"
+                f"--model_name_or_path {model_args.model_name_or_path}: has no trained head for this task; "
+                "use --do_train to finetune it first"
             )
 
     def save(self, folder: Path) -> None:
@@ -110,7 +110,7 @@ class Loaded:
         save_whole(folder, self.prepared.processing_class.save_pretrained)
 
     def card_fields(self, args: RunArguments) -> dict[str, Any]:
-        """Return what the cards of all checkpoints of a script say of their data and their base."""
+        """Return the fields that the cards of all checkpoints of a run share: data, labels and base model."""
         return {
             "model_id": str(args.output_dir),
             "source": self.task.source,
@@ -123,7 +123,7 @@ class Loaded:
 
     @property
     def samples(self) -> Samples:
-        """Unlabelled samples to calibrate on: training samples only where there are no others."""
+        """Unlabelled samples to calibrate on; training samples only if there are no others."""
         prepared, unseen = self.prepared, self.prepared.calibration is not None
         available = len(prepared.calibration if unseen else prepared.train)
         name = self.task.calibration_name if unseen else "training samples"
@@ -134,18 +134,18 @@ def load(
     load_task: Callable[[], Task],
     model_args: ModelArguments,
     training: TrainingArguments,
-    merging: Mapping[str, Any] | None = None,
+    merging_fields: Mapping[str, Any] | None = None,
 ) -> Loaded:
-    """Read the data and load the model.
+    """Load the task, then the model for it.
 
     Args:
-        load_task: reads the data; of several processes, the first one reads first.
-        model_args: which model.
-        training: its seed decides every random draw.
-        merging: fields of the config that are given.
+        load_task: loads the data; among several processes, the first one does so before the others.
+        model_args: arguments of the model to load.
+        training: training arguments; their seed determines all random numbers.
+        merging_fields: config fields on merging that the command line sets.
 
     Raises:
-        BadInput: for data or a model that are missing or do not fit.
+        BadInput: for missing data or a missing model, or a model that does not fit the data.
     """
     quieten_transformers()
     set_seed(training.seed)
@@ -153,7 +153,7 @@ def load(
         task = load_task()
     for line in task.summary:
         say(line)
-    model, prepared = load_model_and_task(model_args, dict(merging or {}), task, training)
+    model, prepared = load_model_and_task(model_args, dict(merging_fields or {}), task, training)
     if (first := task.first_input(prepared)) is not None:
         say(first)
     return Loaded(task, prepared, model, (1, *prepared.batch(INPUTS_FOR_SHAPE)[task.input_name].shape[1:]))

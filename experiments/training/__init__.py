@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading, training and evaluating, and the folders that hold what came of it."""
+"""Load, train, evaluate, and record the results in an output folder."""
