@@ -43,9 +43,7 @@ class SweepDataArguments(MlmDataArguments, GlueDataArguments, ImageDataArguments
 
     dataset_name: str | None = field(
         default=None,
-        metadata={
-            "help": "Dataset: a Hub id or a local folder. With --task_name: the one that holds the GLUE tasks."
-        },
+        metadata={"help": "Dataset: a Hub id or a local folder. With --task_name: the one that holds the GLUE tasks."},
     )
     train_file: str | None = field(
         default=None, metadata={"help": "Your own sentences, in a file that run_glue.py or run_mlm.py accepts."}

@@ -101,7 +101,7 @@ def _check(args: RunArguments) -> None:
     training, merge_args, retraining = args.training, args.merge_args, args.retraining
     if args.retrains and not (training.do_train and (merge_args.merges or retraining.elastic)):
         raise BadInput(
-            f"--retrain_epochs {retraining.retrain_epochs}: needs --do_train and one of --r above 0, a budget or --elastic"
+            f"--retrain_epochs {retraining.retrain_epochs}: needs --do_train, and --r above 0, a budget or --elastic"
         )
     _check_groups(args, has_learned=args.model.model_name_or_path is not None)
     if retraining.elastic and not training.do_train:

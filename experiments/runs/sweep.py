@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep: merge a checkpoint in several ways; evaluate, time and retrain each; write and push the results."""
+"""Work of eval_sweep.py: evaluate, time and retrain a checkpoint with several merging settings, and report on them."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ from experiments.training.stage import check_sharding, rehearse, task_trainer, t
 from experiments.training.trainer import TaskTrainer
 from frontier_tome_perceiver import Frontier
 
-MERGED = "merged"
-PREDICTIONS = "predictions"
-RETRAINED = "retrained"
-# Folder below it, and branch, of the one checkpoint for all rows.
-ELASTIC = "elastic"
+MERGED_FOLDER = "merged"
+PREDICTIONS_FOLDER = "predictions"
+RETRAINED_FOLDER = "retrained"
+# Hub branch, and folder in `retrained/`, of the checkpoint that is retrained once for all rows.
+ELASTIC_BRANCH = "elastic"
 
 
 def run_sweep(description: str) -> None:
-    """Do what the command line of eval_sweep.py asks for, everything on disk first and the push last.
+    """Run the sweep that the command line of eval_sweep.py describes, and push only once everything is on disk.
 
     Args:
         description: first part of `--help`.
 
     Raises:
-        BadInput: for arguments that cannot be met, before any long work.
-        PushFailed: when everything is done and on disk.
+        BadInput: for arguments that cannot be fulfilled, before any long work.
+        PushFailed: if the push fails; by then everything else is on disk.
     """
     args = RunArguments.parse(description, SweepDataArguments, SweepArguments)
     training, retraining = args.training, args.retraining
@@ -73,11 +73,11 @@ def run_sweep(description: str) -> None:
 
 
 class Sweep:
-    """A sweep: `run` measures its rows one after another.
+    """A sweep over merging settings; each is a row, and each score of a row is saved as soon as it is measured.
 
     Args:
-        args: arguments of the command line.
-        loaded: the checkpoint, and the task to evaluate and train it on.
+        args: command line arguments.
+        loaded: the checkpoint and its task.
     """
 
     def __init__(self, args: RunArguments, loaded: Loaded) -> None:
@@ -104,18 +104,18 @@ class Sweep:
         self.stage_names = {"merged": "merged without retraining", "retrained": retrained}
 
     def run(self) -> None:
-        """Resolve the rows, evaluate and time them, retrain, and write the report.
+        """Resolve the rows, evaluate, time and retrain them, and write the report.
 
-        An earlier run of the same sweep in the folder is continued.
+        Measurements of an earlier run of the same sweep in the output folder are kept.
 
         Raises:
-            BadInput: if the folder holds another run, or for settings that the config does not take.
+            BadInput: if the folder holds another run, or for settings that the model's config rejects.
         """
         self.is_resumed = self.results.take_over(self.output_dir)
-        for folder in (MERGED, PREDICTIONS, *([RETRAINED] if self.retrains else [])):
+        for folder in (MERGED_FOLDER, PREDICTIONS_FOLDER, *([RETRAINED_FOLDER] if self.retrains else [])):
             check_writable(f"--output_dir {self.output_dir}", self.output_dir / folder)
         model = self.loaded.model
-        # Budgets take minutes, and only after them are all rows known.
+        # Resolving budgets takes minutes, so check the disk before it; the number of rows is known only after it.
         check_disk_space(self.output_dir, model, self.training, models=3 if self.retrains else 2)
         if self.is_resumed:
             model.config.merge_frontier = self.results.frontier
@@ -124,7 +124,7 @@ class Sweep:
                 model.to(self.training.device)
                 self.results.rows = self.sweep_args.resolve(model, self.loaded.samples, self.loaded.input_shape)
             self.results.frontier = model.config.merge_frontier
-        # The unmerged model, that of the best row, and the retrained ones.
+        # Checkpoints to save: the unmerged one, the best row's, and the retrained ones.
         retrained = (1 if self.retraining.elastic else len(self.results.rows)) if self.retrains else 0
         check_disk_space(self.output_dir, model, self.training, models=2 + retrained)
         self._complete_stage("merged")
@@ -134,10 +134,11 @@ class Sweep:
         if self.writes:
             self._write()
 
-    def _evaluate(self, stage: str) -> None:
-        """Evaluate every row that lacks a stage, the baseline of the others first, and save after each.
+    def _complete_stage(self, stage: str) -> None:
+        """Evaluate every row that lacks a stage's scores, the unmerged model first, and save after each.
 
-        Retrained is a checkpoint for each row, from the same start; or, with `--elastic`, one for all of them.
+        The stage "retrained" first trains a checkpoint for each row from the same weights, or one for all rows with
+        `--elastic`.
         """
         missing = [row for row in self.results.rows if stage not in row.scores]
         missing.sort(key=lambda row: not self._is_unmerged(row))
@@ -154,8 +155,8 @@ class Sweep:
             row.scores[stage] = evaluation.scores
             say(f"{stage} {row.name}: {results_line(stage, evaluation.flatten())}")
             if self.writes:
-                self._save_predictions(evaluation, row)
-                # A saved cell is not measured again, so its card comes before.
+                self._save_predictions(evaluation, row, stage)
+                # A resumed sweep skips rows with saved scores, so the card must be written before these.
                 if stage == "retrained":
                     self._write_retrained_card(row, trainer.model.config)
                 self.results.save(self.output_dir)
@@ -164,30 +165,30 @@ class Sweep:
         return not row.merging.merges(self.unmerged.asked_of(self.loaded.model.config))
 
     def _unmerged_predictions(self, stage: str, row: Row) -> dict[str, np.ndarray]:
-        """Read the predictions of the unmerged checkpoint, by split; empty for the row that these come from."""
+        """Read the unmerged checkpoint's predictions, by suffix of the split; empty for the unmerged row itself."""
         if stage == "merged" and self._is_unmerged(row):
             return {}
-        folder = self.output_dir / PREDICTIONS
+        folder = self.output_dir / PREDICTIONS_FOLDER
         paths = {suffix: folder / f"unmerged{suffix}.npy" for suffix in self.loaded.prepared.evaluation}
         return {suffix: np.load(path) for suffix, path in paths.items() if path.exists()}
 
-    def _save_predictions(self, evaluation: Evaluation, row: Row) -> None:
-        """Save predictions: later rows and a resumed sweep are compared with the unmerged ones."""
-        is_unmerged = evaluation.split == "merged" and self._is_unmerged(row)
+    def _save_predictions(self, evaluation: Evaluation, row: Row, stage: str) -> None:
+        """Save predictions; later rows, and a resumed sweep, are compared with those of the unmerged checkpoint."""
+        is_unmerged = stage == "merged" and self._is_unmerged(row)
 
         def save(folder: Path) -> None:
             for suffix, predicted in evaluation.predictions.items():
-                for name in (f"{evaluation.split}_{row.branch}", *(["unmerged"] if is_unmerged else [])):
+                for name in (f"{stage}_{row.branch}", *(["unmerged"] if is_unmerged else [])):
                     np.save(folder / f"{name}{suffix}.npy", predicted)
 
-        save_whole(self.output_dir / PREDICTIONS, save)
+        save_whole(self.output_dir / PREDICTIONS_FOLDER, save)
 
     def _retrained_branch(self, row: Row) -> str:
-        """Return the folder below `retrained/`, and the branch, of the checkpoint that is retrained for a row."""
-        return ELASTIC if self.retraining.elastic else row.branch
+        """Return the Hub branch, and folder in `retrained/`, of the checkpoint that is retrained for a row."""
+        return ELASTIC_BRANCH if self.retraining.elastic else row.branch
 
     def _train(self, row: Row) -> TaskTrainer:
-        """Train the checkpoint from its start, with a row's merging or for all rows; a sweep that continues resumes."""
+        """Train the checkpoint with a row's merging, or for all rows with --elastic; resume if the sweep is resumed."""
         name, merging = ("for every row", self.unmerged) if self.retraining.elastic else (row.name, row.merging)
         with self.results.spending("loading"):
             set_seed(self.training.seed)
@@ -195,7 +196,7 @@ class Sweep:
             merging.apply(config)
             model = load_model(self.args.model, config, self.loaded.task)
         with self.results.spending("retraining"):
-            folder = self.output_dir / RETRAINED / self._retrained_branch(row)
+            folder = self.output_dir / RETRAINED_FOLDER / self._retrained_branch(row)
             record = replace(self.results.record, arguments={**self.results.arguments, "row": asdict(merging)})
             claim(folder, record, self.writes)
             arguments = self.retraining.training_arguments(self.training)
@@ -207,7 +208,7 @@ class Sweep:
         return trainer
 
     def _time(self) -> None:
-        """Time a forward pass of every row in alternating rounds, all together, and measure its memory."""
+        """Time a forward pass of all rows in interleaved rounds, and measure the peak memory of each."""
         model, rows, rounds = self.loaded.model, self.results.rows, self.sweep_args.timing_rounds
         timed = self.results.timing is not None and self.results.timing["rounds"] == rounds
         if not self.writes or rounds == 0 or timed:
@@ -223,8 +224,8 @@ class Sweep:
                 model(**inputs)
 
         with self.results.spending("timing"):
-            # The unmerged row comes first.
-            timings = time_interleaved(forward, rows, baseline=rows[0], rounds=rounds)
+            unmerged_row = rows[0]
+            timings = time_interleaved(forward, rows, baseline=unmerged_row, rounds=rounds)
             self.results.timing = {"rounds": rounds, "batch_size": size}
             if (here := describe_environment()) != self.results.environment:
                 self.results.timing["environment"] = here
@@ -235,11 +236,11 @@ class Sweep:
         self.results.save(self.output_dir)
 
     def _card(self, **given: Any) -> Card:
-        """Return a card of a checkpoint of this sweep."""
+        """Return a card for a checkpoint of this sweep."""
         return Card(**self.loaded.card_fields(self.args) | given)
 
     def _summarize_merging(self, row: Row, config: ToMePerceiverConfig) -> MergingSummary:
-        """Return what merges in the checkpoint of a row, with its measured speed."""
+        """Return the card's summary of a row's merging, with its measured speed."""
         batch_size = self.results.timing["batch_size"] if self.results.timing is not None else 0
         unmerged = self.unmerged.asked_of(config)
         return MergingSummary(
@@ -265,10 +266,10 @@ class Sweep:
             measured=measured,
             steps={"Retraining": steps},
             trained_on=len(self.loaded.prepared.train),
-        ).write(self.output_dir / RETRAINED / branch)
+        ).write(self.output_dir / RETRAINED_FOLDER / branch)
 
     def _measured(self, *stages: str) -> list[ResultRow]:
-        """Return the scores of every row, for cards; names tell rows with the same r apart."""
+        """Return the results of all rows for a card; rows of a search are named, since several may have the same r."""
         return [
             ResultRow(
                 self.stage_names[stage] if row.series == "r" else f"{self.stage_names[stage]}, {row.name}",
@@ -281,7 +282,7 @@ class Sweep:
         ]
 
     def _write(self) -> None:
-        """Write the report, the best row's checkpoint, and the unmerged one with a card that is the report, last."""
+        """Write the unmerged checkpoint, the report, the best row's checkpoint, and last the card with the report."""
         model = self.loaded.model
         self.unmerged.apply(model.config)
         self.loaded.save(self.output_dir)
@@ -291,12 +292,12 @@ class Sweep:
         branches = ""
         if self.retrains and self.retraining.elastic:
             branches = (
-                "The retrained checkpoint, one for all rows, trained with a merging drawn anew in every step, is on a "
-                f'branch of its own: `revision="{ELASTIC}"`.'
+                "The retrained checkpoint, one for all rows, trained with random merging in every step, is on a "
+                f'branch of its own: `revision="{ELASTIC_BRANCH}"`.'
             )
         elif self.retrains:
             names = ", ".join(row.branch for row in self.results.rows)
-            branches = f"Each retrained checkpoint is on a branch of its own: `revision` is one of {names}."
+            branches = f"Each retrained checkpoint is on a branch of its own; choose one by `revision`: {names}."
         self._card(
             frontier=Frontier.of(model.config),
             measured=self._measured(*self.stage_names),
@@ -308,14 +309,14 @@ class Sweep:
         print(f"\nReport and unmerged checkpoint: {self.output_dir}")
         if best is not None:
             print(f"Result: {best.sentence}")
-            print(f"Its checkpoint: {saved}")
+            print(f"Checkpoint of this result: {saved}")
         print(f"Picture: {self.output_dir / PICTURE}")
 
     def _save_best(self, best: Best) -> Path:
-        """Save the checkpoint merged as the best row is, with its card, if it is not kept as a retrained one."""
+        """Save the best row's checkpoint with its card, unless it is a retrained one, and return its folder."""
         if best.stage == "retrained":
-            return self.output_dir / RETRAINED / self._retrained_branch(best.row)
-        model, folder = self.loaded.model, self.output_dir / MERGED
+            return self.output_dir / RETRAINED_FOLDER / self._retrained_branch(best.row)
+        model, folder = self.loaded.model, self.output_dir / MERGED_FOLDER
         with best.row.merging.applied(model.config):
             self.loaded.save(folder)
             unmerged = ResultRow("unmerged", 0, self.results.rows[0].scores["merged"])
@@ -330,14 +331,14 @@ class Sweep:
 
 
 def push_sweep(repository: HubRepository, output_dir: Path, revision: str) -> None:
-    """Push the unmerged checkpoint to `revision`, and each retrained one to its branch, a commit each.
+    """Push the unmerged checkpoint to `revision` and each retrained one to its branch, in one commit each.
 
     Raises:
-        BadInput: if there is no sweep.
-        PushFailed: what was pushed stays; pushing again does the rest.
+        BadInput: if the folder holds no sweep.
+        PushFailed: if a push fails; checkpoints pushed before it stay, and pushing again completes the rest.
     """
     print(push_checkpoint(repository, output_dir, "Sweep over r", revision))
-    for folder in sorted((output_dir / RETRAINED).glob("*")):
+    for folder in sorted((output_dir / RETRAINED_FOLDER).glob("*")):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        message = "Retrained for every r" if folder.name == ELASTIC else f"Retrained with r = {config['r']}"
+        message = "Retrained for every r" if folder.name == ELASTIC_BRANCH else f"Retrained with r = {config['r']}"
         print(push_checkpoint(repository, folder, message, revision=folder.name))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of a sweep, and the rows that they ask for."""
+"""Arguments of eval_sweep.py, and the rows that they describe."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from experiments.training.progress import say
 from frontier_tome_perceiver import GROUPS, Frontier
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
-# Largest number of timing rounds and inputs; a larger one is a typing mistake.
+# Largest number of timing rounds and of inputs in a timed batch; anything larger is taken for a typing mistake.
 TIMING_LIMIT = 10**6
 BOOLEANS = {"true": True, "false": False}
-# Values of `proportional_attention` in the name of a row.
+# Words for the values of `proportional_attention` in row names.
 ATTENTIONS = {True: "proportional", False: "plain"}
 
 
 class _RequestedRow(NamedTuple):
-    """A row that the command line asks for, before it is resolved."""
+    """A row of the command line before its budget is resolved."""
 
     name: str
     series: str
@@ -46,56 +46,59 @@ class _RequestedRow(NamedTuple):
 
 @dataclass
 class SweepArguments:
-    """Which merges to try, and how to time them."""
+    """Merging settings to compare, and how to time them."""
 
     _argument_group_name: ClassVar[str] = "sweep"
 
     r: list[str] = HfArg(
         default_factory=list,
-        help="Each an integer, or a comma-separated list, one a layer. 0, the unmerged model that all others "
-        "are compared with, is always among them.",
+        help="Latents merged in each layer: integers, or comma-separated lists with one entry for each layer. 0, the "
+        "unmerged model that all other rows are compared with, is always included.",
     )
     flops_ratio: list[float] = HfArg(
-        default_factory=list, help="Each a share of the unmerged model's FLOPs, for a row with every --schedule."
+        default_factory=list,
+        help="Largest shares of the unmerged model's FLOPs: a row for each, with every --schedule.",
     )
     latency_ratio: list[float] = HfArg(
         default_factory=list,
-        help="Each a share of the unmerged model's time for a timed batch, measured on this machine.",
+        help="Largest shares of the unmerged model's time for a timed batch, measured on this machine.",
     )
     max_changed: list[float] = HfArg(
         default_factory=list,
-        help="Each a share of inputs whose answer merging may change, at 95 percent confidence. Needs a test "
+        help="Largest shares of inputs whose answer merging may change, with 95 percent confidence. Needs a test "
         "split that is not evaluated on.",
     )
     frontier: bool = HfArg(
-        default=False, help="A row for each row of the checkpoint's frontier, which is measured first if it has none."
+        default=False, help="Add a row for each row of the checkpoint's frontier, measuring it first if there is none."
     )
     schedule: list[str] = HfArg(
         default_factory=lambda: [SEARCH],
-        help=f"How such a share is spread over the layers: {', '.join(sorted(SCHEDULE_NAMES))}. '{SEARCH}' "
-        "finds that, with the method and the metric if they are not given.",
+        help=f"How a budget is spread over the layers: {', '.join(sorted(SCHEDULE_NAMES))}. '{SEARCH}' "
+        "also chooses the method and the metric unless they are given.",
     )
     calibration_samples: int | None = HfArg(
         default=None,
-        help=f"Unlabelled samples that --schedule {SEARCH} looks at, of the test split if there is one that is "
-        "not evaluated on, otherwise of the training split. By default as many as take a few minutes, at most "
+        help=f"Number of unlabelled samples for --schedule {SEARCH}, from the test split if there is one that is "
+        "not evaluated on, otherwise from the training split. By default as many as take a few minutes, at most "
         f"{MOST_SAMPLES}.",
     )
     merge_method: list[str] = HfArg(
         default_factory=list,
-        help="What merges with what. Several: every row with each, such as with the controls. "
-        f"'{GROUPS}', with budgets and --schedule {SEARCH} alone: fixed groups of latents.",
+        help="How latents are matched. Several: every row with each. "
+        f"'{GROUPS}', only with budgets and --schedule {SEARCH}: fixed groups of latents, which need no matching.",
     )
     merge_metric: list[str] = HfArg(
-        default_factory=list, help="What of the latents is compared: key, value, hidden. Several: every row with each."
+        default_factory=list, help="What latents are compared by: key, value, hidden. Several: every row with each."
     )
     proportional_attention: list[str] = HfArg(
-        default_factory=list, help="Weight merged latents by their size in attention: true, false, or both in turn."
+        default_factory=list, help="Weight merged latents by their size in attention: true, false, or both."
     )
-    r_inflection: float | None = HfArg(default=None, help="Shape of the schedule of an integer r.")
+    r_inflection: float | None = HfArg(
+        default=None, help="For an integer r. -1: merge early (2r falling to 0), 0: constant, 1: merge late."
+    )
     min_latents: int | None = HfArg(default=None, help="Never merge below this many latents.")
-    timing_rounds: int = HfArg(default=15, help="Rounds in which every row is timed once. 0: no timing.")
-    timing_batch_size: int = HfArg(default=32, help="Inputs in a timed batch: the first ones that are evaluated.")
+    timing_rounds: int = HfArg(default=15, help="Number of timing rounds; each times every row once. 0: no timing.")
+    timing_batch_size: int = HfArg(default=32, help="Size of the timed batch: the first evaluated inputs.")
 
     def __post_init__(self) -> None:
         for name, smallest in (("timing_rounds", 0), ("timing_batch_size", 1)):
@@ -113,13 +116,13 @@ class SweepArguments:
         self._check_rows()
 
     def _check_rows(self) -> None:
-        """Make the arguments of every row, which check themselves, and of what is given and in no row."""
+        """Check all arguments by making `MergeArguments` of them, also of those that no row uses."""
         for schedule in [] if self._has_budget else self.schedule:
             MergeArguments(schedule=schedule)
         samples = self.calibration_samples
         shared = self._frontier_arguments if self.searches else MergeArguments(calibration_samples=samples)
-        for way in self._combinations():
-            replace(shared, r_inflection=self.r_inflection, **way)
+        for settings in self._combinations():
+            replace(shared, r_inflection=self.r_inflection, **settings)
         list(self._rows())
 
     @property
@@ -133,39 +136,39 @@ class SweepArguments:
 
     @property
     def most_samples(self) -> int:
-        """Number of samples that are read at most; 0 if nothing is calibrated."""
-        return max((arguments.most_samples for arguments in self._calibrating_arguments(carried=False)), default=0)
+        """Largest number of samples to load; 0 if nothing is calibrated."""
+        return max((arguments.most_samples for arguments in self._calibrating_arguments(has_frontier=False)), default=0)
 
-    def _calibrating_arguments(self, carried: bool) -> list[MergeArguments]:
-        """Return the arguments of all rows that need a frontier measured; one that is carried serves `--frontier`."""
+    def _calibrating_arguments(self, has_frontier: bool) -> list[MergeArguments]:
+        """Return the arguments that need calibration; `--frontier` needs it only if the checkpoint has no frontier."""
         rows = [row.arguments for row in self._rows() if row.arguments.searches]
-        return [*rows, *([self._frontier_arguments] if self.frontier and not carried else [])]
+        return [*rows, *([self._frontier_arguments] if self.frontier and not has_frontier else [])]
 
     @property
     def _frontier_arguments(self) -> MergeArguments:
-        """Arguments that measure the checkpoint's own frontier; every row counts, the budget has no effect."""
+        """Arguments that measure the checkpoint's frontier; the budget is 1, which excludes no row."""
         return MergeArguments(flops_ratio=1.0, calibration_samples=self.calibration_samples)
 
     def _combinations(self) -> Iterator[dict[str, Any]]:
-        """Yield the arguments that say how latents merge, each combination of those that are given."""
+        """Yield every combination of the given matching methods, similarity metrics and kinds of attention."""
         attention = [BOOLEANS[value] for value in self.proportional_attention]
         given: tuple[list[Any], ...] = (self.merge_method, self.merge_metric, attention)
         for values in product(*(values or [None] for values in given)):
             yield dict(zip(WAYS, values, strict=True)) | {"min_latents": self.min_latents}
 
     def _rows(self) -> Iterator[_RequestedRow]:
-        """Yield a row for every r and every budget with every schedule, in every way to merge."""
-        for way in self._combinations():
+        """Yield a row for every r, and for every budget and schedule, in every combination of method settings."""
+        for settings in self._combinations():
             for r in self.r:
-                # Fixed groups take no r; 0 stands for the unmerged model, which is always a row.
-                if r != "0" or way["merge_method"] != GROUPS:
-                    yield _RequestedRow(f"r={r}", "r", MergeArguments(r=r, r_inflection=self.r_inflection, **way))
+                # Fixed groups take no r. r=0 is accepted with them, since `resolve` always adds the unmerged row.
+                if r != "0" or settings["merge_method"] != GROUPS:
+                    yield _RequestedRow(f"r={r}", "r", MergeArguments(r=r, r_inflection=self.r_inflection, **settings))
             for schedule, budget in product(self.schedule, BUDGETS):
                 for ratio in getattr(self, budget):
                     searches = schedule == SEARCH or budget == "max_changed"
                     given_samples = self.calibration_samples if searches else None
                     name = f"{budget.removesuffix('_ratio').removeprefix('max_')}={ratio:g} {schedule}"
-                    budgeted: dict[str, Any] = {budget: ratio, "schedule": schedule} | way
+                    budgeted: dict[str, Any] = {budget: ratio, "schedule": schedule} | settings
                     yield _RequestedRow(name, schedule, MergeArguments(calibration_samples=given_samples, **budgeted))
 
     def resolve(
@@ -174,74 +177,74 @@ class SweepArguments:
         samples: Samples,
         input_shape: tuple[int, ...],
     ) -> list[Row]:
-        """Return the rows: the unmerged model, then every r and budget in every way, then the frontier.
+        """Return the rows: the unmerged model first, then every r and budget, then the rows of the frontier.
 
         Args:
-            model: is run by a search and by a budget of time. Afterwards it merges nothing and has its frontier, if
-                any: the one that it came with, or the one that was measured for it here.
-            samples: as for `MergeArguments.calibrate`.
-            input_shape: of one input, (1, S) or (1, 3, height, width); a share of the FLOPs is for it.
+            model: run by searches and latency budgets. Afterwards it merges nothing, and its config holds the frontier
+                that it was loaded with or that was measured here, if any.
+            samples: unlabelled samples, as for `MergeArguments.calibrate`.
+            input_shape: shape of one input, (1, S) or (1, 3, height, width), for which FLOPs are counted.
 
         Raises:
-            BadInput: for settings that the config does not take, or samples that cannot promise `--max_changed`.
+            BadInput: for settings that the config rejects, or too few samples to promise `--max_changed`.
         """
-        config, baseline, carried = model.config, model.unmerged, model.config.merge_frontier
-        searching = self._calibrating_arguments(carried=carried is not None)
-        # All budgets are calibrated on as many samples as the one that needs most.
-        count = max((each.sample_count(model, samples, input_shape) for each in searching), default=0)
+        config, unmerged, loaded_frontier = model.config, model.unmerged, model.config.merge_frontier
+        calibrating = self._calibrating_arguments(has_frontier=loaded_frontier is not None)
+        # All budgets use the same samples, as many as the most demanding one needs.
+        count = max((arguments.sample_count(model, samples, input_shape) for arguments in calibrating), default=0)
         if count:
             say(f"calibrating on {count:,} {samples.name}, without labels")
-        # One frontier serves all budgets of a way and schedule.
+        # All budgets of one schedule and combination of method settings share a frontier.
         frontiers: dict[str, dict[str, Any] | None] = {}
 
-        def prepare(arguments: MergeArguments) -> None:
-            """Set the way to merge, and the frontier to choose from."""
-            baseline.apply(config)
+        def set_frontier(arguments: MergeArguments) -> None:
+            """Set the method settings and the frontier of a row, measuring the frontier if it is new."""
+            unmerged.apply(config)
             apply_fields(config, arguments.config_fields())
             key = _frontier_key(arguments)
             if arguments.searches and key not in frontiers:
                 shares = self.flops_ratio if arguments.schedule == SEARCH else []
                 arguments.calibrate(model, samples, count, input_shape, shares)
                 frontiers[key] = config.merge_frontier
-            config.merge_frontier = frontiers.get(key, carried)
+            config.merge_frontier = frontiers.get(key, loaded_frontier)
 
-        asked = list(self._rows())
+        requested = list(self._rows())
         chosen: dict[int, Merging] = {}
-        # A budget out of reach is refused before any search: rows without a search first, and the least budget first.
-        for place in sorted(range(len(asked)), key=lambda place: _resolving_order(asked[place].arguments)):
-            prepare(asked[place].arguments)
-            asked[place].arguments.choose(model, samples, input_shape, self.timing_batch_size)
-            chosen[place] = Merging.of(config)
-        found = {"r=0": ("r", baseline)}
-        for place, (name, series, arguments) in enumerate(asked):
-            if chosen[place].merges(baseline.asked_of(config)):
+        # Rows without a search come first, and low budgets before high ones, to refuse one out of reach early.
+        for index in sorted(range(len(requested)), key=lambda index: _resolving_order(requested[index].arguments)):
+            set_frontier(requested[index].arguments)
+            requested[index].arguments.choose(model, samples, input_shape, self.timing_batch_size)
+            chosen[index] = Merging.of(config)
+        mergings = {"r=0": ("r", unmerged)}
+        for index, (name, series, arguments) in enumerate(requested):
+            if chosen[index].merges(unmerged.asked_of(config)):
                 values = [getattr(arguments, each) for each in WAYS if len(getattr(self, each)) > 1]
-                way = "".join(f" {ATTENTIONS.get(value, value)}" for value in values)
-                found[name + way] = (series + way, chosen[place])
+                suffix = "".join(f" {ATTENTIONS.get(value, value)}" for value in values)
+                mergings[name + suffix] = (series + suffix, chosen[index])
             else:
-                # The way makes no difference where nothing merges.
-                found.setdefault(name, (series, chosen[place]))
-        if self.frontier and carried is None:
-            prepare(self._frontier_arguments)
+                # Method settings make no difference where nothing merges.
+                mergings.setdefault(name, (series, chosen[index]))
+        if self.frontier and loaded_frontier is None:
+            set_frontier(self._frontier_arguments)
         else:
-            # Rows of another attention or least number of latents are not what the checkpoint would do.
-            config.merge_frontier = carried or frontiers.get(_frontier_key(self._frontier_arguments))
-        baseline.apply(config)
+            # Frontiers of other method settings do not describe this checkpoint, so they are not kept.
+            config.merge_frontier = loaded_frontier or frontiers.get(_frontier_key(self._frontier_arguments))
+        unmerged.apply(config)
         frontier = Frontier.of(config) if self.frontier else None
         for row in frontier.rows if frontier is not None else ():
             name = f"frontier={row.flops_ratio:.3f}"
-            name = name if name not in found else f"frontier={row.flops_ratio:.6f}"
-            if row.merging.merges(config) and ("frontier", row.merging) not in found.values():
-                found[name] = ("frontier", row.merging)
-        return [Row.plan(model, input_shape, name, series, merging) for name, (series, merging) in found.items()]
+            name = name if name not in mergings else f"frontier={row.flops_ratio:.6f}"
+            if row.merging.merges(config) and ("frontier", row.merging) not in mergings.values():
+                mergings[name] = ("frontier", row.merging)
+        return [Row.plan(model, input_shape, name, series, merging) for name, (series, merging) in mergings.items()]
 
 
 def _frontier_key(arguments: MergeArguments) -> str:
-    """Return what rows that share a frontier have in common."""
+    """Return the settings that rows must have in common to share a frontier."""
     return repr([getattr(arguments, name) for name in ("schedule", "min_latents", *WAYS)])
 
 
 def _resolving_order(arguments: MergeArguments) -> tuple[bool, bool, float]:
-    """Return a key to sort by: rows that are searched for or timed come last, strong ones first."""
+    """Return a sort key: rows without a search before searched ones, untimed before timed, low budgets before high."""
     share = arguments.flops_ratio or arguments.latency_ratio or arguments.max_changed or 0.0
     return arguments.searches, arguments.latency_ratio is not None, share

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of a sweep: its rows, the file that holds them, and the table, CSV file, picture and report made of them."""
+"""Results of a sweep: rows, the results file, and the table, CSV file, picture and report made from it."""
 
 from __future__ import annotations
 
@@ -46,32 +46,33 @@ from frontier_tome_perceiver import GROUPS
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 PICTURE = "sweep.png"
-# Stages in which a row is evaluated.
+# Stages of a row: the checkpoint merged as it is, and retrained with merging.
 STAGES = ("merged", "retrained")
-# A score holds if it has fallen by at most this many standard errors.
-MAX_DROP_IN_ERRORS = 2
-BEST_ROW_RULE = """The best row: of those that are faster than unmerged, if any is, the fastest whose score is not lower by
-more than two standard errors of the paired change; untimed, the one with the fewest FLOPs; if none is so, the one that
-lost least. It was picked on these examples."""
-# Timing may be left out at first, or be repeated with more rounds.
+# A row keeps its score if it is at most this many standard errors of the change below the unmerged model's.
+MAX_DROP = 2
+BEST_ROW_RULE = """The best row is the fastest one whose score is at most two standard errors of the paired change lower than
+unmerged; rows slower than unmerged count only if all are. Without timing, it is the row with the fewest FLOPs; if every
+score is lower than that, the row with the best score. It was chosen on the same examples, which favours it."""
+# Arguments that may change when a sweep is resumed: it can be timed later, or again with more rounds.
 NOT_COMPARED = ("timing_rounds",)
 
 
 @dataclass(kw_only=True)
 class Row:
-    """A row of a sweep: merging settings, their cost, and the measurements so far.
+    """A row of a sweep: merging settings, their cost and the measurements so far.
 
     Attributes:
-        name: of the row, such as "flops=0.6 search".
-        series: rows of one series are joined by a line in the picture.
-        merging: its settings.
+        name: name of the row, such as "flops=0.6 search".
+        series: name of the line that joins this row to others in the picture, such as "search".
+        merging: merging settings.
         shown: further settings and costs, for readers of the results file.
-        gflops, flops_ratio: FLOPs of one input, and as a share of the unmerged model's.
+        gflops, flops_ratio: FLOPs of one input in billions, and as a share of the unmerged model's.
         latents_left: number of latents after the last layer.
-        scores: by stage.
-        latency_ms, speedup: time of a batch; the unmerged model's time in the same round, divided by it.
-        throughput: inputs a second.
-        peak_memory_mb: most memory held at once.
+        scores: scores by stage.
+        latency_ms: time of a batch.
+        speedup: time of the unmerged model in the same round, divided by the row's.
+        throughput: inputs per second.
+        peak_memory_mb: peak memory of a forward pass.
     """
 
     name: str
@@ -91,11 +92,11 @@ class Row:
     def plan(
         cls, model: ToMePerceiverPreTrainedModel, input_shape: tuple[int, ...], name: str, series: str, merging: Merging
     ) -> Row:
-        """Return a row of which nothing is measured yet; FLOPs are for one input, (1, S) or (1, 3, height, width)."""
+        """Return a row without measurements; its FLOPs are those of one input, (1, S) or (1, 3, height, width)."""
         config, unmerged_config = (each.asked_of(model.config) for each in (merging, model.unmerged))
         cost, unmerged = (forward_cost(each, input_shape, type(model).__name__) for each in (config, unmerged_config))
         own, whole = (sum(each.self_attention) + sum(each.matching) for each in (cost, unmerged))
-        # Groups in the layers, or of the learned latents with nothing matched after them.
+        # No method matches latents: they merge by fixed groups, in the layers or of the learned latents alone.
         only_groups = config.merge_groups or (config.latent_groups and not any(config.merge_schedule))
         shown = {"r": config.merge_schedule, "num_blocks": config.num_blocks}
         shown |= {way: getattr(config, way) for way in WAYS} | ({"merge_method": GROUPS} if only_groups else {})
@@ -115,16 +116,13 @@ class Row:
         return re.sub(r"[^A-Za-z0-9.]+", "_", self.name.replace("=", ""))
 
     def value_and_error(self, stage: str, name: str) -> tuple[float, float] | None:
-        """Return the value of a score and the standard error by which it is judged, or `None` if it has no value.
-
-        That is the error of its change, if it was compared.
-        """
+        """Return a score and its standard error, that of the change if it was compared; `None` if it is undefined."""
         score = self.scores.get(stage, {}).get(name, Score(None))
         error = score.change_stderr if score.compared else score.stderr
         return None if score.value is None else (score.value, error or 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as the results file has it: measurements that are missing are left out."""
+        """Return the row for the results file, without missing measurements."""
         plain = {name: value for name, value in asdict(self).items() if value is not None}
         fields, shown, scores = (plain.pop(name, {}) for name in ("merging", "shown", "scores"))
         stages = {stage: flatten_scores(self.scores[stage]) for stage in scores}
@@ -145,20 +143,20 @@ class Row:
 
 @dataclass(kw_only=True)
 class SweepResults:
-    """Content of `sweep_results.json`, which is written whole after every cell.
+    """Content of `sweep_results.json`, which is rewritten after every evaluation.
 
     Attributes:
-        arguments: that decide a cell's value.
-        content: fingerprints of the weights and the data, which decide it too.
-        environment: that the sweep was begun in.
-        source: of the data.
-        evaluated_on: number of examples.
-        input_shape: of one input of the timed batch, which `gflops` are for.
-        metric: name of the score that tables and pictures show; `merged` and `retrained` hold all of the task's.
-        rows: the unmerged model first.
-        seconds: time spent, by activity, of every run that filled cells.
-        timing: how the rows were timed, and where if in another environment; `None` if they were not.
-        frontier: of the checkpoint, as its config holds it; `None` if it has none.
+        arguments: arguments that the results depend on.
+        content: fingerprints of the weights and data that the results depend on.
+        environment: machine and versions at the start of the sweep.
+        source: origin of the data.
+        evaluated_on: number of evaluated examples.
+        input_shape: shape of one input, for which `gflops` are counted.
+        metric: name of the score in the table and picture; each row has all scores of the task.
+        rows: rows of the sweep, the unmerged model first.
+        seconds: time spent, by activity, over all runs of this sweep.
+        timing: rounds, batch size and, if it differs, environment of the timing; `None` without timing.
+        frontier: `merge_frontier` of the checkpoint's config, if it has one.
     """
 
     arguments: dict[str, Any]
@@ -175,11 +173,11 @@ class SweepResults:
 
     @property
     def record(self) -> RunRecord:
-        """Record of what decides every cell."""
+        """Run record: the arguments and data that the results depend on."""
         return RunRecord(self.arguments, self.content)
 
     def save(self, output_dir: Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the results file, whole or not at all."""
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / SWEEP_FILE, asdict(self) | {"rows": [row.to_json() for row in self.rows]})
 
@@ -218,14 +216,14 @@ class SweepResults:
 
     @contextmanager
     def spending(self, activity: str) -> Iterator[None]:
-        """Add the time of the block to an activity."""
+        """Add the duration of the block to an activity's seconds."""
         start = time.perf_counter()
         yield
         self.seconds[activity] = self.seconds.get(activity, 0.0) + time.perf_counter() - start
 
 
 class Best(NamedTuple):
-    """The best row of a sweep, the stage that it is best in, and its result in a sentence."""
+    """The best row of a sweep, its better stage, and a one-sentence summary of it."""
 
     row: Row
     stage: str
@@ -233,37 +231,37 @@ class Best(NamedTuple):
 
 
 def find_best(rows: Sequence[Row], score: str) -> Best | None:
-    """Return the fastest row whose score holds: it has fallen by at most `MAX_DROP_IN_ERRORS` standard errors of its change.
+    """Return the fastest row whose score is at most `MAX_DROP` standard errors of its change lower than unmerged.
 
-    Rows that are slower than unmerged are left out while there are others. Where nothing was timed, it is the row with
-    the fewest FLOPs; where no row holds, the one that has lost least.
+    Rows slower than the unmerged model count only if all are. Without timing, it is the row with the fewest FLOPs; if
+    every score is lower than that, the row with the best score.
 
     Args:
-        rows: the unmerged model first.
-        score: its name.
+        rows: rows of a sweep, the unmerged model first.
+        score: name of the score.
 
     Returns:
-        `None` if no row that saves anything was evaluated.
+        `None` if the score of the unmerged model is undefined, or no row with fewer FLOPs was evaluated.
     """
     unmerged = rows[0].value_and_error("merged", score)
     cells = [
-        (row, stage, *judged)
+        (row, stage, *measured)
         for row in rows
         for stage in STAGES
-        if row.flops_ratio < 1 and (judged := row.value_and_error(stage, score)) is not None
+        if row.flops_ratio < 1 and (measured := row.value_and_error(stage, score)) is not None
     ]
     if unmerged is None or not cells:
         return None
     cells = [cell for cell in cells if cell[0].speedup is not None and cell[0].speedup.median >= 1] or cells
     timed = all(row.speedup is not None for row, *_ in cells)
 
-    def gain(cell: tuple[Row, str, float, float]) -> tuple[float, float]:
-        # Of one row, retrained or not, the better.
+    def gain_and_score(cell: tuple[Row, str, float, float]) -> tuple[float, float]:
+        # Both stages of a row take the same time, so the score decides between them.
         row, _, value, _ = cell
         return row.speedup.median if timed and row.speedup is not None else -row.flops_ratio, value
 
-    holding = [cell for cell in cells if cell[2] - unmerged[0] >= -MAX_DROP_IN_ERRORS * cell[3]]
-    row, stage, value, _ = max(holding, key=gain) if holding else max(cells, key=lambda cell: cell[2])
+    kept = [cell for cell in cells if cell[2] - unmerged[0] >= -MAX_DROP * cell[3]]
+    row, stage, value, _ = max(kept, key=gain_and_score) if kept else max(cells, key=lambda cell: cell[2])
     speed = "not timed"
     if row.speedup is not None:
         slower = "" if row.speedup.median >= 1 else ", slower than unmerged"
@@ -278,7 +276,7 @@ def find_best(rows: Sequence[Row], score: str) -> Best | None:
 
 
 def write_csv(rows: Sequence[Row], score: str, path: Path) -> None:
-    """Write a sweep as CSV, one line a row; what was not measured or is undefined stays empty."""
+    """Write a CSV file with a line for each row; missing and undefined values are empty."""
     lines = []
     for row in rows:
         speed, latency = row.speedup, row.latency_ms
@@ -299,7 +297,7 @@ def write_csv(rows: Sequence[Row], score: str, path: Path) -> None:
 
 
 def sweep_table(rows: Sequence[Row], score: str) -> str:
-    """Return a table of all measurements, the score times 100, without columns that are empty in every row."""
+    """Return a Markdown table of all measurements, scores times 100, without columns that are empty in every row."""
     columns = ["", f"{metric_name(score)}, merged", "change", "retrained", "change", "GFLOPs", "of unmerged"]
     columns += ["latents left", "items/s", "speed-up", "latency, ms", "peak MB"]
 
@@ -323,7 +321,7 @@ def sweep_table(rows: Sequence[Row], score: str) -> str:
 
 
 def _score_cells(row: Row, stage: str, name: str) -> list[str | None]:
-    """Return a score times 100 and its change, each with its standard error; `None` for what was not measured."""
+    """Return a score times 100 and its change, each with its standard error; `None` if not measured."""
     score = row.scores.get(stage, {}).get(name)
     if score is None:
         return [None, None]
@@ -335,12 +333,12 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> tuple
     """Write `sweep_results.csv`, `sweep.png` and `sweep_report.md` beside `sweep_results.json`.
 
     Args:
-        results: the measurements.
-        command: that made them.
-        output_dir: where the files go.
+        results: results of the sweep.
+        command: command line of the sweep, to quote in the report.
+        output_dir: folder of the files.
 
     Returns:
-        The report without its heading and the environment, Markdown that begins with the table; and the best row.
+        The report as Markdown that begins with the table, without heading and environment; and the best row.
     """
     rows, score, name = results.rows, results.metric, metric_name(results.metric)
     title = f"{results.source.name}: {results.evaluated_on:,} examples"
@@ -349,16 +347,16 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> tuple
     draw_sweep(rows, score, title if best is None else f"{title}\n{best.sentence}", output_dir / PICTURE)
     found = "" if best is None else f"{best.sentence} {BEST_ROW_RULE}\n\n"
     if rows[0].value_and_error("merged", score) is None:
-        found = f"{name} is not defined for the unmerged model on these examples, so no row is called the best.\n\n"
+        found = f"{name} is undefined for the unmerged model on these examples, so there is no best row.\n\n"
     others = ""
     for other in rows[0].scores.get("merged", {}):
         if other != score:
             lines = [(row.name, *(_score_cells(row, stage, other)[0] for stage in STAGES)) for row in rows]
             others += f"**{metric_name(other)}**\n\n{markdown_table(['', *STAGES], lines)}\n\n"
-    timing, timed = results.timing, "Nothing was timed."
+    timing, timing_note = results.timing, "Nothing was timed."
     if timing is not None:
         where = f" ({environment_line(timing['environment'])})" if "environment" in timing else ""
-        timed = (
+        timing_note = (
             "Speed-up: median of the per-round ratios to the unmerged model, with quartiles, at batch "
             f"{timing['batch_size']} over {timing['rounds']} interleaved rounds{where}."
         )
@@ -368,14 +366,14 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> tuple
     report = f"""{table}
 
 {name} times 100 with its standard error, on {results.evaluated_on:,} examples of the split '{results.source.split}';
-change: from the unmerged checkpoint, paired example by example.{undefined_note(table)} GFLOPs: for one input of shape
-{tuple(results.input_shape[1:])}, with their matching. {timed}
+change: from the unmerged checkpoint, paired by example.{undefined_note(table)} GFLOPs: of one input of shape
+{tuple(results.input_shape[1:])}, including matching. {timing_note}
 
-{found}![{name} over the share of the FLOPs, and over the speed if it was measured]({PICTURE})
+{found}![{name} against the share of FLOPs and, if timed, the speed-up]({PICTURE})
 
-{others}Where the time of the sweep went: {", ".join(spent)}, together {total:,.0f} s.
+{others}Time of the sweep: {", ".join(spent)}; {total:,.0f} s in total.
 
-Made by
+Command:
 
 ```
 {command}
@@ -386,13 +384,13 @@ Made by
 
 
 def draw_sweep(rows: Sequence[Row], score: str, title: str, path: Path) -> None:
-    """Draw a score over the share of the FLOPs and, if the rows were timed, over the measured speed-up.
+    """Draw a score against the share of FLOPs and, if the rows were timed, against the speed-up.
 
     Args:
-        rows: the unmerged model first.
-        score: its name.
-        title: of the picture.
-        path: of the PNG.
+        rows: rows of a sweep, the unmerged model first.
+        score: name of the score.
+        title: title of the picture.
+        path: path of the PNG file.
     """
     speeds = [row.speedup.median for row in rows[1:] if row.speedup is not None]
     timed = bool(speeds)
@@ -411,9 +409,9 @@ def draw_sweep(rows: Sequence[Row], score: str, title: str, path: Path) -> None:
             axes.axvspan(left, 1, hatch="//", facecolor="none", edgecolor="lightgray", label="slower than unmerged")
             axes.set_xlim(left=left)
     low, high = by_flops.get_ylim()
-    by_flops.set_ylim(low, min(high, 100 + 0.03 * (100 - low)))  # room for the mark of a score of 100
-    below = "Bars up and down: standard error, of the change from unmerged where that was evaluated, paired by example"
-    add_legend(figure, panels[0], 2 + timed, f"{below}{'; to the sides: quartiles of the timed rounds' * timed}")
+    by_flops.set_ylim(low, min(high, 100 + 0.03 * (100 - low)))  # room for the marker of a score of 100
+    bars = "Vertical bars: standard error, of the paired change from unmerged where there is one"
+    add_legend(figure, panels[0], 2 + timed, f"{bars}{'; horizontal bars: quartiles of the timed rounds' * timed}")
     figure.suptitle("\n".join(textwrap.fill(line, 130 if timed else 88) for line in title.splitlines()), fontsize=11)
     save_picture(figure, path)
 
@@ -422,32 +420,32 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], score: str, place: Callable[[Ro
     """Draw the unmerged model with its standard error, and a line for each series and stage.
 
     Args:
-        axes: of the panel.
-        rows: the unmerged model first.
-        score: its name.
-        place: where a row stands from left to right, if that was measured.
+        axes: axes of the panel.
+        rows: rows of a sweep, the unmerged model first.
+        score: name of the score.
+        place: returns the horizontal position of a row, or `None` if it was not measured.
     """
     unmerged, *others = rows
-    for stage, mark, what in (("merged", "o", "unmerged"), ("retrained", "s", "unmerged, trained again")):
-        if (judged := unmerged.value_and_error(stage, score)) is not None:
-            value, error = 100 * judged[0], 100 * (unmerged.scores[stage][score].stderr or 0)
-            label = f"{what}: {with_error(value, error, '.1f')}"
+    for stage, marker, model in (("merged", "o", "unmerged"), ("retrained", "s", "unmerged, trained again")):
+        if (measured := unmerged.value_and_error(stage, score)) is not None:
+            value, error = 100 * measured[0], 100 * (unmerged.scores[stage][score].stderr or 0)
+            label = f"{model}: {with_error(value, error, '.1f')}"
             if stage == "merged":
-                # The band gives a scale to a sweep that loses nothing.
+                # A band of one standard error shows how small a difference is where nothing is lost.
                 axes.axhspan(value - error, value + error, color=UNMERGED, alpha=0.15, linewidth=0)
                 axes.axhline(value, color=UNMERGED, linewidth=1, linestyle="--")
-                label += ", the band"
-            axes.plot(1, value, mark, color=UNMERGED, markersize=8, label=label, zorder=3)
+                label += " (band)"
+            axes.plot(1, value, marker, color=UNMERGED, markersize=8, label=label, zorder=3)
     axes.grid(alpha=0.3)
     axes.margins(x=0.15, y=0.1)  # room for names beside the points
-    # A row that merges nothing is the unmerged model again, unless it was retrained.
+    # Skip rows that merge nothing and were not retrained: they are the unmerged model.
     drawn = [row for row in others if row.flops_ratio != 1 or row.value_and_error("retrained", score)]
     series = list(dict.fromkeys(row.series for row in drawn))
     for name, stage in product(series, STAGES):
         points = [
-            (at, 100 * judged[0], 100 * judged[1], row.name)
+            (at, 100 * measured[0], 100 * measured[1], row.name)
             for row in sorted(drawn, key=lambda row: row.flops_ratio, reverse=True)
-            if row.series == name and (at := place(row)) is not None and (judged := row.value_and_error(stage, score))
+            if row.series == name and (at := place(row)) is not None and (measured := row.value_and_error(stage, score))
         ]
         if points:
             places, values, errors, names = zip(*points, strict=True)
@@ -466,13 +464,13 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], score: str, place: Callable[[Ro
 
 
 def _style(stage: str, name: str, series: list[str]) -> dict[str, Any]:
-    """Return color, mark and label of a line: each of several series has a shade and a mark of its own."""
+    """Return the style of a line; several series of one colour differ in shade and marker."""
     control, retrained = is_control(name), stage == "retrained"
-    alike = [each for each in series if is_control(each) == control]
+    same_colour = [other for other in series if is_control(other) == control]
     kind = CONTROL if control else TRAINED if retrained else MERGED
     words = f"{'control' if control else 'merged'}{', trained again' if retrained else ''}"
     return POINT_STYLE | {
-        "color": shades(kind, len(alike))[alike.index(name)],
+        "color": shades(kind, len(same_colour))[same_colour.index(name)],
         "marker": MARKERS[series.index(name) % len(MARKERS)],
         "linestyle": "--" if control and retrained else "-",
         "label": words if series == ["r"] else f"{words}, {series_label(name)}",
