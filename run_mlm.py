@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a Perceiver to find masked tokens again, merge its latents, evaluate, and retrain it with merging on.
+"""Train a Perceiver to predict masked tokens, merge its latents, evaluate it, and retrain it with merging.
 
-A stock checkpoint, without training: what merges is chosen on unlabelled training samples so that a forward pass keeps
-to 0.6 of its FLOPs; it is evaluated unmerged and merged, and saved merged:
+Merge a stock checkpoint to at most 0.6 of its FLOPs, without training. A search chooses the merging on unlabelled
+samples; the checkpoint is evaluated unmerged and merged, and saved merged:
 
   python run_mlm.py --model_name_or_path deepmind/language-perceiver --dataset_name Salesforce/wikitext \\
       --dataset_config_name wikitext-2-raw-v1 --flops_ratio 0.6 --do_eval --output_dir outputs/wikitext-06
 
-A small model from scratch, on the sentences of several configurations of a dataset:
+Train a small model from scratch, on the sentences of several configurations of a dataset:
 
   python run_mlm.py --config_name examples/small_mlm_perceiver.json --tokenizer_name FOLDER \\
       --dataset_name nyu-mll/glue --dataset_config_name sst2,mrpc,rte,stsb --max_seq_length 48 \\
       --do_train --do_eval --output_dir outputs/mlm
 
-A BERT's layers as the start of a Perceiver, and training towards a teacher's states: examples/language/from_bert.py and
+To initialise a Perceiver from BERT's layers: examples/language/from_bert.py; to train it on a teacher's hidden states:
 examples/language/learn_from_teacher.py.
 
-Each line or column of text is an input of its own, unless they are joined. Training masks anew each time; what is
-masked in the evaluated sentences is always the same, so that models can be compared token by token. Own sentences:
---train_file and --validation_file. Everything else is as for run_glue.py.
+Each line or column of text is an input of its own, unless inputs are joined. Training masks tokens at random in every
+epoch; evaluation always masks the same tokens, so that models can be compared token by token. Your own sentences: use
+--train_file and --validation_file. Everything else is as in run_glue.py.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
 from experiments.measurement import Quartiles, peak_memory_mb
 from experiments.publishing import picture_style
-from experiments.publishing.picture_style import MARKERS, MERGED, POINTS, add_legend, save_picture, shades
+from experiments.publishing.picture_style import MARKERS, MERGED, POINT_STYLE, add_legend, save_picture, shades
 from experiments.publishing.tables import markdown_table
 
 STOCK, UNMERGED = "stock", "r = 0"
@@ -267,7 +267,7 @@ def draw(scaling: Scaling, title: str, path: Path) -> None:
         times = [row.milliseconds for row in scaling.rows if row.name == growth.name]
         medians = [each.median for each in times]
         label = {STOCK: "stock transformers", UNMERGED: "r = 0, unmerged"}.get(growth.name, growth.name)
-        axes.errorbar(lengths, medians, error_bars(times), fmt=marker, color=color, label=label, **POINTS)
+        axes.errorbar(lengths, medians, error_bars(times), fmt=marker, color=color, label=label, **POINT_STYLE)
         for line, style in ((growth.milliseconds, "-"), (growth.predicted_milliseconds, "--")):
             # Stock has the FLOPs of r = 0, whose line this one would hide.
             if style == "-" or growth.name != STOCK:

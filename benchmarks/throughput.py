@@ -54,7 +54,7 @@ from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
 from experiments.measurement import Quartiles, peak_memory_mb, time_interleaved
 from experiments.publishing import picture_style
-from experiments.publishing.picture_style import MERGED, POINTS, add_legend, save_picture
+from experiments.publishing.picture_style import MERGED, POINT_STYLE, add_legend, save_picture
 from experiments.publishing.tables import markdown_table
 from merging_tome_perceiver import product_flops
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
@@ -262,7 +262,7 @@ def draw(tables: list[ThroughputTable], path: Path) -> None:
         for place, row in enumerate(table.rows):
             color, label = _color_and_label(row.name)
             error = error_bars([row.speedup])
-            axes.errorbar(row.speedup.median, place, xerr=error, fmt="o", color=color, label=label, **POINTS)
+            axes.errorbar(row.speedup.median, place, xerr=error, fmt="o", color=color, label=label, **POINT_STYLE)
         implied = [row.implied_speedup for row in table.rows]
         axes.plot(implied, range(len(implied)), "|", color="black", markersize=12, label="all that its FLOPs imply")
         axes.axvline(1, color="lightgray", linewidth=0.8, zorder=0)

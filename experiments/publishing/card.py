@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of a checkpoint: `card.md.jinja`, filled from what a run recorded, and its scores as `model-index`."""
+"""Model card of a checkpoint: `card.md.jinja` filled with the results and arguments of a run, with YAML for the Hub."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ R = int | list[int] | str
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-# The line of the template that says where code loads the checkpoint from.
+# Line of the card's example code that names the checkpoint to load.
 CHECKPOINT_LINE = re.compile(r'^checkpoint = ".*"$', re.MULTILINE)
-# Training arguments that every card lists; others are listed where they are not the default.
+# Training arguments that every card lists; all others are listed only if they are not the default.
 ALWAYS_LISTED = (
     "seed", "num_train_epochs", "max_steps", "learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type",
     "optim", "bf16", "fp16", "per_device_train_batch_size", "gradient_accumulation_steps", "processes",
 )  # fmt: skip
-# Values that `TrainingArguments` gives to arguments that were left out, where they are not the field's default.
+# Values that `TrainingArguments` fills in when an argument is not given, so they count as defaults.
 FILLED_DEFAULTS = {"accelerator_config": str(AcceleratorConfig())}
 METRIC_NAMES = {"f1": "F1", "mse": "MSE", "pearson": "Pearson", "spearmanr": "Spearman"}
 
 
 class Usage(NamedTuple):
-    """The classes that load a checkpoint and its inputs, and example inputs, as code."""
+    """Names of the classes that load a checkpoint and preprocess its inputs, and example inputs as source code."""
 
     auto_class: str
     processor_class: str
@@ -68,17 +68,17 @@ USAGES = {
         'f"a {tokenizer.mask_token}."', 'f"a {pipe.tokenizer.mask_token}."',
     ),
 }  # fmt: skip
-"""By the Hub's name of the task."""
+"""Usage by pipeline tag, the Hub's name of a task."""
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One row of a card's results.
+    """A row of a card's table of results.
 
     Attributes:
-        name: of the row.
-        r: as `shown_r` gives it.
-        scores: by name.
+        name: name of the row.
+        r: latents merged in each layer, from `shown_r`.
+        scores: scores by name.
     """
 
     name: str
@@ -87,18 +87,18 @@ class ResultRow:
 
 
 def undefined_note(table: str) -> str:
-    """Return the sentence that explains undefined figures, if a table has any."""
-    why = " An undefined figure has no value on these examples, because all labels or all predictions are equal."
-    return why if UNDEFINED in table else ""
+    """Return a sentence that explains undefined scores if the table has any, otherwise an empty string."""
+    note = " A score is undefined where all labels or all predictions are equal."
+    return note if UNDEFINED in table else ""
 
 
 def metric_name(metric: str) -> str:
-    """Return a metric's name as people write it."""
+    """Return the name of a metric for readers, such as "F1"."""
     return METRIC_NAMES.get(metric, metric.replace("_", " ").capitalize())
 
 
 def shown_r(merging: Merging | ToMePerceiverConfig) -> R:
-    """Return the entry of the column r: a config's r, or words where fixed groups merge latents too."""
+    """Return what the column r shows: r of a config, or words if fixed groups merge latents."""
     if not (merging.merge_groups or merging.latent_groups):
         return merging.r
     merges = any(merging.r) if isinstance(merging.r, list) else merging.r
@@ -106,7 +106,7 @@ def shown_r(merging: Merging | ToMePerceiverConfig) -> R:
 
 
 def results_table(measured: Sequence[ResultRow]) -> str:
-    """Return a table with a row for each of `measured`, and columns for each metric and its change, if it has any."""
+    """Return a Markdown table of the results, with the change of every score that was compared."""
     header, columns = ["", "r"], [[row.name, spelled_r(row.r)] for row in measured]
     for name in measured[0].scores:
         compared = any(row.scores[name].compared for row in measured)
@@ -120,11 +120,11 @@ def results_table(measured: Sequence[ResultRow]) -> str:
 
 
 def listed_arguments(fields: Mapping[str, Any], previous: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the training arguments to list: the main ones and those that are not the default, or what has changed.
+    """Return the training arguments to list: the main ones, and others that are not the default.
 
     Args:
-        fields: the arguments of a training.
-        previous: those of the training before it; then only differences are listed.
+        fields: arguments of a training.
+        previous: arguments of the training before it; if given, only the differences are listed.
     """
     if previous is not None:
         return {name: value for name, value in fields.items() if value != previous.get(name)}
@@ -140,15 +140,15 @@ def listed_arguments(fields: Mapping[str, Any], previous: Mapping[str, Any] | No
 
 @dataclass(frozen=True)
 class MergingSummary:
-    """The merging of a checkpoint, and what it saves.
+    """Merging settings of a checkpoint, their cost and their measured speed-up.
 
     Attributes:
-        config: of the checkpoint.
-        input_shape: of one input, (1, S) or (1, 3, height, width), that FLOPs are for.
-        budget: the budget that chose the merging, in words, if there was one.
-        unmerged: config of the model it is compared with.
-        speedup: measured times as fast as that model, with `batch_size` inputs at once.
-        batch_size: number of these inputs.
+        config: config of the checkpoint.
+        input_shape: shape of one input, (1, S) or (1, 3, height, width), for which FLOPs are counted.
+        budget: description of the budget that the merging was chosen for, if any.
+        unmerged: config of the unmerged model.
+        speedup: measured speed-up over the unmerged model.
+        batch_size: batch size of that measurement.
     """
 
     config: ToMePerceiverConfig
@@ -160,43 +160,46 @@ class MergingSummary:
 
     @property
     def merges(self) -> bool:
-        """Whether anything merges."""
+        """Whether the checkpoint merges anything."""
         return Merging.of(self.config).merges(self.unmerged)
 
     @cached_property
     def costs(self) -> tuple[ForwardCost, ForwardCost]:
         """Costs of a forward pass, merged and unmerged."""
         architecture = self.config.architectures[0]
-        merged, unmerged = (forward_cost(each, self.input_shape, architecture) for each in (self.config, self.unmerged))
+        merged, unmerged = (
+            forward_cost(config, self.input_shape, architecture) for config in (self.config, self.unmerged)
+        )
         return merged, unmerged
 
     @property
     def gflops(self) -> tuple[float, float]:
-        """GFLOPs of a forward pass with its matching, merged and unmerged."""
+        """GFLOPs of a forward pass, including matching, merged and unmerged."""
         merged, unmerged = self.costs
         return merged.total_with_matching / 1e9, unmerged.total_with_matching / 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """The content of a checkpoint's card.
+    """Content of a checkpoint's card.
 
     Attributes:
-        model_id: the folder that becomes the repository.
-        revision: branch that the checkpoint becomes, if not the main one.
-        source, hub_task: the data, and the Hub's name of the task.
-        base_model: the checkpoint that training started from; `None` is from scratch.
-        merging: what merges, if anything does before somebody sets it.
-        frontier: of the checkpoint, from which others choose what merges.
-        measured: the scores. Each one's name and arguments in `model-index` contain r, since the Hub keys results by
+        model_id: folder of the checkpoint; its name becomes that of the repository.
+        revision: Hub branch of the checkpoint; `None` for the main branch.
+        source: origin of the data.
+        hub_task: pipeline tag, the Hub's name of the task.
+        base_model: checkpoint that training started from; `None` for a model from scratch.
+        merging: merging settings saved in the checkpoint's config; `None` for the unmerged checkpoint of a sweep.
+        frontier: frontier saved in the checkpoint's config, if any.
+        measured: results. In `model-index`, their names and arguments contain r, since the Hub identifies results by
             these.
-        evaluated_on: number of examples of the scores.
-        report: the results of a sweep, in Markdown, in place of a table of `measured`.
-        steps: the arguments of each training, `experiments.training.run_record.training_fields`, by its heading.
-        trained_on: number of examples of each training.
-        labels: names of the classes, if there are any.
-        data_fields: the data arguments that are not the default.
-        sections: further sections in Markdown, by heading; an empty one is left out.
+        evaluated_on: number of evaluated examples.
+        report: report of a sweep in Markdown, which replaces the table of results.
+        steps: arguments of each training, from `experiments.training.run_record.training_fields`, by heading.
+        trained_on: number of training examples.
+        labels: names of the classes, if any.
+        data_fields: data arguments that are not the default.
+        sections: further sections in Markdown by heading; empty ones are left out.
         environment: machine and versions; by default those of this process.
     """
 
@@ -218,7 +221,7 @@ class Card:
     environment: Mapping[str, Any] = field(default_factory=describe_environment)
 
     def write(self, output_dir: Path) -> None:
-        """Write the card and its pictures, after all other files of the folder: Trainer may write a card too."""
+        """Write the card and its pictures. Call it after the Trainer, which may write a card of its own."""
         if self.merging is not None and self.merging.merges:
             draw_schedule(self.merging.config, *self.merging.costs, output_dir / "schedule.png")
         if self.frontier is not None:
@@ -255,12 +258,12 @@ class Card:
 
     @property
     def base_on_hub(self) -> bool:
-        """Whether the base model is on the Hub, and not a folder of this machine."""
+        """Whether the base model is on the Hub rather than in a local folder."""
         return self.base_model is not None and not Path(self.base_model).exists()
 
     @property
     def licence(self) -> str | None:
-        """Licence of the base model, if it is a folder with a card that names it."""
+        """Licence of the base model, if that is a local folder whose card names one."""
         path = Path(self.base_model or "") / CARD_FILE
         if self.base_model is None or not path.is_file():
             return None
@@ -271,7 +274,7 @@ class Card:
 
     @property
     def data(self) -> ModelCardData:
-        """The YAML at the head, with every score in `model-index`."""
+        """YAML metadata at the head of the card, with all scores in `model-index`."""
         results = [
             EvalResult(
                 task_type=self.hub_task,
@@ -302,7 +305,7 @@ class Card:
 
     @property
     def trainings(self) -> list[tuple[str, str | None, dict[str, Any]]]:
-        """Of each training its heading, that of the one before it, and the arguments to list."""
+        """Heading, heading of the previous training, and arguments to list, of each training."""
         listed: list[tuple[str, str | None, dict[str, Any]]] = []
         previous: str | None = None
         for heading, fields in self.steps.items():
@@ -313,14 +316,14 @@ class Card:
 
     @property
     def example_share(self) -> float | None:
-        """A budget that the frontier meets: half of the FLOPs, or the least share, in hundredths."""
+        """A share of the FLOPs for example code: 0.5, or the frontier's lowest share if that is higher."""
         if self.frontier is None:
             return None
         return max(0.5, math.ceil(100 * min(row.flops_ratio for row in self.frontier.rows)) / 100)
 
     @property
     def example_bound(self) -> float | None:
-        """A share of changed answers that the frontier promises, if it promises any: that of its mildest row."""
+        """A share of changed answers for example code, promised by the frontier's mildest row, if any."""
         if self.frontier is None or all(row.changed_bound is None for row in self.frontier.rows):
             return None
         bound = math.ceil(100 * max(0.01, self.frontier.rows[0].changed_bound or 0.0)) / 100
@@ -328,9 +331,9 @@ class Card:
 
 
 def set_card_repository(folder: Path, repo_id: str) -> None:
-    """Make the code in a folder's card load the checkpoint from a repository."""
+    """Make the example code of a folder's card load the checkpoint from a Hub repository."""
     path = folder / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    addressed = CHECKPOINT_LINE.sub(f'checkpoint = "{repo_id}"', text, count=1)
-    if addressed != text:
-        write_text(path, addressed)
+    changed = CHECKPOINT_LINE.sub(f'checkpoint = "{repo_id}"', text, count=1)
+    if changed != text:
+        write_text(path, changed)

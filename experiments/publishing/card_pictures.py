@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a card: what merges layer by layer, and the frontier."""
+"""Pictures of a card: latents and FLOPs of each layer, and the frontier."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def draw_schedule(config: PreTrainedConfig, merged: ForwardCost, unmerged: Forwa
     (blue,) = shades(MERGED, 1)
     latents.step(range(len(left)), left, where="post", color=blue)
     latents.set(xlabel="self-attention layer", ylabel="latents left", ylim=(0, None))
-    # The unmerged model may run its blocks more often, and so have more layers.
+    # The unmerged model has more layers if merging skips blocks.
     for cost, color, label in ((unmerged, UNMERGED, "unmerged"), (merged, blue, "merged")):
         gflops = [layer / 1e9 for layer in cost.self_attention]
         flops.bar(range(1, len(gflops) + 1), gflops, color=color, label=label)
@@ -32,7 +32,7 @@ def draw_schedule(config: PreTrainedConfig, merged: ForwardCost, unmerged: Forwa
 
 
 def draw_frontier(frontier: Frontier, path: Path) -> None:
-    """Draw the changed answers of each row, or else its divergence, over its share of the FLOPs, as a PNG."""
+    """Draw changed answers, or without them the divergence, against the share of FLOPs, as a PNG."""
     figure, axes = plt.subplots(figsize=(8, 4), constrained_layout=True)
     rows = frontier.rows
     shares = [row.flops_ratio for row in rows]
@@ -40,10 +40,10 @@ def draw_frontier(frontier: Frontier, path: Path) -> None:
     points = POINT_STYLE | {"marker": "o", "color": dark}
     if all(row.changed is not None for row in rows):
         changed = [100 * (row.changed or 0.0) for row in rows]
-        axes.errorbar(shares, changed, **points, label=f"of {frontier.held_out} held-out samples")
+        axes.errorbar(shares, changed, **points, label=f"measured on {frontier.held_out} held-out samples")
         if all(row.changed_bound is not None for row in rows):
             bounds = [100 * (row.changed_bound or 0.0) for row in rows]
-            axes.plot(shares, bounds, linestyle="--", color=light, label="at most, at 95 % confidence")
+            axes.plot(shares, bounds, linestyle="--", color=light, label="upper bound, 95 % confidence")
         axes.set(ylabel="changed answers, %")
     else:
         axes.errorbar(shares, [row.divergence or 0.0 for row in rows], **points, label="divergence of the outputs")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The style of all pictures: one colour for one thing, and a legend below that explains every line.
+"""Shared style of all pictures: fixed colours, and a legend below the panels.
 
-Stock transformers are black, the unmerged model is grey, merged blue, trained with merging on green, and a control, to
-which merging is compared, orange. Several lines of one colour have shades of it, dark to light, and their own markers.
+Stock transformers are black, the unmerged model grey, the merged model blue, the model trained with merging green, and
+controls orange. Lines of one colour differ in shade, from dark to light, and in marker.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib.colors import Colormap
 
 from experiments.files import write_whole
 
-matplotlib.use("Agg")  # there may be no screen
+matplotlib.use("Agg")  # works without a screen
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,10 +24,10 @@ from matplotlib.figure import Figure
 STOCK, UNMERGED = "black", "gray"
 MERGED, TRAINED, CONTROL = (matplotlib.colormaps[name] for name in ("Blues", "Greens", "Oranges"))
 MARKERS = "osD^vP*X<>hp8d"
-# A schedule that merges nothing, and methods that ignore the latents or drop them.
+# Controls, to which merging is compared: skip blocks without merging, merge random latents, drop latents.
 CONTROL_NAMES = frozenset({"skip_blocks", "random", "prune"})
 POINT_STYLE: dict[str, Any] = {"markersize": 6, "linewidth": 1.5, "elinewidth": 1, "capsize": 3}
-SCHEDULE_LABELS = {"r": "r as given", "search": "as a search found it", "frontier": "rows of the frontier"}
+SCHEDULE_LABELS = {"r": "given r", "search": "searched schedule", "frontier": "frontier rows"}
 
 
 def shades(base: Colormap, count: int) -> list[tuple[float, ...]]:
@@ -43,14 +43,14 @@ def is_control(series: str) -> bool:
 
 
 def series_label(series: str) -> str:
-    """Return a series of a sweep in words: its schedule, and its method if it names one."""
+    """Return the label of a series of a sweep: its schedule, and its method if it names one."""
     schedule, _, method = series.partition(" ")
-    words = SCHEDULE_LABELS.get(schedule, f"schedule {schedule}")
-    return f"{words}, {method}" if method else words
+    label = SCHEDULE_LABELS.get(schedule, f"schedule {schedule}")
+    return f"{label}, {method}" if method else label
 
 
 def add_legend(figure: Figure, panels: Iterable[Axes], columns: int, title: str | None = None) -> None:
-    """Put a legend below the panels, with each label once."""
+    """Add a legend below the panels that lists each label once."""
     named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}  # noqa: B905
     figure.legend(
         named.values(), named, loc="outside lower center", ncols=columns, fontsize=9, title=title, title_fontsize=9

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for people: Markdown tables, figures with errors, escaped names, and values without paths of this machine."""
+"""Text of reports and cards: Markdown tables, figures with errors, escaped names, and values without local paths."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ UNDEFINED = "undefined"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], align: str = "l") -> str:
-    """Return a table whose last line is not ended.
+    """Return a Markdown table without a line break at its end.
 
     Args:
-        header: a heading for each column.
-        rows: a cell for each column, in Markdown; `None` is an empty one.
+        header: headings of the columns.
+        rows: cells of each row, in Markdown; `None` leaves a cell empty.
         align: "l" (left) or "r" (right) for each column; the last letter also aligns all further columns.
 
     Raises:
@@ -33,7 +33,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], alig
 
 
 def _line(cells: Iterable[object]) -> str:
-    # A line break would end the row, and a bar the cell.
+    # A line break would end the row, and "|" would end the cell.
     shown = ("" if cell is None else " ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
     return f"| {' | '.join(shown)} |"
 
@@ -42,10 +42,10 @@ def with_error(value: float | None, error: float | None, form: str = ".2f", scal
     """Return a figure with its standard error, "81.23 ± 0.40".
 
     Args:
-        value: `None` if it is undefined.
-        error: `None` if it has none, as with a single example.
-        form: format of both; a sign is shown of the figure only.
-        scale: factor of both.
+        value: the figure; `None` if it is undefined.
+        error: its standard error; `None` if there is none, as with a single example.
+        form: format of both, such as "+.2f"; the error never has a sign.
+        scale: factor that both are multiplied by.
     """
     if value is None:
         return UNDEFINED
@@ -54,20 +54,20 @@ def with_error(value: float | None, error: float | None, form: str = ".2f", scal
 
 
 def escape_markdown(value: object) -> str:
-    """Return a name or value on one line, with a backslash before each character that Markdown would interpret."""
+    """Return a name or value on one line, with Markdown's special characters escaped."""
     # An underscore within a word has no meaning in Markdown.
     return re.sub(r"([\\`*<>\[|~&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(str(value).split()))
 
 
 def without_local_paths(value: Any) -> Any:
-    """Return a JSON value in which every path of this machine is reduced to its last name; Hub ids stay.
+    """Return a JSON value with every local path shortened to its last part, so that it shows nothing of this machine.
 
-    A relative path of two parts that does not exist is taken for a Hub id.
+    A relative path of two parts that does not exist counts as a Hub id and stays.
     """
     if isinstance(value, dict):
-        return {name: without_local_paths(each) for name, each in value.items()}
+        return {name: without_local_paths(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [without_local_paths(each) for each in value]
+        return [without_local_paths(item) for item in value]
     if not isinstance(value, str) or not value or "\n" in value or "://" in value:
         return value
     if re.match(r"--\w+ ", value):  # an argument with its value

@@ -50,9 +50,9 @@ PICTURE = "sweep.png"
 STAGES = ("merged", "retrained")
 # A row keeps its score if it is at most this many standard errors of the change below the unmerged model's.
 MAX_DROP = 2
-BEST_ROW_RULE = """The best row is the fastest one whose score is at most two standard errors of the paired change lower than
-unmerged; rows slower than unmerged count only if all are. Without timing, it is the row with the fewest FLOPs; if every
-score is lower than that, the row with the best score. It was chosen on the same examples, which favours it."""
+BEST_ROW_RULE = """The best row is the fastest one whose score is at most two standard errors of the paired change lower
+than unmerged; rows slower than unmerged count only if all are. Without timing, it is the row with the fewest FLOPs; if
+every score is lower than that, the row with the best score. It was chosen on the same examples, which favours it."""
 # Arguments that may change when a sweep is resumed: it can be timed later, or again with more rounds.
 NOT_COMPARED = ("timing_rounds",)
 

@@ -119,7 +119,7 @@ On 1,500 examples""" in text_of(full_card())
 
 def test_an_undefined_score_is_said_to_be_and_is_no_result():
     card = card_of(measured=[ResultRow("trained", 0, {"pearson": Score(None), "mse": Score(0.5, None)})])
-    assert "| undefined | 0.5000 |" in text_of(card) and "An undefined figure has no value" in text_of(card)
+    assert "| undefined | 0.5000 |" in text_of(card) and "A score is undefined where" in text_of(card)
     assert [result.metric_type for result in card.data.eval_results] == ["mse"]
 
 

@@ -140,7 +140,7 @@ def test_score_over_flops_and_over_speed(draw, tmp_path):
     by_flops, by_speed = figure.axes
     assert "FLOPs" in by_flops.get_xlabel() and "times as fast" in by_speed.get_xlabel()
     assert by_flops.get_ylabel() == "Accuracy x 100" and by_flops.xaxis_inverted()
-    assert legend(figure) == ["unmerged: 96.0 ± 1.0 (band)", "merged, as a search found it"]
+    assert legend(figure) == ["unmerged: 96.0 ± 1.0 (band)", "merged, searched schedule"]
     for axes, places in ((by_flops, [0.79, 0.5]), (by_speed, [1.1, 1.4])):
         (points,) = (container.lines[0] for container in axes.containers)
         assert list(points.get_xdata()) == places and list(points.get_ydata()) == [96, 95]
