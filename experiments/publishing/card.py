@@ -105,13 +105,13 @@ def shown_r(merging: Merging | ToMePerceiverConfig) -> R:
     return f"fixed groups, then {spelled_r(merging.r)}" if merges else "fixed groups"
 
 
-def results_table(measured: Sequence[ResultRow]) -> str:
+def results_table(results: Sequence[ResultRow]) -> str:
     """Return a Markdown table of the results, with the change of every score that was compared."""
-    header, columns = ["", "r"], [[row.name, spelled_r(row.r)] for row in measured]
-    for name in measured[0].scores:
-        compared = any(row.scores[name].compared for row in measured)
+    header, columns = ["", "r"], [[row.name, spelled_r(row.r)] for row in results]
+    for name in results[0].scores:
+        compared = any(row.scores[name].compared for row in results)
         header += [metric_name(name), *(["change, paired by example"] if compared else [])]
-        for row, cells in zip(measured, columns, strict=True):
+        for row, cells in zip(results, columns, strict=True):
             score = row.scores[name]
             cells.append(with_error(score.value, score.stderr, ".4f"))
             if compared:
@@ -191,11 +191,11 @@ class Card:
         base_model: checkpoint that training started from; `None` for a model from scratch.
         merging: merging settings saved in the checkpoint's config; `None` for the unmerged checkpoint of a sweep.
         frontier: frontier saved in the checkpoint's config, if any.
-        measured: results. In `model-index`, their names and arguments contain r, since the Hub identifies results by
-            these.
+        results: rows of the table of results. In `model-index`, their names and arguments contain r, since the Hub tells
+            results apart by these.
         evaluated_on: number of evaluated examples.
         report: report of a sweep in Markdown, which replaces the table of results.
-        steps: arguments of each training, from `experiments.training.run_record.training_fields`, by heading.
+        trainings: arguments of each training, from `experiments.training.run_record.training_fields`, by heading.
         trained_on: number of training examples.
         labels: names of the classes, if any.
         data_fields: data arguments that are not the default.
@@ -210,10 +210,10 @@ class Card:
     base_model: str | None
     merging: MergingSummary | None = None
     frontier: Frontier | None = None
-    measured: Sequence[ResultRow] = ()
+    results: Sequence[ResultRow] = ()
     evaluated_on: int = 0
     report: str | None = None
-    steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    trainings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     trained_on: int = 0
     labels: Sequence[str] = ()
     data_fields: Mapping[str, Any] = field(default_factory=dict)
@@ -230,7 +230,7 @@ class Card:
 
     def render(self) -> ModelCard:
         """Return the card, with every name and value escaped."""
-        table = results_table(self.measured) if self.measured else ""
+        table = results_table(self.results) if self.results else ""
         return ModelCard.from_template(
             self.data,
             str(TEMPLATE),
@@ -287,7 +287,7 @@ class Card:
                 metric_value=score.value,
                 metric_args={"r": row.r, "model": row.name, "standard_error": score.stderr},
             )
-            for row in self.measured
+            for row in self.results
             for metric, score in row.scores.items()
             if score.value is not None
         ]
@@ -304,12 +304,12 @@ class Card:
         )
 
     @property
-    def trainings(self) -> list[tuple[str, str | None, dict[str, Any]]]:
+    def listed_trainings(self) -> list[tuple[str, str | None, dict[str, Any]]]:
         """Heading, heading of the previous training, and arguments to list, of each training."""
         listed: list[tuple[str, str | None, dict[str, Any]]] = []
         previous: str | None = None
-        for heading, fields in self.steps.items():
-            arguments = listed_arguments(fields, None if previous is None else self.steps[previous])
+        for heading, fields in self.trainings.items():
+            arguments = listed_arguments(fields, None if previous is None else self.trainings[previous])
             listed.append((heading, previous, arguments))
             previous = heading
         return listed

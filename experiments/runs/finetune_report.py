@@ -39,7 +39,7 @@ def report(run: Run, is_first: bool) -> list[str]:
         is_first: whether this process writes. Every process runs the model, since each may hold a part of it.
     """
     speedup = batch_size = None
-    if run.measured and run.merges:
+    if run.results and run.merges:
         batch = run.prepared.batch(TIMED_INPUTS)
         speedup, batch_size = _time(run, batch), len(next(iter(batch.values())))
     if leaves_checkpoint(run.args) and is_first:
@@ -47,7 +47,7 @@ def report(run: Run, is_first: bool) -> list[str]:
     if speedup is None:
         return []
     lines = []
-    for row in run.measured:
+    for row in run.results:
         score = row.scores[run.task.main_metric]
         name = metric_name(run.task.main_metric)
         line = f"{row.name}: {name} {with_error(score.value, score.stderr, scale=100)}"
@@ -118,8 +118,8 @@ def _write_card(run: Run, speedup: Quartiles | None, batch_size: int | None) -> 
             batch_size=batch_size or 0,
         ),
         frontier=Frontier.of(run.model.config),
-        measured=run.measured,
-        steps=_training_arguments(run),
+        results=run.results,
+        trainings=_training_arguments(run),
         trained_on=len(run.prepared.train),
     ).write(run.output_dir)
 

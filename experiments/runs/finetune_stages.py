@@ -61,7 +61,7 @@ class Run:
         self.saves_untrained = self.merge_args.has_budget and not self.training.do_train
         # --max_changed is a promise about the trained weights, so the merging is chosen after training.
         self.chooses_after_training = self.training.do_train and self.merge_args.max_changed is not None
-        self.measured: list[ResultRow] = []
+        self.results: list[ResultRow] = []
         self.unmerged_evaluation: Evaluation | None = None
         self.choice: FrontierRow | None = None
         self.sample_count = 0
@@ -80,7 +80,7 @@ class Run:
     def _record(self, *groups: Any) -> RunRecord:
         arguments = recorded_arguments(*groups) | training_fields(self.training)
         merges = self.merge_args in groups
-        # Training does not depend on the data to predict; only a search depends on the calibration samples.
+        # Training does not depend on the samples to predict; only a search depends on the calibration samples.
         left_out = (PREDICTION,) if merges else (PREDICTION, CALIBRATION)
         contents = {name: value for name, value in self._content.items() if name not in left_out}
         contents[START_CONFIG] = config_fingerprint(self.model.config, merging=merges)
@@ -165,7 +165,7 @@ class Run:
 
     def _choose(self, merge_args: MergeArguments) -> None:
         """Choose the merging for the budget; a search measures the frontier first."""
-        announce(f"choosing what merges: {merge_args.budget_line}")
+        announce(f"choosing the merging: {merge_args.budget_line}")
         self._calibrate(merge_args)
         choice = merge_args.choose(self.model, self.loaded.samples, self.loaded.input_shape)
         assert choice is not None
@@ -199,7 +199,7 @@ class Run:
             self.model, self.prepared, arguments, self.output_dir, self.retraining.trainer_class, self.record
         )
         if self.retrains and (self.merge_args.merges or any(self.model.config.merge_schedule)):
-            announce("evaluating the same, merged without retraining")
+            announce("evaluating the finetuned model, merged without retraining")
             self._evaluate(trainer, "merged", "merged without retraining")
         if self.training.do_train:
             how = "for every r" if self.retraining.elastic else "merged" if self.merges else "unmerged"
@@ -216,7 +216,7 @@ class Run:
             )
             announce("finetuning, unmerged")
             train_and_save(trainer, self.starts[self.finetuned_dir])
-            announce("evaluating what was finetuned, unmerged")
+            announce("evaluating the finetuned model, unmerged")
             self.unmerged_evaluation = self._evaluate(trainer, "eval", "finetuned")
         if self.merge_args.has_budget:
             self._resolve()
@@ -234,7 +234,7 @@ class Run:
             announce("measuring the frontier of the trained weights")
             self._calibrate(self.merge_args)
         if self.writes:
-            # A finished training that is resumed has in memory the config from before it: change the saved one instead.
+            # If training had already finished, the config in memory is the one from before it: update the saved one.
             saved = ToMePerceiverConfig.from_pretrained(self.output_dir)
             saved.merge_frontier = self.model.config.merge_frontier
             Merging.of(self.model.config).apply(saved)
@@ -250,7 +250,7 @@ class Run:
                 self.unmerged_evaluation = self._evaluate(trainer, "unmerged", "unmerged")
             name = "merged without training"
         announce(
-            f"evaluating{' what was retrained' if self.retrains else ''}, {'merged' if self.merges else 'unmerged'}"
+            f"evaluating the {'retrained ' if self.retrains else ''}model, {'merged' if self.merges else 'unmerged'}"
         )
         self._evaluate(trainer, "eval", name)
         if self.saves_untrained and self.writes:
@@ -270,7 +270,7 @@ class Run:
         trainer.log_metrics(prefix, evaluation.flatten())
         if self.writes:
             save_metrics(Path(trainer.args.output_dir), prefix, evaluation.flatten())
-        self.measured.append(ResultRow(name, shown_r(self.model.config), evaluation.scores))
+        self.results.append(ResultRow(name, shown_r(self.model.config), evaluation.scores))
         return evaluation
 
     @property

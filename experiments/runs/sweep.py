@@ -132,7 +132,7 @@ class Sweep:
         if self.retrains:
             self._complete_stage("retrained")
         if self.writes:
-            self._write()
+            self._write_results()
 
     def _complete_stage(self, stage: str) -> None:
         """Evaluate every row that lacks a stage's scores, the unmerged model first, and save after each.
@@ -249,26 +249,26 @@ class Sweep:
 
     def _write_retrained_card(self, row: Row, config: ToMePerceiverConfig) -> None:
         """Write the card of the checkpoint that was retrained for a row, or for all rows, with the scores so far."""
-        steps = training_fields(self.retraining.training_arguments(self.training))
+        arguments = training_fields(self.retraining.training_arguments(self.training))
         if self.retraining.elastic:
-            steps |= {"elastic": True, "distillation_weight": self.retraining.distillation_weight}
+            arguments |= {"elastic": True, "distillation_weight": self.retraining.distillation_weight}
             config = self.unmerged.asked_of(config)
             merging = MergingSummary(config, self.results.input_shape, None, config)
-            measured = self._measured("retrained")
+            result_rows = self._result_rows("retrained")
         else:
             merging, r = self._summarize_merging(row, config), shown_r(row.merging)
-            measured = [ResultRow(name, r, row.scores[stage]) for stage, name in self.stage_names.items()]
+            result_rows = [ResultRow(name, r, row.scores[stage]) for stage, name in self.stage_names.items()]
         branch = self._retrained_branch(row)
         self._card(
             revision=branch,
             merging=merging,
             frontier=Frontier.of(config),
-            measured=measured,
-            steps={"Retraining": steps},
+            results=result_rows,
+            trainings={"Retraining": arguments},
             trained_on=len(self.loaded.prepared.train),
         ).write(self.output_dir / RETRAINED_FOLDER / branch)
 
-    def _measured(self, *stages: str) -> list[ResultRow]:
+    def _result_rows(self, *stages: str) -> list[ResultRow]:
         """Return the results of all rows for a card; rows of a search are named, since several may have the same r."""
         return [
             ResultRow(
@@ -281,7 +281,7 @@ class Sweep:
             if stage in row.scores
         ]
 
-    def _write(self) -> None:
+    def _write_results(self) -> None:
         """Write the unmerged checkpoint, the report, the best row's checkpoint, and last the card with the report."""
         model = self.loaded.model
         self.unmerged.apply(model.config)
@@ -300,7 +300,7 @@ class Sweep:
             branches = f"Each retrained checkpoint is on a branch of its own; choose one by `revision`: {names}."
         self._card(
             frontier=Frontier.of(model.config),
-            measured=self._measured(*self.stage_names),
+            results=self._result_rows(*self.stage_names),
             report=report,
             sections={"Retrained checkpoints": branches},
             environment=self.results.environment,
@@ -325,7 +325,7 @@ class Sweep:
                 model_id=str(folder),
                 merging=self._summarize_merging(best.row, model.config),
                 frontier=Frontier.of(model.config),
-                measured=[unmerged, merged],
+                results=[unmerged, merged],
             ).write(folder)
         return folder
 

@@ -266,7 +266,7 @@ def find_best(rows: Sequence[Row], score: str) -> Best | None:
     if row.speedup is not None:
         slower = "" if row.speedup.median >= 1 else ", slower than unmerged"
         speed = f"{row.speedup.median:.2f} times as fast{slower}"
-    trained = "trained again" if stage == "retrained" else "not trained again"
+    trained = "retrained" if stage == "retrained" else "not retrained"
     sentence = (
         f"{row.flops_ratio:.2f} of the FLOPs, {speed}, {METRIC_NAMES.get(score, score.replace('_', ' '))} "
         f"{100 * unmerged[0]:.1f} -> {with_error(value, row.scores[stage][score].stderr, '.1f', scale=100)} "
@@ -426,7 +426,7 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], score: str, place: Callable[[Ro
         place: returns the horizontal position of a row, or `None` if it was not measured.
     """
     unmerged, *others = rows
-    for stage, marker, model in (("merged", "o", "unmerged"), ("retrained", "s", "unmerged, trained again")):
+    for stage, marker, model in (("merged", "o", "unmerged"), ("retrained", "s", "unmerged, retrained")):
         if (measured := unmerged.value_and_error(stage, score)) is not None:
             value, error = 100 * measured[0], 100 * (unmerged.scores[stage][score].stderr or 0)
             label = f"{model}: {with_error(value, error, '.1f')}"
@@ -468,7 +468,7 @@ def _style(stage: str, name: str, series: list[str]) -> dict[str, Any]:
     control, retrained = is_control(name), stage == "retrained"
     same_colour = [other for other in series if is_control(other) == control]
     kind = CONTROL if control else TRAINED if retrained else MERGED
-    words = f"{'control' if control else 'merged'}{', trained again' if retrained else ''}"
+    words = f"{'control' if control else 'merged'}{', retrained' if retrained else ''}"
     return POINT_STYLE | {
         "color": shades(kind, len(same_colour))[same_colour.index(name)],
         "marker": MARKERS[series.index(name) % len(MARKERS)],

@@ -63,8 +63,8 @@ def full_card(**fields: object) -> Card:
     merging = MergingSummary(CONFIG, (1, 20), "at most 0.5", UNMERGED, speedup=Quartiles(1.5, 1.25, 1.75), batch_size=8)
     training = training_fields(TrainingArguments(output_dir="out", deepspeed=None, seed=7))
     everything = {
-        "base_model": "deepmind/language-perceiver", "measured": ROWS, "evaluated_on": 1500, "trained_on": 3000,
-        "merging": merging, "steps": {"Training": training}, "labels": ["no", "yes"],
+        "base_model": "deepmind/language-perceiver", "results": ROWS, "evaluated_on": 1500, "trained_on": 3000,
+        "merging": merging, "trainings": {"Training": training}, "labels": ["no", "yes"],
         "data_fields": {"max_seq_length": 48}, "sections": {"Branches": "Two.", "Nothing": ""},
     }  # fmt: skip
     return card_of(**everything | fields)
@@ -112,13 +112,13 @@ def test_the_results_are_a_table_or_a_report():
 | retrained | 2,0 | 0.8000 ± 0.0300 | 0.7000 ± 0.0400 | -0.1000 ± 0.0100 |
 
 On 1,500 examples""" in text_of(full_card())
-    card = card_of(measured=ROWS, evaluated_on=1500, report="As measured.")
+    card = card_of(results=ROWS, evaluated_on=1500, report="As measured.")
     assert "## Results\n\nAs measured.\n\n" in text_of(card) and "On 1,500" not in text_of(card)
     assert len(card.data.eval_results) == 4
 
 
 def test_an_undefined_score_is_said_to_be_and_is_no_result():
-    card = card_of(measured=[ResultRow("trained", 0, {"pearson": Score(None), "mse": Score(0.5, None)})])
+    card = card_of(results=[ResultRow("trained", 0, {"pearson": Score(None), "mse": Score(0.5, None)})])
     assert "| undefined | 0.5000 |" in text_of(card) and "A score is undefined where" in text_of(card)
     assert [result.metric_type for result in card.data.eval_results] == ["mse"]
 
@@ -204,8 +204,8 @@ def test_a_training_lists_what_is_not_the_default_and_the_next_one_what_has_chan
     listed = re.findall(r"^- `(\w+)`: ", text.partition("## Training\n")[2].partition("## ")[0], re.MULTILINE)
     assert "learning_rate" in listed and set(listed) <= set(ALWAYS_LISTED)
     first = {"learning_rate": 0.1, "data_seed": None, "max_grad_norm": 1.0}
-    steps = {"Finetuning": first, "Retraining": first | {"max_grad_norm": 2.0, "elastic": True}}
-    text = text_of(full_card(steps=steps))
+    trainings = {"Finetuning": first, "Retraining": first | {"max_grad_norm": 2.0, "elastic": True}}
+    text = text_of(full_card(trainings=trainings))
     assert text.count("`learning_rate`: 0.1") == 1 and "data_seed" not in text
     assert "The same as finetuning, except:\n\n- `max_grad_norm`: 2.0\n- `elastic`: True\n" in text
 
@@ -221,9 +221,12 @@ def test_no_card_says_where_on_this_machine_anything_is(tmp_path):
     (tmp_path / "base").mkdir()
     settings = tmp_path / "deepspeed.json"
     settings.write_text("{}")
-    steps = {"Training": {"learning_rate": 0.1, "deepspeed": str(settings)}}
+    trainings = {"Training": {"learning_rate": 0.1, "deepspeed": str(settings)}}
     card = full_card(
-        model_id=str(tmp_path), base_model=str(tmp_path / "base"), steps=steps, data_fields={"anything": str(settings)}
+        model_id=str(tmp_path),
+        base_model=str(tmp_path / "base"),
+        trainings=steps,
+        data_fields={"anything": str(settings)},
     )
     content = card.render().content
     assert str(tmp_path) not in content and "/tmp" not in content and str(Path.home()) not in content

@@ -55,24 +55,24 @@ SEARCHED = [row("flops=0.8 search", 0.79, 0.96, 1.1), row("flops=0.5 search", 0.
     ("rows", "sentence"),
     [
         ([row("flops=0.8 search", 0.79, 0.96, 1.1), row("flops=0.5 search", 0.5, 0.951, 1.4)],
-         "0.50 of the FLOPs, 1.40 times as fast, accuracy 96.0 -> 95.1 ± 1.0 (flops=0.5 search, not trained again)."),
+         "0.50 of the FLOPs, 1.40 times as fast, accuracy 96.0 -> 95.1 ± 1.0 (flops=0.5 search, not retrained)."),
         # It has fallen by more than two standard errors of its change.
         ([row("flops=0.8 search", 0.79, 0.96, 1.1), row("flops=0.5 search", 0.5, 0.949, 1.4)],
-         "0.79 of the FLOPs, 1.10 times as fast, accuracy 96.0 -> 96.0 ± 1.0 (flops=0.8 search, not trained again)."),
+         "0.79 of the FLOPs, 1.10 times as fast, accuracy 96.0 -> 96.0 ± 1.0 (flops=0.8 search, not retrained)."),
         ([row("r=2", 0.8, 0.9, 1.1, retrained=0.958)],
-         "0.80 of the FLOPs, 1.10 times as fast, accuracy 96.0 -> 95.8 ± 1.0 (r=2, trained again)."),
+         "0.80 of the FLOPs, 1.10 times as fast, accuracy 96.0 -> 95.8 ± 1.0 (r=2, retrained)."),
         # What is faster and loses goes before what is slower and does not.
         ([row("r=2", 0.8, 0.96, 0.9), row("r=4", 0.7, 0.90, 1.1)],
-         "0.70 of the FLOPs, 1.10 times as fast, accuracy 96.0 -> 90.0 ± 1.0 (r=4, not trained again)."),
+         "0.70 of the FLOPs, 1.10 times as fast, accuracy 96.0 -> 90.0 ± 1.0 (r=4, not retrained)."),
         ([row("r=2", 0.8, 0.96, 0.9)],
          "0.80 of the FLOPs, 0.90 times as fast, slower than unmerged, accuracy 96.0 -> 96.0 ± 1.0 "
-         "(r=2, not trained again)."),
+         "(r=2, not retrained)."),
         ([row("r=2", 0.8, 0.96), row("r=4", 0.7, 0.955), row("r=8", 0.6, 0.5)],
-         "0.70 of the FLOPs, not timed, accuracy 96.0 -> 95.5 ± 1.0 (r=4, not trained again)."),
+         "0.70 of the FLOPs, not timed, accuracy 96.0 -> 95.5 ± 1.0 (r=4, not retrained)."),
         ([row("r=4", 0.7, 0.8), row("r=8", 0.6, 0.5)],
-         "0.70 of the FLOPs, not timed, accuracy 96.0 -> 80.0 ± 1.0 (r=4, not trained again)."),
+         "0.70 of the FLOPs, not timed, accuracy 96.0 -> 80.0 ± 1.0 (r=4, not retrained)."),
     ],
-    ids=["fastest", "holds", "trained again", "faster first", "only slower", "not timed", "all lose"],
+    ids=["fastest", "holds", "retrained", "faster first", "only slower", "not timed", "all lose"],
 )  # fmt: skip
 def test_the_result_is_that_of_the_best_row(rows, sentence):
     best = find_best([UNMERGED, *rows], "accuracy")
@@ -164,7 +164,7 @@ def test_colours_say_what_is_drawn(draw):
     assert len(by_flops.containers) == 4
     for points in by_flops.containers:
         red, green, blue = to_rgb(points.lines[0].get_color())
-        assert max(red, green, blue) == (green if "trained again" in points.get_label() else blue)
+        assert max(red, green, blue) == (green if "retrained" in points.get_label() else blue)
     (unmerged,) = (line for line in by_flops.lines if line.get_label().startswith("unmerged"))
     assert len(set(to_rgb(unmerged.get_color()))) == 1
     assert len({container.lines[0].get_marker() for container in by_flops.containers}) == 2  # one for each series

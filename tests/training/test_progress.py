@@ -112,9 +112,9 @@ def test_every_line_of_a_run_says_something(tmp_path):
     assert run.returncode == 0, run.stderr
     stages = [line for line in run.stdout.splitlines() if line.startswith("-- ")]
     assert stages == [
-        "-- finetuning, unmerged", "-- evaluating what was finetuned, unmerged",
-        "-- evaluating the same, merged without retraining", "-- retraining, merged",
-        "-- evaluating what was retrained, merged",
+        "-- finetuning, unmerged", "-- evaluating the finetuned model, unmerged",
+        "-- evaluating the finetuned model, merged without retraining", "-- retraining, merged",
+        "-- evaluating the retrained model, merged",
     ]  # fmt: skip
     assert not any(
         noise in run.stdout + run.stderr for noise in ("USDT", "flos", "***", "{", "shards", "Loading weights")
