@@ -191,7 +191,7 @@ class Card:
         base_model: checkpoint that training started from; `None` for a model from scratch.
         merging: merging settings saved in the checkpoint's config; `None` for the unmerged checkpoint of a sweep.
         frontier: frontier saved in the checkpoint's config, if any.
-        results: rows of the table of results. In `model-index`, their names and arguments contain r, since the Hub tells
+        results: rows of the table of results. In `model-index`, names and arguments contain r, since the Hub tells
             results apart by these.
         evaluated_on: number of evaluated examples.
         report: report of a sweep in Markdown, which replaces the table of results.

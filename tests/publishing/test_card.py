@@ -225,7 +225,7 @@ def test_no_card_says_where_on_this_machine_anything_is(tmp_path):
     card = full_card(
         model_id=str(tmp_path),
         base_model=str(tmp_path / "base"),
-        trainings=steps,
+        trainings=trainings,
         data_fields={"anything": str(settings)},
     )
     content = card.render().content
