@@ -213,7 +213,7 @@ def test_a_training_lists_what_is_not_the_default_and_the_next_one_what_has_chan
 def test_a_checkpoint_that_merges_nothing_says_so(tmp_path):
     full_card(merging=MergingSummary(UNMERGED, (1, 20), None, UNMERGED)).write(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "whose latents can be merged" in text and "Nothing, until `model.merge_to`" in text
+    assert "whose latents can be merged" in text and "This checkpoint merges nothing until `model.merge_to`" in text
     assert not (tmp_path / "schedule.png").exists() and "FLOPs are" not in text
 
 
