@@ -109,7 +109,7 @@ def broken_promises(
                 frontier,
                 rows=[replace(row, changed=count / len(tested), changed_bound=bound) for row, count, bound in tests],
             )
-            model.config.merge_frontier = drawn.kept()
+            model.config.merge_frontier = drawn.to_dict()
             chosen = choose(model, max_changed=limit).chosen
             truth = 0.0
             if chosen.flops_ratio < 1:
@@ -158,7 +158,7 @@ def main() -> None:
             frontiers.append((frontier, changed_answers(model, frontier, batches)))
         report["promise"] = broken_promises(model, frontiers, arguments, training.seed)
         report["evaluated"] = frontiers[0][1].shape[1]
-    report["frontier"] = model.calibrate(samples[:each]).kept()
+    report["frontier"] = model.calibrate(samples[:each]).to_dict()
     folder = Path(training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "calibration.json", report)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picture of the positions of an input that each latent left attends to.
+"""Draw which positions of an input each latent left at the end attends to.
 
 Latents read the input once, in the encoder's cross-attention, and merge afterwards. So the attention of a merged latent
-is the mean over its sources. This module imports nothing of the repository, so that the Space stands on its own.
+is the mean over its sources, the latents that merged into it. Used by the Space and by examples/draw_merging.py;
+imports nothing of the repository, because the Space has only this folder.
 
 Letters: B batch, H heads, S positions of the input (pixels, bytes or tokens), N latents, M latents left.
 """
@@ -23,30 +24,30 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PerceiverTokenizer, PreTrainedModel
 from transformers.image_utils import load_image
 
-# Largest number of latents drawn of one input: a panel each for an image, a row each for a text.
+# Most latents to draw for one input: each is a panel of an image, or a row of a text.
 IMAGE_PANELS, TEXT_ROWS = 12, 24
 LATENT_COLORS = np.array([matplotlib.colormaps["tab20"](index)[:3] for index in (*range(0, 20, 2), 1, 5)])
-LATENT_COLORS[7] = (1.0, 1.0, 0.2)  # in place of a grey one
+LATENT_COLORS[7] = (1.0, 1.0, 0.2)  # The map's own colour is grey, as are latents that are not shown.
 OTHER_COLOR = np.full(3, 0.55)
-# From nothing to opaque, so that the image shows where a latent reads little.
+# From transparent to opaque, so that the image stays visible where a latent reads little.
 READING_COLORS = LinearSegmentedColormap.from_list(
     "reading", [(1.0, 0.9, 0.0, 0.0), (1.0, 0.65, 0.0, 0.45), (0.95, 0.2, 0.0, 0.8), (0.6, 0.0, 0.15, 0.95)]
 )
-# Colours run to this share of the cells drawn: a few strong ones would leave all the others pale.
+# Quantile of the attention that gets the strongest colour; with the maximum, a few cells would make all others pale.
 SHOWN_QUANTILE = 0.995
-# Characters of a text that have no picture of their own.
-SPACES = {" ": "␣", "\n": "↵", "\t": "→", "\r": "↵"}
+# Visible characters to draw for whitespace.
+VISIBLE_WHITESPACE = {" ": "␣", "\n": "↵", "\t": "→", "\r": "↵"}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Attention of the latents left to one input.
+    """Attention of the latents left at the end to the positions of one input.
 
     Attributes:
-        maps: (M, S), the rows sum to one.
-        sizes: (M,) number of the N latents merged into each.
+        maps: (M, S) attention; each row sums to one.
+        sizes: (M,) number of latents merged into each.
         num_latents: N.
-        prediction: name of the class that the model predicts; `None` for a model that predicts none.
+        prediction: name of the predicted class; `None` for a model without single-label classes.
     """
 
     maps: np.ndarray
@@ -56,17 +57,17 @@ class Reading:
 
     @property
     def readers(self) -> np.ndarray:
-        """(S,) the latent left that reads each position most."""
+        """Index of the latent with the most attention to each position, (S,)."""
         return self.maps.argmax(axis=0)
 
     @property
     def order(self) -> np.ndarray:
-        """(M,) the latents left, largest first; of equal ones, first those with more `readers` positions."""
+        """Indices of the latents, (M,), largest first; equal sizes by the number of positions they read most."""
         positions_read = np.bincount(self.readers, minlength=len(self.sizes))
         return np.lexsort((-positions_read, -self.sizes))
 
     def summary(self, shown: int) -> str:
-        """Summarise prediction and latents in words, with the number that is drawn."""
+        """Summarise the prediction and the number of latents, of which `shown` are drawn."""
         left = len(self.sizes)
         parts = [] if self.prediction is None else [f"predicted {self.prediction}"]
         parts.append(f"{left} latent{'s' * (left > 1)} left of {self.num_latents}")
@@ -83,11 +84,11 @@ def read_input(model: PreTrainedModel, inputs: Tensor, attention_mask: Tensor | 
     """Run a model on one input and return the attention of the latents left.
 
     Args:
-        model: for text or image classification or masked language modelling, in evaluation mode.
+        model: text classifier, image classifier or masked language model, in evaluation mode.
         inputs: a batch of one: pixel values (1, 3, height, width) or token ids (1, S).
-        attention_mask: (1, S) of 1 and 0; positions of 0, the padding, are left out.
+        attention_mask: (1, S), 1 for tokens and 0 for padding, which is left out.
     """
-    # The base model, whose output has the sources.
+    # Only the base model returns the sources of the latents.
     output = model.base_model(
         inputs=inputs,
         attention_mask=attention_mask,
@@ -95,10 +96,10 @@ def read_input(model: PreTrainedModel, inputs: Tensor, attention_mask: Tensor | 
         output_latent_sources=True,
         return_dict=True,
     )
-    # The encoder's weights come first, the decoder's last.
+    # The encoder's cross-attention comes first, the decoder's last.
     attention, sources = output.cross_attentions[0][0].float().mean(dim=0), output.latent_sources[0].float()
     if model.config.latent_groups is not None:
-        # Learned latents of a group read as one.
+        # Learned latents of a group merge before they read, so they share one row of attention.
         attention = attention[model.config.latent_groups]
     sizes = sources.sum(dim=-1)
     maps = sources @ attention / sizes[:, None]
@@ -113,12 +114,12 @@ def read_input(model: PreTrainedModel, inputs: Tensor, attention_mask: Tensor | 
 
 @dataclass(frozen=True)
 class PixelGrid:
-    """Pixels at which the positions of an image stand.
+    """Grid of the model's positions in the pixels of an image.
 
     Attributes:
-        rows, columns: of positions; rows * columns = S.
-        step: pixels from one position to the next.
-        start: the pixel at the middle of the first one.
+        rows, columns: numbers of positions; rows * columns = S.
+        step: distance from one position to the next, in pixels.
+        start: pixel in the middle of the first position.
     """
 
     rows: int
@@ -128,14 +129,14 @@ class PixelGrid:
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
-        """Left, right, bottom and top edge in pixels, as matplotlib takes them."""
+        """Left, right, bottom and top edge in pixels, for matplotlib's `extent`."""
         first = self.start - self.step / 2
         return first, first + self.columns * self.step, first + self.rows * self.step, first
 
 
 @torch.no_grad()
 def pixel_grid(model: PreTrainedModel, pixel_values: Tensor) -> PixelGrid:
-    """Return the grid of positions of a model for image classification that reads (1, 3, height, width).
+    """Return the grid of positions of an image classifier for pixel values (1, 3, height, width).
 
     Raises:
         ValueError: for an image of a size that the model cannot read.
@@ -145,15 +146,15 @@ def pixel_grid(model: PreTrainedModel, pixel_values: Tensor) -> PixelGrid:
     rows, columns = features.shape[1:3]
     if preprocessor.prep_type != "conv":
         return PixelGrid(rows, columns, step=preprocessor.spatial_downsample, start=0)
-    # The convolution is padded, so that its outputs stand on its pixels; the pooling is not, and leaves out the last
-    # pixels of an image whose side is a multiple of 4: 40 pixels make 9 positions and not 10.
+    # The convolution is padded, so its outputs are centred on pixels. The pooling is not padded and ignores the last
+    # pixels of a side that is a multiple of 4: 40 pixels make 9 positions and not 10.
     conv, pool = preprocessor.convnet.conv, preprocessor.convnet.max_pool
     stride = conv.stride[0]
     return PixelGrid(rows, columns, step=stride * pool.stride, start=stride * (pool.kernel_size - 1) // 2)
 
 
 class Example(Protocol):
-    """One input of the picture, with its size in inches."""
+    """Drawing of one input, with its width and height in inches."""
 
     @property
     def size(self) -> tuple[float, float]: ...
@@ -163,7 +164,7 @@ class Example(Protocol):
 
 @dataclass(frozen=True)
 class ImageExample:
-    """An image, its pixels (height, width, 3) from 0 to 1 as the model sees them, and the attention to it."""
+    """Image as the model sees it, pixels (height, width, 3) from 0 to 1, and the attention to it."""
 
     name: str
     pixels: np.ndarray
@@ -181,11 +182,11 @@ class ImageExample:
 
     @property
     def _columns(self) -> int:
-        # Fewer leave too little room for the title.
+        # With fewer columns the title does not fit.
         return max(3, (len(self._shown) + 1) // 2)
 
     def draw(self, figure: Any) -> None:
-        """Draw two rows: the image and its readers in the first column, then a panel for each latent."""
+        """Draw two rows of panels: first the image and who reads each position most, then one panel for each latent."""
         reading, shown = self.reading, self._shown
         figure.suptitle(f"{self.name}: {reading.summary(len(shown))}", fontsize=11, parse_math=False)
         axes = figure.subplots(2, 1 + self._columns)
@@ -198,7 +199,7 @@ class ImageExample:
         colors[shown] = LATENT_COLORS[: len(shown)]
         painted = colors[reading.readers].reshape(self.grid.rows, self.grid.columns, 3)
         grey = 0.25 + 0.65 * self.pixels.mean(axis=-1)
-        self._panel(axes[1, 0], grey, "who reads it most", "black")
+        self._panel(axes[1, 0], grey, "latent that reads most", "black")
         if set(reading.readers) - set(shown):
             axes[1, 0].set_xlabel("grey: a latent not shown", fontsize=8)
         axes[1, 0].imshow(painted, alpha=0.75, extent=self.grid.extent, interpolation="nearest")
@@ -208,7 +209,7 @@ class ImageExample:
         panels = axes[:, 1:].flat
         for latent, panel in zip(shown, panels, strict=False):
             size = reading.sizes[latent]
-            self._panel(panel, grey, f"stands for {size}", colors[latent])
+            self._panel(panel, grey, f"size {size}", colors[latent])
             cells = reading.maps[latent].reshape(self.grid.rows, self.grid.columns)
             picture = panel.imshow(
                 cells, cmap=READING_COLORS, norm=scale, extent=self.grid.extent, interpolation="bilinear"
@@ -230,7 +231,7 @@ class ImageExample:
 
 @dataclass(frozen=True)
 class TextExample:
-    """A text or its beginning, the labels of its S tokens, and the attention to them."""
+    """Beginning of a text, labels of its S tokens, and the attention to them."""
 
     name: str
     tokens: Sequence[str]
@@ -245,20 +246,20 @@ class TextExample:
         return self.reading.order[:TEXT_ROWS]
 
     def draw(self, figure: Any) -> None:
-        """Draw a row for each latent, a column for each token."""
+        """Draw a row for each latent and a column for each token."""
         reading, shown = self.reading, self._shown
         figure.suptitle(f"{self.name}\n{reading.summary(len(shown))}", fontsize=10, parse_math=False)
         panel = figure.subplots()
         maps = reading.maps[shown]
         scale = _attention_scale(maps)
         picture = panel.imshow(maps, cmap="Blues", norm=scale, aspect="auto", interpolation="nearest")
-        # Only where a row that is drawn reads the token most.
+        # A dot marks the row that reads a token most; tokens read most by a latent not shown get none.
         rows = {latent: row for row, latent in enumerate(shown)}
         most = [(column, rows[latent]) for column, latent in enumerate(reading.readers) if latent in rows]
         if most:
             panel.scatter(*zip(*most, strict=True), s=9, color="tab:red")
             panel.set_xlabel("red dot: the latent that reads the token most", fontsize=8)
-        panel.set_yticks(range(len(shown)), [f"stands for {size}" for size in reading.sizes[shown]], fontsize=8)
+        panel.set_yticks(range(len(shown)), [f"size {size}" for size in reading.sizes[shown]], fontsize=8)
         labels = panel.set_xticks(range(len(self.tokens)), self.tokens, fontsize=9)
         for tick in labels:
             tick.label1.set(parse_math=False, rotation=90 if len(tick.label1.get_text()) > 1 else 0)
@@ -269,7 +270,7 @@ class TextExample:
 def image_example(
     model: PreTrainedModel, processor: BaseImageProcessor, name: str, image: PilImage.Image
 ) -> ImageExample:
-    """Read an image with a model for image classification.
+    """Run an image classifier on an image and return the drawing of its attention.
 
     Raises:
         ValueError: for an image of a size that the model cannot read.
@@ -280,16 +281,16 @@ def image_example(
 
 
 def text_example(model: PreTrainedModel, tokenizer: Any, text: str, max_length: int) -> TextExample:
-    """Read a text with a model for text, cut to `max_length` tokens and to the model's positions."""
+    """Run a model on a text, cut to `max_length` tokens or the model's positions, and return the drawing."""
     longest = min(max_length, model.config.max_position_embeddings)
-    # One text at a time, so that there is no padding.
+    # A single text needs no padding.
     encoded = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
     reading = read_input(model, encoded["input_ids"], encoded["attention_mask"])
     return TextExample(shortened(text), token_labels(tokenizer, encoded["input_ids"][0].tolist()), reading)
 
 
 def visible_pixels(pixel_values: np.ndarray, processor: BaseImageProcessor) -> np.ndarray:
-    """Undo the normalisation of (3, height, width): return (height, width, 3) from 0 to 1."""
+    """Undo the normalisation of pixel values (3, height, width); return (height, width, 3) from 0 to 1."""
     pixels = pixel_values.transpose(1, 2, 0)
     if getattr(processor, "do_normalize", False):
         pixels = pixels * np.array(processor.image_std) + np.array(processor.image_mean)
@@ -297,39 +298,39 @@ def visible_pixels(pixel_values: np.ndarray, processor: BaseImageProcessor) -> n
 
 
 def token_labels(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Return the label of each token's column: for bytes, their characters."""
+    """Return a label for each token; bytes are labelled with their characters."""
     tokens = tokenizer.convert_ids_to_tokens(ids)
     if isinstance(tokenizer, PerceiverTokenizer):
         tokens = byte_characters(tokens)
-    return ["".join(SPACES.get(character, character) for character in token) for token in tokens]
+    return ["".join(VISIBLE_WHITESPACE.get(character, character) for character in token) for token in tokens]
 
 
 def byte_characters(tokens: list[str]) -> list[str]:
-    """Replace bytes, `chr(byte)`, by the characters that they spell in UTF-8, each at its first byte."""
+    """Decode byte tokens, `chr(byte)`, as UTF-8: the first byte of a character gets it, the others get ""."""
     labels = list(tokens)
     for index, token in enumerate(tokens):
         first = ord(token) if len(token) == 1 else 0
-        # The first byte of a character tells their number.
+        # In UTF-8 the first byte of a character encodes its number of bytes.
         length = 1 + (first >= 0xC2) + (first >= 0xE0) + (first >= 0xF0)
-        spelled = tokens[index : index + length]
-        if 1 < length == len(spelled) and all(len(each) == 1 for each in spelled):
-            character = bytes(map(ord, spelled)).decode("utf-8", errors="replace")
+        byte_tokens = tokens[index : index + length]
+        if 1 < length == len(byte_tokens) and all(len(token) == 1 for token in byte_tokens):
+            character = bytes(map(ord, byte_tokens)).decode("utf-8", errors="replace")
             labels[index : index + length] = [character[0], *[""] * (length - 1)]
     return labels
 
 
 def shortened(text: str, length: int = 70) -> str:
-    """Return the beginning of a text, on one line."""
+    """Return a text on one line, cut to `length` characters."""
     line = " ".join(text.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
 def draw_merging(title: str, latents_per_layer: Sequence[int], examples: Sequence[Example]) -> Figure:
-    """Draw the latents left, N at first and after each layer, and below them the examples, one or more."""
+    """Draw the number of latents at the start and after each layer, and the examples below it."""
     head_height = 1.9
     width = max(example.size[0] for example in examples)
     heights = [head_height, *(example.size[1] for example in examples)]
-    # Not by pyplot, which keeps figures for a screen and is for one thread only.
+    # pyplot keeps every figure in memory and is not thread-safe, so the figure is made without it.
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights)
     _draw_latents_left(parts[0], title, latents_per_layer)
@@ -344,14 +345,14 @@ def _draw_latents_left(figure: Any, title: str, latents_per_layer: Sequence[int]
     layers = range(len(latents_per_layer))
     bars = panel.bar(layers, latents_per_layer, color="tab:blue", width=0.7)
     panel.bar_label(bars, fontsize=8, padding=1)
-    panel.set_xticks(layers, ["at first", *map(str, layers[1:])], fontsize=8)
+    panel.set_xticks(layers, ["start", *map(str, layers[1:])], fontsize=8)
     panel.set(xlabel="after self-attention layer", ylabel="latents left", ylim=(0, 1.22 * max(latents_per_layer)))
     panel.tick_params(axis="y", labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def _attention_scale(maps: np.ndarray) -> Any:
-    # The root shows weak attention too: that of a large latent spreads over all positions of its sources.
+    # The square root keeps weak attention visible: a large latent spreads over all positions of its sources.
     return PowerNorm(0.5, vmin=0, vmax=np.quantile(maps, SHOWN_QUANTILE))
 
 

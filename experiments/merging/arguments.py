@@ -17,7 +17,7 @@ import experiments.merging.controls  # noqa: F401  registers methods that only e
 from configuration_tome_perceiver import MERGE_METRICS, MERGING_FIELDS, ToMePerceiverConfig
 from cost_tome_perceiver import DEFAULT_SCHEDULE, SCHEDULES, SKIP_BLOCKS, FlopsShare, Merging
 from experiments.errors import BadInput, Stopped, one_line
-from frontier_tome_perceiver import GROUPS, UNSEEN_METHOD, UNSEEN_METRIC, Batch, Choice, held_out_to_promise
+from frontier_tome_perceiver import GROUPS, NO_DATA_METHOD, NO_DATA_METRIC, Batch, Choice, held_out_to_promise
 from merging_tome_perceiver import MERGE_METHODS
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
@@ -81,8 +81,8 @@ class MergeArguments:
     schedule: str = HfArg(
         default=SEARCH,
         help=f"How such a budget is spread over the layers. '{SEARCH}' finds that, with the method, the metric or "
-        f"fixed groups of latents. {', '.join(sorted(SCHEDULE_NAMES[:-1]))}: fixed schedules, by '{UNSEEN_METHOD}' on "
-        f"{UNSEEN_METRIC}s unless a method or metric is given. A model trained from scratch with merging on takes "
+        f"fixed groups of latents. {', '.join(sorted(SCHEDULE_NAMES[:-1]))}: fixed schedules, by '{NO_DATA_METHOD}' on "
+        f"{NO_DATA_METRIC}s unless a method or metric is given. A model trained from scratch with merging on takes "
         f"'{DEFAULT_SCHEDULE}'.",
     )
     calibration_samples: int | None = HfArg(
@@ -249,7 +249,7 @@ class MergeArguments:
         """
         options = self._restrictions()
         if self.schedule != SEARCH:
-            options = {"merge_methods": [UNSEEN_METHOD], "merge_metrics": [UNSEEN_METRIC]} | options
+            options = {"merge_methods": [NO_DATA_METHOD], "merge_metrics": [NO_DATA_METRIC]} | options
         if flops_ratios is None:
             flops_ratios = [] if self.flops_ratio is None else [self.flops_ratio]
         batches = samples.take(count, min(ROWS, max(1, count // BATCHES)))

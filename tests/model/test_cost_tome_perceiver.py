@@ -161,7 +161,7 @@ def test_architecture_is_read_from_the_config_under_either_name(architectures):
         ((1, 7, 16), TEXT_CLASSIFIER, {}, "input_shape=(1, 7, 16): must be (B, S)"),
         ((1, 7, 17), "PerceiverModel", {}, "must be (B, S, 16)"),
         ((1, 1, 8, 8), "PerceiverForImageClassificationLearned", {}, "must be (B, 3, height, width)"),
-        ({"text": (1, 7)}, TEXT_CLASSIFIER, {}, "shapes by modality"),
+        ({"text": (1, 7)}, TEXT_CLASSIFIER, {}, "input_shape: must be one shape"),
         ((1, 7), MULTIMODAL, {}, "'audio', 'image' and 'label'"),
         (INPUT_SHAPES[MULTIMODAL], MULTIMODAL, {}, "output_points=None"),
         ((1, 7), TEXT_CLASSIFIER, {"r": 1, "merge_method": "mine"}, "merge_method='mine'"),

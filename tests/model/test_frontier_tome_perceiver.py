@@ -100,7 +100,7 @@ def test_exact_duplicates_are_found_and_nothing_changes():
     model = repeat_latents(tiny_model(HEAD), DUPLICATES)
     inputs = tiny_inputs(HEAD, batch=64)
     before = run(model, inputs).logits
-    five = FlopsShare(model.config, SHAPE, type(model).__name__).of([12, 6, 5, 5, 5, 5, 5], "leader", "hidden")
+    five = FlopsShare(model.config, SHAPE, type(model).__name__).for_latents([12, 6, 5, 5, 5, 5, 5], "leader", "hidden")
     choice = model.merge_to(flops_ratio=five, samples=inputs)
     assert choice.chosen.divergence < 1e-12 and choice.chosen.changed == 0
     assert (run(model, inputs).logits - before).abs().max() < 1e-5
@@ -177,8 +177,8 @@ def with_figures(bounds: list[float], held_out: int = 1000):
         FrontierRow(model.unmerged.by([place + 1, 0, 0, 0, 0, 0]), 0.9 - 0.1 * place, float(place), 0.0, bound, who)
         for place, bound in enumerate(bounds)
     ]
-    frontier = Frontier(rows, 2, SHAPE, 300, held_out, frontier_module._some_weights(model))
-    model.config.merge_frontier = frontier.kept()
+    frontier = Frontier(rows, 2, SHAPE, 300, held_out, frontier_module._weight_fingerprint(model))
+    model.config.merge_frontier = frontier.to_dict()
     return model
 
 
@@ -262,14 +262,17 @@ def test_shares_that_are_asked_for_have_rows_of_their_own(calibrated):
 
 
 def test_states_that_are_dropped_at_any_time_change_nothing(calibrated, monkeypatch):
-    monkeypatch.setattr(frontier_module, "KEPT_BYTES", 0)
+    monkeypatch.setattr(frontier_module, "CACHED_BYTES", 0)
     assert tiny_model(HEAD).calibrate(batches()) == calibrated[1]
 
 
 def test_a_search_that_is_out_of_time_has_rows_all_the_same():
     """Within every share, not searched for, without figures that nobody measured, and without a promise."""
     model = tiny_model(HEAD)
-    with pytest.warns(UserWarning, match="seconds=0.0"), pytest.raises(ValueError, match="seconds enough"):
+    with (
+        pytest.warns(UserWarning, match="seconds=0.0"),
+        pytest.raises(ValueError, match="max_changed=0.1: 0 held-out samples"),
+    ):
         model.merge_to(max_changed=0.1, samples=batches(), seconds=0.0)
     frontier = Frontier.of(model.config)
     assert len(frontier.rows) >= 8 and frontier.held_out == 0

@@ -21,9 +21,9 @@ from cost_tome_perceiver import (
     Merging,
     forward_cost,
     merging_at,
+    round_schedule,
     undisturbed,
-    weakest,
-    whole_schedule,
+    weakest_within,
 )
 from tests.support.tiny_models import tiny_config, tiny_model
 
@@ -42,7 +42,7 @@ def flops(config: ToMePerceiverConfig, r: list[int] | int) -> int:
 
 def schedule_for_flops(config, ratio, name, shape=SHAPE):
     """The list of r that keeps to a share of the FLOPs."""
-    member = weakest(partial(merging_at, config, name), ratio, FlopsShare(config, shape, TEXT))
+    member = weakest_within(partial(merging_at, config, name), ratio, FlopsShare(config, shape, TEXT))
     return None if member is None else member.r
 
 
@@ -64,7 +64,7 @@ def test_a_budget_is_kept_and_used(name, ratio):
     strengths=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
 def test_a_stronger_member_leaves_no_more(name, latents, layers, strengths):
-    weak, strong = (whole_schedule(latents, SCHEDULES[name](latents, layers, each)) for each in sorted(strengths))
+    weak, strong = (round_schedule(latents, SCHEDULES[name](latents, layers, each)) for each in sorted(strengths))
     for removed in (weak, strong):
         left = latents
         for entry in removed:
@@ -103,7 +103,7 @@ def test_skipping_blocks_merges_nothing_and_runs_fewer():
     """Of four weight-shared blocks, as many as the budget allows; afterwards all of them can run again."""
     config = tiny_config(num_blocks=4, num_self_attends_per_block=2)
     cost_ratio = FlopsShare(config, (1, 9), TEXT)
-    found = weakest(partial(merging_at, config, SKIP_BLOCKS), 0.8, cost_ratio)
+    found = weakest_within(partial(merging_at, config, SKIP_BLOCKS), 0.8, cost_ratio)
     assert 1 <= found.num_blocks < 4 and found.r == [0] * (2 * found.num_blocks)
     assert cost_ratio(found) <= 0.8 < cost_ratio(found.by(0, num_blocks=found.num_blocks + 1))
     with found.applied(config):

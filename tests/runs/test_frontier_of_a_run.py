@@ -68,7 +68,7 @@ def loaded(folder: Path) -> ToMePerceiverForSequenceClassification:
 def is_its_own(model: ToMePerceiverForSequenceClassification) -> bool:
     """Whether a checkpoint has a frontier of its own weights."""
     frontier = Frontier.of(model.config)
-    return frontier is not None and frontier.is_of(model)
+    return frontier is not None and frontier.was_measured_on(model)
 
 
 def test_what_was_chosen_is_promised_and_recorded(finetuned, promised):

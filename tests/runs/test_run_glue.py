@@ -187,7 +187,7 @@ def test_a_budget_without_training_saves_the_merged_checkpoint(inputs, finetuned
     ending = printed[printed.rindex("\nunmerged: ") :].strip().splitlines()
     names = [re.split(r":| [0-9]", line)[0] for line in ending]
     assert names[:5] == ["unmerged", "merged without training", "cost", "merges", "changed answers"]
-    assert names[-2:] == ["the tenth that changes most holds", "saved"]
+    assert names[-2:] == ["worst tenth of the samples", "saved"]
     assert {"merging_changed", "merging_changed_bound", "merging_who"} <= set(results(tmp_path / "out", "merging"))
     assert f"Accuracy {100 * found['unmerged_accuracy']:.2f} ±" in ending[0] and "paired by example" in ending[1]
     assert " of the FLOPs, " in ending[2] and str(tmp_path / "out") in ending[-1]

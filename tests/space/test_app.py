@@ -92,14 +92,14 @@ def test_unmerged_and_merged_are_compared(checkpoints, folder, head):
 
 @pytest.mark.parametrize("head", [IMAGE_MODEL, TEXT_MODEL])
 def test_a_budget_is_kept_to_for_this_input(checkpoints, folder, head):
-    from comparison import NotFitting
+    from comparison import UnusableInput
 
     checkpoint, given = checkpoints[head], given_for(folder, head)
     least = checkpoint.smallest_budget(given)
     assert 0 < least < 1
     for share in (least, 1.0):
         assert checkpoint.compare(given, checkpoint.within(share, given)).merged.flops_ratio <= share
-    with pytest.raises(NotFitting, match="down to 1%"):
+    with pytest.raises(UnusableInput, match="down to 1%"):
         checkpoint.within(0.01, given)
 
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_with_a_frontier_is_moved_along_it(tmp_path):
     checkpoint = Checkpoint(str(tmp_path))
     assert [checkpoint.at_row(number + 1).r for number in range(len(rows))] == [row.merging.r for row in rows]
     assert checkpoint.at_row(99) == checkpoint.at_row(len(rows)) and checkpoint.at_row(0) == checkpoint.at_row(1)
-    assert "of the answers changed, at most" in checkpoint.row_line(1)
+    assert "of the answers changed, at most" in checkpoint.describe_row(1)
     assert checkpoint.compare("A text.", checkpoint.at_row(len(rows))).merged.flops_ratio < 1
     assert choices(build_page(checkpoint, None, "a model"))[0] == BY_FRONTIER
 
@@ -135,10 +135,10 @@ def test_settings_that_a_checkpoint_was_saved_with_are_known(checkpoints):
 
 
 def test_a_gap_is_asked_for_and_filled(checkpoints):
-    from comparison import NotFitting
+    from comparison import UnusableInput
 
     checkpoint = checkpoints[MASKED_MODEL]
-    with pytest.raises(NotFitting, match=r"Write \[MASK\]"):
+    with pytest.raises(UnusableInput, match=r"Write \[MASK\]"):
         checkpoint.encoded("No gap.")
     encoded = checkpoint.encoded("a[MASK]b[MASK]")
     with torch.no_grad():
@@ -150,13 +150,13 @@ def test_a_gap_is_asked_for_and_filled(checkpoints):
 
 
 def test_input_is_not_taken_for_markup():
-    from app import comparison_html, note
+    from app import comparison_html, note_html
     from comparison import Comparison, Side
 
     sides = [Side([("<b>", 0.75), ("b", 0.25)], 2.0, share, 3) for share in (1.0, 0.5)]
     page = comparison_html(Comparison(*sides, speedup=1.5, rounds=5, latents=12))
     assert ">&lt;b&gt;<" in page and "Same prediction with 50% of the computation, 1.50 times as fast." in page
-    assert "&lt;i&gt;" in note("<i>")
+    assert "&lt;i&gt;" in note_html("<i>")
 
 
 @pytest.fixture(params=[IMAGE_MODEL, TEXT_MODEL])
