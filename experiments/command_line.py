@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines: from words, or a JSON or YAML file of arguments, to dataclasses; `--help`; the command as recorded."""
+"""Command lines of the scripts: parse arguments into dataclasses, print `--help`, and describe the command in reports.
+
+Extends transformers' `HfArgumentParser` with YAML files, checks of values, and errors in one line.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,16 @@ from transformers import HfArgumentParser, TrainingArguments
 from experiments.errors import BadInput, naming
 
 FILE_ENDINGS = (".yaml", ".yml", ".json")
-# Arguments that take a text separated by commas; a file may give a list.
+# Arguments whose value is text separated by commas; a file may give a list instead.
 COMMA_SEPARATED = ("r", "dataset_config_name", "config_overrides", "optim_args", "fsdp", "report_to", "debug")
+# Arguments whose values reports must not show.
 SECRETS = ("--token", "--hub_token", "--hub-token")
+# Width of the `--help` page, in characters.
 HELP_WIDTH = 100
 
 
 class Parser(HfArgumentParser):
-    """`HfArgumentParser` that raises `BadInput` in place of printing its usage and exiting."""
+    """`HfArgumentParser` that raises `BadInput` instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise BadInput(message)
@@ -38,17 +43,17 @@ class Parser(HfArgumentParser):
 def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]:
     """Parse the command line as the official example scripts do.
 
-    `SCRIPT.py FILE.json ...` or `FILE.yaml ...` reads arguments from that file; arguments that follow override them.
+    `SCRIPT.py FILE.json ...` or `SCRIPT.py FILE.yaml ...` reads arguments from the file; later arguments override it.
 
     Args:
         description: first part of the `--help` page.
         dataclass_types: dataclasses whose fields are the arguments.
 
     Returns:
-        An instance of each.
+        One instance of each dataclass, in their order.
 
     Raises:
-        BadInput: for a file that cannot be read, an unknown argument, or a value that argparse or a dataclass refuses.
+        BadInput: for an unreadable file, an unknown argument, or a value that argparse or a dataclass refuses.
     """
     words = sys.argv[1:]
     if {"-h", "--help", "--help_all"} & {*words}:
@@ -57,7 +62,7 @@ def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]
     parser = Parser(dataclass_types, allow_abbrev=False, add_help=False, exit_on_error=False)
     fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
     if words and words[0].endswith(FILE_ENDINGS) and not words[0].startswith("-"):
-        words = _words_of_file(Path(words[0]), fields) + words[1:]
+        words = _read_words(Path(words[0]), fields) + words[1:]
     try:
         given, unknown = parser.parse_known_args(words)
     except ArgumentError as error:
@@ -74,14 +79,14 @@ def parse_arguments(description: str, *dataclass_types: type) -> tuple[Any, ...]
 
 def _refuse_unknown(word: str, names: list[str]) -> NoReturn:
     if word.startswith("--"):
-        near = get_close_matches(word.removeprefix("--").replace("-", "_"), names, n=1, cutoff=0.7)
-        raise BadInput(f"{word}: unknown argument" + (f"; did you mean --{near[0]}?" if near else ""))
-    hint = "; a file of arguments comes first" if word.endswith(FILE_ENDINGS) else ""
-    raise BadInput(f"{word}: unexpected; arguments are given as --NAME VALUE{hint}")
+        similar = get_close_matches(word.removeprefix("--").replace("-", "_"), names, n=1, cutoff=0.7)
+        raise BadInput(f"{word}: unknown argument" + (f"; did you mean --{similar[0]}?" if similar else ""))
+    hint = "; put a file of arguments first" if word.endswith(FILE_ENDINGS) else ""
+    raise BadInput(f"{word}: unexpected; give arguments as --NAME VALUE{hint}")
 
 
 def _check_value(name: str, value: Any) -> None:
-    """Check what argparse accepts and no argument means: nan, infinity, empty text, a name that is not UTF-8."""
+    """Refuse values that argparse accepts but no argument can use: nan, infinity, empty text, or text not in UTF-8."""
     if isinstance(value, float) and not math.isfinite(value):
         raise BadInput(f"--{name} {value}: must be a finite number")
     if isinstance(value, str):
@@ -93,20 +98,20 @@ def _check_value(name: str, value: Any) -> None:
             raise BadInput(f"--{name} {value}: must be a name in UTF-8; rename the file or folder") from None
 
 
-def _words_of_file(path: Path, fields: dict[str, dataclasses.Field]) -> list[str]:
-    """Return the command line that says the same as a file, so that both are checked alike."""
+def _read_words(path: Path, fields: dict[str, dataclasses.Field]) -> list[str]:
+    """Return the contents of a file of arguments as words of a command line, so that both are checked alike."""
     with naming(str(path), OSError, ValueError, RecursionError, yaml.YAMLError):
         given = _read_mapping(path)
     words: list[str] = []
     for name, value in given.items():
-        words += _words(fields[name], value) if name in fields else [f"--{name}={value}"]
+        words += _to_words(fields[name], value) if name in fields else [f"--{name}={value}"]
     return words
 
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
-        content = json.loads(text, object_pairs_hook=_unrepeated)
+        content = json.loads(text, object_pairs_hook=_refuse_repeats)
     else:
         try:
             content = yaml.load(text, _YamlLoader)
@@ -114,33 +119,33 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
             line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
             raise ValueError(f"{line}{error.problem or error.context}") from None
     if not isinstance(content, dict):
-        raise ValueError("must be a mapping from names of arguments to values")
+        raise ValueError("must be a mapping from argument names to values")
     return content
 
 
-def _unrepeated(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+def _refuse_repeats(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     names = [name for name, _ in pairs]
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{repeated[0]}: is given twice; give each once")
+        raise ValueError(f"{repeated[0]}: is given twice; give it once")
     return dict(pairs)
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML in which no name is given twice."""
+    """YAML loader that refuses a name given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
-        _unrepeated([(key.value, None) for key, _ in node.value])
+        _refuse_repeats([(key.value, None) for key, _ in node.value])
         return mapping
 
 
-def _words(field: dataclasses.Field, value: Any) -> list[str]:
-    """Return the words that give an argument a value of a file."""
+def _to_words(field: dataclasses.Field, value: Any) -> list[str]:
+    """Return the words of a command line that set an argument to a value from a file."""
     name = field.name
     if value is None or value == []:
         if _default(field) in (None, []):
             return []
-        raise BadInput(f"--{name} {value}: must be a value; leave the line out for the default")
+        raise BadInput(f"--{name} {value}: must be a value; remove the line for the default")
     if isinstance(value, list) and getattr(field.type, "__origin__", None) is list:
         entries = [_spell(field, entry) for entry in value]
         return [f"--{name}", *entries] if len(entries) > 1 else [f"--{name}={entries[0]}"]
@@ -150,7 +155,7 @@ def _words(field: dataclasses.Field, value: Any) -> list[str]:
 
 
 def _spell(field: dataclasses.Field, value: Any) -> str:
-    """Return a value as it is written on a command line."""
+    """Return a value from a file as typed on a command line."""
     if value is False and isclass(field.type) and issubclass(field.type, Enum):
         return "no"  # YAML reads an unquoted no as false
     if isinstance(value, bool):
@@ -169,12 +174,13 @@ def _spell(field: dataclasses.Field, value: Any) -> str:
 
 
 def help_page(description: str, dataclass_types: tuple[type, ...], everything: bool) -> str:
-    """Return what `--help` prints: the arguments by group.
+    """Return the `--help` page, which lists the arguments by group.
 
     Args:
         description: first part of the page.
-        dataclass_types: dataclasses of the arguments. One with `in_help`, names by heading, lists these alone.
-        everything: list all arguments.
+        dataclass_types: dataclasses of the arguments. If one has `in_help`, argument names by heading, only these are
+            listed of it.
+        everything: list all arguments, also those not in `in_help`.
     """
     groups: dict[str, list[str]] = {}
     for kind in dataclass_types:
@@ -187,9 +193,9 @@ def help_page(description: str, dataclass_types: tuple[type, ...], everything: b
             groups.setdefault(heading, []).append(_help_entry(fields[name], getattr(kind, "help_texts", {})))
     usage = f"usage: {Path(sys.argv[0]).name} [FILE.yaml | FILE.json] [arguments]"
     sections = ("\n".join([f"{heading}:", *entries]) for heading, entries in groups.items())
-    end = "Each argument may also be a line of FILE.yaml or FILE.json; arguments after the file override it."
+    end = "FILE.yaml or FILE.json may hold any of the arguments; arguments after the file override it."
     if not everything:
-        end += "\n--help_all lists every argument, also all of transformers' TrainingArguments."
+        end += "\n--help_all lists every argument, including all of transformers' TrainingArguments."
     return "\n\n".join([usage, description.strip(), *sections, end])
 
 
@@ -208,9 +214,11 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def shown_command() -> str:
-    """Return the running command line without its tokens, and with absolute paths outside the current folder reduced
-    to their last name."""
-    words = ["python", *(_without_place(word) for word in sys.argv)]
+    """Return the running command line for a report: secrets are left out, and absolute paths are shortened.
+
+    Paths become relative to the current folder, or, outside it, their last name.
+    """
+    words = ["python", *(_shorten_path(word) for word in sys.argv)]
     for index, word in enumerate(words):
         option, equals, _ = word.partition("=")
         if option in SECRETS:
@@ -221,7 +229,7 @@ def shown_command() -> str:
     return shlex.join(words)
 
 
-def _without_place(word: str) -> str:
+def _shorten_path(word: str) -> str:
     option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
     path = Path(value)
     if not path.is_absolute():

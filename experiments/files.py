@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders checked before a script writes to them, and files written whole or not at all."""
+"""Check that folders can be written to, and write files atomically: an interruption never leaves half a file."""
 
 from __future__ import annotations
 
@@ -16,56 +16,56 @@ from experiments.errors import BadInput, naming, one_line
 
 
 def check_writable(name: str, folder: Path) -> None:
-    """Check that a folder can be made and written to; nothing is left behind.
+    """Check that a folder can be created and written to, without leaving anything behind.
 
     Args:
         name: the argument or variable that chose the folder, such as "--output_dir out" or "HF_HOME=/cache".
         folder: the folder.
 
     Raises:
-        BadInput: if it cannot.
+        BadInput: if the folder cannot be written to.
     """
     if os.environ.get("RANK", "0") != "0":
-        return  # another process would find the folder of the first
+        return  # only the first process checks: others could see its temporary folder
     try:
-        str(folder).encode()  # what caches write is named in UTF-8
-        with made_for_a_while(folder), tempfile.TemporaryFile(dir=folder):
+        str(folder).encode()  # caches write file names in UTF-8
+        with folder_kept_if_used(folder), tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:
         raise BadInput(f"{name}: must be a folder that can be written to ({one_line(error)})") from error
 
 
 @contextmanager
-def made_for_a_while(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; at the end, remove those of them that are new and empty."""
-    made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+def folder_kept_if_used(folder: Path) -> Iterator[None]:
+    """Create a folder and its parents; at the end, remove those of them that are new and empty."""
+    created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        for place in made:
+        for path in created:
             with suppress(OSError):
-                place.rmdir()
+                path.rmdir()
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: a stop in between leaves the old one.
+    """Write a file atomically: an interruption leaves the old file.
 
     Args:
         path: path of the file.
-        write: function that writes to the path given to it, one beside the file.
+        write: function that writes to the path it is given, in the folder of the file.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
         partial.replace(path)
     except Exception:
-        partial.unlink(missing_ok=True)  # so that a full disk has room again
+        partial.unlink(missing_ok=True)  # frees the space on a full disk
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; characters that UTF-8 lacks, as in some file names, become \\udcff."""
+    """Write a text file atomically; characters that UTF-8 cannot encode, as in some file names, are escaped."""
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
@@ -73,14 +73,14 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of an output folder.
 
     Raises:
-        BadInput: if it cannot be read.
+        BadInput: if the file cannot be read or is not JSON.
     """
     with naming(f"--output_dir {path.parent}: {path.name}", OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON that every parser takes, whole or not at all.
+    """Write standard JSON, without NaN and infinity, atomically.
 
     Raises:
         ValueError: for a number that is not finite.
@@ -89,13 +89,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
-    """Save a checkpoint or other files into a folder, made if needed: no file is moved there before all are written.
+    """Save a checkpoint or other files into a folder, replacing files only after all new ones are written.
 
-    Files of other names in the folder stay.
+    The folder is created if needed. Its files with other names stay.
 
     Args:
         folder: folder for the files.
-        save: function that saves into an empty folder on the same disk, such as a model's `save_pretrained`.
+        save: function that saves into the empty folder it is given, such as a model's `save_pretrained`; that folder is
+            on the same disk.
     """
     partial = folder / ".partial"
     if partial.exists():

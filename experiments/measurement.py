@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a model is, and on what machine that was measured.
-
-Letters: B batch.
-"""
+"""Measure the latency and peak memory of models, and describe the machine and software used."""
 
 from __future__ import annotations
 
@@ -47,12 +44,12 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one variant.
+    """Latency and speed-up of one variant.
 
     Attributes:
         latency_ms: milliseconds of one call.
-        speedup: baseline's time / this variant's time in the same round, so that what slows the machine for a while
-            slows both.
+        speedup: baseline's time / this variant's time in the same round, so that a temporary slowdown of the machine
+            affects both.
     """
 
     latency_ms: Quartiles
@@ -64,17 +61,17 @@ def time_interleaved(
 ) -> list[Timing]:
     """Time variants in alternating rounds within this process.
 
-    Every variant runs once in every round, each round starting with another one. A first round is not counted.
+    Every variant runs once in each round, and each round begins with another variant. A warm-up round is not counted.
 
     Args:
-        run: called with a variant; its time is what is measured.
-        variants: what to compare.
-        baseline: what the speed-ups are against, timed in every round too.
+        run: function to time, called with a variant.
+        variants: variants to compare.
+        baseline: variant that speed-ups are relative to, also timed in each round.
         rounds: counted rounds, at least 1.
-        desc: what the progress bar says.
+        desc: text of the progress bar.
 
     Returns:
-        A timing for each variant, in their order.
+        A timing for each variant, in their order, without the baseline.
     """
     with tqdm(total=rounds + 1, desc=desc) as bar:
         counted = np.array(interleaved_seconds(run, [baseline, *variants], rounds, bar))
@@ -87,21 +84,21 @@ def time_interleaved(
 
 
 def peak_memory_mb(run: Callable[[], object], model: nn.Module) -> float:
-    """Most memory that tensors hold at once while `run` runs, the model's own among them, in MB (1e6 bytes).
+    """Return the peak memory of all tensors during `run`, including the model's, in MB (1e6 bytes).
 
-    On a GPU it is what its allocator counts. On a CPU it is what PyTorch's profiler sees allocated: the memory of the
-    process would not do, since it keeps what was freed.
+    On a GPU, PyTorch's allocator counts it; on a CPU, its profiler. The memory of the process is no measure on a CPU,
+    because the process keeps memory that tensors have freed.
 
     Args:
-        run: a forward pass of the model.
-        model: whose parameters and buffers count.
+        run: forward pass of the model.
+        model: model whose parameters and buffers are included.
     """
     if torch.cuda.is_available() and next(model.parameters()).is_cuda:
         torch.cuda.reset_peak_memory_stats()
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() / 1e6
-    # The profiler announces itself in lines of its own, unless told not to before it first runs.
+    # Without this, set before its first use, the profiler prints lines of its own.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with tempfile.TemporaryDirectory() as folder:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -116,7 +113,7 @@ def peak_memory_mb(run: Callable[[], object], model: nn.Module) -> float:
 
 
 def describe_environment() -> dict[str, str | int]:
-    """Date, machine, versions and commit, to stand beside every figure."""
+    """Return the date, machine, versions and commit that are reported with every measurement."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": _processor_name(),
@@ -131,12 +128,12 @@ def describe_environment() -> dict[str, str | int]:
 
 
 def environment_line(environment: Mapping[str, str | int]) -> str:
-    """An environment in one line."""
+    """Return an environment in one line."""
     return ", ".join(f"{name} {value}" for name, value in environment.items())
 
 
 def _commit() -> str:
-    """Of this code, with a + where files have changed since; "unknown" where it is no repository."""
+    """Return the commit of this code, with a + if files have changed since; "unknown" outside a Git repository."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty=+", "--exclude", "*"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,

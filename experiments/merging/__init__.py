@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of merging. Imports models and configs only: no datasets, no Trainer."""
+"""Command line arguments of merging, and merging methods used as controls. Imports no datasets and no Trainer."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments that say what merges: settings or a budget, checked and applied to a model."""
+"""Command line arguments of merging: settings or a budget, checked and applied to a model."""
 
 from __future__ import annotations
 
@@ -26,28 +26,34 @@ logger = logging.getLogger(__name__)
 SEARCH = "search"
 SCHEDULE_NAMES = (*SCHEDULES, SKIP_BLOCKS, SEARCH)
 BUDGETS = ("flops_ratio", "latency_ratio", "max_changed")
-# Arguments that say how much merges; at most one of them is given.
-AMOUNTS = ("r", *BUDGETS)
-# Config fields that say how latents merge; a search finds the first two unless they are given.
-WAYS = ("merge_method", "merge_metric", "proportional_attention")
-# Least number of batches of samples, and most rows of one. A search looks at every fourth batch, so that at least this
-# share of the samples measures the frontier.
-BATCHES, ROWS, MEASURING = 16, 32, 11 / 16
-# Samples to calibrate on by default: as many as cost about a few minutes on two cores, measured at six unmerged passes
-# for each sample (the rows of a frontier, at 0.4 of the FLOPs in the mean).
-MOST_SAMPLES, LEAST_SAMPLES = 1024, 64
-MEASURING_FLOPS, PASSES = 2e13, 6
+# Arguments that set how much to merge; they exclude each other.
+AMOUNT_ARGUMENTS = ("r", *BUDGETS)
+# Config fields that set how latents are matched and merged; a search finds the first two unless they are given.
+MATCHING_FIELDS = ("merge_method", "merge_metric", "proportional_attention")
+# Calibration samples are cut into at least this many batches.
+LEAST_BATCHES = 16
+# Largest batch size of calibration samples.
+LARGEST_BATCH = 32
+# Least share of the samples that is held out to measure the frontier: the search uses every fourth batch.
+MEASURED_SHARE = 11 / 16
+# Range of the default number of calibration samples.
+LEAST_SAMPLES, MOST_SAMPLES = 64, 1024
+# FLOPs that calibration may cost by default: a few minutes on two cores.
+CALIBRATION_FLOPS = 2e13
+# Cost of calibrating on one sample, in unmerged forward passes, as measured: the frontier's rows need 0.4 of the FLOPs
+# on average.
+PASSES_PER_SAMPLE = 6
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Unlabelled samples that a frontier is measured on.
+    """Unlabelled samples to measure a frontier on.
 
     Attributes:
-        take: returns the first n of them, in batches of B.
+        take: function of n and B that returns the first n samples in batches of size B.
         available: number of samples.
         name: name of the samples in messages.
-        unseen: whether the model was not trained on them, so that figures hold for other inputs.
+        unseen: whether the model was not trained on them, so that shares of changed answers hold for other inputs.
     """
 
     take: Callable[[int, int], Sequence[Batch]]
@@ -58,51 +64,55 @@ class Samples:
 
 @dataclass
 class MergeArguments:
-    """How latents merge. Config fields that are not given stay as they are in the checkpoint."""
+    """Arguments of merging. A field of the config whose argument is not given keeps the checkpoint's value."""
 
     _argument_group_name: ClassVar[str] = "merging"
 
     r: str | None = HfArg(
-        default=None, help="Latents merged in each layer: an integer, or a comma-separated list, one entry a layer."
+        default=None,
+        help="Latents to merge in each layer: an integer, or a comma-separated list with one entry for each layer.",
     )
     flops_ratio: float | None = HfArg(
         default=None,
-        help="Instead of --r: largest share of the unmerged model's FLOPs. Merging is then chosen so that it changes "
-        "the outputs least on unlabelled samples.",
+        help="Instead of --r: largest share of the unmerged model's FLOPs. The merging that changes the outputs least "
+        "on unlabelled samples is chosen.",
     )
     latency_ratio: float | None = HfArg(
         default=None, help="Instead of --r: largest share of the unmerged model's time, measured on this machine."
     )
     max_changed: float | None = HfArg(
         default=None,
-        help="Instead of --r: largest share of inputs whose answer merging may change (95 percent confidence). Needs "
-        "samples that the model was not trained on: a test split, or --calibration_samples with --do_train.",
+        help="Instead of --r: largest share of inputs whose answer may change by merging (95 percent confidence). "
+        "Needs samples that the model was not trained on: a test split, or --calibration_samples with --do_train.",
     )
     schedule: str = HfArg(
         default=SEARCH,
-        help=f"How such a budget is spread over the layers. '{SEARCH}' finds that, with the method, the metric or "
-        f"fixed groups of latents. {', '.join(sorted(SCHEDULE_NAMES[:-1]))}: fixed schedules, by '{NO_DATA_METHOD}' on "
-        f"{NO_DATA_METRIC}s unless a method or metric is given. A model trained from scratch with merging on takes "
-        f"'{DEFAULT_SCHEDULE}'.",
+        help=f"How a budget is spread over the layers. '{SEARCH}' finds the latents to merge in each layer, the "
+        "matching method and the similarity metric, or fixed groups of latents. The fixed schedules "
+        f"{', '.join(sorted(SCHEDULE_NAMES[:-1]))} use the method '{NO_DATA_METHOD}' and the metric '{NO_DATA_METRIC}' "
+        f"unless others are given. A model trained from scratch with merging on uses '{DEFAULT_SCHEDULE}'.",
     )
     calibration_samples: int | None = HfArg(
         default=None,
-        help="Number of unlabelled samples for a search: from the test split if there is one that is not evaluated on; "
-        "otherwise, with --do_train, held out from training. By default as many as take a few minutes, at most "
-        f"{MOST_SAMPLES}, and training samples if there is no test split.",
+        help="Number of unlabelled samples for a search. They come from the test split if there is one that is not "
+        "used for evaluation; otherwise, with --do_train, they are held out from training. By default as many as take "
+        f"a few minutes, at most {MOST_SAMPLES}; without a test split these are training samples.",
     )
     r_inflection: float | None = HfArg(
-        default=None, help="-1: merge early (2r falling to 0), 0: constant, 1: merge late."
+        default=None,
+        help="How r is spread over the layers: -1 merges early (2r falling to 0), 0 is constant, 1 merges late.",
     )
-    min_latents: int | None = HfArg(default=None, help="Never merge below this many latents.")
+    min_latents: int | None = HfArg(default=None, help="Least number of latents to leave in any layer.")
     merge_method: str | None = HfArg(
         default=None,
-        help=f"How latents are matched: {', '.join(sorted(MERGE_METHODS))}. '{GROUPS}', with a budget and --schedule "
-        f"{SEARCH}: fixed groups of latents, which need no matching.",
+        help=f"Matching method: {', '.join(sorted(MERGE_METHODS))}. With a budget and --schedule {SEARCH} also "
+        f"'{GROUPS}': fixed groups of latents, which need no matching.",
     )
-    merge_metric: str | None = HfArg(default=None, help="What latents are compared by: key, value or hidden.")
+    merge_metric: str | None = HfArg(
+        default=None, help="Similarity metric, what latents are compared by: key, value or hidden."
+    )
     proportional_attention: bool | None = HfArg(
-        default=None, help="Weight merged latents by their size in attention (the default)."
+        default=None, help="Weight merged latents by their size in attention (default: true)."
     )
 
     def __post_init__(self) -> None:
@@ -111,7 +121,7 @@ class MergeArguments:
             parse_r(self.r)
         self._check_values()
         if len(given := self._given) > 1:
-            raise BadInput(f"{given[1]}: use one of --{', --'.join(AMOUNTS)}; {given[0]} is given")
+            raise BadInput(f"{given[1]}: use one of --{', --'.join(AMOUNT_ARGUMENTS)}; {given[0]} is given")
         budgets = f"a budget (--{', --'.join(BUDGETS)})"
         if self.schedule != SEARCH and not self.has_budget:
             raise BadInput(f"--schedule {self.schedule}: needs {budgets}")
@@ -120,7 +130,7 @@ class MergeArguments:
                 f"--merge_method {GROUPS}: needs {budgets} and --schedule {SEARCH}, which finds them; leave out --r "
                 "and other schedules"
             )
-        if self.calibration_samples is not None and not self.searches:
+        if self.calibration_samples is not None and not self.calibrates:
             raise BadInput(
                 f"--calibration_samples {self.calibration_samples}: has no effect without {budgets} and --schedule "
                 f"{SEARCH}"
@@ -145,26 +155,26 @@ class MergeArguments:
 
     @property
     def _given(self) -> list[str]:
-        return [f"--{name} {value}" for name in AMOUNTS if (value := getattr(self, name)) is not None]
+        return [f"--{name} {value}" for name in AMOUNT_ARGUMENTS if (value := getattr(self, name)) is not None]
 
     @property
     def has_budget(self) -> bool:
-        """Whether a budget says what merges."""
+        """Whether a budget, and not `r`, sets how much to merge."""
         return any(getattr(self, name) is not None for name in BUDGETS)
 
     @property
-    def searches(self) -> bool:
-        """Whether a frontier is measured on samples."""
+    def calibrates(self) -> bool:
+        """Whether the budget needs a frontier measured on samples: for a search, or for `max_changed`."""
         return self.has_budget and (self.schedule == SEARCH or self.max_changed is not None)
 
     @property
     def merges(self) -> bool:
-        """Whether any merging is asked for."""
+        """Whether the arguments ask for any merging."""
         return self.has_budget or bool(self.config_fields().get("r"))
 
     @property
     def budget_line(self) -> str | None:
-        """The budget in words, for a card; `None` without one."""
+        """Description of the budget for a model card; `None` without one."""
         if not self.has_budget:
             return None
         if self.max_changed is not None:
@@ -174,55 +184,55 @@ class MergeArguments:
 
     @property
     def without_samples(self) -> MergeArguments:
-        """The same budget by a schedule that needs no data, for a model that has learned nothing."""
-        if not self.searches:
+        """Same budget with a fixed schedule, which needs no samples, for an untrained model."""
+        if not self.calibrates:
             return self
         method = None if self.merge_method == GROUPS else self.merge_method
         return replace(self, schedule=DEFAULT_SCHEDULE, merge_method=method, calibration_samples=None)
 
     @property
     def most_samples(self) -> int:
-        """Largest number of samples to read; 0 if nothing is calibrated."""
-        if not self.searches:
+        """Largest number of samples to read; 0 without calibration."""
+        if not self.calibrates:
             return 0
-        return self.calibration_samples or max(MOST_SAMPLES, self._promising_samples)
+        return self.calibration_samples or max(MOST_SAMPLES, self._samples_to_promise)
 
     @property
-    def _promising_samples(self) -> int:
-        """Least number of samples that can promise `max_changed`: enough if none of their answers changes."""
+    def _samples_to_promise(self) -> int:
+        """Least number of samples that can promise `max_changed`, reached if none of their answers changes."""
         if self.max_changed is None or self.max_changed == 1:
             return 0
-        return math.ceil(held_out_to_promise(self.max_changed) / MEASURING)
+        return math.ceil(held_out_to_promise(self.max_changed) / MEASURED_SHARE)
 
     def config_fields(self) -> dict[str, Any]:
-        """Return the fields that were given, as the config takes them."""
+        """Return the config fields whose arguments were given, with values of the config's types."""
         given = {name: value for name, value in vars(self).items() if name in MERGING_FIELDS and value is not None}
         if self.r is not None:
             given["r"] = parse_r(self.r)
         if self.merge_method == GROUPS:
-            del given["merge_method"]  # a search sets the groups that it finds
+            del given["merge_method"]  # no value of the config field; the search sets `merge_groups`
         return given
 
     def sample_count(self, model: ToMePerceiverPreTrainedModel, samples: Samples, input_shape: tuple[int, ...]) -> int:
         """Return the number of samples to calibrate on: as given, or as many as take a few minutes.
 
         Raises:
-            BadInput: if they cannot promise `max_changed`.
+            BadInput: if there are none, or too few to promise `max_changed`.
         """
         flops = FlopsShare(model.unmerged.asked_of(model.config), input_shape, type(model).__name__).unmerged_flops
-        affordable = min(MOST_SAMPLES, max(LEAST_SAMPLES, int(MEASURING_FLOPS / (PASSES * flops))))
-        count = min(self.calibration_samples or max(affordable, self._promising_samples), samples.available)
+        affordable = min(MOST_SAMPLES, max(LEAST_SAMPLES, int(CALIBRATION_FLOPS / (PASSES_PER_SAMPLE * flops))))
+        count = min(self.calibration_samples or max(affordable, self._samples_to_promise), samples.available)
         if count == 0:
-            raise BadInput(f"{self._given[0]}: needs samples; give a test split or a training split")
+            raise BadInput(f"{self._given[0]}: needs samples; use data with a test split or a training split")
         if self.max_changed is not None and not samples.unseen:
             raise BadInput(
-                f"--max_changed {self.max_changed}: the model was trained on all samples there are, so nothing can be "
-                "promised; give a test split (--test_file, --test_dir), or --calibration_samples with --do_train"
+                f"--max_changed {self.max_changed}: cannot be promised from samples that the model was trained on; use "
+                "a test split (--test_file, --test_dir), or --calibration_samples with --do_train"
             )
-        if self.max_changed is not None and count < self._promising_samples:
+        if self.max_changed is not None and count < self._samples_to_promise:
             raise BadInput(
-                f"--max_changed {self.max_changed}: {count} {samples.name} cannot promise it at 95 % confidence; use "
-                f"{self._promising_samples} or more, or a larger --max_changed"
+                f"--max_changed {self.max_changed}: {count} {samples.name} are too few for 95 % confidence; use "
+                f"{self._samples_to_promise} or more, or a larger --max_changed"
             )
         return count
 
@@ -234,14 +244,14 @@ class MergeArguments:
         input_shape: tuple[int, ...],
         flops_ratios: Sequence[float] | None = None,
     ) -> None:
-        """Measure the frontier of a model and keep it in its config, in place of an older one.
+        """Measure the frontier of a model and store it in its config, replacing an older one.
 
         Args:
             model: model to run.
-            samples: samples to measure on. If the model was trained on them, no share of changed answers is kept.
+            samples: samples to measure on. If the model was trained on them, shares of changed answers are not stored.
             count: number of samples, from `sample_count`.
             input_shape: shape of one input, for the FLOPs.
-            flops_ratios: shares to have rows for; by default that of the budget.
+            flops_ratios: shares of FLOPs that get a row each; by default the budget's.
 
         Raises:
             BadInput: if the budget cannot be met.
@@ -252,13 +262,13 @@ class MergeArguments:
             options = {"merge_methods": [NO_DATA_METHOD], "merge_metrics": [NO_DATA_METRIC]} | options
         if flops_ratios is None:
             flops_ratios = [] if self.flops_ratio is None else [self.flops_ratio]
-        batches = samples.take(count, min(ROWS, max(1, count // BATCHES)))
+        batches = samples.take(count, min(LARGEST_BATCH, max(1, count // LEAST_BATCHES)))
         with naming_arguments():
             model.calibrate(batches, flops_ratios=flops_ratios, input_shape=input_shape, **options)
         if not samples.unseen:
             logger.warning(
-                "calibrated on %s, whose answers change less than those of other inputs, so no share of changed "
-                "answers is kept; give a test split (--test_file, --test_dir) or --calibration_samples with --do_train",
+                "calibrated on %s: their answers change less than those of other inputs, so shares of changed answers "
+                "are not stored; use a test split (--test_file, --test_dir) or --calibration_samples with --do_train",
                 samples.name,
             )
             for row in model.config.merge_frontier["rows"]:
@@ -269,36 +279,43 @@ class MergeArguments:
         model: ToMePerceiverPreTrainedModel,
         samples: Samples,
         input_shape: tuple[int, ...],
-        timed: int = ROWS,
+        timed: int = LARGEST_BATCH,
     ) -> Choice | None:
-        """With a budget, set the merging that meets it; from the frontier in the config if the schedule is searched.
+        """Set the merging that meets the budget, from the stored frontier if there had to be one (see `calibrates`).
 
         Args:
             model, samples, input_shape: as for `calibrate`.
-            timed: number of inputs in the batch of `latency_ratio`.
+            timed: batch size that `latency_ratio` is timed at.
+
+        Returns:
+            The choice; `None` without a budget.
 
         Raises:
             BadInput: if the budget cannot be met.
         """
         if not self.has_budget:
             return None
-        options = {} if self.searches else self._restrictions() | {"input_shape": input_shape}
+        options = {} if self.calibrates else self._restrictions() | {"input_shape": input_shape}
         if self.latency_ratio is not None:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise BadInput("--latency_ratio: use one process; several do not measure the same time")
+                raise BadInput(
+                    f"--latency_ratio {self.latency_ratio}: must run in one process; several measure different times"
+                )
             options["samples"] = samples.take(timed, timed)
         with naming_arguments():
             return model.merge_to(**{name: getattr(self, name) for name in BUDGETS}, **options)
 
     def _restrictions(self) -> dict[str, Any]:
-        """Return the options of `calibrate` and `merge_to` for the method, metric and schedule that were given."""
-        options: dict[str, Any] = {f"{name}s": [value] for name in WAYS[:2] if (value := getattr(self, name))}
+        """Return the options that limit `calibrate` and `merge_to` to the method, metric and schedule given."""
+        options: dict[str, Any] = {
+            f"{name}s": [value] for name in MATCHING_FIELDS[:2] if (value := getattr(self, name))
+        }
         return options if self.schedule == SEARCH else options | {"schedules": [self.schedule]}
 
 
 @contextmanager
 def naming_arguments() -> Iterator[None]:
-    """Turn errors of a model or config about its merging into errors that end a script in one line.
+    """Turn errors about merging, raised by a model or config, into errors that end a script with one line.
 
     Raises:
         BadInput: in place of a `ValueError`.
@@ -313,7 +330,7 @@ def naming_arguments() -> Iterator[None]:
 
 
 def apply_fields(config: ToMePerceiverConfig, fields: dict[str, Any]) -> None:
-    """Set merging fields on a config and check what they mean together.
+    """Set merging fields on a config, and check that they fit together.
 
     Raises:
         BadInput: naming the field, the value and what is wrong.
@@ -323,7 +340,7 @@ def apply_fields(config: ToMePerceiverConfig, fields: dict[str, Any]) -> None:
 
 
 def spelled_r(r: object) -> str:
-    """Return `r` as on a command line: a list is separated by commas."""
+    """Return `r` as typed on a command line: a list is separated by commas."""
     return ",".join(map(str, r)) if isinstance(r, list) else str(r)
 
 
@@ -335,6 +352,8 @@ def parse_r(text: str) -> int | list[int]:
     """
     entries = text.split(",")
     if not all(entry.strip().isdecimal() for entry in entries):
-        raise BadInput(f"--r {text}: must be an integer of 0 or more, or a comma-separated list of them, one a layer")
+        raise BadInput(
+            f"--r {text}: must be an integer of 0 or more, or a comma-separated list of them, one for each layer"
+        )
     numbers = [int(entry) for entry in entries]
     return numbers if "," in text else numbers[0]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging methods that serve as controls or that lost every comparison. Importing this module registers them.
+"""Matching methods used as controls, and methods that no comparison favours. Importing this module registers them.
 
-A checkpoint does not carry them: it can be run with them inside this repository only.
+They are not part of the code in a checkpoint, so only this repository can run a checkpoint with them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from merging_tome_perceiver import (
     take_pairs,
 )
 
-# The margin of the energy falls from here to 0 over the layers (Tran et al., 2024).
+# Margin of the energy at the first layer, from which it falls to 0 over the layers (Tran et al., 2024).
 LARGEST_MARGIN = 0.9
 # Temperature of the size criterion (Lee et al., 2024).
 SIZE_TEMPERATURE = 1 / 40
@@ -34,7 +34,7 @@ SIZE_TEMPERATURE = 1 / 40
 @register_merge_method("size_penalty", flops=bipartite_flops)
 @torch.no_grad()
 def match_size_penalty(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
-    """Bipartite soft matching in which what already stands for many latents is less attractive.
+    """Bipartite soft matching that prefers latents of small size.
 
     The attraction of latents i and j is (cos + 1) / 2 x (1 / (s_i s_j)) ^ (1 / 40). Where all sizes are equal this is
     `bipartite`; elsewhere a pair that is less similar, but smaller, may merge before an exact duplicate.
@@ -58,18 +58,18 @@ def match_size_penalty(metric: Tensor, r: int, sizes: Tensor | None = None, dept
 @register_merge_method("energy", flops=all_pairs_flops)
 @torch.no_grad()
 def match_energy(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
-    """The 2R latents of highest energy merge in pairs, the others are protected.
+    """Merge the 2R latents of highest energy in pairs, and protect the others.
 
     Ordered by energy, those 2R alternate between two sets; each of the first merges into the most similar one of the
-    second. High energy means many similar latents, so that isolated ones stay. Exact duplicates need not merge: what is
-    protected, and which set a latent falls into, is decided by energy alone.
+    second. High energy means many similar latents, so isolated latents stay. Exact duplicates need not merge: energy
+    alone decides which latents are protected and which set a latent is in.
 
     Args:
         metric: (B, N, C) compared by cosine similarity, in float32 or wider; a zero vector is orthogonal to everything.
             Ties of the energy go to the lower position, ties of the similarity to the higher energy.
         r: R, latents to merge away, from 1 to N // 2.
         sizes: without effect.
-        depth: of the layer; the margin of the energy is 0.9 (1 - depth).
+        depth: depth of the layer, in [0, 1); the margin of the energy is 0.9 (1 - depth).
 
     Source: Tran et al. (2024), "Accelerating Transformers with Spectrum-Preserving Token Merging" (PiToMe,
     arXiv:2405.16148), section 3.
@@ -83,7 +83,7 @@ def match_energy(metric: Tensor, r: int, sizes: Tensor | None = None, depth: flo
 
 
 def energy_scores(similarity: Tensor, margin: float) -> Tensor:
-    """How crowded the neighbourhood of each latent is.
+    """Return the energy of each latent: how crowded its neighbourhood is.
 
     E_i is the sum over the other latents j of f(cos_ij), divided by N, with f(x) = x from the margin on and
     exp(x - margin) - 1 below it.
@@ -93,7 +93,7 @@ def energy_scores(similarity: Tensor, margin: float) -> Tensor:
         margin: in [-1, 1].
 
     Returns:
-        (B, N).
+        Energies, (B, N).
 
     Source: Tran et al. (2024), section 3, with their alpha = 1.
     """
@@ -105,12 +105,12 @@ def energy_scores(similarity: Tensor, margin: float) -> Tensor:
 @register_merge_method("random", flops=lambda latents, channels: 0)
 @torch.no_grad()
 def match_random(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
-    """A control for the matching: the same bipartite form, but the edges are drawn at random.
+    """Match by random edges in the form of `bipartite`: a control for the matching.
 
     The draw depends on N alone and is the same for every input, so that a row's output does not depend on its batch
     and activation checkpointing recomputes the same merges.
     """
-    # Counted, since to a compiled layer the shape is a symbol, which is no seed.
+    # In a compiled layer the shape is symbolic and cannot be a seed, so N is counted.
     num_latents = len([*range(metric.shape[1])])
     evens, odds = (num_latents + 1) // 2, num_latents // 2
     generator = random.Random(num_latents)
@@ -122,5 +122,5 @@ def match_random(metric: Tensor, r: int, sizes: Tensor | None = None, depth: flo
 
 @register_merge_method("prune", flops=bipartite_flops)
 def match_prune(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
-    """A control for the merging: the latents that `bipartite` would merge away are dropped instead."""
+    """Drop the latents that `bipartite` would merge away: a control for the merging."""
     return match_bipartite(metric, r, sizes, depth)._replace(into=None)

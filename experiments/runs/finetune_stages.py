@@ -16,18 +16,18 @@ from experiments.publishing.card import ResultRow, shown_r
 from experiments.runs.start import Loaded, RunArguments
 from experiments.training.evaluation import Evaluation, evaluate
 from experiments.training.fingerprints import config_fingerprint, weights_fingerprint
-from experiments.training.output_folder import check_disk_space, claim, claim_training, save_metrics
+from experiments.training.output_folder import check_disk_space, claim_folder, claim_training, save_metrics
 from experiments.training.progress import announce, say
 from experiments.training.run_record import (
     CALIBRATION,
     CONFIG,
+    INITIAL_CONFIG,
+    INITIAL_WEIGHTS,
     PREDICTION,
     RESOLVED,
-    START,
-    START_CONFIG,
     WEIGHTS,
     RunRecord,
-    content,
+    content_fingerprints,
     evaluation_fields,
     recorded_arguments,
     training_fields,
@@ -67,11 +67,11 @@ class Run:
         self.sample_count = 0
         self._resolved: dict[str, Any] = {}
         # What each stage resumes from, by its folder.
-        self.starts: dict[Path, str | None] = {}
-        self._content = content(
-            self.task, self.prepared, train=self.training.do_train, calibrates=self.merge_args.searches
+        self.resume_by_folder: dict[Path, str | None] = {}
+        self._content = content_fingerprints(
+            self.task, self.prepared, train=self.training.do_train, calibrates=self.merge_args.calibrates
         )
-        self._content |= {START: weights_fingerprint(self.model)}
+        self._content |= {INITIAL_WEIGHTS: weights_fingerprint(self.model)}
         # Made before a budget changes the config. Finetuning has its own record, because it depends neither on the
         # merging nor on the retraining.
         self.record = self._record(args.model, args.data, self.merge_args, self.retraining)
@@ -83,7 +83,7 @@ class Run:
         # Training does not depend on the samples to predict; only a search depends on the calibration samples.
         left_out = (PREDICTION,) if merges else (PREDICTION, CALIBRATION)
         contents = {name: value for name, value in self._content.items() if name not in left_out}
-        contents[START_CONFIG] = config_fingerprint(self.model.config, merging=merges)
+        contents[INITIAL_CONFIG] = config_fingerprint(self.model.config, merging=merges)
         return RunRecord({name: value for name, value in arguments.items() if name not in PREDICTION_ONLY}, contents)
 
     def claim(self, write: bool) -> None:
@@ -102,22 +102,22 @@ class Run:
             # The result's config is known once the budget is resolved.
             config = {CONFIG: config_fingerprint(self.model.config)} if self._resolved else {}
             record = RunRecord(arguments, {**self.record.content, **config}, self._resolved)
-            claim(self.output_dir, record, write)
+            claim_folder(self.output_dir, record, write)
             return
         if not training.do_train:
             # An evaluation depends on the model's weights and config, not on how these were trained.
-            contents = {WEIGHTS: self._content[START], CONFIG: config_fingerprint(self.model.config)}
+            contents = {WEIGHTS: self._content[INITIAL_WEIGHTS], CONFIG: config_fingerprint(self.model.config)}
             read = (PREDICTION, *(("evaluation", "inputs") if self.prepared.evaluation else ()))
             contents |= {name: self._content[name] for name in read if name in self._content}
             arguments = {"model_name_or_path": args.model.model_name_or_path} | evaluation_fields(training)
-            claim(self.output_dir, RunRecord(arguments, contents), write)
+            claim_folder(self.output_dir, RunRecord(arguments, contents), write)
             return
         stages = {self.finetuned_dir: self.finetuning_record} if self.retrains else {}
         stages[self.output_dir] = replace(self.record, notes=self._resolved)
         check_disk_space(self.output_dir, self.model, training, models=len(stages))
         for folder in stages:
             check_writable(f"--output_dir {self.output_dir}", folder)
-        self.starts = claim_training(stages, training.resume_from_checkpoint, write)
+        self.resume_by_folder = claim_training(stages, training.resume_from_checkpoint, write)
 
     def resolve_merging(self) -> None:
         """Choose the merging for a budget; if that must wait for finetuning, check that the budget is within reach."""
@@ -125,11 +125,11 @@ class Run:
         if not merge_args.has_budget:
             return
         model.to(self.training.device)
-        if merge_args.searches:
+        if merge_args.calibrates:
             self.sample_count = merge_args.sample_count(model, self.loaded.samples, input_shape)
         if self.chooses_after_training:
             return
-        if self.retrains and merge_args.searches and merge_args.flops_ratio is not None:
+        if self.retrains and merge_args.calibrates and merge_args.flops_ratio is not None:
             with naming_arguments():
                 check_reach(model, merge_args.flops_ratio, input_shape)
         elif self.retrains:
@@ -140,7 +140,7 @@ class Run:
 
     def _resolve(self) -> None:
         """Choose the merging, or take the choice that this run recorded before, since measured times vary."""
-        contents = {**self.record.content, START: weights_fingerprint(self.model)}
+        contents = {**self.record.content, INITIAL_WEIGHTS: weights_fingerprint(self.model)}
         inputs = RunRecord(recorded_arguments(self.merge_args), contents).flatten()
         earlier, config = RunRecord.read(self.output_dir).notes.get(RESOLVED) or {}, self.model.config
         if earlier.get("of") == inputs:
@@ -174,7 +174,7 @@ class Run:
 
     def _calibrate(self, merge_args: MergeArguments) -> None:
         """Measure the frontier of the current weights, if the budget needs one."""
-        if merge_args.searches:
+        if merge_args.calibrates:
             say(f"calibrating on {self.samples}")
             merge_args.calibrate(self.model, self.loaded.samples, self.sample_count, self.loaded.input_shape)
 
@@ -204,7 +204,7 @@ class Run:
         if self.training.do_train:
             how = "for every r" if self.retraining.elastic else "merged" if self.merges else "unmerged"
             announce(f"{'retraining' if self.retrains else 'training'}, {how}")
-            train_and_save(trainer, self.starts[self.output_dir])
+            train_and_save(trainer, self.resume_by_folder[self.output_dir])
             self._measure_frontier(trainer)
         return trainer
 
@@ -215,7 +215,7 @@ class Run:
                 self.model, self.prepared, self.training, self.finetuned_dir, record=self.finetuning_record
             )
             announce("finetuning, unmerged")
-            train_and_save(trainer, self.starts[self.finetuned_dir])
+            train_and_save(trainer, self.resume_by_folder[self.finetuned_dir])
             announce("evaluating the finetuned model, unmerged")
             self.unmerged_evaluation = self._evaluate(trainer, "eval", "finetuned")
         if self.merge_args.has_budget:
@@ -226,7 +226,7 @@ class Run:
     def _measure_frontier(self, trainer: TaskTrainer) -> None:
         """Measure the frontier of the trained weights, choose from it for `--max_changed`, and save both."""
         # Sharded weights can run only inside the trainer.
-        if not self.merge_args.searches or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if not self.merge_args.calibrates or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             return
         if self.chooses_after_training:
             self._choose(self.merge_args)

@@ -28,10 +28,16 @@ from experiments.runs.sweep_report import PICTURE, Best, Row, SweepResults, writ
 from experiments.training.evaluation import Evaluation, evaluate
 from experiments.training.fingerprints import config_fingerprint, digest_of, weights_fingerprint
 from experiments.training.loading import load_config, load_model
-from experiments.training.output_folder import check_disk_space, claim, lock_folder
+from experiments.training.output_folder import check_disk_space, claim_folder, lock_folder
 from experiments.training.progress import announce, results_line, say
 from experiments.training.resume import LAST
-from experiments.training.run_record import CONFIG, START, content, recorded_arguments, training_fields
+from experiments.training.run_record import (
+    CONFIG,
+    INITIAL_WEIGHTS,
+    content_fingerprints,
+    recorded_arguments,
+    training_fields,
+)
 from experiments.training.stage import check_sharding, rehearse, task_trainer, train_and_save
 from experiments.training.trainer import TaskTrainer
 from frontier_tome_perceiver import Frontier
@@ -88,12 +94,12 @@ class Sweep:
         task, model, prepared = loaded.task, loaded.model, loaded.prepared
         self.unmerged = model.unmerged
         recorded = recorded_arguments(args.model, args.data, self.sweep_args, self.retraining)
-        read = content(task, prepared, train=self.retrains, calibrates=self.sweep_args.searches)
+        read = content_fingerprints(task, prepared, train=self.retrains, calibrates=self.sweep_args.calibrates)
         if self.sweep_args.frontier and model.config.merge_frontier is not None:
             read["frontier"] = digest_of(model.config.merge_frontier)
         self.results = SweepResults(
             arguments=recorded | training_fields(self.training),
-            content={START: weights_fingerprint(model), CONFIG: config_fingerprint(model.config)} | read,
+            content={INITIAL_WEIGHTS: weights_fingerprint(model), CONFIG: config_fingerprint(model.config)} | read,
             environment=describe_environment(),
             source=task.source,
             evaluated_on=len(prepared.evaluation[""]),
@@ -198,7 +204,7 @@ class Sweep:
         with self.results.spending("retraining"):
             folder = self.output_dir / RETRAINED_FOLDER / self._retrained_branch(row)
             record = replace(self.results.record, arguments={**self.results.arguments, "row": asdict(merging)})
-            claim(folder, record, self.writes)
+            claim_folder(folder, record, self.writes)
             arguments = self.retraining.training_arguments(self.training)
             trainer = task_trainer(
                 model, self.loaded.prepared, arguments, folder, self.retraining.trainer_class, record

@@ -13,12 +13,12 @@ from transformers.hf_argparser import HfArg
 from cost_tome_perceiver import Merging
 from experiments.errors import BadInput
 from experiments.merging.arguments import (
-    AMOUNTS,
+    AMOUNT_ARGUMENTS,
     BUDGETS,
+    MATCHING_FIELDS,
     MOST_SAMPLES,
     SCHEDULE_NAMES,
     SEARCH,
-    WAYS,
     MergeArguments,
     Samples,
     apply_fields,
@@ -109,7 +109,7 @@ class SweepArguments:
             if value not in BOOLEANS:
                 raise BadInput(f"--proportional_attention {value}: choose from {', '.join(BOOLEANS)}")
         self.r = [spelled_r(r) for r in self.r]
-        for name in (*AMOUNTS, "schedule", *WAYS):
+        for name in (*AMOUNT_ARGUMENTS, "schedule", *MATCHING_FIELDS):
             values = getattr(self, name)
             if repeated := {value for value in values if values.count(value) > 1}:
                 raise BadInput(f"--{name} {min(repeated)}: is given twice; give each once")
@@ -120,13 +120,13 @@ class SweepArguments:
         for schedule in [] if self._has_budget else self.schedule:
             MergeArguments(schedule=schedule)
         samples = self.calibration_samples
-        shared = self._frontier_arguments if self.searches else MergeArguments(calibration_samples=samples)
+        shared = self._frontier_arguments if self.calibrates else MergeArguments(calibration_samples=samples)
         for settings in self._combinations():
             replace(shared, r_inflection=self.r_inflection, **settings)
         list(self._rows())
 
     @property
-    def searches(self) -> bool:
+    def calibrates(self) -> bool:
         """Whether a frontier may be measured on samples."""
         return self.frontier or bool(self.max_changed) or SEARCH in self.schedule and self._has_budget
 
@@ -141,7 +141,7 @@ class SweepArguments:
 
     def _calibrating_arguments(self, has_frontier: bool) -> list[MergeArguments]:
         """Return the arguments that need calibration; `--frontier` needs it only if the checkpoint has no frontier."""
-        rows = [row.arguments for row in self._rows() if row.arguments.searches]
+        rows = [row.arguments for row in self._rows() if row.arguments.calibrates]
         return [*rows, *([self._frontier_arguments] if self.frontier and not has_frontier else [])]
 
     @property
@@ -154,7 +154,7 @@ class SweepArguments:
         attention = [BOOLEANS[value] for value in self.proportional_attention]
         given: tuple[list[Any], ...] = (self.merge_method, self.merge_metric, attention)
         for values in product(*(values or [None] for values in given)):
-            yield dict(zip(WAYS, values, strict=True)) | {"min_latents": self.min_latents}
+            yield dict(zip(MATCHING_FIELDS, values, strict=True)) | {"min_latents": self.min_latents}
 
     def _rows(self) -> Iterator[_RequestedRow]:
         """Yield a row for every r, and for every budget and schedule, in every combination of method settings."""
@@ -202,7 +202,7 @@ class SweepArguments:
             unmerged.apply(config)
             apply_fields(config, arguments.config_fields())
             key = _frontier_key(arguments)
-            if arguments.searches and key not in frontiers:
+            if arguments.calibrates and key not in frontiers:
                 shares = self.flops_ratio if arguments.schedule == SEARCH else []
                 arguments.calibrate(model, samples, count, input_shape, shares)
                 frontiers[key] = config.merge_frontier
@@ -218,7 +218,7 @@ class SweepArguments:
         mergings = {"r=0": ("r", unmerged)}
         for index, (name, series, arguments) in enumerate(requested):
             if chosen[index].merges(unmerged.asked_of(config)):
-                values = [getattr(arguments, each) for each in WAYS if len(getattr(self, each)) > 1]
+                values = [getattr(arguments, each) for each in MATCHING_FIELDS if len(getattr(self, each)) > 1]
                 suffix = "".join(f" {ATTENTIONS.get(value, value)}" for value in values)
                 mergings[name + suffix] = (series + suffix, chosen[index])
             else:
@@ -241,10 +241,10 @@ class SweepArguments:
 
 def _frontier_key(arguments: MergeArguments) -> str:
     """Return the settings that rows must have in common to share a frontier."""
-    return repr([getattr(arguments, name) for name in ("schedule", "min_latents", *WAYS)])
+    return repr([getattr(arguments, name) for name in ("schedule", "min_latents", *MATCHING_FIELDS)])
 
 
 def _resolving_order(arguments: MergeArguments) -> tuple[bool, bool, float]:
     """Return a sort key: rows without a search before searched ones, untimed before timed, low budgets before high."""
     share = arguments.flops_ratio or arguments.latency_ratio or arguments.max_changed or 0.0
-    return arguments.searches, arguments.latency_ratio is not None, share
+    return arguments.calibrates, arguments.latency_ratio is not None, share

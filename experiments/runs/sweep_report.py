@@ -22,7 +22,7 @@ from cost_tome_perceiver import Merging, forward_cost
 from experiments.errors import BadInput
 from experiments.files import read_json, write_json, write_text
 from experiments.measurement import Quartiles, environment_line
-from experiments.merging.arguments import WAYS
+from experiments.merging.arguments import MATCHING_FIELDS
 from experiments.publishing.card import METRIC_NAMES, metric_name, undefined_note
 from experiments.publishing.picture_style import (
     CONTROL,
@@ -40,7 +40,7 @@ from experiments.publishing.picture_style import (
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.tasks.base import Source
 from experiments.tasks.scores import Score, Scores, flatten_scores, parse_scores
-from experiments.training.output_folder import SWEEP_FILE, another_run, run_files
+from experiments.training.output_folder import SWEEP_FILE, another_run_error, list_result_files
 from experiments.training.run_record import RunRecord
 from frontier_tome_perceiver import GROUPS
 from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
@@ -99,7 +99,9 @@ class Row:
         # No method matches latents: they merge by fixed groups, in the layers or of the learned latents alone.
         only_groups = config.merge_groups or (config.latent_groups and not any(config.merge_schedule))
         shown = {"r": config.merge_schedule, "num_blocks": config.num_blocks}
-        shown |= {way: getattr(config, way) for way in WAYS} | ({"merge_method": GROUPS} if only_groups else {})
+        shown |= {way: getattr(config, way) for way in MATCHING_FIELDS} | (
+            {"merge_method": GROUPS} if only_groups else {}
+        )
         return cls(
             name=name,
             series=series,
@@ -189,8 +191,8 @@ class SweepResults:
         """
         path = output_dir / SWEEP_FILE
         if not path.exists():
-            if found := run_files(output_dir):
-                raise another_run(output_dir, ", ".join(found))
+            if found := list_result_files(output_dir):
+                raise another_run_error(output_dir, ", ".join(found))
             return False
         earlier = read_json(path)
         if not isinstance(earlier, dict) or not {"arguments", "content", "environment", "rows", "seconds"} <= set(
@@ -202,7 +204,7 @@ class SweepResults:
             )
         record = RunRecord(earlier["arguments"], earlier["content"])
         if (different := record.difference(self.record, NOT_COMPARED)) is not None:
-            raise another_run(output_dir, different)
+            raise another_run_error(output_dir, different)
         try:
             self.rows = [Row.from_json(row) for row in earlier["rows"]]
         except (KeyError, TypeError) as error:

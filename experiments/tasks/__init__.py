@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks: read data, turn them into model inputs, and score predictions."""
+"""From data to a prepared task: what a model sees, and how it is scored."""

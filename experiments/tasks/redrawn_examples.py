@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training examples with random changes, drawn again in every epoch: crops of images, masks of tokens.
-
-Used by `experiments.tasks.images` and `experiments.tasks.mlm`.
-"""
+"""Training examples of which something is drawn anew in every epoch: crops of images, masks of tokens."""
 
 from __future__ import annotations
 
@@ -16,23 +13,23 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 
 class RedrawnExamples(torch.utils.data.Dataset):
-    """Training examples that are randomly changed, differently in each epoch; `NextEpoch` sets the epoch.
+    """Training examples, each drawn anew in every epoch: fill `epoch` before it begins.
 
-    The change depends only on the seed, the epoch and the index of the example, so a resumed run, or one with more
-    workers or processes, sees the same examples. The global random state would not ensure that: data loaders prepare
-    batches ahead of the step that a checkpoint saves.
+    What is drawn for an example depends on the seed, the epoch and its place, and on nothing else: a run that is killed
+    and resumed, or that has more workers or processes, sees the same examples. Random numbers of the process would not
+    do: batches are made ahead of the step that a checkpoint is of.
 
     Args:
-        examples: the unchanged examples.
-        draw: makes model inputs from an example, its index and a random generator.
-        seed: of the random changes.
+        examples: what is drawn from.
+        draw: from an example, its place and a generator to what the model takes.
+        seed: of what is drawn.
     """
 
     def __init__(
         self, examples: Dataset, draw: Callable[[dict[str, Any], int, np.random.Generator], dict[str, Any]], seed: int
     ) -> None:
         self.examples, self.draw, self.seed = examples, draw, seed
-        # Shared memory, so that persistent data loader workers see the new epoch.
+        # Shared, so that data loader workers that live on hear of it.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -43,10 +40,10 @@ class RedrawnExamples(torch.utils.data.Dataset):
 
 
 class NextEpoch(TrainerCallback):
-    """Callback that sets the epoch of the training examples: accelerate sets it for samplers only.
+    """Tells the training examples which epoch it is; accelerate would only tell a sampler.
 
     Args:
-        examples: the training examples.
+        examples: to train on.
     """
 
     def __init__(self, examples: RedrawnExamples) -> None:

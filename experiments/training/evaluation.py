@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate and predict with transformers' Trainer, and write the results."""
+"""Evaluate with transformers' Trainer, and predict and write the predictions."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from experiments.training.trainer import TaskTrainer
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results of one evaluation on every evaluation split.
+    """Results of one evaluation on all evaluation splits.
 
     Attributes:
-        split: prefix of the names in result files: "eval" for the model that is saved, "merged" before it is retrained.
-        scores: by name.
-        figures: loss, time and number of examples, as result files name them.
-        predictions: by suffix of the split, one for each example.
+        split: prefix of names in result files: "eval" for the final model, "merged" for the model before retraining.
+        scores: scores by name.
+        figures: loss, time and number of examples, by their name in result files.
+        predictions: predictions by suffix of the split, one for each example.
     """
 
     split: str
@@ -38,25 +38,25 @@ class Evaluation:
     predictions: dict[str, np.ndarray]
 
     def flatten(self) -> dict[str, Any]:
-        """Return all figures as result files name them."""
+        """Return all figures and scores by their name in result files."""
         return self.figures | flatten_scores(self.scores, f"{self.split}_")
 
 
 def evaluate(
     trainer: TaskTrainer, task: PreparedTask, split: str, before: Mapping[str, np.ndarray] | None = None
 ) -> Evaluation:
-    """Evaluate on every evaluation split.
+    """Evaluate on all evaluation splits.
 
     Args:
-        split: prefix of the names in result files.
-        before: by suffix of the split, other predictions to compare with, example by example.
+        split: prefix of names in result files.
+        before: earlier predictions by suffix of the split; scores then include the paired change from them.
 
     Raises:
-        Stopped: for outputs that are not finite: any score of them would be a fiction.
+        Stopped: for outputs that are not finite, whose scores would mean nothing.
     """
     evaluation = Evaluation(split, {}, {}, {})
     for suffix, dataset in task.evaluation.items():
-        # Scores are computed below, where changes are too.
+        # Scores are computed below, together with their changes.
         compute_metrics, trainer.compute_metrics = trainer.compute_metrics, None
         try:
             output = trainer.predict(dataset, metric_key_prefix=split)
@@ -65,12 +65,12 @@ def evaluate(
         loss = output.metrics.get(f"{split}_loss", 0.0)
         if not (math.isfinite(loss) and np.isfinite(output.predictions).all()):
             raise Stopped(
-                f"the outputs of the model for '{split}{suffix}' are not finite (loss {loss}): its weights are damaged "
-                "or training has diverged, or half precision does not suffice for them"
+                f"the outputs of the model for '{split}{suffix}' are not finite (loss {loss}): the checkpoint is "
+                "damaged, training has diverged or half precision is too coarse; use another checkpoint or float32"
             )
         predictions, references = task.predictions(output.predictions), task.references(output.label_ids)
         scores = score(task.kind, predictions, references, (before or {}).get(suffix))
-        evaluation.scores.update({f"{name}{suffix}": each for name, each in scores.items()})
+        evaluation.scores.update({f"{name}{suffix}": value for name, value in scores.items()})
         evaluation.figures.update({f"{name}{suffix}": value for name, value in output.metrics.items()})
         evaluation.figures[f"{split}_samples{suffix}"] = len(dataset)
         evaluation.predictions[suffix] = predictions
@@ -78,10 +78,13 @@ def evaluate(
 
 
 def predict_and_save(trainer: TaskTrainer, task: PreparedTask, name: str) -> None:
-    """Predict, and write `predict_results_NAME.txt`, a row for each input of the task NAME, and `predict_results.json`.
+    """Predict the test inputs, and write `predict_results_NAME.txt` and `predict_results.json`.
 
-    The table has the columns `index`, `prediction` and, for inputs that are files, `file`, separated by tabs; a value
-    with a tab, a line break or a quotation mark in it is quoted, as by the `csv` module.
+    The text file is a table with a row for each input and the columns `index`, `prediction` and, for inputs from files,
+    `file`, separated by tabs. Values with a tab, a line break or a quotation mark are quoted as by the `csv` module.
+
+    Args:
+        name: name of the task, NAME.
     """
     folder = Path(trainer.args.output_dir)
     metrics: dict[str, Any] = {}
@@ -90,7 +93,7 @@ def predict_and_save(trainer: TaskTrainer, task: PreparedTask, name: str) -> Non
         metrics |= {f"{key}{suffix}": value for key, value in (output.metrics or {}).items()}
         metrics[f"predict_samples{suffix}"] = len(dataset)
         if trainer.is_world_process_zero():
-            predicted = task.to_text(task.predictions(output.predictions))
+            predicted = task.written(task.predictions(output.predictions))
             columns: dict[str, Sequence[Any]] = {"index": range(len(predicted)), "prediction": predicted}
             if files := task.file_names.get(suffix):
                 columns["file"] = files

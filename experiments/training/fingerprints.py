@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints of weights, configs and data, by their content, wherever it was read."""
+"""Fingerprints (SHA-256) of weights, configs and data: equal content has equal fingerprints, wherever it is stored."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 
 from configuration_tome_perceiver import MERGING_FIELDS, ToMePerceiverConfig
 
-# Fields of a config that merge, and do nothing else.
-MERGING = tuple(name for name in MERGING_FIELDS if name != "num_blocks")
-# Fields of a config that do not change outputs: where it was, who wrote it, and the frontier.
+# Config fields that set only how the model merges; num_blocks also sets the layers that run.
+MERGING_SETTINGS = tuple(name for name in MERGING_FIELDS if name != "num_blocks")
+# Config fields that do not change outputs: its origin, its writer and the frontier.
 WITHOUT_EFFECT = (
     "_name_or_path", "transformers_version", "architectures", "auto_map", "model_type", "dtype", "merge_frontier",
 )  # fmt: skip
+# Number of rows read from a dataset at once.
 ROWS_PER_READ = 256
 
 
@@ -41,18 +42,18 @@ def weights_fingerprint(weights: PreTrainedModel | Path) -> str:
 
 
 def config_fingerprint(config: ToMePerceiverConfig, *, merging: bool = True) -> str:
-    """Return the fingerprint of the settings of a config, with or without those that merge."""
-    left_out = WITHOUT_EFFECT if merging else (*WITHOUT_EFFECT, *MERGING)
+    """Return the fingerprint of a config's fields, with or without its merging settings."""
+    left_out = WITHOUT_EFFECT if merging else (*WITHOUT_EFFECT, *MERGING_SETTINGS)
     return digest_of(sorted((name, repr(value)) for name, value in config.to_dict().items() if name not in left_out))
 
 
 def data_fingerprint(splits: Mapping[str, Any], desc: str, labels: Iterable[str]) -> str:
-    """Return the fingerprint of examples in their order: the values of every column, and the bytes of image files.
+    """Return the fingerprint of examples in their order: values of all columns, and bytes of image files.
 
     Args:
-        splits: by suffix a `datasets.Dataset`, of which transforms are not applied, or a list of dictionaries.
-        desc: text of the progress bar.
-        labels: the names of the classes.
+        splits: by suffix, a `datasets.Dataset`, without applying its transforms, or a list of dictionaries.
+        desc: name of the examples in the progress bar.
+        labels: names of the classes.
     """
     digest = hashlib.sha256(repr(list(labels)).encode())
     for suffix, split in splits.items():
@@ -63,13 +64,13 @@ def data_fingerprint(splits: Mapping[str, Any], desc: str, labels: Iterable[str]
 
 
 def file_fingerprint(path: Path) -> str:
-    """Return the fingerprint of the bytes of a file."""
+    """Return the fingerprint of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(value: Any) -> str:
-    """Return the fingerprint of JSON's types and tensors; the order of a dictionary's keys does not count."""
+    """Return the fingerprint of a value made of JSON types and tensors, whatever the order of keys in dictionaries."""
     digest = hashlib.sha256()
     _update(digest, value)
     return digest.hexdigest()
@@ -79,7 +80,7 @@ def _rows(split: Any) -> Iterator[dict[str, Any]]:
     if not isinstance(split, Dataset):
         yield from (split[index] for index in range(len(split)))
         return
-    # As they are stored: neither decoded nor transformed.
+    # Read rows as stored, neither decoded nor transformed.
     for table in split.with_format("arrow").iter(ROWS_PER_READ):
         yield from table.to_pylist()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model, and prepare the task for it, as the arguments say."""
+"""Load the model that the arguments choose, from a checkpoint or from scratch, and prepare the task for it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput, naming
 from experiments.merging.arguments import apply_fields
 from experiments.tasks.base import PreparedTask, Task
-from experiments.tasks.labels import checkpoint_labels, listed, match_labels, warn_of_order
+from experiments.tasks.labels import checkpoint_labels, listed, matched, warn_of_order
 from experiments.training.model_arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
-# Prefixes of the names of weights that belong to a head.
-HEADS = ("perceiver.decoder.", "embedding_decoder.")
-# A buffer that old checkpoints lack.
-BATCH_COUNT = "num_batches_tracked"
+# Prefixes of the names of a head's weights.
+HEAD_PREFIXES = ("perceiver.decoder.", "embedding_decoder.")
+# Suffix of the names of a BatchNorm buffer that old checkpoints lack.
+BATCH_COUNT_SUFFIX = "num_batches_tracked"
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -35,14 +35,14 @@ def load_model_and_task(
     task: Task,
     training: TrainingArguments,
 ) -> tuple[modeling.ToMePerceiverPreTrainedModel, PreparedTask]:
-    """Load the model, and prepare the task for it, with the tokenizer or image processor that fits.
+    """Load the model, and prepare the task with the model's tokenizer or image processor.
 
     Args:
-        merging: fields of the config, as for `load_config`.
-        training: its seed, and which of several processes prepares the data for the others.
+        merging: merging fields of the config, as for `load_config`.
+        training: training arguments; the seed is used, and the process that prepares the data for the others.
 
     Raises:
-        BadInput: for a file that is not there or does not fit, before the weights are read.
+        BadInput: for a file that is missing or does not fit, before the weights are read.
     """
     config = load_config(arguments, merging, task)
     named = arguments.tokenizer_name if task.input_name == "input_ids" else arguments.image_processor_name
@@ -56,12 +56,12 @@ def load_model_and_task(
     if arguments.model_name_or_path is None:
         task.fit_config(config, processing_class)
     with training.main_process_first(desc="preparing the data"):
-        prepared = task.prepare(config, processing_class, training.seed)
+        prepared = task.prepared(config, processing_class, training.seed)
     model = load_model(arguments, config, task)
     if task.input_name == "input_ids":
         if task.classifies:
             _keep_positions(model, processing_class.model_max_length)
-        # Trainer sets these when it trains; a model that is not trained gets the same config.
+        # Trainer sets these only when it trains; here models that are not trained get the same config.
         for name in SPECIAL_TOKENS:
             if getattr(processing_class, name) is not None:
                 setattr(model.config, name, getattr(processing_class, name))
@@ -70,10 +70,10 @@ def load_model_and_task(
 
 @torch.no_grad()
 def _keep_positions(model: modeling.ToMePerceiverPreTrainedModel, count: int) -> None:
-    """Keep the first positions of a text classifier, those that its inputs have.
+    """Cut the position embeddings of a text classifier to the longest input of the run.
 
-    A pipeline does not truncate by default. The model then refuses longer inputs than those of the run, instead of
-    giving other answers than in the run.
+    Pipelines do not truncate by default. With fewer positions the model refuses longer inputs, instead of answering
+    inputs unlike those it was trained and evaluated on.
     """
     inputs = model.base_model.input_preprocessor
     if count < model.config.max_position_embeddings:
@@ -85,34 +85,34 @@ def _keep_positions(model: modeling.ToMePerceiverPreTrainedModel, count: int) ->
 def load_model(
     arguments: ModelArguments, config: ToMePerceiverConfig, task: Task
 ) -> modeling.ToMePerceiverPreTrainedModel:
-    """Load a checkpoint, or make a model from scratch, with a config from `load_config`.
+    """Load a checkpoint, or create a model from scratch, with a config from `load_config`.
 
     Returns:
-        The model; of a checkpoint, `model.head_is_new` is whether its head is initialised at random.
+        The model. Loaded from a checkpoint, it has `head_is_new`: whether its head was initialised at random.
 
     Raises:
-        BadInput: for weights that are not there or do not fit.
+        BadInput: for weights that are missing or do not fit.
     """
     model_class = getattr(modeling, task.model_class_name(config))
     if arguments.model_name_or_path is None:
-        # PyTorch's modules refuse values of the config.
+        # PyTorch's modules may refuse values of the config.
         with naming(f"--config_name {arguments.config_name}", ValueError, TypeError, KeyError):
             return model_class(config)
     with naming(f"--model_name_or_path {arguments.model_name_or_path}", Exception):
         model, loaded = model_class.from_pretrained(
             arguments.model_name_or_path,
             config=config,
-            # `_check_loaded` refuses mismatches, by name.
+            # Mismatches are left to `_check_loaded`, whose message names the weight.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **arguments.download_options(),
         )
-    start = requested_config(arguments)
-    same_head = model_class.__name__.removeprefix("ToMe") in str(start.architectures)
+    checkpoint_config = requested_config(arguments)
+    same_head = model_class.__name__.removeprefix("ToMe") in str(checkpoint_config.architectures)
     may_be_new = arguments.ignore_mismatched_sizes or not same_head
     model.head_is_new = _check_loaded(arguments, loaded, may_be_new)
-    if task.classifies and _is_classifier(start) and _misfit(start, task) is not None:
-        # As transformers does where the number of classes differs.
+    if task.classifies and _is_classifier(checkpoint_config) and _describe_misfit(checkpoint_config, task) is not None:
+        # Initialise the head at random, as transformers does if the number of classes differs.
         layer = model.base_model.decoder.decoder.final_layer
         with torch.no_grad():
             layer.weight.normal_(0.0, config.initializer_range)
@@ -121,27 +121,31 @@ def load_model(
     return model
 
 
-def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], new_head: bool) -> bool:
-    """Check that no weights but a head's are missing or left over, of which transformers only warns.
+def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], may_be_new: bool) -> bool:
+    """Refuse weights that are missing, left over or of another shape, about which transformers only warns.
+
+    Args:
+        loaded: loading information of `from_pretrained`.
+        may_be_new: whether weights of a head may be missing or left over.
 
     Returns:
         Whether the head is initialised at random.
     """
     mismatched = [entry[0] for entry in loaded["mismatched_keys"]]
-    for what, names, new in (
-        ("lack", loaded["missing_keys"], new_head),
-        ("have, beyond what the config has room for,", loaded["unexpected_keys"], new_head),
-        ("have of another shape than the config", mismatched, arguments.ignore_mismatched_sizes),
+    for problem, names, allowed_in_head in (
+        ("lack", loaded["missing_keys"], may_be_new),
+        ("have, without a place in the config,", loaded["unexpected_keys"], may_be_new),
+        ("have in another shape than the config's", mismatched, arguments.ignore_mismatched_sizes),
     ):
-        counted = [name for name in names if not name.endswith(BATCH_COUNT)]
-        wrong = sorted(name for name in counted if not (new and name.startswith(HEADS)))
+        counted = [name for name in names if not name.endswith(BATCH_COUNT_SUFFIX)]
+        wrong = sorted(name for name in counted if not (allowed_in_head and name.startswith(HEAD_PREFIXES)))
         if wrong:
             raise BadInput(
-                f"--model_name_or_path {arguments.model_name_or_path}: its weights {what} {wrong[0]}"
+                f"--model_name_or_path {arguments.model_name_or_path}: its weights {problem} {wrong[0]}"
                 + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-                + "; use a checkpoint whose weights are whole and fit its config"
+                + "; use a checkpoint with complete weights that fit its config"
             )
-    return any(name.startswith(HEADS) for name in (*loaded["missing_keys"], *mismatched))
+    return any(name.startswith(HEAD_PREFIXES) for name in (*loaded["missing_keys"], *mismatched))
 
 
 def _is_classifier(config: ToMePerceiverConfig) -> bool:
@@ -151,36 +155,36 @@ def _is_classifier(config: ToMePerceiverConfig) -> bool:
 def load_config(arguments: ModelArguments, merging: dict[str, Any], task: Task) -> ToMePerceiverConfig:
     """Read the config of a checkpoint or a model from scratch, and set the task's labels and the merging.
 
-    A classifier of other labels than the task's needs `--ignore_mismatched_sizes`, and gets a new head.
+    A classifier with other labels than the task's needs `--ignore_mismatched_sizes`, and gets a new head.
 
     Args:
-        merging: fields of the config, as `MergeArguments.config_fields` gives them.
+        merging: merging fields of the config, from `MergeArguments.config_fields`.
 
     Raises:
-        BadInput: for a checkpoint or file that is not there, is no config, is for another task or refuses the merging.
+        BadInput: for a checkpoint or file that is missing, is no config or is for another task, or if merging fails.
     """
     config = requested_config(arguments)
     task.model_class_name(config)
     if task.classifies:
-        _take_labels(config, arguments, task)
+        _set_labels(config, arguments, task)
     apply_fields(config, merging)
     return config
 
 
-def _take_labels(config: ToMePerceiverConfig, arguments: ModelArguments, task: Task) -> None:
-    """Set the task's labels in a config; a classifier of the same labels keeps their names and order."""
+def _set_labels(config: ToMePerceiverConfig, arguments: ModelArguments, task: Task) -> None:
+    """Set the task's labels in a config; a classifier with the same labels keeps its names and order."""
     named = f"--model_name_or_path {arguments.model_name_or_path}"
-    is_trained = arguments.model_name_or_path is not None and _is_classifier(config)
-    misfit = _misfit(config, task) if is_trained else None
+    is_trained_classifier = arguments.model_name_or_path is not None and _is_classifier(config)
+    misfit = _describe_misfit(config, task) if is_trained_classifier else None
     if misfit is not None:
         if not arguments.ignore_mismatched_sizes:
-            raise BadInput(f"{named}: {misfit}; --ignore_mismatched_sizes starts the head anew")
-        logger.warning("%s: %s, so its head starts anew, since --ignore_mismatched_sizes is given", named, misfit)
+            raise BadInput(f"{named}: {misfit}; use --ignore_mismatched_sizes for a new head")
+        logger.warning("%s: %s, so it gets a new head (--ignore_mismatched_sizes)", named, misfit)
     if not task.labels:
         config.num_labels, config.problem_type = 1, "regression"
         return
     names = task.labels
-    if is_trained and misfit is None:
+    if is_trained_classifier and misfit is None:
         names = checkpoint_labels(config)
         warn_of_order(task.labels, names, named)
     config.problem_type = "single_label_classification"
@@ -188,20 +192,22 @@ def _take_labels(config: ToMePerceiverConfig, arguments: ModelArguments, task: T
     config.label2id = {name: index for index, name in enumerate(names)}
 
 
-def _misfit(config: ToMePerceiverConfig, task: Task) -> str | None:
-    """Say how a classifier's head differs from the data; `None` if it fits."""
+def _describe_misfit(config: ToMePerceiverConfig, task: Task) -> str | None:
+    """Describe how a classifier's head differs from the data; `None` if it fits."""
     num_labels = len(task.labels) or 1
     if config.num_labels != num_labels:
         return f"its head has {config.num_labels} labels and the data {num_labels}"
-    asked = "a class" if task.labels else "a number"
-    if (predicted := _predicts(config)) != asked:
-        return f"its head predicts {predicted} for an input, problem_type={config.problem_type}, the data have {asked}"
-    if task.labels and match_labels(task.labels, own := checkpoint_labels(config)) is None:
-        return f"its head has the labels {listed(own, ordered=True)} and the data {listed(task.labels, ordered=True)}"
+    wanted = "a class" if task.labels else "a number"
+    if (predicted := _predicted_kind(config)) != wanted:
+        return f"its head predicts {predicted} for an input, problem_type={config.problem_type}, the data have {wanted}"
+    if task.labels and matched(task.labels, labels := checkpoint_labels(config)) is None:
+        return (
+            f"its head has the labels {listed(labels, ordered=True)} and the data {listed(task.labels, ordered=True)}"
+        )
     return None
 
 
-def _predicts(config: ToMePerceiverConfig) -> str:
+def _predicted_kind(config: ToMePerceiverConfig) -> str:
     if config.problem_type == "multi_label_classification":
         return "several labels"
     is_number = config.problem_type == "regression" or config.problem_type is None and config.num_labels == 1
@@ -209,28 +215,29 @@ def _predicts(config: ToMePerceiverConfig) -> str:
 
 
 def trained_classes(arguments: ModelArguments) -> list[str] | None:
-    """Return the classes of a classifier's checkpoint, none for regression; `None` for any other model.
+    """Return the classes of a classifier's checkpoint, an empty list for regression, or `None` for any other model.
 
     Raises:
-        BadInput: for a checkpoint that is not there.
+        BadInput: for a missing checkpoint.
     """
     config = requested_config(arguments)
     if arguments.model_name_or_path is None or not _is_classifier(config) or arguments.ignore_mismatched_sizes:
         return None
-    return [] if _predicts(config) == "a number" else checkpoint_labels(config)
+    return [] if _predicted_kind(config) == "a number" else checkpoint_labels(config)
 
 
 def requested_config(arguments: ModelArguments) -> ToMePerceiverConfig:
     """Read the config of a checkpoint or a model from scratch, unchanged.
 
     Raises:
-        BadInput: if it is not there, or is no config.
+        BadInput: if it is missing or no config.
     """
     if arguments.model_name_or_path is not None:
         for name in ("config_name", "config_overrides"):
             if getattr(arguments, name) is not None:
                 raise BadInput(
-                    f"--{name} {getattr(arguments, name)}: only for a model from scratch, without --model_name_or_path"
+                    f"--{name} {getattr(arguments, name)}: must be left out with --model_name_or_path; it is for "
+                    "models from scratch"
                 )
         return _read_config("model_name_or_path", arguments.model_name_or_path, arguments)
     named = arguments.config_name
@@ -250,7 +257,7 @@ def _read_config(argument: str, name: str, arguments: ModelArguments) -> ToMePer
                 raise ValueError(f"holds a {type(fields).__name__}; must be a mapping of a config's fields")
             config = ToMePerceiverConfig.from_dict(fields)
         elif Path(name).is_dir() and not (Path(name) / CONFIG_NAME).exists():
-            # transformers would take the default config.
+            # transformers would silently use the default config.
             raise ValueError(f"has no {CONFIG_NAME}; use a Hub id or a folder with a checkpoint")
         else:
             config = ToMePerceiverConfig.from_pretrained(name, **arguments.download_options())

@@ -16,48 +16,47 @@ from torch import nn
 from transformers import TrainingArguments
 
 from experiments.errors import BadInput
-from experiments.files import made_for_a_while, read_json, write_json
-from experiments.training.resume import LENGTHS, TRAINED_FILE, check_resume, checkpoints, stage_starts
-from experiments.training.run_record import ARGUMENTS_FILE, CONTINUED, START, WEIGHTS, RunRecord
+from experiments.files import folder_kept_if_used, read_json, write_json
+from experiments.training.resume import LENGTH_ARGUMENTS, TRAINED_FILE, assign_resume, check_resume, checkpoints
+from experiments.training.run_record import ARGUMENTS_FILE, CONTINUED, INITIAL_WEIGHTS, WEIGHTS, RunRecord
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 SWEEP_FILE = "sweep_results.json"
-# Files that show that a run has written here.
-RESULTS = ("config.json", "trainer_state.json", SWEEP_FILE, "all_results.json")
-# A checkpoint to go on from holds the weights, and two averages of the gradient for each.
+# Files that show that a run has written results here.
+RESULT_FILES = ("config.json", "trainer_state.json", SWEEP_FILE, "all_results.json")
+# Size of a checkpoint in copies of the weights: the weights and two running averages that Adam keeps.
 ADAM_COPIES = 3
 
 
 @contextmanager
 def lock_folder(output_dir: Path) -> Iterator[None]:
-    """Keep other runs out of a folder for as long as this one writes there; the lock ends with the process.
+    """Keep other runs out of a folder while this one writes there; the lock ends with the process.
 
-    A folder that is empty in the end goes, if it was not there before.
+    The folder is created if needed, and removed at the end if it is new and empty.
 
     Raises:
         BadInput: if another run is writing there.
     """
     if os.environ.get("RANK", "0") != "0":
-        yield  # the first process holds it for all
+        yield  # the first process holds the lock for all
         return
-    with made_for_a_while(output_dir):
+    with folder_kept_if_used(output_dir):
         lock = FileLock(output_dir / LOCK_FILE)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise BadInput(
-                f"--output_dir {output_dir}: another run is writing there now; wait for its end or use another "
-                "--output_dir"
+                f"--output_dir {output_dir}: another run is writing there now; wait for its end or use another folder"
             ) from None
-        except OSError as error:  # of a file system without locks, such as some that clusters share
-            logger.warning("--output_dir %s: cannot be locked (%s); start no other run in it", output_dir, error)
+        except OSError as error:  # some shared file systems of clusters have no locks
+            logger.warning("--output_dir %s: cannot be locked (%s); start no other run there", output_dir, error)
         try:
             yield
         finally:
             with suppress(OSError):
-                # Before the release: a file that another run has locked by then is not ours to remove.
+                # Remove the file before the release: afterwards another run may have locked it.
                 (output_dir / LOCK_FILE).unlink(missing_ok=True)
             lock.release()
 
@@ -65,65 +64,71 @@ def lock_folder(output_dir: Path) -> Iterator[None]:
 def claim_training(
     stages: dict[Path, RunRecord], resume_from_checkpoint: str | None, write: bool
 ) -> dict[Path, str | None]:
-    """Claim the folder of each stage of a training, and return what each resumes from.
+    """Claim the folder of each stage of a training, and return where each stage resumes.
 
     Args:
-        stages: the record of each stage by its folder, in their order; the last one makes the result.
-        resume_from_checkpoint: as given.
-        write: whether to write the records, or only to check.
+        stages: record of each stage by its folder, in order; the last stage makes the final model.
+        resume_from_checkpoint: value of the argument.
+        write: write the records; if false, only check.
+
+    Returns:
+        For each folder, `LAST`, a checkpoint, or None to begin anew.
 
     Raises:
-        BadInput: if a folder holds another run, if a named checkpoint is not whole or of another run, or if a stopped
-            training would begin anew unasked, which removes its checkpoints.
+        BadInput: if a folder holds another run, if the given checkpoint is damaged or of another run, or if a stopped
+            training would begin anew, which removes its checkpoints, without `--resume_from_checkpoint false`.
     """
-    starts = stage_starts(resume_from_checkpoint, list(stages))
+    resume_by_folder = assign_resume(resume_from_checkpoint, list(stages))
     for folder, record in stages.items():
-        # A second stage began from the result of the first one, so it is not extended.
+        # A longer first stage gives the second one another model to begin from, so the second is not extended.
         is_first = folder == next(iter(stages))
-        claim(folder, record, write, longer=is_first and starts[folder] is not None)
-        check_resume(starts[folder], record)
+        claim_folder(folder, record, write, longer=is_first and resume_by_folder[folder] is not None)
+        check_resume(resume_by_folder[folder], record)
     *_, output_dir = stages
     if resume_from_checkpoint is None and not (output_dir / TRAINED_FILE).exists():
         for folder in reversed(stages):
-            ended = (folder / TRAINED_FILE).exists()
-            if ended or checkpoints(folder):
-                state = "has ended" if ended else f"was stopped after {checkpoints(folder)[0].name}"
+            has_ended = (folder / TRAINED_FILE).exists()
+            if has_ended or checkpoints(folder):
+                state = "has ended" if has_ended else f"was stopped after {checkpoints(folder)[0].name}"
                 raise BadInput(
                     f"--output_dir {output_dir}: the training in {folder} {state}; use --resume_from_checkpoint last "
                     "to continue it, or --resume_from_checkpoint false to begin anew"
                 )
-    return starts
+    return resume_by_folder
 
 
-def claim(output_dir: Path, record: RunRecord, write: bool, longer: bool = False) -> None:
-    """Claim a folder for a training or an evaluation, by its record.
+def claim_folder(output_dir: Path, record: RunRecord, write: bool, longer: bool = False) -> None:
+    """Claim a folder for a training or an evaluation, and write its run record there.
 
-    A record alone owns nothing: where no results followed, another run may begin. A folder with results takes the same
-    training again, and evaluations of the weights that it made.
+    A folder with a record and no results is free for any run. A folder with results accepts the same training again,
+    and evaluations of the weights in it.
 
     Args:
-        record: of the run; that of a training has the weights to start from.
-        write: whether to write the record, or only to check.
-        longer: whether training may be longer than was recorded, because it resumes.
+        record: record of the run; only that of a training has `INITIAL_WEIGHTS`.
+        write: write the record; if false, only check.
+        longer: accept more epochs or steps than recorded, because training resumes.
 
     Raises:
         BadInput: if the folder holds another run.
     """
     earlier = RunRecord.read(output_dir)
-    if found := run_files(output_dir):
-        trains = START in record.content
-        is_known = START in earlier.content if trains else WEIGHTS in earlier.content
+    if found := list_result_files(output_dir):
+        trains = INITIAL_WEIGHTS in record.content
+        is_known = INITIAL_WEIGHTS in earlier.content if trains else WEIGHTS in earlier.content
         if not is_known and (trains or not _is_only_a_checkpoint(output_dir, found, record)):
-            raise another_run(output_dir, ", ".join(found))
+            raise another_run_error(output_dir, ", ".join(found))
         extended = {
             name: old
             for name, old in earlier.arguments.items()
-            if longer and name in LENGTHS and isinstance(old, (int, float)) and 0 < old < record.arguments[name]
+            if longer
+            and name in LENGTH_ARGUMENTS
+            and isinstance(old, (int, float))
+            and 0 < old < record.arguments[name]
         }
-        # Training records more than evaluation, and a first evaluation less than a second one.
-        different = earlier.difference(record, extended, shared=not trains)
+        # Compare an evaluation only by what both record: training records more, and a first evaluation may record less.
+        different = earlier.difference(record, extended, only_shared=not trains)
         if different is not None:
-            raise another_run(output_dir, different)
+            raise another_run_error(output_dir, different)
         record = RunRecord(
             {**earlier.arguments, **record.arguments},
             {**earlier.content, **record.content},
@@ -131,36 +136,36 @@ def claim(output_dir: Path, record: RunRecord, write: bool, longer: bool = False
         )
     if write:
         for path in (*output_dir.glob(".*.partial"), *output_dir.glob("checkpoint-*/.*.partial")):
-            path.unlink()  # half-written, by a run that was killed
+            path.unlink()  # left half-written by a killed run
         record.write(output_dir)
 
 
-def another_run(output_dir: Path, what: str) -> BadInput:
-    """Return the error for a folder that holds another run."""
+def another_run_error(output_dir: Path, evidence: str) -> BadInput:
+    """Return the error for a folder that holds another run, with the difference or files that show it."""
     return BadInput(
-        f"--output_dir {output_dir}: holds another run ({what}); repeat its command to continue it, or use another "
-        "--output_dir"
+        f"--output_dir {output_dir}: holds another run ({evidence}); repeat its command to continue it, or use "
+        "another folder"
     )
 
 
-def run_files(output_dir: Path) -> list[str]:
-    """List the files in a folder that show that a run has written results there."""
+def list_result_files(output_dir: Path) -> list[str]:
+    """List the files that show that a run has written results in a folder."""
     return [
-        *(name for name in RESULTS if (output_dir / name).exists()),
+        *(name for name in RESULT_FILES if (output_dir / name).exists()),
         *(path.name for path in checkpoints(output_dir)),
         *(path.name for path in sorted(output_dir.glob("predict_results_*.txt"))),
     ]
 
 
 def check_disk_space(output_dir: Path, model: nn.Module, arguments: TrainingArguments, models: int) -> None:
-    """Check that the disk has room for what training writes at the least.
+    """Check that the disk has room for the least that training writes.
 
     Args:
-        arguments: whether it keeps checkpoints.
-        models: how many trained models stay.
+        arguments: training arguments, which say whether checkpoints are saved.
+        models: number of trained models that are kept.
 
     Raises:
-        BadInput: with the bytes that are free and those that are needed.
+        BadInput: if it has not, with the free and the needed space.
     """
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     needed = size * (models + (ADAM_COPIES if arguments.save_strategy != "no" else 0))
@@ -168,25 +173,25 @@ def check_disk_space(output_dir: Path, model: nn.Module, arguments: TrainingArgu
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if free < needed:
         raise BadInput(
-            f"--output_dir {output_dir}: {free / 1e9:.2f} GB are free there; training writes at least "
-            f"{needed / 1e9:.2f} GB"
+            f"--output_dir {output_dir}: {free / 1e9:.2f} GB are free there; make room or use another disk: training "
+            f"writes at least {needed / 1e9:.2f} GB"
         )
 
 
 def save_metrics(folder: Path, split: str, metrics: dict[str, Any]) -> None:
-    """Write `SPLIT_results.json`, and add to `all_results.json`, each whole or not at all.
+    """Write `SPLIT_results.json` and update `all_results.json`, each atomically.
 
-    `Trainer.save_metrics` writes the same files in place: a kill leaves half of one, which stops the next run.
+    `Trainer.save_metrics` writes the same files in place: a kill may leave half a file, which stops the next run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    everything = folder / "all_results.json"
-    earlier = read_json(everything) if everything.exists() else {}
-    write_json(everything, earlier | metrics)
+    all_results = folder / "all_results.json"
+    earlier = read_json(all_results) if all_results.exists() else {}
+    write_json(all_results, earlier | metrics)
     write_json(folder / f"{split}_results.json", metrics)
 
 
 def _is_only_a_checkpoint(output_dir: Path, found: list[str], record: RunRecord) -> bool:
-    """Return whether a folder is the evaluated checkpoint of another program, without figures."""
+    """Return whether a folder is the evaluated checkpoint itself, written by another program and without results."""
     name = record.arguments.get("model_name_or_path")
     return (
         not (output_dir / ARGUMENTS_FILE).exists()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines that a run prints: the name of each stage, bars, and the results of the stage in one line."""
+"""Output of a run on the terminal: stages, progress bars, logged values, and results in one line each."""
 
 from __future__ import annotations
 
@@ -17,61 +17,66 @@ from transformers.utils.logging import set_tqdm_hook
 
 from experiments.tasks.scores import Score, parse_scores
 
-# Logged values that say nothing of the model, or are in a line elsewhere.
-NOT_SHOWN = re.compile(
+# Logged values that are not shown among the figures: they do not describe the model, or are shown elsewhere.
+HIDDEN_METRICS = re.compile(
     r"_stderr|_change|runtime|_per_second|samples|preparation_time|flos|epoch|grad_norm|resumed_from"
 )
-NO_MODEL_TYPE = "of type `tome_perceiver` to instantiate a model of type ``"
-# Seconds; bars of shorter work are not shown.
-WORTH_A_BAR = 2.0
+# Part of a warning that transformers logs for each of our checkpoints.
+MODEL_TYPE_WARNING = "of type `tome_perceiver` to instantiate a model of type ``"
+# Progress bars appear only after this time.
+BAR_DELAY_SECONDS = 2.0
 
 
 def announce(stage: str) -> None:
-    """Say that a stage begins. Of several processes, the first one does."""
+    """Print that a stage begins. Of several processes, only the first one prints."""
     say(f"\n-- {stage}")
 
 
 def say(line: str) -> None:
-    """Write a line of its own, also while a bar is shown. Of several processes, the first one does."""
+    """Print a line, even below a progress bar. Of several processes, only the first one prints."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(line)
         sys.stdout.flush()
 
 
 def quieten_transformers() -> None:
-    """Hide bars of short work, such as reading weights, and the warning of `AutoTokenizer`, which reads the config of
-    each of our checkpoints without its model type."""
-    set_tqdm_hook(lambda make, args, kwargs: make(*args, **{"delay": WORTH_A_BAR} | kwargs))
+    """Hide progress bars of short work, such as loading weights, and a warning that does not apply.
+
+    `AutoTokenizer` reads the config of each of our checkpoints without its model type, and warns of it.
+    """
+    set_tqdm_hook(lambda make_bar, args, kwargs: make_bar(*args, **{"delay": BAR_DELAY_SECONDS} | kwargs))
     upstream = logging.getLogger("transformers.configuration_utils")
-    upstream.addFilter(lambda record: NO_MODEL_TYPE not in record.getMessage())
+    upstream.addFilter(lambda record: MODEL_TYPE_WARNING not in record.getMessage())
 
 
 def results_line(split: str, metrics: Mapping[str, Any]) -> str:
-    """Return the results of a training or an evaluation: figures with errors, then number of examples and time.
+    """Return the results of a training or an evaluation in one line: figures, number of examples and time.
 
-    The metrics are as Trainer gives them, with `split` as prefix of their names.
+    Args:
+        split: prefix of the metrics' names.
+        metrics: metrics as Trainer returns them.
     """
     plain = {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
-    parts = [figures(plain)] if figures(plain) else []
+    parts = [figures_line(plain)] if figures_line(plain) else []
     for name, count in plain.items():
         if not name.startswith("samples") or "per_second" in name:
             continue
         suffix = name.removeprefix("samples")
         seconds = plain.get(f"runtime{suffix}")
-        read = f"{count:,} examples{suffix.replace('_', ' ')}"
+        part = f"{count:,} examples{suffix.replace('_', ' ')}"
         if split == "train" and "epoch" in plain:
-            read += f", {plain['epoch']:g} epochs" if plain["epoch"] != 1 else ", 1 epoch"
+            part += f", {plain['epoch']:g} epochs" if plain["epoch"] != 1 else ", 1 epoch"
         if seconds is not None:
-            read += f", {seconds:.1f} s" if seconds < 60 else f", {timedelta(seconds=round(seconds))}"
-        parts.append(read)
+            part += f", {seconds:.1f} s" if seconds < 60 else f", {timedelta(seconds=round(seconds))}"
+        parts.append(part)
     return "; ".join(parts)
 
 
-def figures(plain: Mapping[str, Any]) -> str:
-    """Return scores with their standard errors and paired changes, then losses and learning rates, in a line."""
+def figures_line(plain: Mapping[str, Any]) -> str:
+    """Return metrics in one line: scores with standard errors and paired changes, then losses and learning rates."""
     scores, shown = parse_scores(plain), []
     for name, value in plain.items():
-        if NOT_SHOWN.search(name) or not isinstance(value, (int, float, type(None))):
+        if HIDDEN_METRICS.search(name) or not isinstance(value, (int, float, type(None))):
             continue
         score = scores.get(name, Score(value))
         form = ".4g" if score.stderr is None else ".4f"
@@ -88,17 +93,17 @@ def _with_error(value: float | None, error: float | None, form: str) -> str:
 
 
 def step_line(logs: Mapping[str, Any]) -> str | None:
-    """Return what Trainer logs during training as a line; `None` for results that the end of a stage shows."""
+    """Return values that Trainer logs during training as a line; `None` for those that `results_line` shows."""
     if "train_runtime" in logs:
         return None
     plain = {name.removeprefix("eval_"): value for name, value in logs.items()}
-    where = f"epoch {logs['epoch']:.4g}" if "epoch" in logs else ""
+    position = f"epoch {logs['epoch']:.4g}" if "epoch" in logs else ""
     evaluated = ", evaluated" if any(name.startswith("eval_") for name in logs) else ""
-    return f"{where}{evaluated}: {figures(plain)}" if figures(plain) else None
+    return f"{position}{evaluated}: {figures_line(plain)}" if figures_line(plain) else None
 
 
 class StepLines(TrainerCallback):
-    """Writes logged values as a line to read, not as a dictionary."""
+    """Callback that prints logged values as a readable line instead of a dictionary."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and (line := step_line(logs or {})) is not None:
@@ -106,7 +111,7 @@ class StepLines(TrainerCallback):
 
 
 class Progress(StepLines, ProgressCallback):
-    """transformers' `ProgressCallback` with lines to read; bars have names, and are removed when they are done."""
+    """transformers' `ProgressCallback` with readable lines; progress bars have names, and disappear at their end."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)

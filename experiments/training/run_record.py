@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a run: the arguments, weights and data that its results were made from.
+"""Run records: the arguments, weights and data that determine the results of a run.
 
-Runs with equal records end in the same figures. A folder of results, a sweep and a checkpoint each hold one.
+Runs with equal records give equal results. An output folder, a sweep and a checkpoint each hold a record.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from experiments.tasks.base import PreparedTask, Task
 from experiments.tasks.redrawn_examples import RedrawnExamples
 from experiments.training.fingerprints import data_fingerprint, digest_of
 
+# File of an output folder that holds the run record.
 ARGUMENTS_FILE = "arguments.json"
 # Arguments that are not recorded: secrets and caches.
 NOT_RECORDED = ("token", "cache_dir", "overwrite_cache")
-# Arguments that say where something is read. They are recorded and not compared: what was read there is, by content.
-SOURCES = (
+# Arguments that name the source of a model or of data. They are recorded but not compared: the content that was read
+# there is, by fingerprint.
+SOURCE_ARGUMENTS = (
     "model_name_or_path", "model_revision", "config_name", "tokenizer_name", "image_processor_name",
     "trust_remote_code", "code_revision", "dataset_name", "train_file", "validation_file", "test_file", "train_dir",
     "validation_dir", "test_dir", "teacher_name_or_path",
 )  # fmt: skip
-# Fields of `TrainingArguments` that change neither weights nor figures. Every other field is recorded.
+# Fields of `TrainingArguments` that change neither weights nor figures, so are not recorded.
 WITHOUT_EFFECT = frozenset({
     "output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
     "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter",
@@ -44,29 +46,30 @@ WITHOUT_EFFECT = frozenset({
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_find_unused_parameters", "ddp_backend",
     "ddp_timeout", "local_rank",
 })  # fmt: skip
-# Fields that matter only where an evaluation decides which weights are kept or how training goes on. When training
-# evaluates always matters: an evaluation draws random numbers, which changes the dropout after it.
-SAVING = frozenset({
+# Fields that are recorded only if evaluations during training decide which weights are kept or the learning rate. The
+# schedule of evaluations itself is always recorded: an evaluation draws random numbers, which changes later dropout.
+SAVING_FIELDS = frozenset({
     "save_strategy", "save_steps", "save_total_limit", "save_only_model", "metric_for_best_model", "greater_is_better",
 })  # fmt: skip
-# Fields that change the figures of an evaluation.
-EVALUATION = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "label_smoothing_factor")
-# Names of contents: weights and config at the start, weights and config of the result, and data.
-START, START_CONFIG, WEIGHTS, CONFIG = "weights_to_start_from", "config_to_start_from", "weights", "config"
+# Fields of `TrainingArguments` that change the figures of an evaluation.
+EVALUATION_FIELDS = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "label_smoothing_factor")
+# Keys of `RunRecord.content`: weights and config before training, those of the final model, and data.
+INITIAL_WEIGHTS, INITIAL_CONFIG, WEIGHTS, CONFIG = "weights_to_start_from", "config_to_start_from", "weights", "config"
 TRAIN, CALIBRATION, PREDICTION = "train", "calibration", "prediction"
-# Names of notes: the row that a budget took, with what it follows from, and the length before training was extended.
+# Keys of `RunRecord.notes`: the merging that a budget chose, and the length of training before it was extended.
 RESOLVED, CONTINUED = "resolved_merging", "continued_from"
+# Number of preprocessed inputs in the fingerprint of the inputs.
 FIRST_INPUTS = 8
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What decided the results in a folder.
+    """Arguments and content that determine the results of a run.
 
     Attributes:
-        arguments: by name.
-        content: fingerprints of weights, config and data, by name.
-        notes: values that are recorded beside and decide nothing.
+        arguments: values of arguments by name.
+        content: fingerprints of weights, config and data by name.
+        notes: further values, which are not compared.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -75,10 +78,10 @@ class RunRecord:
 
     @classmethod
     def parse(cls, fields: Any) -> RunRecord:
-        """Return the record that `flatten` made a mapping of.
+        """Return the record that `flatten` has turned into a mapping.
 
         Raises:
-            ValueError: for anything else.
+            ValueError: for a value that is no such mapping.
         """
         if not isinstance(fields, dict) or not isinstance(fields.get("content"), dict):
             raise ValueError("is no record of a run")
@@ -87,15 +90,15 @@ class RunRecord:
         return cls(arguments, fields["content"], notes)
 
     def flatten(self) -> dict[str, Any]:
-        """Return the record as JSON files hold it."""
+        """Return the record as one mapping for a JSON file."""
         return {**self.arguments, "content": dict(self.content), **self.notes}
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
-        """Read the record of a folder; an empty one if there is none.
+        """Read the record of an output folder; an empty record if it has none.
 
         Raises:
-            BadInput: if it cannot be read.
+            BadInput: if the record cannot be read.
         """
         path = folder / ARGUMENTS_FILE
         try:
@@ -104,25 +107,29 @@ class RunRecord:
             raise BadInput(f"--output_dir {folder}: its {ARGUMENTS_FILE} {error}; use another folder") from error
 
     def write(self, folder: Path) -> None:
-        """Write the record into a folder, which is made if need be."""
+        """Write the record into an output folder, which is created if needed."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / ARGUMENTS_FILE, self.flatten())
 
-    def difference(self, current: RunRecord, may_differ: Collection[str] = (), shared: bool = False) -> str | None:
+    def difference(self, current: RunRecord, may_differ: Collection[str] = (), only_shared: bool = False) -> str | None:
         """Describe the first difference between two records, or return None.
 
         Args:
-            current: record of the run that is asked for; only what it names is compared.
+            current: record of the present run; only its arguments and content are compared.
             may_differ: names of arguments that may differ.
-            shared: compare only what this record names, too.
+            only_shared: skip arguments and content that this record lacks.
         """
-        # Through JSON, as the recorded values went.
+        # A round trip through JSON changes types, such as tuples to lists, as it did for the recorded values.
         for name, value in json.loads(json.dumps(dict(current.arguments))).items():
-            compared = name not in SOURCES and name not in may_differ and not (shared and name not in self.arguments)
+            compared = (
+                name not in SOURCE_ARGUMENTS
+                and name not in may_differ
+                and not (only_shared and name not in self.arguments)
+            )
             if compared and self.arguments.get(name) != value:
                 return f"{name} {self.arguments.get(name)}, now {value}"
         for name, value in current.content.items():
-            if self.content.get(name) != value and not (shared and name not in self.content):
+            if self.content.get(name) != value and not (only_shared and name not in self.content):
                 return f"other content of its {name.replace('_', ' ')}"
         return None
 
@@ -130,72 +137,73 @@ class RunRecord:
 def update_record(
     folder: Path, content: Mapping[str, str | None] | None = None, notes: Mapping[str, Any] | None = None
 ) -> None:
-    """Add contents and notes to the record of a folder; a content of None is removed."""
+    """Add content and notes to the record of an output folder; content of value None is removed."""
     record = RunRecord.read(folder)
     contents = {name: value for name, value in {**record.content, **(content or {})}.items() if value is not None}
     RunRecord(record.arguments, contents, {**record.notes, **(notes or {})}).write(folder)
 
 
 def recorded_arguments(*groups: Any) -> dict[str, Any]:
-    """Return dataclasses of arguments as one mapping, without secrets and caches."""
+    """Return dataclasses of arguments as one mapping, without secrets and cache settings."""
     return {name: value for group in groups for name, value in asdict(group).items() if name not in NOT_RECORDED}
 
 
 def data_fields(data: Any) -> dict[str, Any]:
-    """Return the arguments that say how data are read, where they are not the default."""
+    """Return the arguments that set how data are read and that are not the default, without their source."""
     defaults = {
-        each.name: each.default if each.default_factory is MISSING else each.default_factory() for each in fields(data)
+        argument.name: argument.default if argument.default_factory is MISSING else argument.default_factory()
+        for argument in fields(data)
     }
     return {
         name: value
         for name, value in recorded_arguments(data).items()
-        if name not in (*SOURCES, "task_name", "dataset_config_name") and value != defaults[name]
+        if name not in (*SOURCE_ARGUMENTS, "task_name", "dataset_config_name") and value != defaults[name]
     }
 
 
 def training_fields(arguments: TrainingArguments) -> dict[str, Any]:
-    """Return the training arguments that decide weights or figures, as JSON has them, and the number of processes."""
-    by_evaluation = (
+    """Return the training arguments that change weights or figures, as JSON values, and the number of processes."""
+    evaluation_decides = (
         arguments.load_best_model_at_end
         or arguments.save_strategy == SaveStrategy.BEST
         or _to_json(arguments.lr_scheduler_type) == "reduce_lr_on_plateau"
     )
-    left_out = WITHOUT_EFFECT if by_evaluation else WITHOUT_EFFECT | SAVING
+    left_out = WITHOUT_EFFECT if evaluation_decides else WITHOUT_EFFECT | SAVING_FIELDS
     names = [name for name in type(arguments).__dataclass_fields__ if name not in left_out and name[0] != "_"]
     fields = {name: _to_json(getattr(arguments, name)) for name in names}
     return fields | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
 def evaluation_fields(arguments: TrainingArguments) -> dict[str, Any]:
-    """Return the training arguments that decide the figures of an evaluation."""
-    return {name: _to_json(getattr(arguments, name)) for name in EVALUATION}
+    """Return the training arguments that change the figures of an evaluation, as JSON values."""
+    return {name: _to_json(getattr(arguments, name)) for name in EVALUATION_FIELDS}
 
 
-def content(task: Task, prepared: PreparedTask, *, train: bool, calibrates: bool) -> dict[str, str]:
-    """Return the fingerprints of the examples, and of the first inputs as the model gets them.
+def content_fingerprints(task: Task, prepared: PreparedTask, *, train: bool, calibrates: bool) -> dict[str, str]:
+    """Return the fingerprints of the examples, and of the first inputs as the model receives them.
 
     Args:
-        task: the data as they are.
-        prepared: the same as a model sees them.
+        task: task with the raw data.
+        prepared: task with the data prepared for the model.
         train: whether the run trains.
-        calibrates: whether the run measures a frontier, on training examples if there are no others.
+        calibrates: whether the run measures a frontier, on training examples if there are no other samples.
     """
 
     def fingerprint(splits: Mapping[str, Any], desc: str) -> str:
         return data_fingerprint(splits, desc, task.labels)
 
-    read = {"evaluation": fingerprint(prepared.evaluation, "evaluated examples")}
+    content = {"evaluation": fingerprint(prepared.evaluation, "evaluated examples")}
     if calibrates and prepared.calibration is not None:
-        read[CALIBRATION] = fingerprint({"": prepared.calibration}, "samples to calibrate on")
+        content[CALIBRATION] = fingerprint({"": prepared.calibration}, "samples to calibrate on")
     if train or calibrates and prepared.calibration is None:
         examples = prepared.train.examples if isinstance(prepared.train, RedrawnExamples) else prepared.train
-        read[TRAIN] = fingerprint({"": examples}, "training examples")
+        content[TRAIN] = fingerprint({"": examples}, "training examples")
         if prepared.trained_with is not None:
-            read[TRAIN] = digest_of([read[TRAIN], prepared.trained_with])
+            content[TRAIN] = digest_of([content[TRAIN], prepared.trained_with])
     if prepared.prediction:
-        read[PREDICTION] = fingerprint(prepared.prediction, "examples to predict")
-    # A tokenizer or image processor counts by its output: its files also hold how it was called last.
-    return read | {"inputs": digest_of(prepared.batch(FIRST_INPUTS))}
+        content[PREDICTION] = fingerprint(prepared.prediction, "examples to predict")
+    # A tokenizer or image processor is compared by its output, because its files also hold settings of its last call.
+    return content | {"inputs": digest_of(prepared.batch(FIRST_INPUTS))}
 
 
 def _to_json(value: Any) -> Any:

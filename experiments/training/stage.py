@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training with transformers' Trainer: its arguments, its Trainer, a rehearsal, and its files."""
+"""Stages of training, finetuning and retraining: their arguments, Trainer, early checks and files."""
 
 from __future__ import annotations
 
@@ -27,49 +27,51 @@ from experiments.tasks.scores import SCORES
 from experiments.training.elastic import ElasticTrainer
 from experiments.training.fingerprints import weights_fingerprint
 from experiments.training.output_folder import save_metrics
-from experiments.training.resume import TRAINED_FILE, remove_checkpoints, starting_point
+from experiments.training.resume import TRAINED_FILE, find_resume_folder, remove_checkpoints
 from experiments.training.run_record import WEIGHTS, RunRecord, update_record
 from experiments.training.trainer import TaskTrainer
 
 logger = logging.getLogger(__name__)
 
-# With fewer bytes free, a failed write is the fault of a full disk.
-NOTHING_FREE = 1_000_000
-# Largest number of epochs, learning rate and weight that is no typing error.
-MOST = 1e6
+# If fewer bytes are free after a failed write, the cause is taken to be a full disk.
+FULL_DISK_BYTES = 1_000_000
+# Upper limit of arguments in this module; larger numbers are typing errors.
+LARGEST_NUMBER = 1e6
 WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass
 class RetrainArguments:
-    """Training once more, with merging on."""
+    """Arguments of retraining, a second training with merging on, and of training for every r."""
 
     _argument_group_name: ClassVar[str] = "retraining"
 
-    retrain_epochs: float = HfArg(default=0.0, help="Epochs of training with merging on, after finetuning. 0: none.")
+    retrain_epochs: float = HfArg(
+        default=0.0, help="Epochs of retraining with merging on, after finetuning; 0 for none."
+    )
     retrain_learning_rate: float | None = HfArg(
-        default=None, help="Learning rate of these epochs; by default --learning_rate."
+        default=None, help="Learning rate of retraining (default: --learning_rate)."
     )
     elastic: bool = HfArg(
         default=False,
-        help="One checkpoint for every r and budget: the last training, so retraining if there is any, draws the "
-        "merging anew in every step, and teaches the merged model what the unmerged one says.",
+        help="Train one checkpoint for every r and budget: each step of the last training (retraining, if there is "
+        "any) draws a merging at random, and the merged model learns the outputs of the unmerged one.",
     )
     distillation_weight: float = HfArg(
-        default=1.0, help="With --elastic: of what it is taught, beside the loss of the task unmerged."
+        default=1.0, help="With --elastic: weight of the distillation loss, added to the unmerged loss of the task."
     )
 
     def __post_init__(self) -> None:
         for name in ("retrain_epochs", "retrain_learning_rate", "distillation_weight"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= MOST:
-                raise BadInput(f"--{name} {value}: must be a number from 0 to {MOST:g}")
+            if value is not None and not 0 <= value <= LARGEST_NUMBER:
+                raise BadInput(f"--{name} {value}: must be a number from 0 to {LARGEST_NUMBER:g}")
 
     def training_arguments(self, finetuning: TrainingArguments) -> TrainingArguments:
         """Return the arguments of finetuning with the epochs and the learning rate of retraining."""
         arguments = copy.deepcopy(finetuning)
         arguments.num_train_epochs = self.retrain_epochs
-        arguments.max_steps = -1  # it takes precedence over epochs
+        arguments.max_steps = -1  # max_steps would take precedence over epochs
         if self.retrain_learning_rate is not None:
             arguments.learning_rate = self.retrain_learning_rate
         return arguments
@@ -80,7 +82,7 @@ class RetrainArguments:
 
     @property
     def trainer_class(self) -> Callable[..., TaskTrainer]:
-        """Return the function that makes the Trainer of the last training."""
+        """Class of the Trainer for the last training, or a function that returns one."""
         return partial(ElasticTrainer, distillation_weight=self.distillation_weight) if self.elastic else TaskTrainer
 
 
@@ -92,27 +94,27 @@ def task_trainer(
     trainer_class: Callable[..., TaskTrainer] = TaskTrainer,
     record: RunRecord | None = None,
 ) -> TaskTrainer:
-    """Make a Trainer for a task, which saves the tokenizer or image processor beside the model.
+    """Return a Trainer for a task, which saves the tokenizer or image processor beside the model.
 
     Args:
-        output_dir: used in place of that of the arguments.
-        record: of the run; needed to train.
+        output_dir: folder to use instead of `arguments.output_dir`.
+        record: record of the run; needed for training.
 
     Raises:
-        BadInput: for a task with a trainer of its own and another one than the plain one.
+        BadInput: for `--elastic` with a task that has a Trainer of its own.
     """
     if task.trainer_class is not None:
         if trainer_class is not TaskTrainer:
-            raise BadInput("--elastic: this task is trained in its own way; train without --elastic")
+            raise BadInput("--elastic: must be left out; this task has a Trainer of its own")
         trainer_class = task.trainer_class
     arguments = copy.deepcopy(arguments)
     arguments.output_dir = str(output_dir)
-    # The run pushes at its end, from disk.
+    # The run itself pushes at its end, from disk.
     arguments.push_to_hub = False
-    # Columns that the model does not name are inputs of `collate`.
+    # `collate` needs columns that are no arguments of the model.
     arguments.remove_unused_columns = False
     if arguments.torch_compile:
-        # Layer by layer: Trainer would compile the whole model, so anew for each r and length of a batch.
+        # Compile layer by layer: Trainer would compile the whole model, again for each r and length of a batch.
         model.compile_repeated_blocks(backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
         arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
     trainer = trainer_class(
@@ -124,11 +126,11 @@ def task_trainer(
         data_collator=task.collate,
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduce_logits,
-        callbacks=[*task.callbacks, NameOfSharded()],
+        callbacks=[*task.callbacks, RestoreClassName()],
         record=record,
     )
     if trainer.is_fsdp_enabled:
-        # accelerate shards the module of the input embeddings by itself; a Perceiver has none.
+        # accelerate shards the input embeddings as a module of their own; a Perceiver has no such module.
         model.get_input_embeddings = lambda: None
     return trainer
 
@@ -139,18 +141,18 @@ def rehearse(
     stages: Sequence[TrainingArguments],
     trainer_class: Callable[..., TaskTrainer] = TaskTrainer,
 ) -> None:
-    """Make the Trainer, optimizer and scheduler of each stage before the first one begins, without training.
+    """Create the Trainer, optimizer and scheduler of each stage without training, to find errors early.
 
-    This shows what `TrainingArguments` do not check: optimizers and trackers whose package is missing, values that an
-    optimizer or a scheduler refuses, a metric that the task does not have.
+    This finds errors that `TrainingArguments` do not check: missing packages of optimizers and trackers, values that an
+    optimizer or a scheduler refuses, and metrics that the task does not have.
 
     Raises:
         BadInput: for an argument that would stop a stage.
     """
     for arguments in stages:
         metric, metrics = arguments.metric_for_best_model, ["loss", *SCORES[task.kind]]
-        chooses = arguments.load_best_model_at_end or arguments.save_strategy == "best"
-        if chooses and metric is not None and metric.removeprefix("eval_") not in metrics:
+        keeps_best = arguments.load_best_model_at_end or arguments.save_strategy == "best"
+        if keeps_best and metric is not None and metric.removeprefix("eval_") not in metrics:
             raise BadInput(f"--metric_for_best_model {metric}: choose from {', '.join(metrics)}")
         if arguments.label_smoothing_factor and model.config.problem_type == "regression":
             raise BadInput(
@@ -159,14 +161,14 @@ def rehearse(
             )
         with tempfile.TemporaryDirectory() as folder, naming("arguments of the training", Exception):
             trainer = task_trainer(model, task, arguments, Path(folder), trainer_class)
-            if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # these make optimizers of their own
+            if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # these create their own optimizers
                 trainer.create_optimizer_and_scheduler(num_training_steps=1)
-            # Callbacks may hold files open there.
+            # Callbacks may hold open files in the folder, which is about to be removed.
             trainer.callback_handler.callbacks.clear()
 
 
-class NameOfSharded(TrainerCallback):
-    """Restores the name of the model's class, which FSDP changes and checkpoints contain."""
+class RestoreClassName(TrainerCallback):
+    """Callback that restores the name of the model's class for checkpoints, after FSDP has changed it."""
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -178,64 +180,64 @@ class NameOfSharded(TrainerCallback):
 
 
 def check_sharding(untrained: str | None) -> None:
-    """Check that no model is evaluated before FSDP shards it, which it does for training.
+    """Refuse an evaluation before training under FSDP, which shards the model only for training.
 
     Args:
-        untrained: the argument that asks for such an evaluation, if any.
+        untrained: argument that asks for such an evaluation, if any.
 
     Raises:
-        BadInput: under FSDP, if there is one.
+        BadInput: for such an argument under FSDP.
     """
     if untrained is not None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise BadInput(f"{untrained}: FSDP cannot evaluate a model before training; use examples/accelerate_ddp.yaml")
 
 
 def train_and_save(trainer: TaskTrainer, resume: str | None) -> None:
-    """Train, and write the checkpoint, `trainer_state.json` and then `train_results.json`.
+    """Train, and write the checkpoint, `trainer_state.json` and, last, `train_results.json`.
 
     Args:
-        trainer: with the model, and with a folder that is claimed for it.
-        resume: from `claim_training`, or `LAST`. Where training has ended, the weights are loaded.
+        trainer: Trainer whose output folder has been claimed.
+        resume: value from `claim_training`, or `LAST`. If training has already ended, its weights are loaded instead.
 
     Raises:
-        Diverged: if the loss or the weights are not finite any more.
-        BadInput: if the weights of an ended training have changed since.
+        Diverged: if the loss or the weights are no longer finite.
+        BadInput: if the weights of a training that has ended were changed later.
     """
     folder, writes = Path(trainer.args.output_dir), trainer.is_world_process_zero()
-    # A frontier is of the weights that it was measured on.
+    # Training changes the weights, for which a frontier measured before does not hold.
     trainer.model.config.merge_frontier = None
-    start = starting_point(resume, folder, trainer.args, trainer.record)
-    if start == folder:
+    resume_folder = find_resume_folder(resume, folder, trainer.args, trainer.record)
+    if resume_folder == folder:
         _load_trained(trainer.model, folder)
         return
     trainer.accelerator.wait_for_everyone()
     if writes:
         (folder / TRAINED_FILE).unlink(missing_ok=True)
         update_record(folder, {WEIGHTS: None})
-        if start is None:
+        if resume_folder is None:
             remove_checkpoints(folder)
     trainer.accelerator.wait_for_everyone()
-    # An evaluation has prepared the model for evaluation alone. accelerate would take it as prepared for training, and
-    # each of several processes would train a model of its own.
+    # An evaluation has prepared the model for evaluation only. accelerate would treat it as prepared for training, and
+    # each of several processes would train its own copy.
     trainer.model_wrapped = trainer.model
     trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     try:
-        result = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        result = trainer.train(resume_from_checkpoint=None if resume_folder is None else str(resume_folder))
         trainer.check_weights()
         if writes:
             save_whole(folder, lambda partial: trainer.save_model(str(partial)))
         else:
-            trainer.save_model()  # each process has a part of sharded weights
+            trainer.save_model()  # every process takes part: sharded weights are gathered
         trainer.save_state()
     except RuntimeError as error:
         # On a full disk `torch.save` raises an "iostream error" that does not name it.
-        if folder.exists() and shutil.disk_usage(folder).free < NOTHING_FREE:
+        if folder.exists() and shutil.disk_usage(folder).free < FULL_DISK_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
     metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}
-    if start is not None:
-        # Time and speed are those since then.
-        metrics["train_resumed_from"] = start.name
+    if resume_folder is not None:
+        # Time and speed in the metrics cover only the steps after this checkpoint.
+        metrics["train_resumed_from"] = resume_folder.name
     trainer.log_metrics("train", metrics)
     if writes:
         update_record(folder, {WEIGHTS: weights_fingerprint(folder / WEIGHTS_FILE)})
@@ -244,9 +246,9 @@ def train_and_save(trainer: TaskTrainer, resume: str | None) -> None:
 
 
 def _load_trained(model: PreTrainedModel, folder: Path) -> None:
-    """Load the weights that an ended training left, if they are unchanged."""
+    """Load the weights of a training that has ended, after checking that they are unchanged."""
     recorded = RunRecord.read(folder).content.get(WEIGHTS)
     with naming(f"--output_dir {folder}: {WEIGHTS_FILE}", Exception):
         if recorded not in (None, weights_fingerprint(folder / WEIGHTS_FILE)):
-            raise ValueError("has changed since training; --resume_from_checkpoint false begins anew")
+            raise ValueError("has changed since training; use --resume_from_checkpoint false to begin anew")
         load_model(model, folder / WEIGHTS_FILE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Trainer of every training here: it stops where training diverges, and records whose each checkpoint is."""
+"""Trainer of all training runs: stops if training diverges, and writes the run record into each checkpoint."""
 
 from __future__ import annotations
 
@@ -17,55 +17,55 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments.errors import Stopped
 from experiments.tasks.base import LABELS, Batch
-from experiments.tasks.scores import IGNORE_INDEX
+from experiments.tasks.scores import NOT_ASKED
 from experiments.training.progress import Progress, StepLines, results_line, say
 from experiments.training.resume import last_checkpoint, read_loss_sum, record_checkpoint
 from experiments.training.run_record import RunRecord
 
 
 class Diverged(Stopped):
-    """A training whose loss or weights are not finite any more."""
+    """Error for a training whose loss or weights are no longer finite."""
 
 
 class TaskTrainer(Trainer):
     """transformers' `Trainer`.
 
     Modifications:
-    - of a masked language model only the masked positions are decoded, see `decoding_only_masked`
-    - stops at the first loss that is not finite, and saves no weights that are not
-    - writes the record of the run into each checkpoint, see `experiments.training.resume`
-    - `train_loss` is the mean over all steps, also after a resume; upstream's is over those since
-    - logs no gradient norm that is not finite, which would make `trainer_state.json` unreadable to other parsers
-    - a figure that is not defined is never the best
+    - masked language models decode only the masked positions, see `decoding_only_masked`
+    - stops at the first loss that is not finite, and saves no weights that are not finite
+    - writes the run record into each checkpoint, see `experiments.training.resume`
+    - `train_loss` is the mean over all steps; after a resume, upstream's leaves out the steps before
+    - logs no gradient norm that is not finite, which `trainer_state.json` could not hold as standard JSON
+    - an undefined metric never counts as the best
     - prints the results of a stage in one line, see `experiments.training.progress`
-    - counts no FLOPs, which upstream gives as 0 for a model that has inputs of another name
+    - reports no FLOPs: upstream counts 0 if the main input of a model has an unexpected name
 
     Args:
-        record: of the run that trains.
+        record: run record.
     """
 
     def __init__(self, *args: Any, record: RunRecord | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.record = record or RunRecord()
         self._loss_sum = 0.0
-        for upstreams, ours in ((ProgressCallback, Progress), (PrinterCallback, StepLines)):
-            if self.pop_callback(upstreams) is not None:
-                self.add_callback(ours)
+        for upstream, replacement in ((ProgressCallback, Progress), (PrinterCallback, StepLines)):
+            if self.pop_callback(upstream) is not None:
+                self.add_callback(replacement)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         loss_sum = 0.0 if resume_from_checkpoint is None else read_loss_sum(Path(resume_from_checkpoint))
-        # NaN where it is not known leaves the mean out of the figures.
+        # `log` leaves out a mean that is NaN.
         self._loss_sum = math.nan if loss_sum is None else loss_sum
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         result.metrics.pop("total_flos", None)
         return result
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
-        if self.args.n_gpu > 1:  # by DataParallel, which takes labels apart as it does inputs
+        if self.args.n_gpu > 1:  # DataParallel splits labels by row, which `decoding_only_masked` puts into one row
             loss = super().training_step(model, inputs, *args, **kwargs)
         else:
-            with decoding_only_masked(self.model, inputs) as some:
-                loss = super().training_step(model, some, *args, **kwargs)
+            with decoding_only_masked(self.model, inputs) as masked_inputs:
+                loss = super().training_step(model, masked_inputs, *args, **kwargs)
         value = loss.item()
         if not math.isfinite(value):
             raise self._diverged(f"the loss is {value}")
@@ -89,63 +89,63 @@ class TaskTrainer(Trainer):
         return metrics.get(name, 0.0) is not None and super()._determine_best_metric(metrics, trial)
 
     def check_weights(self) -> None:
-        """Check that the weights are worth saving.
+        """Check that the weights are finite.
 
         Raises:
-            Diverged: if any of them is not finite.
+            Diverged: if any is not.
         """
         for name, parameter in self.model.named_parameters():
-            # Of sharded weights each process looks at its own.
-            own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            if not own.isfinite().all():
+            # Each process checks its own shard of sharded weights.
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if not local.isfinite().all():
                 raise self._diverged(f"{name} is not finite")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_weights()
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)  # left by a run that was killed
+            shutil.rmtree(folder)  # left by a killed run
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         loss_sum = self._mean_over_processes()
-        # Each process writes files of its own.
+        # Other processes may still be writing their files.
         self.accelerator.wait_for_everyone()
         if self.args.should_save and folder.exists():
             record_checkpoint(folder, self.record, loss_sum if math.isfinite(loss_sum) else None)
 
     def _mean_over_processes(self) -> float:
-        summed = torch.tensor(self._loss_sum, dtype=torch.float64, device=self.args.device)
-        return float(self.accelerator.gather(summed.reshape(1)).mean())
+        local_sum = torch.tensor(self._loss_sum, dtype=torch.float64, device=self.args.device)
+        return float(self.accelerator.gather(local_sum.reshape(1)).mean())
 
-    def _diverged(self, what: str) -> Diverged:
+    def _diverged(self, evidence: str) -> Diverged:
         newest = last_checkpoint(Path(self.args.output_dir))
         kept = "no checkpoint was written before" if newest is None else f"{newest} is the last good checkpoint"
         step, rate = self.state.global_step, self._get_learning_rate()
         return Diverged(
-            f"training has diverged: {what} after step {step}, at a learning rate of {rate:.3g}; {kept}. A smaller "
-            "--learning_rate, more --warmup_steps or a smaller --max_grad_norm may help"
+            f"training has diverged: {evidence} after step {step}, at a learning rate of {rate:.3g}; {kept}; try a "
+            "smaller --learning_rate, more --warmup_steps or a smaller --max_grad_norm"
         )
 
 
 @contextmanager
 def decoding_only_masked(model: nn.Module, inputs: Batch) -> Iterator[Batch]:
-    """Make a masked language model compute the logits of the masked positions alone, inside the block.
+    """Make a masked language model compute only the logits of masked positions, inside the block.
 
-    Loss and gradients stay the same: no other position has a part in them. Decoding all P positions to the V tokens of
-    the vocabulary is a third of a training step for V = 16,384. Other models are left as they are.
+    Loss and gradients stay the same, because other positions do not contribute to them. Decoding all P positions to a
+    vocabulary of V tokens takes a third of a training step for V = 16,384. Other models stay unchanged.
 
     Args:
-        model: the model that is called inside.
-        inputs: with `labels` (B, P), `IGNORE_INDEX` where nothing is masked.
+        model: model that is called inside the block.
+        inputs: inputs of the model, with `labels` (B, P) that are `NOT_ASKED` at positions that are not masked.
 
     Yields:
-        The inputs with the labels of the M masked positions, (1, M), for logits (1, M, V).
+        Inputs with the labels of the M masked positions, (1, M), for logits (1, M, V).
     """
     decoder = getattr(model, "embedding_decoder", None)
     if decoder is None or LABELS not in inputs:
         yield inputs
         return
-    masked = inputs[LABELS] != IGNORE_INDEX
+    masked = inputs[LABELS] != NOT_ASKED
 
     def select(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         states: Tensor = args[0]  # (B, P, channels)

@@ -20,44 +20,46 @@ from experiments.files import check_writable
 
 logger = logging.getLogger(__name__)
 
-# Instructions that multiply bfloat16 on x86 and on Arm, as `torch.cpu.get_capabilities` names them.
+# Instruction sets with bfloat16 multiplication on x86 and Arm, by their names in `torch.cpu.get_capabilities`.
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-# Range of numbers by argument. Most upper ends only refuse slips of the finger.
-MOST, MOST_STEPS = 1e30, 10**12
-COUNTS = (
+# Upper limits of numbers and of numbers of steps; larger values are typing errors.
+LARGEST_NUMBER, LARGEST_STEPS = 1e30, 10**12
+# Arguments that are whole numbers of 1 or more.
+COUNT_ARGUMENTS = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "eval_accumulation_steps", "torch_empty_cache_steps", "save_total_limit", "dataloader_prefetch_factor",
 )  # fmt: skip
+# Smallest and largest value by argument.
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(COUNTS, (1, 10**6)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), (0, MOST)),
-    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (1e-9, MOST_STEPS)),
-    **dict.fromkeys(("warmup_steps", "eval_delay"), (0, MOST_STEPS)),
+    **dict.fromkeys(COUNT_ARGUMENTS, (1, 10**6)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), (0, LARGEST_NUMBER)),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (1e-9, LARGEST_STEPS)),
+    **dict.fromkeys(("warmup_steps", "eval_delay"), (0, LARGEST_STEPS)),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1 - 1e-12)),
     "num_train_epochs": (0, 10**6),
-    "max_steps": (-1, MOST_STEPS),
+    "max_steps": (-1, LARGEST_STEPS),
     "label_smoothing_factor": (0, 1),
     "dataloader_num_workers": (0, 512),
 }
-# Arguments that do not fit a Perceiver, or how predictions are scored and checkpoints are kept here.
+# Arguments that do not work with a Perceiver or with these scripts, and why.
 UNSUPPORTED = {
-    "batch_eval_metrics": "metrics need all predictions at once; --eval_accumulation_steps saves memory",
+    "batch_eval_metrics": "metrics need all predictions at once; use --eval_accumulation_steps to save memory",
     "eval_do_concat_batches": "metrics need all predictions at once",
     "prediction_loss_only": "metrics need the predictions",
     "include_for_metrics": "metrics take predictions and labels only",
-    "label_names": "the labels are always called labels here",
-    "dataloader_drop_last": "it would leave out evaluated examples, too",
-    "neftune_noise_alpha": "a Perceiver has no embedding module for its noise",
-    "use_liger_kernel": "it has no kernels for a Perceiver",
+    "label_names": "the column of labels is always called labels",
+    "dataloader_drop_last": "it would also drop evaluated examples",
+    "neftune_noise_alpha": "a Perceiver has no embedding module to add noise to",
+    "use_liger_kernel": "Liger has no kernels for a Perceiver",
 }
-# Arguments that have no effect, or fail late, without another one.
-NEEDED = {
+# Arguments, and the argument without which they have no effect or fail late.
+NEEDED_ARGUMENTS = {
     "dataloader_persistent_workers": "dataloader_num_workers",
     "dataloader_multiprocessing_context": "dataloader_num_workers",
     "fsdp_config": "fsdp",
 }
-# Arguments that take a mapping as JSON, or the name of a JSON file.
+# Arguments that are a mapping, given as JSON or as the name of a JSON file.
 MAPPINGS_IN_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 
 
@@ -65,9 +67,9 @@ class TrainerArguments(TrainingArguments):
     """`TrainingArguments`.
 
     Modifications:
-    - `--help` lists those that are needed most, `--help_all` the rest
-    - the mistakes that users make most are a `BadInput` before anything is loaded
-    - a warning if bfloat16 would be emulated
+    - `--help` lists the most common arguments, `--help_all` all of them
+    - common mistakes raise `BadInput` before anything is loaded
+    - warns if the processor would emulate bfloat16
     """
 
     _argument_group_name = "other TrainingArguments of transformers"
@@ -81,17 +83,18 @@ class TrainerArguments(TrainingArguments):
         ),
         "pushing to the Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"),
     }  # fmt: skip
-    # Texts of `--help` in place of those of transformers.
+    # Texts for `--help` that replace those of transformers.
     help_texts: ClassVar[dict[str, str]] = {
         "do_train": "Train.",
-        "do_eval": "Evaluate. With a budget and without --do_train: unmerged and merged, and save it merged.",
+        "do_eval": "Evaluate. With a budget and without --do_train: evaluate unmerged and merged, and save the merged "
+        "model.",
         "do_predict": "Write a prediction for each test input.",
         "output_dir": "Folder for the checkpoint, its card and all results.",
-        "resume_from_checkpoint": "After a stop: 'last' resumes at the newest checkpoint, 'false' begins anew; or the "
-        "folder of a checkpoint.",
-        "push_to_hub": "Push what is in --output_dir, in one commit, when all is done.",
-        "hub_model_id": "Repository, OWNER/NAME; named like --output_dir if it is not given.",
-        "hub_private_repo": "Whether a repository that has to be created is private: true or false.",
+        "resume_from_checkpoint": "After an interruption: 'last' resumes at the newest checkpoint, 'false' begins "
+        "anew; or the folder of a checkpoint.",
+        "push_to_hub": "Push the contents of --output_dir to the Hub at the end, in one commit.",
+        "hub_model_id": "Repository, OWNER/NAME (default: the name of --output_dir).",
+        "hub_private_repo": "Whether to create the repository, if it is new, as private: true or false.",
     }
 
     def __post_init__(self) -> None:
@@ -101,14 +104,14 @@ class TrainerArguments(TrainingArguments):
             super().__post_init__()
         self._check_optimization()
         self._check_best_checkpoint()
-        self._check_places()
+        self._check_folders()
         if (self.bf16 or self.bf16_full_eval) and self.device.type == "cpu":
             capabilities = torch.cpu.get_capabilities()
             if not any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS):
-                logger.warning("--bf16: this processor has no instructions for it; float32 is many times faster here")
+                logger.warning("--bf16: this processor has no instructions for bfloat16; float32 is many times faster")
 
     def _check_values(self) -> None:
-        """Check each argument as it was given."""
+        """Check each argument by itself, before transformers changes any."""
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -120,7 +123,7 @@ class TrainerArguments(TrainingArguments):
             default = field.default_factory() if callable(field.default_factory) else field.default
             if getattr(self, name) != default:
                 raise BadInput(f"--{name} {getattr(self, name)}: must be left out; {reason}")
-        for name, needed in NEEDED.items():
+        for name, needed in NEEDED_ARGUMENTS.items():
             if getattr(self, name) and not getattr(self, needed):
                 raise BadInput(f"--{name} {getattr(self, name)}: needs --{needed}")
         for name in ("fsdp", "ddp_backend"):
@@ -134,7 +137,7 @@ class TrainerArguments(TrainingArguments):
         for tracker in self.report_to:
             if tracker not in known:
                 raise BadInput(
-                    f"--report_to {tracker}: choose from {', '.join(known)}; or install the tracker's package"
+                    f"--report_to {tracker}: choose from {', '.join(known)}, or install the tracker's package"
                 )
 
     def _check_mappings(self) -> None:
@@ -149,7 +152,7 @@ class TrainerArguments(TrainingArguments):
                 raise BadInput(f"--{name} {value}: must be a mapping in JSON")
 
     def _check_optimization(self) -> None:
-        """Make optimizer, scheduler and compiled code on trial: each takes other arguments."""
+        """Create the optimizer, scheduler and compiled code on trial, because each accepts different arguments."""
         with naming(f"--optim {self.optim.value} --optim_args {self.optim_args}", Exception):
             Trainer.get_optimizer_cls_and_kwargs(self)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -169,7 +172,7 @@ class TrainerArguments(TrainingArguments):
         if saves_best and self.metric_for_best_model is None:
             raise BadInput("--save_strategy best: needs --metric_for_best_model")
 
-    def _check_places(self) -> None:
+    def _check_folders(self) -> None:
         """Check every folder that training writes to."""
         check_writable(f"--output_dir {self.output_dir}", Path(self.output_dir))
         with naming("TMPDIR", OSError):

@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 
 from experiments.errors import BadInput
 from experiments.training.resume import (
+    assign_resume,
     check_resume,
     checkpoints,
-    fault,
+    find_fault,
     last_checkpoint,
     read_loss_sum,
     record_checkpoint,
     remove_checkpoints,
-    stage_starts,
 )
 from experiments.training.run_record import RunRecord
 
@@ -60,27 +60,27 @@ def test_checkpoints_that_are_not_whole_are_passed_over_and_named(tmp_path, capl
     write_checkpoint(tmp_path / "checkpoint-best", 8)
     (tmp_path / "checkpoint-9").write_text("a file")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
-    assert caplog.text.count("is passed over") == 7 and "optimizer" in caplog.text
+    assert caplog.text.count("is skipped") == 7 and "optimizer" in caplog.text
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["cut", "gone", "another byte"])
 def test_a_damaged_file_is_a_fault(tmp_path, name, damage):
     path = write_checkpoint(tmp_path, 1)
-    assert fault(path) is None
+    assert find_fault(path) is None
     data = (path / name).read_bytes()
     if damage == "gone":
         (path / name).unlink()
     else:
         (path / name).write_bytes(data[: len(data) // 2] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
-    assert fault(path) is not None
+    assert find_fault(path) is not None
 
 
 def test_a_checkpoint_of_several_processes(tmp_path):
     path = write_checkpoint(tmp_path, 1)
     (path / "rng_state.pth").rename(path / "rng_state_0.pth")
     record_checkpoint(path, RECORD, None)
-    assert fault(path) is None
+    assert find_fault(path) is None
 
 
 def test_only_checkpoints_of_the_same_run(tmp_path, caplog):
@@ -93,7 +93,7 @@ def test_only_checkpoints_of_the_same_run(tmp_path, caplog):
         assert last_checkpoint(tmp_path, other) is None
         with pytest.raises(BadInput, match="--resume_from_checkpoint .* it is of another run"):
             check_resume(str(newest), other)
-    assert "checkpoint-2 is passed over: it is of another run (seed 1, now 2)" in caplog.text
+    assert "checkpoint-2 is skipped: it is of another run (seed 1, now 2)" in caplog.text
 
 
 def test_a_folder_without_the_state_of_a_training_is_named():
@@ -117,8 +117,8 @@ def test_a_folder_without_the_state_of_a_training_is_named():
 def test_a_named_checkpoint_belongs_to_its_stage(given, finetuning, retraining):
     """The stage before has ended, the one after has not begun."""
     first, second = Path("out/finetuned"), Path("out")
-    assert stage_starts(given, [first, second]) == {first: finetuning, second: retraining}
-    assert stage_starts(given, [second])[second] == (finetuning if given != "out/checkpoint-3" else retraining)
+    assert assign_resume(given, [first, second]) == {first: finetuning, second: retraining}
+    assert assign_resume(given, [second])[second] == (finetuning if given != "out/checkpoint-3" else retraining)
 
 
 def test_removed_checkpoints_are_gone(tmp_path):

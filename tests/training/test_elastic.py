@@ -21,7 +21,7 @@ from transformers import PerceiverImageProcessorPil, PreTrainedModel, Trainer, T
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import Merging, forward_cost
-from experiments.training.elastic import LEAST_SHARE, ElasticTrainer, MergingDraw
+from experiments.training.elastic import SMALLEST_FLOPS_SHARE, ElasticTrainer, MergingDraw
 from modeling_tome_perceiver import ToMePerceiverForImageClassificationConvProcessing
 from tests.support.tiny_images import LABELS, MODEL, write_images
 from tests.support.tiny_models import NUM_LATENTS, NUM_LAYERS, tiny_config, tiny_inputs, tiny_model
@@ -69,9 +69,9 @@ def test_a_draw_is_what_the_config_does_and_costs(seed):
 
 
 def test_draws_go_evenly_from_an_eighth_to_all(published):
-    """Log-uniformly: about a third of them in each of the three halvings; some shapes do not come down to the last."""
+    """Log-uniformly: about a third of them in each of the three halvings; some schedules do not reach the last."""
     drawn = shares(MergingDraw(published, seed=0), 3000)
-    assert min(drawn) < 1.1 * LEAST_SHARE and max(drawn) > 0.95
+    assert min(drawn) < 1.1 * SMALLEST_FLOPS_SHARE and max(drawn) > 0.95
     thirds, _ = np.histogram(np.log2(drawn), bins=[-3.1, -2, -1, 0])
     assert all(0.25 < count / len(drawn) < 0.41 for count in thirds), thirds
 
@@ -83,7 +83,7 @@ def test_other_seeds_and_steps_draw_otherwise():
 
 def test_every_constant_r_is_among_what_is_drawn(published):
     """The source paper's rows, r = 0 to 16, down to a single latent that is left."""
-    members = {member for shape in MergingDraw(published, seed=0).shapes for _, member in shape}
+    members = {member for strengths in MergingDraw(published, seed=0).schedules for _, member in strengths}
     for r in range(17):
         assert tuple(ToMePerceiverConfig(r=r).merge_schedule) in members
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -56,8 +55,8 @@ def test_a_checkpoints_own_names_and_order_stay(data, tmp_path, caplog, names):
     with caplog.at_level("WARNING"):
         config = load_config(named(saved(tmp_path, names)), {}, glue(data, "sst2"))
     assert config.id2label == dict(enumerate(names)) and list(config.label2id) == names
-    warned = re.search("'LABEL_0', 'LABEL_1' .*'negative', 'positive'", caplog.text)
-    assert bool(warned) == ("LABEL_0" in names)
+    says = "'LABEL_0', 'LABEL_1' are taken for the data's 'negative', 'positive' in this order"
+    assert (says in caplog.text) == ("LABEL_0" in names)
 
 
 def test_f1_and_predictions_are_the_same_for_any_order(data, tmp_path):
@@ -140,7 +139,7 @@ def test_damaged_weights_are_one_line(data, tmp_path, damage):
         with pytest.raises(BadInput) as error:
             load_model(arguments, load_config(arguments, {}, task), task)
         assert "\n" not in str(error.value) and f"--model_name_or_path {folder}: " in str(error.value)
-        assert damage != "shape" or f"have of another shape than the config {latents};" in str(error.value)
+        assert damage != "shape" or latents in str(error.value)
 
 
 def test_a_head_that_is_lost_is_not_drawn_in_silence(data, tmp_path):

@@ -19,10 +19,10 @@ from experiments.runs.finetune_stages import Run
 from experiments.training.evaluation import predict_and_save
 from experiments.training.output_folder import (
     check_disk_space,
-    claim,
+    claim_folder,
     claim_training,
+    list_result_files,
     lock_folder,
-    run_files,
     save_metrics,
 )
 from experiments.training.resume import last_checkpoint
@@ -70,20 +70,20 @@ def record(content: dict[str, str] | None = None, **changes: object) -> RunRecor
 def test_a_folder_is_claimed_once_results_are_there(tmp_path):
     """A record alone owns nothing; beside results, equal arguments and contents are the same run."""
     folder = tmp_path / "out"
-    claim(folder, record(), write=False)
+    claim_folder(folder, record(), write=False)
     assert not folder.exists()
-    claim(folder, record(seed=2), write=True)
-    claim(folder, record(), write=True)
+    claim_folder(folder, record(seed=2), write=True)
+    claim_folder(folder, record(), write=True)
     (folder / "config.json").write_text("{}")
     before = (folder / "arguments.json").read_bytes()
-    claim(folder, record(), write=True)
+    claim_folder(folder, record(), write=True)
     with pytest.raises(BadInput, match=r"holds another run \(seed 1, now 2\)"):
-        claim(folder, record(seed=2), longer=True, write=True)
+        claim_folder(folder, record(seed=2), longer=True, write=True)
     with pytest.raises(BadInput, match="task None, now rte"):
-        claim(folder, record(task="rte"), write=True)
+        claim_folder(folder, record(task="rte"), write=True)
     for name in record().content:
         with pytest.raises(BadInput, match=f"other content of its {name.replace('_', ' ')}"):
-            claim(folder, record({name: "x"}), write=True)
+            claim_folder(folder, record({name: "x"}), write=True)
     assert (folder / "arguments.json").read_bytes() == before
 
 
@@ -92,11 +92,11 @@ def test_only_a_run_that_resumes_may_be_longer_and_records_it(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
     record(**{name: 2}).write(tmp_path)
     with pytest.raises(BadInput, match=f"{name} 2, now 3"):
-        claim(tmp_path, record(**{name: 3}), write=True)
+        claim_folder(tmp_path, record(**{name: 3}), write=True)
     with pytest.raises(BadInput, match=f"{name} 2, now 1"):
-        claim(tmp_path, record(**{name: 1}), longer=True, write=True)
+        claim_folder(tmp_path, record(**{name: 1}), longer=True, write=True)
     for _ in range(2):
-        claim(tmp_path, record(**{name: 3}), longer=True, write=True)
+        claim_folder(tmp_path, record(**{name: 3}), longer=True, write=True)
         written = RunRecord.read(tmp_path)
         assert written.arguments[name] == 3 and written.notes == {"continued_from": {name: 2}}
 
@@ -108,14 +108,14 @@ def test_results_without_a_record_are_another_run(tmp_path, file):
     (tmp_path / file).mkdir()
     for run in (record(), RunRecord({}, {"weights": "a"})):
         with pytest.raises(BadInput, match=rf"--output_dir {tmp_path}: holds another run \({file}\)"):
-            claim(tmp_path, run, write=True)
+            claim_folder(tmp_path, run, write=True)
 
 
 def test_other_files_are_no_results(tmp_path):
     for name in ("train.log", "checkpoint-best"):
         (tmp_path / name).write_text("")
-    assert run_files(tmp_path) == run_files(tmp_path / "not_there") == []
-    claim(tmp_path, record(), write=True)
+    assert list_result_files(tmp_path) == list_result_files(tmp_path / "not_there") == []
+    claim_folder(tmp_path, record(), write=True)
 
 
 def test_a_file_that_a_kill_left_half_written_goes_once_the_folder_is_claimed(tmp_path):
@@ -125,10 +125,10 @@ def test_a_file_that_a_kill_left_half_written_goes_once_the_folder_is_claimed(tm
     for path in half_written:
         path.write_text("{")
     with pytest.raises(BadInput):
-        claim(tmp_path, record(seed=2), write=True)
-    claim(tmp_path, record(), write=False)
+        claim_folder(tmp_path, record(seed=2), write=True)
+    claim_folder(tmp_path, record(), write=False)
     assert all(path.exists() for path in half_written)
-    claim(tmp_path, record(), write=True)
+    claim_folder(tmp_path, record(), write=True)
     assert not any(path.exists() for path in half_written)
 
 
@@ -166,32 +166,32 @@ def test_only_a_stage_that_none_began_from_may_be_longer(stages, tmp_path):
 def test_an_evaluation_is_of_the_result_of_a_training_or_has_a_folder_of_its_own(tmp_path):
     contents = {"weights": "z", "config": "y", "evaluation": "c"}
     evaluation = RunRecord({"bf16": False}, contents)
-    claim(tmp_path, record(bf16=False), write=True)
+    claim_folder(tmp_path, record(bf16=False), write=True)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BadInput, match="holds another run"):
-        claim(tmp_path, evaluation, write=True)  # training has not ended
+        claim_folder(tmp_path, evaluation, write=True)  # training has not ended
     update_record(tmp_path, {"weights": "z", "config": "y"})
-    claim(tmp_path, evaluation, write=True)
+    claim_folder(tmp_path, evaluation, write=True)
     with pytest.raises(BadInput, match="bf16 False, now True"):
-        claim(tmp_path, RunRecord({"bf16": True}, contents), write=True)
+        claim_folder(tmp_path, RunRecord({"bf16": True}, contents), write=True)
     for name in contents:
         with pytest.raises(BadInput, match=f"content of its {name}"):
-            claim(tmp_path, RunRecord({"bf16": False}, contents | {name: "x"}), write=True)
+            claim_folder(tmp_path, RunRecord({"bf16": False}, contents | {name: "x"}), write=True)
     # Predictions are recorded when they come, and then count too.
-    claim(tmp_path, RunRecord({"bf16": False}, contents | {"prediction": "p"}), write=True)
+    claim_folder(tmp_path, RunRecord({"bf16": False}, contents | {"prediction": "p"}), write=True)
     with pytest.raises(BadInput, match="content of its prediction"):
-        claim(tmp_path, RunRecord({"bf16": False}, {"prediction": "q"}), write=True)
-    claim(tmp_path, record(bf16=False), write=True)  # the training is still the same
+        claim_folder(tmp_path, RunRecord({"bf16": False}, {"prediction": "q"}), write=True)
+    claim_folder(tmp_path, record(bf16=False), write=True)  # the training is still the same
 
 
 def test_a_checkpoint_of_another_program_may_be_evaluated_where_it_is(tmp_path):
     """As long as there are no figures of another run."""
     (tmp_path / "config.json").write_text("{}")
     evaluation = RunRecord({"model_name_or_path": str(tmp_path)}, {"weights": "z"})
-    claim(tmp_path, evaluation, write=False)
+    claim_folder(tmp_path, evaluation, write=False)
     (tmp_path / "all_results.json").write_text("{}")
     with pytest.raises(BadInput, match="holds another run"):
-        claim(tmp_path, evaluation, write=False)
+        claim_folder(tmp_path, evaluation, write=False)
 
 
 @pytest.fixture(scope="module")

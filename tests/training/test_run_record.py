@@ -18,8 +18,8 @@ from experiments.errors import BadInput
 from experiments.tasks.mlm import MlmDataArguments
 from experiments.training.fingerprints import config_fingerprint, data_fingerprint, weights_fingerprint
 from experiments.training.run_record import (
-    EVALUATION,
-    SAVING,
+    EVALUATION_FIELDS,
+    SAVING_FIELDS,
     WITHOUT_EFFECT,
     RunRecord,
     data_fields,
@@ -114,9 +114,11 @@ def test_what_a_config_says_counts_and_not_where_it_was(tmp_path):
 def test_every_training_argument_counts_but_those_that_are_named():
     """And those in time for the next transformers: a new argument counts until somebody says that it does not."""
     names = set(TrainingArguments.__dataclass_fields__)
-    assert (WITHOUT_EFFECT | SAVING | set(EVALUATION)) - {"local_rank"} <= names
+    assert (WITHOUT_EFFECT | SAVING_FIELDS | set(EVALUATION_FIELDS)) - {"local_rank"} <= names
     fields = training_fields(TrainingArguments(output_dir="out", use_cpu=True))
-    assert set(fields) == {name for name in names if not name.startswith("_")} - WITHOUT_EFFECT - SAVING | {"processes"}
+    assert set(fields) == {name for name in names if not name.startswith("_")} - WITHOUT_EFFECT - SAVING_FIELDS | {
+        "processes"
+    }
     assert json.loads(json.dumps(fields)) == fields and fields["lr_scheduler_type"] == "linear"
 
 
@@ -125,7 +127,7 @@ def test_when_to_save_counts_where_an_evaluation_decides_and_the_number_of_proce
     arguments = TrainingArguments(output_dir="out", use_cpu=True, **best)
     monkeypatch.setenv("WORLD_SIZE", "2")
     fields = training_fields(arguments)
-    assert set(fields) >= SAVING and fields["processes"] == 2
+    assert set(fields) >= SAVING_FIELDS and fields["processes"] == 2
 
 
 def test_the_first_difference_between_two_records():
@@ -136,7 +138,7 @@ def test_the_first_difference_between_two_records():
     assert record.difference(RunRecord({"seed": 2}), may_differ=("seed",)) is None
     assert record.difference(RunRecord({}, {"train": "y"})) == "other content of its train"
     assert record.difference(RunRecord({"more": 1})) == "more None, now 1"
-    assert record.difference(RunRecord({"more": 1}, {"evaluation": "z"}), shared=True) is None
+    assert record.difference(RunRecord({"more": 1}, {"evaluation": "z"}), only_shared=True) is None
 
 
 def test_a_record_is_read_as_it_was_written_and_a_file_that_is_none_is_refused(tmp_path):

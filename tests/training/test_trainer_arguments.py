@@ -11,7 +11,7 @@ import torch
 
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput
-from experiments.training.trainer_arguments import NEEDED, RANGES, UNSUPPORTED, TrainerArguments
+from experiments.training.trainer_arguments import NEEDED_ARGUMENTS, RANGES, UNSUPPORTED, TrainerArguments
 from tests.support.script_run import call_script
 from tests.support.tiny_texts import write_glue, write_model_config
 
@@ -57,7 +57,7 @@ def parse(*words: object) -> TrainerArguments:
 
 
 def test_names_are_those_of_transformers():
-    named = {*RANGES, *UNSUPPORTED, *NEEDED, *NEEDED.values(), *TrainerArguments.help_texts}
+    named = {*RANGES, *UNSUPPORTED, *NEEDED_ARGUMENTS, *NEEDED_ARGUMENTS.values(), *TrainerArguments.help_texts}
     named |= {name for names in TrainerArguments.in_help.values() for name in names}
     assert named <= {*TrainerArguments.__dataclass_fields__}
 
