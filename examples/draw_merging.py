@@ -268,7 +268,7 @@ def load_examples(arguments: DrawArguments, kind: type) -> Sequence[Any]:
         BadInput: for a dataset, split or column that is not there, or an empty split.
     """
     name, config_name = arguments.dataset_name, arguments.dataset_config_name
-    there = read_dataset(f"--dataset_name {name}", name, config_name, anew=False)
+    there = read_dataset(f"--dataset_name {name}", name, config_name, overwrite_cache=False)
     split = arguments.split or next((split for split in SPLITS if split in there), None)
     if split not in there:
         raise BadInput(f"--split {split}: allowed are the splits of {name}, {', '.join(map(str, there))}")

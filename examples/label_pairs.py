@@ -111,7 +111,7 @@ def main() -> None:
     names = [None] if arguments.task_name is None else arguments.task_name.split(",")
     argument = f"--dataset_name {arguments.dataset_name}"
     splits = [
-        Splits(argument, read_dataset(argument, arguments.dataset_name, name, anew=False)).take("train")
+        Splits(argument, read_dataset(argument, arguments.dataset_name, name, overwrite_cache=False)).take("train")
         for name in names
     ]
     found = dict.fromkeys(

@@ -131,7 +131,7 @@ def main() -> None:
             teacher = AutoTokenizer.from_pretrained(arguments.teacher_name_or_path)
     argument, columns = f"--dataset_name {arguments.dataset_name}", []
     for name in [None] if arguments.task_name is None else arguments.task_name.split(","):
-        splits = read_dataset(argument, arguments.dataset_name, name, anew=False)
+        splits = read_dataset(argument, arguments.dataset_name, name, overwrite_cache=False)
         train = Splits(argument, splits).take("train")
         for column in masked_columns(train.column_names, f"{argument}: split 'train'", arguments.text_column):
             columns.append(as_text(train, column, argument)[column])

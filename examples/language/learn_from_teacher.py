@@ -34,7 +34,7 @@ from examples.language.from_bert import Teacher, load_teacher
 from experiments.errors import BadInput, exit_on_bad_input
 from experiments.tasks.base import LABELS, Batch, PreparedTask
 from experiments.tasks.mlm import MlmDataArguments, MlmTask, load_mlm_task
-from experiments.tasks.scores import NOT_ASKED
+from experiments.tasks.scores import IGNORE_INDEX
 from experiments.training.fingerprints import digest_of, weights_fingerprint
 from experiments.training.trainer import TaskTrainer
 
@@ -78,8 +78,8 @@ class TaughtTask(MlmTask):
     arguments: TaughtArguments
     download: dict[str, Any] = field(default_factory=dict)
 
-    def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
-        prepared = super().prepared(config, processing_class, seed)
+    def prepare(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
+        prepared = super().prepare(config, processing_class, seed)
         name, length = str(self.arguments.teacher_name_or_path), self._length(processing_class, config)
         teacher = load_teacher(name, processing_class, length, **self.download)
         return replace(
@@ -252,7 +252,7 @@ def unmasked(batch: Batch) -> Tensor:
     """Return the tokens (B, S) of a batch as they were before masking."""
     ids = batch["input_ids"]
     labels = batch[LABELS][:, : ids.shape[1]]
-    return torch.where(labels == NOT_ASKED, ids, labels)
+    return torch.where(labels == IGNORE_INDEX, ids, labels)
 
 
 def slower_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -151,7 +151,7 @@ def load(
     set_seed(training.seed)
     with training.main_process_first(desc="loading the data"):
         task = load_task()
-    for line in task.read:
+    for line in task.summary:
         say(line)
     model, prepared = load_model_and_task(model_args, dict(merging_fields or {}), task, training)
     if (first := task.first_input(prepared)) is not None:

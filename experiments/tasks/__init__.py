@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From data to a prepared task: what a model sees, and how it is scored."""
+"""Tasks: read data, turn them into model inputs, and score predictions."""

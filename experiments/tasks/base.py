@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is trained and scored on, whatever the inputs are: splits of examples, tasks, prepared tasks.
+"""Base classes of all tasks: data arguments, splits, `Task` (raw data) and `PreparedTask` (model inputs and scoring).
 
-Letters: B batch.
+`glue`, `mlm` and `images` subclass them; training, evaluation and the scripts use only what is defined here.
+
+Shapes: B batch size.
 """
 
 from __future__ import annotations
@@ -30,18 +32,20 @@ logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 LABELS = "labels"
-# A line of a terminal has room for about this many names of classes with their counts.
-CLASSES_SHOWN = 12
+# Maximum number of classes shown with their counts: about one line of a terminal.
+MAX_CLASSES_SHOWN = 12
 
 
 @dataclass
 class DataArguments:
-    """Which data, and how much of them."""
+    """Arguments that choose the data and limit the number of examples."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id or local folder, as `datasets.load_dataset` takes it."}
+        default=None, metadata={"help": "Dataset to load with `datasets.load_dataset`: Hub id or local folder."}
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset, as on the Hub."}
+    )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use at most this many training examples, shuffled."}
     )
@@ -61,14 +65,14 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class Source:
-    """Where data are from, for reports and model cards.
+    """Origin of the data, for reports and model cards.
 
     Attributes:
-        argument: that chose the data, with its value, for error messages.
-        dataset: Hub id, or the name of a folder or file on this machine.
+        argument: the argument that chose the data, with its value, for error messages.
+        dataset: Hub id, or the name of a local folder or file.
         on_hub: whether `dataset` is a Hub id.
         config: name of the dataset's configuration, such as "mrpc".
-        split: that is evaluated on.
+        split: the split used for evaluation.
     """
 
     argument: str
@@ -79,39 +83,41 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What people call it: "mrpc", "fashion_mnist"."""
+        """Short name of the data, such as "mrpc" or "fashion_mnist"."""
         return self.config or self.dataset.rpartition("/")[2]
 
     @classmethod
     def of_dataset(cls, dataset: str, config: str | None, split: str = "validation") -> Source:
-        """Return the source that `--dataset_name` names."""
+        """Return the source for a value of `--dataset_name`, a Hub id or a local folder."""
         on_hub = not Path(dataset).exists()
         return cls(f"--dataset_name {dataset}", dataset if on_hub else Path(dataset).name, on_hub, config, split)
 
 
 @dataclass(kw_only=True)
 class PreparedTask:
-    """A task as a model sees it.
+    """A task as model inputs, with everything needed to train on it and score it.
 
-    Classes are the model's in batches and logits, and the task's, by their names, in whatever is scored or written.
+    Class indices in batches and logits follow the model's config; predictions and references follow the order of
+    `labels`. `label_ids` maps between the two.
 
     Attributes:
-        train: examples that `collate` takes.
-        evaluation, prediction: the same, by the suffix that their results carry: "" and, for MNLI, "_mm".
-        calibration: examples that are neither trained nor evaluated on, to measure what merging changes; `None` where
-            only training examples can be.
-        processing_class: the tokenizer or image processor that made them.
-        collate: makes a batch of examples.
-        predicted: turns logits, with the task's classes in their order, into a class or number for each example, or
-            into a row of tokens for each.
+        train: training examples, in the form that `collate` takes.
+        evaluation, prediction: examples to evaluate on and to predict, by the suffix of their results: "", and for MNLI
+            also "_mm".
+        calibration: unlabelled samples that are neither trained nor evaluated on, for measuring how merging changes
+            outputs; `None`: use training examples.
+        processing_class: the tokenizer or image processor that made the examples.
+        collate: makes a batch from a list of examples.
+        decode_logits: turns logits, columns in the order of `labels`, into a class or number for each example, or a
+            row of tokens for each.
         kind: how predictions are scored, a key of `experiments.tasks.scores.SCORES`.
-        labels: names of the classes, in the order in which they are scored; empty where nothing is classified.
-        label_ids: the model's index of each.
-        file_names: of the inputs to predict, by suffix, if they are files.
-        reduce_logits: turns a batch's logits and labels into what `predicted` takes, while the evaluation still runs;
-            for logits that would not fit in memory all at once. `None`: they are kept as they are.
-        trainer_class: makes the Trainer that trains this task, in place of the plain one.
-        trained_with: fingerprint of whatever else decides training, such as a teacher.
+        labels: names of the classes, in the order used for scoring; empty if the task is no classification.
+        label_ids: the model's class index of each label.
+        file_names: names of the input files to predict, by suffix; empty if inputs are not files.
+        reduce_logits: maps a batch's logits and labels to the input of `decode_logits` during evaluation, for logits
+            too large to keep in memory for all batches. `None`: keep the logits.
+        trainer_class: Trainer class for this task; `None`: the default one.
+        trained_with: fingerprint of anything else that affects training, such as a teacher.
     """
 
     train: Any
@@ -119,7 +125,7 @@ class PreparedTask:
     prediction: dict[str, Any]
     processing_class: Any
     collate: Callable[[list[dict[str, Any]]], Batch]
-    predicted: Callable[[np.ndarray], np.ndarray]
+    decode_logits: Callable[[np.ndarray], np.ndarray]
     kind: str
     labels: list[str] = field(default_factory=list)
     label_ids: list[int] = field(default_factory=list)
@@ -131,30 +137,30 @@ class PreparedTask:
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
-        """Callbacks that training needs."""
+        """Trainer callbacks that these training examples need."""
         return [NextEpoch(self.train)] if isinstance(self.train, RedrawnExamples) else []
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float | None]:
-        """Score logits for Trainer, which takes figures by name."""
+        """Score logits, as `compute_metrics` of a Trainer."""
         predictions, references = self.predictions(prediction.predictions), self.references(prediction.label_ids)
         return flatten_scores(score(self.kind, predictions, references))
 
     def predictions(self, logits: np.ndarray) -> np.ndarray:
-        """Turn logits into what is scored: for each example a place in `labels`, a number or a row of tokens."""
-        return self.predicted(logits[:, self.label_ids] if self.label_ids else logits)
+        """Decode logits: for each example an index into `labels`, a number or a row of tokens."""
+        return self.decode_logits(logits[:, self.label_ids] if self.label_ids else logits)
 
     def references(self, label_ids: np.ndarray) -> np.ndarray:
-        """Turn the labels of a batch into what predictions are compared with."""
+        """Map class indices of the model to indices into `labels`, to compare with `predictions`."""
         return np.argsort(self.label_ids)[label_ids] if self.label_ids else label_ids
 
-    def written(self, predictions: np.ndarray) -> list[str]:
-        """Return predictions as people read them: the names of classes, or numbers."""
+    def to_text(self, predictions: np.ndarray) -> list[str]:
+        """Return predictions as text for output files: names of classes, or numbers."""
         return [self.labels[value] if self.labels else f"{value:.3f}" for value in predictions.tolist()]
 
     def batch(self, size: int) -> Batch:
-        """Return the first `size` evaluated inputs, or fewer, without their labels.
+        """Return a batch of the first `size` evaluation inputs, or all if there are fewer, without labels.
 
-        Where nothing is evaluated, they are those to predict or to train on.
+        If nothing is evaluated, take inputs to predict, or else training inputs.
         """
         dataset = next(iter((self.evaluation or self.prediction).values()), self.train)
         batch = dict(self.collate([dataset[index] for index in range(min(size, len(dataset)))]))
@@ -162,36 +168,38 @@ class PreparedTask:
         return batch
 
     def samples(self, count: int, batch_size: int) -> list[Batch]:
-        """Return `count` samples, or all there are, spread evenly over those to calibrate on, or else to train on."""
+        """Return batches of `count` unlabelled samples, or all if there are fewer.
+
+        They are spread evenly over the calibration examples or, without any, over the training examples.
+        """
         examples = self.train if self.calibration is None else self.calibration
-        # A list, since augmentation makes other images of the same examples every time.
-        return list(self.unlabelled(Subset(examples, spread(len(examples), count)), batch_size))
+        # A list keeps the samples fixed: augmentation would draw other images at every iteration.
+        return list(self.unlabelled(Subset(examples, spread_evenly(len(examples), count)), batch_size))
 
     def unlabelled(self, examples: Any, batch_size: int) -> DataLoader:
-        """Return batches of examples without their labels.
+        """Return batches of examples without labels.
 
-        The labels of masked tokens, which come from the text itself, stay: they say which positions are asked for.
+        Labels of masked language modelling stay: they come from the text itself and mark the masked positions.
         """
         dropped = () if self.kind == "masked_lm" else (LABELS,)
 
         def collate(batch: list[dict[str, Any]]) -> Batch:
-            return dict(self.collate([{name: each[name] for name in each if name not in dropped} for each in batch]))
+            return dict(self.collate([{name: row[name] for name in row if name not in dropped} for row in batch]))
 
         return DataLoader(examples, batch_size, collate_fn=collate)
 
 
 @dataclass
 class Task(ABC):
-    """Data, unprocessed, and what is asked of it.
+    """Unprocessed data of a task; subclasses know the model classes and the processing for one kind of input.
 
     Attributes:
-        source: where it is from.
-        labels: names of the classes, in the order in which they are scored; empty for regression, and where nothing is
-            classified.
-        train, evaluation, prediction, calibration: examples, as in `PreparedTask`.
-        main_metric: the figure that tables and pictures show.
-        read: lines that say what was read, as `read_lines` gives them.
-        calibration_name: what messages call the examples of `calibration`.
+        source: origin of the data.
+        labels: names of the classes, in the order used for scoring; empty if the task is no classification.
+        train, evaluation, prediction, calibration: unprocessed examples, used as in `PreparedTask`.
+        main_metric: name of the score shown in tables and pictures.
+        summary: lines that tell the user what was read, see `summarize_data`.
+        calibration_name: name of the calibration examples in messages.
     """
 
     source: Source
@@ -200,40 +208,40 @@ class Task(ABC):
     evaluation: dict[str, Dataset]
     prediction: dict[str, Dataset]
     main_metric: str
-    read: list[str] = field(default_factory=list, kw_only=True)
+    summary: list[str] = field(default_factory=list, kw_only=True)
     calibration: Dataset | None = field(default=None, kw_only=True)
     calibration_name: str = field(default="inputs of the test split", kw_only=True)
 
     hub_task: ClassVar[str]
-    """The Hub's name for such a task, such as "text-classification"."""
+    """Name of the task on the Hub, such as "text-classification"."""
     input_name: ClassVar[str]
-    """The model's argument for the inputs."""
+    """Name of the model's input argument, such as "input_ids"."""
     classifies: ClassVar[bool] = True
-    """Whether the model's labels are to be the task's: one for each class, or a single one for regression."""
+    """Whether the model has an output for each class, or one for regression; false for masked language models."""
 
     @abstractmethod
     def model_class_name(self, config: ToMePerceiverConfig) -> str:
         """Return the name of the model class for a config.
 
         Raises:
-            BadInput: if the config is for another task.
+            BadInput: if the architecture in the config is for another task.
         """
 
     @abstractmethod
     def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
-        """Return the tokenizer or image processor called `name`, by default one that fits a model from scratch."""
+        """Return the tokenizer or image processor called `name`; `None`: a default one for a model from scratch."""
 
     @abstractmethod
     def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
-        """Give the config of a model from scratch the sizes that the processing class asks for."""
+        """Set the sizes in the config of a model from scratch that depend on the processing class."""
 
     def first_input(self, prepared: PreparedTask) -> str | None:
-        """Return the first example as the model sees it, if a line can show that."""
+        """Describe the first model input in one line, or return `None` if the input cannot be shown as text."""
         return None
 
     @abstractmethod
-    def prepared(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
-        """Return the task as a model with this config sees it.
+    def prepare(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
+        """Turn the data into inputs for a model with this config.
 
         Raises:
             BadInput: if the processing class does not fit the config.
@@ -242,104 +250,104 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of the data.
+    """Splits of the data by name, with the arguments that chose them.
 
     Attributes:
-        argument: that chose the data, with its value.
+        argument: the argument that chose the data, with its value.
         by_name: the splits.
-        own_arguments: arguments that chose a single split, by its name.
+        own_arguments: arguments that chose one split each, with their values, by the name of the split.
     """
 
     argument: str
     by_name: Mapping[str, Dataset]
     own_arguments: Mapping[str, str] = field(default_factory=dict)
 
-    def where(self, name: str) -> str:
-        """Return what messages call a split."""
+    def describe(self, name: str) -> str:
+        """Return the name of a split for messages, with the argument that chose it."""
         return f"{self.own_arguments.get(name, self.argument)}: split '{name}'"
 
     def take(self, name: str, count: int | None = None) -> Dataset:
         """Return the first `count` examples of a split, by default all.
 
         Raises:
-            BadInput: if there is no such split, or nothing in it.
+            BadInput: if the split is missing or empty.
         """
         if name not in self.by_name:
             raise BadInput(f"{self.argument}: has no split '{name}', only {', '.join(sorted(self.by_name))}")
         if len(self.by_name[name]) == 0:
-            raise BadInput(f"{self.argument}: its split '{name}' is empty; it must have one example or more")
+            raise BadInput(f"{self.argument}: split '{name}' is empty; it must have at least one example")
         return first_examples(self.by_name[name], count)
 
     def has_labels(self, name: str) -> bool:
-        """Whether there is a split of this name with labels."""
+        """Whether a split of this name exists and has labels."""
         return name in self.by_name and has_labels(self.by_name[name], LABEL)
 
-    def evaluated(self) -> str:
-        """Return the split to evaluate on: "validation", or else "test" if it has labels.
+    def choose_evaluated(self) -> str:
+        """Return the name of the split to evaluate on: "validation", or else "test" if it has labels.
 
         Raises:
-            BadInput: if there is neither.
+            BadInput: if neither exists.
         """
         if "validation" in self.by_name:
             return "validation"
         if self.has_labels("test"):
-            logger.warning("%s: has no split 'validation'; evaluated on its split 'test'", self.argument)
+            logger.warning("%s: has no split 'validation'; evaluating on its split 'test'", self.argument)
             return "test"
         raise BadInput(
             f"{self.argument}: has nothing to evaluate on; use data with a split 'validation', or 'test' with labels, "
             f"instead of {', '.join(sorted(self.by_name))}"
         )
 
-    def unseen(self, name: str, evaluated: Collection[str], count: int) -> Dataset | None:
-        """Return `count` examples of a test split without labels to calibrate on, spread evenly.
+    def take_unlabelled(self, name: str, evaluated: Collection[str], count: int) -> Dataset | None:
+        """Return `count` unlabelled samples of a test split, spread evenly over it.
 
-        `None` if none are wanted, there are none, or the split is one of those that are evaluated.
+        Return `None` if `count` is 0, or if the split is missing, empty or evaluated.
         """
         split = self.by_name.get(name)
         if count == 0 or name in evaluated or not split:
             return None
-        return without_column(split.select(spread(len(split), count)), LABEL)
+        return without_column(split.select(spread_evenly(len(split), count)), LABEL)
 
 
 def first_examples(dataset: Dataset, count: int | None) -> Dataset:
-    """Return the first `count` examples of a dataset, or all if there are fewer or `count` is `None`."""
+    """Return the first `count` examples of a dataset; all if it has fewer or `count` is `None`."""
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
 def without_column(dataset: Dataset, column: str) -> Dataset:
-    """Return a dataset without a column, if it has it."""
+    """Return a dataset without the column, which it may lack."""
     return dataset.select_columns([name for name in dataset.column_names if name != column])
 
 
-def spread(available: int, count: int) -> list[int]:
-    """Return the places of at most `count` examples, spread evenly over all."""
-    return [place * available // count for place in range(count)] if count < available else list(range(available))
+def spread_evenly(available: int, count: int) -> list[int]:
+    """Return at most `count` indices, spread evenly over `range(available)`."""
+    return [index * available // count for index in range(count)] if count < available else list(range(available))
 
 
 def hold_out(task: Task, count: int) -> None:
-    """Move examples from training to calibration, drawn at random but the same in every run.
+    """Move `count` training examples to calibration, drawn at random with a fixed seed.
 
     Raises:
-        BadInput: if that is more than half of them.
+        BadInput: if that is more than half of the training examples.
     """
     available = len(task.train)
     if 2 * count > available:
         raise BadInput(
             f"--calibration_samples {count}: would hold out more than half of the {available:,} training samples; use "
-            f"at most {available // 2}, or give a test split"
+            f"at most {available // 2}, or add a test split"
         )
     order = np.random.default_rng(0).permutation(available)
     task.calibration, task.calibration_name = task.train.select(np.sort(order[:count])), "held-out training samples"
     task.train = task.train.select(np.sort(order[count:]))
 
 
-def read_lines(used: str, splits: Mapping[str, Dataset], labels: Sequence[str]) -> list[str]:
-    """Return lines that tell a user what was read of their data.
+def summarize_data(used: str, splits: Mapping[str, Dataset], labels: Sequence[str]) -> list[str]:
+    """Return lines that tell the user which data were read: columns, number of examples, labels.
 
     Args:
-        used: the argument that chose the data, and which columns or folders were used for what.
-        splits: examples by what they are for; the labels of the first that has any are counted.
-        labels: names of the classes; empty where labels are numbers.
+        used: first line: the argument that chose the data, and the use of their columns or folders.
+        splits: examples by purpose; labels are summarized for the first split that has any.
+        labels: names of the classes; empty if labels are numbers.
     """
     lines = [used, ", ".join(f"{name}: {len(split):,} examples" for name, split in splits.items())]
     for name, split in splits.items():
@@ -348,8 +356,8 @@ def read_lines(used: str, splits: Mapping[str, Dataset], labels: Sequence[str]) 
         values = split[LABEL][:]
         if labels:
             counts = Counter(values)
-            shown = [f"{each!r} {counts[index]:,}" for index, each in enumerate(labels[:CLASSES_SHOWN])]
-            more = f" and {len(labels) - CLASSES_SHOWN} more" if len(labels) > CLASSES_SHOWN else ""
+            shown = [f"{label!r} {counts[index]:,}" for index, label in enumerate(labels[:MAX_CLASSES_SHOWN])]
+            more = f" and {len(labels) - MAX_CLASSES_SHOWN} more" if len(labels) > MAX_CLASSES_SHOWN else ""
             lines.append(f"{len(labels)} classes, in {name}: {', '.join(shown)}{more}")
         elif values:
             lines.append(f"labels are numbers (regression), in {name} from {min(values):g} to {max(values):g}")

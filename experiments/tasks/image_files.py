@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files: which of a folder are read, what their classes are called, and the RGB that a model sees of each."""
+"""Image files: list them in a folder, name their classes, check them and read them as RGB.
+
+Called by `experiments.tasks.images`.
+"""
 
 from __future__ import annotations
 
@@ -27,76 +30,78 @@ from experiments.tasks.reading import read_dataset
 logger = logging.getLogger(__name__)
 
 IMAGE, ROW = "image", "row"
-"""The columns with the images, and with what messages call each, unless it is a file: "0 of split 'train'"."""
+"""Columns of the images and of their names in messages, such as "0 of split 'train'"; a file goes by its path."""
 AS_STORED = ImageFeature(decode=False)
-"""The feature of images that are still bytes or a file: a mapping with `bytes` and `path`."""
-# Files and folders that Windows, macOS and network drives leave beside images, in lower case; hidden ones come on top.
+"""Feature of images that are not decoded: a mapping with `bytes` and `path`."""
+# Names in lower case of files and folders that Windows, macOS and network drives create; they are ignored, like hidden
+# ones.
 SYSTEM_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}
-# Number of images of each split that are opened at the start: enough to show what is wrong with all of them.
-OPENED_FIRST = 1000
-# A message names at most this many endings of files.
-SHOWN_ENDINGS = 5
+# Number of images of each split to open at the start: enough to find a mistake that affects the whole split.
+IMAGES_OPENED_AT_START = 1000
+# Maximum number of file extensions that a message lists.
+MAX_EXTENSIONS_SHOWN = 5
 
 
 @contextmanager
 def open_image(stored: dict[str, Any] | None, where: str) -> Iterator[Image.Image]:
-    """Open an image, of which only the header is read; whatever fails inside is a `BadInput` that names it.
+    """Open an image and read its header; errors inside the block become a `BadInput` that names the image.
 
     Args:
-        stored: `bytes`, or `None` and the `path` of a file.
-        where: what messages call the image, unless it is a file.
+        stored: a mapping with the `bytes` of an image, or with `None` for `bytes` and the `path` of its file.
+        where: name of the image for messages, if it has no path.
 
     Raises:
-        BadInput: for a file that is missing or no image, and for more than 8 bits of grey.
+        BadInput: for a missing file, a file that is not an image, and more than 8 bits per channel.
     """
     data: Any = None if stored is None else stored["bytes"]
     path: Any = None if stored is None else stored["path"]
     called = where if path is None else path if data is None else f"{where} ({path})"
     with naming(f"image {called}", Exception):
         if data is None and path is None:
-            raise ValueError("is missing; every example needs an image")
+            raise ValueError("is missing; every example must have an image")
         if data is None and "://" in path:
-            # datasets 5.2 gives such images the class of the archive's folder.
+            # `datasets` 5.2 takes the name of the archive's folder as the class of such images.
             raise ValueError("is in an archive or elsewhere; unpack it into a folder")
         try:
             image = Image.open(path if data is None else io.BytesIO(data))
         except UnidentifiedImageError:
-            raise ValueError("is no image that Pillow can read; convert it to JPEG or PNG, or remove it") from None
+            raise ValueError("is not an image that Pillow can read; convert it to JPEG or PNG, or remove it") from None
         with image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(
-                    f"has more than 8 bits for each pixel (mode {image.mode}), which conversion to RGB clips; scale it "
-                    "to 8 bits, from 16 such as with ImageMagick's `mogrify -path NEW_FOLDER -depth 8 FILE`"
+                    f"has more than 8 bits for each pixel (mode {image.mode}), which conversion to RGB would clip; "
+                    "scale it to 8 bits, for example with ImageMagick's `mogrify -path NEW_FOLDER -depth 8 FILE`"
                 )
             yield image
 
 
 def read_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
-    """Return an image as RGB, the same pixels that a checkpoint's pipeline makes of its file.
+    """Return an image as RGB, with the same pixels as in the pipeline of a checkpoint.
 
     Raises:
-        BadInput: as `open_image`, and for a file that is cut, or transparency.
+        BadInput: as for `open_image`, and for a truncated file or a transparent image.
     """
     with open_image(stored, where) as image:
         if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
             raise ValueError(
-                "is transparent in places, where conversion to RGB shows hidden colours; lay it on a background, such "
-                "as with ImageMagick's `mogrify -path NEW_FOLDER -background white -alpha remove -alpha off FILE`"
+                "is transparent in places, where conversion to RGB would show hidden colours; put it on a "
+                "background, for example with ImageMagick's `mogrify -path NEW_FOLDER -background white -alpha remove "
+                "-alpha off FILE`"
             )
         return load_image(image)
 
 
 def check_headers(datasets: Iterable[Dataset], argument: str) -> None:
-    """Open the first images of each dataset, and warn of those that have more frames than the one that is used.
+    """Open the first images of each dataset, and warn if any has several frames, of which only one is used.
 
-    The datasets have the columns `image`, as it is stored, and `row`.
+    The datasets have the columns `image`, not decoded, and `row`.
 
     Raises:
-        BadInput: naming the first that `open_image` refuses.
+        BadInput: for the first image that `open_image` refuses.
     """
     frames = 0
     for dataset in datasets:
-        for example in dataset.select_columns([IMAGE, ROW]).take(min(len(dataset), OPENED_FIRST)):
+        for example in dataset.select_columns([IMAGE, ROW]).take(min(len(dataset), IMAGES_OPENED_AT_START)):
             with open_image(example[IMAGE], f"{example[ROW]} of {argument}") as image:
                 # Phones keep a preview or a depth map as a second frame of a JPEG file.
                 frames += image.format != "MPO" and getattr(image, "is_animated", False)
@@ -105,12 +110,12 @@ def check_headers(datasets: Iterable[Dataset], argument: str) -> None:
 
 
 def check_files(dataset: Dataset) -> None:
-    """Check that images which are files of their own are there.
+    """Check that all images that are separate files exist.
 
-    The dataset is as it was read, neither selected from nor shuffled.
+    The dataset must have all rows in the order in which they were read, since its Arrow table is read directly.
 
     Raises:
-        BadInput: naming the first that is not.
+        BadInput: for the first file that is missing.
     """
     stored = dataset.data.column(IMAGE)
     is_file = pc.is_null(pc.struct_field(stored, "bytes"))
@@ -121,14 +126,14 @@ def check_files(dataset: Dataset) -> None:
 
 
 def stored_paths(dataset: Dataset) -> list[str | None]:
-    """Return the paths of the images in the column `image`, as they are stored; bytes may have none."""
+    """Return the path of each image in the column `image`, `None` for images stored as bytes without a path."""
     return dataset.select_columns(IMAGE).flatten()[f"{IMAGE}.path"][:]
 
 
 def relative_names(dataset: Dataset, folder: str | None) -> list[str]:
-    """Return the paths of the images in the column `image`, relative to a folder that they are in.
+    """Return the paths of the images in the column `image`, relative to `folder` if they are in it.
 
-    Empty if an image has none.
+    Empty if any image has no path.
     """
     paths = [Path(path) for path in stored_paths(dataset) if path is not None]
     if len(paths) < len(dataset):
@@ -140,19 +145,19 @@ def relative_names(dataset: Dataset, folder: str | None) -> list[str]:
 def read_image_folder(
     argument: str, folder: str, unlabelled: bool = False, **download: Any
 ) -> tuple[Dataset, list[str]]:
-    """Return the images of a folder, which has a folder for each class, or, if they may be unlabelled, none.
+    """Return the images of a folder with a subfolder for each class, and lines on the files that are left out.
 
-    Images are in the order of their paths, character by character. With them comes a line on the files that are left
-    out, if any are. A folder with a metadata file is read as `datasets` reads it, with the columns of that file.
+    If `unlabelled`, the images may also be directly in the folder. They are sorted by path, character by character. A
+    folder with a metadata file is read by `datasets`, with the columns of that file.
 
     Raises:
-        BadInput: for no images, images elsewhere, a class without images, or a name that is not UTF-8.
+        BadInput: for no images, images in the wrong place, a class without images, or a file name that is not UTF-8.
     """
     root = Path(folder).absolute()
     if any((root / name).exists() for name in ImageFolder.METADATA_FILENAMES):
         dataset = read_dataset(argument, folder, None, False, data_files={"train": "**"}, **download)["train"]
         stored = dataset.cast_column(IMAGE, AS_STORED) if IMAGE in dataset.column_names else dataset
-        return dataset, left_out_of_dataset(argument, folder, [stored], [])
+        return dataset, describe_unused_files(argument, folder, [stored], [])
     files, _ = list_files(argument, root)
     images = list(filter(_is_readable, files))
     flat = [path for path in images if len(path.parts) == 1]
@@ -161,67 +166,67 @@ def read_image_folder(
     if misplaced:
         raise BadInput(
             f"{argument}: {misplaced[0]} is in the wrong place; put images into one folder for each class"
-            + (", or all of them directly into this one" if unlabelled else "")
+            + (", or all of them directly into the folder itself" if unlabelled else "")
         )
     if not images:
         raise BadInput(
-            f"{argument}: has no image that can be read ({_counted(files)}); put JPEG or PNG files into "
+            f"{argument}: has no image that can be read ({_count_by_extension(files)}); put JPEG or PNG files into "
             + ("it" if unlabelled else "one folder for each class")
         )
     columns: dict[str, list] = {IMAGE: [str(root / path) for path in images]}
     features = Features({IMAGE: AS_STORED})
     if labelled:
-        of_images = [_class_name(path.parent) for path in labelled]
-        features[LABEL] = ClassLabel(names=sorted(set(of_images)))
-        columns[LABEL] = [features[LABEL].str2int(name) for name in of_images]
-    return Dataset.from_dict(columns, features=features), _left_out(argument, root, set(images), bool(labelled))
+        classes = [_class_name(path.parent) for path in labelled]
+        features[LABEL] = ClassLabel(names=sorted(set(classes)))
+        columns[LABEL] = [features[LABEL].str2int(name) for name in classes]
+    return Dataset.from_dict(columns, features=features), _describe_unused(argument, root, set(images), bool(labelled))
 
 
-def left_out_of_dataset(argument: str, folder: str, splits: Iterable[Dataset], labels: list[str]) -> list[str]:
-    """Return a line on the files of a local dataset that it leaves out, if it has image files and leaves out any.
+def describe_unused_files(argument: str, folder: str, splits: Iterable[Dataset], labels: list[str]) -> list[str]:
+    """Return a line on the files of a local folder that are in no example, or no line.
 
-    The images of the splits are as they are stored.
+    There is no line if all files are used, or if no image is a file of its own. Images of the splits are not decoded.
 
     Raises:
-        BadInput: for a folder of a class of which nothing is read.
+        BadInput: for the folder of a class without any image that was read.
     """
     root = Path(folder).resolve()
     paths = (Path(path) for split in splits for path in stored_paths(split) if path is not None)
     images = {path.relative_to(root) for path in paths if path.is_relative_to(root)}
-    in_folders = {_class_name(path.parent) for path in images} <= {_class_name(Path(label)) for label in labels}
-    return _left_out(argument, root, images, in_folders) if images else []
+    by_class = {_class_name(path.parent) for path in images} <= {_class_name(Path(label)) for label in labels}
+    return _describe_unused(argument, root, images, by_class) if images else []
 
 
-def _left_out(argument: str, root: Path, images: Collection[Path], in_folders: bool) -> list[str]:
-    """Return the line of `left_out_of_dataset`; `in_folders` says that images are in folders of their classes."""
+def _describe_unused(argument: str, root: Path, images: Collection[Path], by_class: bool) -> list[str]:
+    """Return the line of `describe_unused_files`; `by_class`: whether images are in folders of their classes."""
     files, folders = list_files(argument, root)
-    of_images = {path.parent for path in images}
-    beside = {folder.parent for folder in of_images}
-    for folder in folders if in_folders else []:
-        if folder not in of_images and folder.parent in beside:
+    class_folders = {path.parent for path in images}
+    parents = {folder.parent for folder in class_folders}
+    for folder in folders if by_class else []:
+        if folder not in class_folders and folder.parent in parents:
             within = [path for path in files if folder in path.parents]
             raise BadInput(
-                f"{argument}: the folder {_shown(folder)} has no image that can be read ({_counted(within)}); convert "
-                "what is in it to JPEG or PNG, or remove it"
+                f"{argument}: the folder {_printable(folder)} has no image that can be read "
+                f"({_count_by_extension(within)}); convert its files to JPEG or PNG, or remove it"
             )
-    left = [path for path in files if path not in images and path.name not in ImageFolder.METADATA_FILENAMES]
-    return [f"files of {argument} that are in no example ({_counted(left)})"] if left else []
+    unused = [path for path in files if path not in images and path.name not in ImageFolder.METADATA_FILENAMES]
+    return [f"files of {argument} that are in no example ({_count_by_extension(unused)})"] if unused else []
 
 
 def list_files(argument: str, root: Path) -> tuple[list[Path], list[Path]]:
-    """Return the paths of all files and folders below a folder, relative to it, in order.
+    """Return the sorted paths of all files and folders below a folder, relative to it.
 
-    Hidden ones and those of a system are left out.
+    Hidden files and those of the operating system are left out.
 
     Raises:
-        BadInput: for a folder that cannot be read, or an image whose name is not UTF-8, as all is that it is written
-            into.
+        BadInput: for a folder that cannot be read, or an image whose name is not UTF-8 and so cannot be written into
+            results.
     """
     files: list[Path] = []
     folders: list[Path] = []
     with naming(argument, OSError):
         for parent, names, found in os.walk(root, followlinks=True, onerror=_raise):
-            # os.walk goes on into the folders that are left in its list.
+            # Removing folders from this list keeps os.walk from entering them.
             names[:] = [name for name in names if not _is_ignored(name)]
             relative = Path(parent).relative_to(root)
             files += [relative / name for name in found if not _is_ignored(name)]
@@ -230,17 +235,17 @@ def list_files(argument: str, root: Path) -> tuple[list[Path], list[Path]]:
         try:
             str(path).encode()
         except UnicodeEncodeError:
-            raise BadInput(f"{argument}: the name {_shown(path)} is not UTF-8; rename it") from None
+            raise BadInput(f"{argument}: the name {_printable(path)} is not UTF-8; rename it") from None
     return sorted(files), sorted(folders)
 
 
 def _class_name(folder: Path) -> str:
-    """Return the name of a folder's class, without spaces around it; macOS decomposes accents, and means the same."""
+    """Return the class of a folder: its name without surrounding spaces, in NFC, since macOS decomposes accents."""
     return unicodedata.normalize("NFC", folder.name).strip()
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether a file's ending is that of an image that Pillow can open."""
+    """Whether a file has the extension of an image format that Pillow can open."""
     Image.init()
     return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
 
@@ -249,17 +254,17 @@ def _is_ignored(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
-def _counted(files: Iterable[Path]) -> str:
-    """Describe how many files have which ending: "8 .heic, 4 .txt"."""
-    counts = Counter(path.suffix.lower() or "without an ending" for path in files)
-    endings = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{count} {_shown(ending)}" for ending, count in endings[:SHOWN_ENDINGS]]
-    more = sum(count for _, count in endings[SHOWN_ENDINGS:])
+def _count_by_extension(files: Iterable[Path]) -> str:
+    """Describe the number of files by extension: "8 .heic, 4 .txt"."""
+    counts = Counter(path.suffix.lower() or "without an extension" for path in files)
+    extensions = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count} {_printable(extension)}" for extension, count in extensions[:MAX_EXTENSIONS_SHOWN]]
+    more = sum(count for _, count in extensions[MAX_EXTENSIONS_SHOWN:])
     return ", ".join(shown) + (f" and {more} others" if more else "") or "it is empty"
 
 
-def _shown(path: str | Path) -> str:
-    """Return a name as it can be printed: bytes that are not UTF-8 as \\xNN."""
+def _printable(path: str | Path) -> str:
+    """Return a name that can be printed, with \\xNN for bytes that are not UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 

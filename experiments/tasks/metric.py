@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scores of a task as a metric of the `evaluate` library, computed without a network.
+"""Scores of a task as a metric of the `evaluate` library, computed offline.
 
-A module of its own, imported where it is needed: `evaluate` takes seconds to import.
+Imported by `experiments.tasks.scores` only when scores are computed, because importing `evaluate` takes seconds.
 """
 
 from __future__ import annotations
@@ -13,37 +13,38 @@ import datasets
 import evaluate
 import numpy as np
 
-from experiments.tasks.scores import SCORES, values
+from experiments.tasks.scores import SCORES, compute_values
 
-REGRESSION = ("stsb", "regression")
+# Kinds of `SCORES` whose predictions are numbers, not classes or tokens.
+REGRESSION_KINDS = ("stsb", "regression")
 
 
 class TaskMetric(evaluate.Metric):
-    """`evaluate.load("glue", TASK)`, also for masked language modelling and other data, by scikit-learn and scipy.
+    """Offline `evaluate.load("glue", TASK)`, extended to masked language modelling and a user's own data.
 
     Args:
         config_name: a key of `SCORES`.
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        kind = datasets.Value("float64" if self.config_name in REGRESSION else "int64")
+        kind = datasets.Value("float64" if self.config_name in REGRESSION_KINDS else "int64")
         return evaluate.MetricInfo(
             description="Scores of the GLUE benchmark (Wang et al., 2019); NaN where one is undefined.",
             citation="https://arxiv.org/abs/1804.07461",
             inputs_description="Classes, or numbers for stsb and regression; for masked_lm tokens, with -100 among the "
-            "references where nothing is asked.",
+            "references at positions to ignore.",
             features=datasets.Features({"predictions": kind, "references": kind}),
             format="numpy",
         )
 
     def _compute(self, *, predictions: np.ndarray, references: np.ndarray, **kwargs: Any) -> dict[str, float]:
-        computed = values(self.config_name, predictions, references)
+        computed = compute_values(self.config_name, predictions, references)
         return dict(zip(SCORES[self.config_name], computed.tolist(), strict=True))
 
 
 def compute_scores(kind: str, predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Return the values of `SCORES[kind]`, in their order, as `experiments.tasks.scores.score` takes the arguments."""
-    # The library makes a folder, though it keeps the examples in memory.
+    """Return the value of each of `SCORES[kind]`; the arguments are those of `experiments.tasks.scores.score`."""
+    # `evaluate` creates a cache folder even with `keep_in_memory`.
     with TemporaryDirectory() as folder:
         metric = TaskMetric(config_name=kind, cache_dir=folder, keep_in_memory=True)
         computed = metric.compute(predictions=predictions.ravel(), references=references.ravel())

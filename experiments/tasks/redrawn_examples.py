@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training examples of which something is drawn anew in every epoch: crops of images, masks of tokens."""
+"""Training examples with random changes, drawn again in every epoch: crops of images, masks of tokens.
+
+Used by `experiments.tasks.images` and `experiments.tasks.mlm`.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,23 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 
 class RedrawnExamples(torch.utils.data.Dataset):
-    """Training examples, each drawn anew in every epoch: fill `epoch` before it begins.
+    """Training examples that are randomly changed, differently in each epoch; `NextEpoch` sets the epoch.
 
-    What is drawn for an example depends on the seed, the epoch and its place, and on nothing else: a run that is killed
-    and resumed, or that has more workers or processes, sees the same examples. Random numbers of the process would not
-    do: batches are made ahead of the step that a checkpoint is of.
+    The change depends only on the seed, the epoch and the index of the example, so a resumed run, or one with more
+    workers or processes, sees the same examples. The global random state would not ensure that: data loaders prepare
+    batches ahead of the step that a checkpoint saves.
 
     Args:
-        examples: what is drawn from.
-        draw: from an example, its place and a generator to what the model takes.
-        seed: of what is drawn.
+        examples: the unchanged examples.
+        draw: makes model inputs from an example, its index and a random generator.
+        seed: of the random changes.
     """
 
     def __init__(
         self, examples: Dataset, draw: Callable[[dict[str, Any], int, np.random.Generator], dict[str, Any]], seed: int
     ) -> None:
         self.examples, self.draw, self.seed = examples, draw, seed
-        # Shared, so that data loader workers that live on hear of it.
+        # Shared memory, so that persistent data loader workers see the new epoch.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -40,10 +43,10 @@ class RedrawnExamples(torch.utils.data.Dataset):
 
 
 class NextEpoch(TrainerCallback):
-    """Tells the training examples which epoch it is; accelerate would only tell a sampler.
+    """Callback that sets the epoch of the training examples: accelerate sets it for samplers only.
 
     Args:
-        examples: to train on.
+        examples: the training examples.
     """
 
     def __init__(self, examples: RedrawnExamples) -> None:

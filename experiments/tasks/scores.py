@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of predictions: value, standard error, and paired change from other predictions for the same examples.
+"""Scores of predictions: value, standard error, and paired change from a baseline's predictions.
 
-Letters: B examples, K classes, S positions of an example.
+Evaluation calls `score`; reports and cards use `Score`, `flatten_scores` and `parse_scores`.
+
+Shapes: B number of examples, K classes, S positions of an example.
 """
 
 from __future__ import annotations
@@ -15,21 +17,22 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef, mean_squared_error
 
+# Number of bootstrap resamples behind a standard error.
 RESAMPLES = 200
-NOT_ASKED = -100
-"""The reference of a position where nothing is asked, as in PyTorch's losses."""
+IGNORE_INDEX = -100
+"""Reference of a position that is not scored, the default `ignore_index` of PyTorch's losses."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One score of a model on some examples; `None` for a figure that is undefined on them.
+    """One score of a model; a figure that is undefined on the examples is `None`.
 
     Attributes:
         value: the score.
-        stderr: its standard error over the examples; a single example has none.
-        compared: whether it was compared with other predictions for the same examples.
-        change, change_stderr: difference from those, paired by example, and the standard error of the difference, which
-            is far smaller than those of the two scores, since they agree on most examples.
+        stderr: standard error of the score; `None` for a single example.
+        compared: whether the score was compared with a baseline on the same examples.
+        change, change_stderr: difference from the baseline, paired by example, and its standard error. That is far
+            smaller than the standard errors of the two scores, since the models agree on most examples.
     """
 
     value: float | None
@@ -40,15 +43,15 @@ class Score:
 
 
 Scores = dict[str, Score]
-"""Scores by name, such as "accuracy"; names of a second evaluation split end in its suffix, "accuracy_mm"."""
+"""Scores by name, such as "accuracy"; those of MNLI's second evaluation split end in its suffix: "accuracy_mm"."""
 
 
 def flatten_scores(scores: Scores, prefix: str = "") -> dict[str, float | None]:
-    """Return scores as result files name them: `eval_accuracy`, `eval_accuracy_stderr`, `eval_accuracy_change`, ...
+    """Return scores under their names in result files: `eval_accuracy`, `eval_accuracy_stderr`, ...
 
     Args:
-        scores: by name.
-        prefix: put before every name, such as "eval_".
+        scores: scores by name.
+        prefix: prefix of every name, such as "eval_".
     """
     flat: dict[str, float | None] = {}
     for name, score in scores.items():
@@ -59,7 +62,7 @@ def flatten_scores(scores: Scores, prefix: str = "") -> dict[str, float | None]:
 
 
 def parse_scores(figures: Mapping[str, Any], prefix: str = "") -> Scores:
-    """Return the scores among the figures of a result file, whose names `flatten_scores` made; others are left out."""
+    """Return the scores in a result file, whose names come from `flatten_scores`; other figures are left out."""
     scores = {}
     for name, value in figures.items():
         if f"{name}_stderr" in figures and name.startswith(prefix) and not name.endswith("_change"):
@@ -75,30 +78,35 @@ def parse_scores(figures: Mapping[str, Any], prefix: str = "") -> Scores:
 
 
 def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
-    right, asked = _count_right(predictions, references)
-    return float(right.sum() / asked.sum())
+    right, scored = _count_right(predictions, references)
+    return float(right.sum() / scored.sum())
 
 
 def _count_right(predictions: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of right and of asked positions of each example, both (B,)."""
-    asked = references != NOT_ASKED
-    right = (predictions == references) & asked
-    return right.reshape(len(references), -1).sum(axis=1), asked.reshape(len(references), -1).sum(axis=1)
+    """Return the numbers of right and of scored positions of each example, both (B,)."""
+    scored = references != IGNORE_INDEX
+    right = (predictions == references) & scored
+    return right.reshape(len(references), -1).sum(axis=1), scored.reshape(len(references), -1).sum(axis=1)
 
 
 def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
-    """Return F1 of the second class, which `_positive_last` of tasks/glue.py makes the positive one; undefined where
-    there is nothing to find and nothing was found."""
+    """Return F1 of the second class, which `_put_positive_last` in tasks/glue.py makes the positive one.
+
+    NaN if neither the references nor the predictions have a positive.
+    """
     return f1_score(references, predictions) if predictions.any() or references.any() else math.nan
 
 
 def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
-    """By convention 0 for predictions that are all alike (Chicco and Jurman, 2020)."""
+    """Return the Matthews correlation; NaN for constant references.
+
+    By convention 0 for constant predictions (Chicco and Jurman, 2020).
+    """
     return math.nan if np.ptp(references) == 0 else matthews_corrcoef(references, predictions)
 
 
 def _correlation(correlate: Callable) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Undefined where either side is constant."""
+    """Return a correlation function that is NaN if predictions or references are constant."""
 
     def correlation(predictions: np.ndarray, references: np.ndarray) -> float:
         constant = np.ptp(predictions) == 0 or np.ptp(references) == 0
@@ -120,7 +128,7 @@ SCORERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "spearmanr": _correlation(spearmanr),
     "mse": _mse,
 }
-"""Scores by name; NaN where one is undefined."""
+"""Functions of predictions and references, by score; NaN if the score is undefined."""
 SCORES: dict[str, tuple[str, ...]] = {
     "cola": ("matthews_correlation",),
     "mnli": ("accuracy",),
@@ -135,73 +143,73 @@ SCORES: dict[str, tuple[str, ...]] = {
     "classification": ("accuracy",),
     "regression": ("pearson", "spearmanr", "mse"),
 }
-"""Names of the scores of each GLUE task (Wang et al., 2019, table 1) and of a user's own data; `COMBINED` is the mean
-of those before it."""
+"""Names of the scores by kind of prediction: GLUE tasks (Wang et al., 2019, table 1), masked language modelling, own
+data. `COMBINED` is the mean of the scores before it."""
 
 
-def classes(logits: np.ndarray) -> np.ndarray:
-    """Return the most likely of K classes, (B,), from logits (B, K)."""
+def choose_classes(logits: np.ndarray) -> np.ndarray:
+    """Return the most likely class of each example, (B,), from logits (B, K)."""
     return np.argmax(logits, axis=-1)
 
 
-def numbers(logits: np.ndarray) -> np.ndarray:
-    """Return numbers (B,) from logits (B, 1)."""
+def squeeze_numbers(logits: np.ndarray) -> np.ndarray:
+    """Return the predicted number of each example, (B,), from logits (B, 1)."""
     return np.squeeze(logits, axis=-1)
 
 
-def score(kind: str, predictions: np.ndarray, references: np.ndarray, before: np.ndarray | None = None) -> Scores:
-    """Score predictions, with standard errors: an accuracy's in closed form, others' bootstrapped.
+def score(kind: str, predictions: np.ndarray, references: np.ndarray, baseline: np.ndarray | None = None) -> Scores:
+    """Score predictions, with standard errors: closed form for accuracy alone, bootstrap for other scores.
 
-    Examples are independent of each other, the S positions of one example are not.
+    Standard errors treat examples as independent, but not the S positions of one example.
 
     Args:
         kind: a key of `SCORES`.
-        predictions, references: (B,), classes or numbers; of `masked_lm` (B, S), tokens, with `NOT_ASKED` among the
-            references for all that does not count.
-        before: of the same shape, other predictions to compare with.
+        predictions, references: classes or numbers (B,); for `masked_lm` tokens (B, S), with `IGNORE_INDEX` in the
+            references at positions that are not scored.
+        baseline: predictions of another model to compare with, of the same shape.
     """
 
     from experiments.tasks.metric import compute_scores  # takes seconds
 
     def measure(compute: Callable[..., np.ndarray], examples: Any) -> np.ndarray:
-        """Return the value of each score and, with `before`, the change of each."""
+        """Return the value of each score and, with a baseline, the change of each."""
         own = compute(kind, predictions[examples], references[examples])
-        return np.append(own, [] if before is None else own - compute(kind, before[examples], references[examples]))
+        return np.append(own, [] if baseline is None else own - compute(kind, baseline[examples], references[examples]))
 
     names, count = SCORES[kind], len(references)
     found = measure(compute_scores, slice(None))
     if names == ("accuracy",):
-        right, asked = _count_right(predictions, references)
-        parts = [right] if before is None else [right, right - _count_right(before, references)[0]]
-        errors = np.array([_ratio_stderr(part, asked) for part in parts])
+        right, scored = _count_right(predictions, references)
+        parts = [right] if baseline is None else [right, right - _count_right(baseline, references)[0]]
+        errors = np.array([_ratio_stderr(part, scored) for part in parts])
     else:
-        # Seeded by itself: an evaluation must not move the random numbers of a training.
+        # A generator of its own: evaluating must not change the random numbers of training.
         draws = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
-        drawn = np.ma.masked_invalid([measure(values, examples) for examples in draws])
+        drawn = np.ma.masked_invalid([measure(compute_values, examples) for examples in draws])
         errors = drawn.std(axis=0, ddof=1).filled(math.nan)
     if count == 1:
         errors[:] = math.nan
     errors[np.isnan(found)] = math.nan
-    # Value and standard error, of the score and of its change, by name.
+    # Shape (value or standard error, score or change, name of the score).
     table = np.stack([found, errors]).reshape(2, -1, len(names))
     scores = {}
     for name, column in zip(names, np.moveaxis(table, 2, 0), strict=True):
         figures = [float(figure) if math.isfinite(figure) else None for figure in column.T.ravel()]
         value, stderr, change, change_stderr, *_ = [*figures, None, None]
-        scores[name] = Score(value, stderr, change, change_stderr, compared=before is not None)
+        scores[name] = Score(value, stderr, change, change_stderr, compared=baseline is not None)
     return scores
 
 
-def values(kind: str, predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Return the values of `SCORES[kind]`, in their order."""
+def compute_values(kind: str, predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Return the value of each of `SCORES[kind]`, in order."""
     computed = [SCORERS[name](predictions, references) for name in SCORES[kind] if name != COMBINED]
     return np.array(computed + [np.mean(computed)] * (COMBINED in SCORES[kind]))
 
 
-def _ratio_stderr(parts: np.ndarray, asked: np.ndarray) -> float:
-    """Return the standard error of `parts.sum() / asked.sum()`, both (B,), for independent examples.
+def _ratio_stderr(parts: np.ndarray, scored: np.ndarray) -> float:
+    """Return the standard error of `parts.sum() / scored.sum()`, both (B,), for independent examples.
 
-    This is the linearised estimator of a ratio (Cochran, *Sampling Techniques*, 1977, section 6.3). Where every example
-    asks for one thing it is the binomial standard error.
+    This is the linearised estimator of a ratio (Cochran, *Sampling Techniques*, 1977, section 6.3). With one scored
+    position per example it is the binomial standard error.
     """
-    return float(np.sqrt(np.sum((parts - parts.sum() / asked.sum() * asked) ** 2)) / asked.sum())
+    return float(np.sqrt(np.sum((parts - parts.sum() / scored.sum() * scored) ** 2)) / scored.sum())

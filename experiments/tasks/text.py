@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for any task: which files it is read from, and how it becomes tokens."""
+"""Base of the text tasks: arguments for files of text, and tokenization.
+
+Subclassed by `experiments.tasks.glue` and `experiments.tasks.mlm`.
+"""
 
 from __future__ import annotations
 
@@ -15,33 +18,37 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput, naming
 from experiments.tasks.base import LABELS, DataArguments, Task
 from experiments.tasks.labels import LABEL
-from experiments.tasks.reading import TABLE_FORMATS, ending
+from experiments.tasks.reading import TABLE_FORMATS, file_extension
 
 Columns = dict[str, list]
+"""A batch of examples, as `Dataset.map` passes it: lists of values by column."""
 
 
 @dataclass
 class TextDataArguments(DataArguments):
-    """Which sentences, and how they become tokens."""
+    """Arguments that choose files of text and how they are tokenized."""
 
     _argument_group_name: ClassVar[str] = "sentences"
     file_formats: ClassVar[tuple[str, ...]] = TABLE_FORMATS
-    """Endings of the files that are taken."""
+    """Extensions of the files that a task reads."""
 
-    train_file: str | None = field(default=None, metadata={"help": "Own data, to train on."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
-    test_file: str | None = field(default=None, metadata={"help": "The same, to predict; it needs no labels."})
+    train_file: str | None = field(default=None, metadata={"help": "File to train on."})
+    validation_file: str | None = field(default=None, metadata={"help": "File to evaluate on."})
+    test_file: str | None = field(default=None, metadata={"help": "File to predict; it needs no labels."})
     max_seq_length: int | None = field(
         default=None,
         metadata={
-            "help": "Longer inputs are cut, in tokens; a classifier keeps as many positions. By default: as many as "
-            "the model can read."
+            "help": "Cut inputs to this number of tokens (default: number of positions of the model). A masked "
+            "language model from scratch gets this number of positions."
         },
     )
     pad_to_max_length: bool = field(
-        default=False, metadata={"help": "Pad to --max_seq_length, and not just to the longest of the batch."}
+        default=False,
+        metadata={"help": "Pad every input to --max_seq_length, instead of to the longest input of the batch."},
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Read and tokenize anew what is cached."})
+    overwrite_cache: bool = field(
+        default=False, metadata={"help": "Read and tokenize the data again, instead of using the cache."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +58,7 @@ class TextDataArguments(DataArguments):
             path = getattr(self, name)
             if path is None:
                 continue
-            if ending(path) not in self.file_formats:
+            if file_extension(path) not in self.file_formats:
                 raise BadInput(f"--{name} {path}: must end in .{', .'.join(self.file_formats)}")
             if not Path(path).is_file():
                 raise BadInput(f"--{name} {path}: there is no such file")
@@ -59,11 +66,11 @@ class TextDataArguments(DataArguments):
 
 @dataclass
 class TextTask(Task):
-    """Sentences, or pairs of them.
+    """Sentences, or pairs of sentences.
 
     Attributes:
-        arguments: how they become tokens.
-        sentence_columns: one or two.
+        arguments: settings of the tokenization.
+        sentence_columns: names of the one or two columns with text.
     """
 
     arguments: TextDataArguments
@@ -72,27 +79,26 @@ class TextTask(Task):
     input_name: ClassVar[str] = "input_ids"
 
     def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
-        """Return the tokenizer; with no name, the published language model's, whose tokens are bytes."""
+        """Return the tokenizer called `name`; `None`: the byte tokenizer of the published Perceiver language model."""
         if name is None:
             return PerceiverTokenizer()
         with naming(f"--tokenizer_name {name}", Exception):
             return AutoTokenizer.from_pretrained(name, **download)
 
     def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
-        """Give the model an embedding for each token."""
+        """Set the size of the vocabulary to the tokenizer's."""
         config.vocab_size = len(processing_class)
 
-    def tokens(self, config: ToMePerceiverConfig, tokenizer: Any, label_ids: Sequence[int] = ()) -> TextTask:
-        """Return the task with `input_ids`, `attention_mask` and, where examples have them, `labels` as columns.
+    def tokenize(self, config: ToMePerceiverConfig, tokenizer: Any, label_ids: Sequence[int] = ()) -> TextTask:
+        """Return the task with the columns `input_ids`, `attention_mask` and, for labelled examples, `labels`.
 
-        Inputs are padded only if the arguments say so.
-
-        The tokenizer learns how long inputs may be, so that what is saved cuts to the same length.
+        Inputs are padded only with `--pad_to_max_length`. Sets `model_max_length` of the tokenizer, so that the saved
+        tokenizer cuts inputs to the same length.
 
         Args:
-            config: of the model.
-            tokenizer: makes the tokens.
-            label_ids: the model's index of each class; empty where labels, if there are any, are numbers.
+            config: config of the model.
+            tokenizer: the tokenizer.
+            label_ids: the model's index of each class; empty if labels are numbers or missing.
 
         Raises:
             BadInput: if the tokenizer or `--max_seq_length` does not fit the model.
@@ -103,10 +109,10 @@ class TextTask(Task):
                 "tokenizer"
             )
         if tokenizer.pad_token is None:
-            raise BadInput("--tokenizer_name: has no token to pad with; use a tokenizer with a pad_token")
+            raise BadInput("--tokenizer_name: has no padding token; use a tokenizer with a pad_token")
         length = self._length(tokenizer, config)
         tokenizer.model_max_length = length
-        tokenize = self.tokenizing(tokenizer, length, label_ids)
+        tokenize = self.make_tokenize(tokenizer, length, label_ids)
 
         def tokenized(split: Dataset, description: str) -> Dataset:
             return split.map(
@@ -125,20 +131,20 @@ class TextTask(Task):
             calibration=None if self.calibration is None else tokenized(self.calibration, "calibration"),
         )
 
-    def tokenizing(self, tokenizer: Any, length: int, label_ids: Sequence[int]) -> Callable[[Columns], Columns]:
-        """Return what turns a batch of columns into inputs of at most `length` tokens and labels: see `tokens`.
+    def make_tokenize(self, tokenizer: Any, length: int, label_ids: Sequence[int]) -> Callable[[Columns], Columns]:
+        """Return the function for `Dataset.map` that turns a batch into inputs of at most `length` tokens, and labels.
 
-        `datasets` knows it by its code and by what it closes over.
+        `datasets` caches results by a hash of this function's code and of the variables that it captures.
         """
         names = self.sentence_columns
-        how: dict[str, Any] = {"truncation": True, "max_length": length}
-        how["padding"] = "max_length" if self.arguments.pad_to_max_length else False
-        # A fast tokenizer carries how it was called last, by which `datasets` would not know it again when something
-        # has been tokenized in between.
-        tokenizer(*(["a"] for _ in names), **how)
+        options: dict[str, Any] = {"truncation": True, "max_length": length}
+        options["padding"] = "max_length" if self.arguments.pad_to_max_length else False
+        # A fast tokenizer stores the options of its last call, which enter the hash. This call sets them, so that the
+        # hash does not depend on earlier calls.
+        tokenizer(*(["a"] for _ in names), **options)
 
         def tokenize(batch: Columns) -> Columns:
-            tokens = tokenizer(*(batch[name] for name in names), return_attention_mask=True, **how)
+            tokens = tokenizer(*(batch[name] for name in names), return_attention_mask=True, **options)
             columns = {name: tokens[name] for name in ("input_ids", "attention_mask")}
             if LABEL in batch:
                 columns[LABELS] = [label_ids[label] if label_ids else float(label) for label in batch[LABEL]]
@@ -147,15 +153,15 @@ class TextTask(Task):
         return tokenize
 
     def _length(self, tokenizer: Any, config: ToMePerceiverConfig) -> int:
-        """Return how many tokens an input may have."""
+        """Return the maximum number of tokens of an input."""
         positions = config.max_position_embeddings
         length = self.arguments.max_seq_length or positions
         if length > positions:
-            raise BadInput(f"--max_seq_length {length}: must be 1 to {positions}, the positions of the model")
+            raise BadInput(f"--max_seq_length {length}: must be 1 to {positions}, the number of positions of the model")
         special = tokenizer.num_special_tokens_to_add(pair=len(self.sentence_columns) > 1)
         if length <= special:
             raise BadInput(
-                f"--max_seq_length {length}: must be {special + 1} to {positions}, since {special} tokens are around "
-                "the text"
+                f"--max_seq_length {length}: must be {special + 1} to {positions}, since {special} special tokens are "
+                "added to the text"
             )
         return length

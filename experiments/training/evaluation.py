@@ -93,7 +93,7 @@ def predict_and_save(trainer: TaskTrainer, task: PreparedTask, name: str) -> Non
         metrics |= {f"{key}{suffix}": value for key, value in (output.metrics or {}).items()}
         metrics[f"predict_samples{suffix}"] = len(dataset)
         if trainer.is_world_process_zero():
-            predicted = task.written(task.predictions(output.predictions))
+            predicted = task.to_text(task.predictions(output.predictions))
             columns: dict[str, Sequence[Any]] = {"index": range(len(predicted)), "prediction": predicted}
             if files := task.file_names.get(suffix):
                 columns["file"] = files

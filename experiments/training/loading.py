@@ -17,7 +17,7 @@ from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput, naming
 from experiments.merging.arguments import apply_fields
 from experiments.tasks.base import PreparedTask, Task
-from experiments.tasks.labels import checkpoint_labels, listed, matched, warn_of_order
+from experiments.tasks.labels import checkpoint_labels, listed, match_labels, warn_of_order
 from experiments.training.model_arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def load_model_and_task(
     if arguments.model_name_or_path is None:
         task.fit_config(config, processing_class)
     with training.main_process_first(desc="preparing the data"):
-        prepared = task.prepared(config, processing_class, training.seed)
+        prepared = task.prepare(config, processing_class, training.seed)
     model = load_model(arguments, config, task)
     if task.input_name == "input_ids":
         if task.classifies:
@@ -200,7 +200,7 @@ def _describe_misfit(config: ToMePerceiverConfig, task: Task) -> str | None:
     wanted = "a class" if task.labels else "a number"
     if (predicted := _predicted_kind(config)) != wanted:
         return f"its head predicts {predicted} for an input, problem_type={config.problem_type}, the data have {wanted}"
-    if task.labels and matched(task.labels, labels := checkpoint_labels(config)) is None:
+    if task.labels and match_labels(task.labels, labels := checkpoint_labels(config)) is None:
         return (
             f"its head has the labels {listed(labels, ordered=True)} and the data {listed(task.labels, ordered=True)}"
         )

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments.errors import Stopped
 from experiments.tasks.base import LABELS, Batch
-from experiments.tasks.scores import NOT_ASKED
+from experiments.tasks.scores import IGNORE_INDEX
 from experiments.training.progress import Progress, StepLines, results_line, say
 from experiments.training.resume import last_checkpoint, read_loss_sum, record_checkpoint
 from experiments.training.run_record import RunRecord
@@ -136,7 +136,7 @@ def decoding_only_masked(model: nn.Module, inputs: Batch) -> Iterator[Batch]:
 
     Args:
         model: model that is called inside the block.
-        inputs: inputs of the model, with `labels` (B, P) that are `NOT_ASKED` at positions that are not masked.
+        inputs: inputs of the model, with `labels` (B, P) that are `IGNORE_INDEX` at positions that are not masked.
 
     Yields:
         Inputs with the labels of the M masked positions, (1, M), for logits (1, M, V).
@@ -145,7 +145,7 @@ def decoding_only_masked(model: nn.Module, inputs: Batch) -> Iterator[Batch]:
     if decoder is None or LABELS not in inputs:
         yield inputs
         return
-    masked = inputs[LABELS] != NOT_ASKED
+    masked = inputs[LABELS] != IGNORE_INDEX
 
     def select(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         states: Tensor = args[0]  # (B, P, channels)

@@ -21,7 +21,7 @@ from examples.language.learn_from_teacher import (
     slower_parameters,
     unmasked,
 )
-from experiments.tasks.scores import NOT_ASKED
+from experiments.tasks.scores import IGNORE_INDEX
 from experiments.training.stage import task_trainer
 from modeling_tome_perceiver import ToMePerceiverForMaskedLM
 from tests.support.script_run import bad_input_line, call_script
@@ -84,7 +84,7 @@ def prepared(inputs, start):
     arguments = TaughtArguments(max_seq_length=LENGTH, **{name: str(inputs[name]) for name in names})
     model = ToMePerceiverForMaskedLM.from_pretrained(start)
     task = load_taught_task(arguments, predict=False, seed=0)
-    return model, task.prepared(model.config, AutoTokenizer.from_pretrained(start), seed=0)
+    return model, task.prepare(model.config, AutoTokenizer.from_pretrained(start), seed=0)
 
 
 def flags(given: dict[str, object]) -> tuple[object, ...]:
@@ -135,7 +135,7 @@ def test_the_teacher_reads_what_was_masked(prepared):
     for index in range(8):
         original = task.train.examples[index]["input_ids"]
         assert read[index, : len(original)].tolist() == original
-    assert any((example["labels"] != NOT_ASKED).any() for example in rows)
+    assert any((example["labels"] != IGNORE_INDEX).any() for example in rows)
 
 
 def test_the_map_begins_with_the_best_linear_reading_of_the_teachers_states():

@@ -103,7 +103,7 @@ def test_a_tokenizer_of_the_most_frequent_tokens_of_a_teachers(tmp_path):
         (("--vocab_size", -5), "--vocab_size -5: must be 6 or more"),
         (("--vocab_size", 6), "--vocab_size 6: must be "),
         (("--output_dir", "DATA/train.csv"), "--output_dir DATA/train.csv: must be a folder"),
-        (("--text_column", "other"), "--text_column other: is no column of "),
+        (("--text_column", "other"), "--text_column other: "),
         (("--text_column", "empty"), "--dataset_name DATA: has no text"),
     ],
 )

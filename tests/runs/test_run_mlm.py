@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, pipeline
 
-from experiments.tasks.mlm import NOT_ASKED, MlmDataArguments, load_mlm_task
+from experiments.tasks.mlm import IGNORE_INDEX, MlmDataArguments, load_mlm_task
 from modeling_tome_perceiver import ToMePerceiverForMaskedLM
 from tests.support.script_run import call_script, run_script
 from tests.support.tiny_texts import write_model_config, write_sentences
@@ -63,10 +63,10 @@ def test_figures_are_those_of_each_sentence_by_itself(trained, data):
     model = ToMePerceiverForMaskedLM.from_pretrained(trained).eval()
     arguments = MlmDataArguments(dataset_name=str(data[1]), dataset_config_name="one,two", mlm_probability=0.3)
     task = load_mlm_task(arguments, predict=False, seed=3)
-    sight = task.prepared(model.config, AutoTokenizer.from_pretrained(trained), seed=3)
+    sight = task.prepare(model.config, AutoTokenizer.from_pretrained(trained), seed=3)
     right = asked = 0
     for example in sight.evaluation[""]:
-        where = example["labels"] != NOT_ASKED
+        where = example["labels"] != IGNORE_INDEX
         with torch.no_grad():
             logits = model(input_ids=example["input_ids"][None]).logits[0, : len(where)]
         right += int((logits.argmax(-1) == example["labels"])[where].sum())

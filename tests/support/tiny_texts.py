@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from datasets import ClassLabel, Dataset, Features, Value
 
-from experiments.tasks.glue import SENTENCES
+from experiments.tasks.glue import SENTENCE_COLUMNS
 
 LABELS = {
     "cola": ["unacceptable", "acceptable"], "mnli": ["entailment", "neutral", "contradiction"],
@@ -64,9 +64,12 @@ def write_glue(
         label = ClassLabel(names=names) if names else Value("float32")
         if split.startswith("test"):
             values = [-1] * count
-        columns = dict(zip(SENTENCES[task], sentences, strict=True)) | {"label": values, "idx": list(range(count))}
+        columns = dict(zip(SENTENCE_COLUMNS[task], sentences, strict=True)) | {
+            "label": values,
+            "idx": list(range(count)),
+        }
         features = Features(
-            {name: Value("string") for name in SENTENCES[task]} | {"label": label, "idx": Value("int32")}
+            {name: Value("string") for name in SENTENCE_COLUMNS[task]} | {"label": label, "idx": Value("int32")}
         )
         Dataset.from_dict(columns, features=features).to_parquet(folder / task / f"{split}-00000-of-00001.parquet")
     lines = ["---", "configs:"]
@@ -122,6 +125,7 @@ def _sentences(task: str, count: int, seed: int) -> tuple[list, tuple[list[str],
     kinds = len(LABELS[task]) or 6
     labels = [index % kinds for index in range(count)]
     sentences = tuple(
-        [chr(ord("a") + label) * 3 + "x" * int(random.integers(1, 12)) for label in labels] for _ in SENTENCES[task]
+        [chr(ord("a") + label) * 3 + "x" * int(random.integers(1, 12)) for label in labels]
+        for _ in SENTENCE_COLUMNS[task]
     )
     return ([float(label) for label in labels] if not LABELS[task] else labels), sentences

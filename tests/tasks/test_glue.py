@@ -11,7 +11,7 @@ from transformers import EvalPrediction, PerceiverTokenizer
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
-from experiments.tasks.glue import SENTENCES, GlueDataArguments, GlueTask, load_glue_task
+from experiments.tasks.glue import SENTENCE_COLUMNS, GlueDataArguments, GlueTask, load_glue_task
 from tests.support.tiny_texts import LABELS, MODEL, write_glue, write_table
 
 
@@ -27,10 +27,10 @@ def with_labels(config: ToMePerceiverConfig, names: list[str]) -> ToMePerceiverC
 
 
 def prepared(task: GlueTask):
-    return task.prepared(config_for(task), PerceiverTokenizer(), seed=0)
+    return task.prepare(config_for(task), PerceiverTokenizer(), seed=0)
 
 
-@pytest.mark.parametrize("name", sorted(SENTENCES))
+@pytest.mark.parametrize("name", sorted(SENTENCE_COLUMNS))
 def test_every_glue_task_loads_as_from_the_hub(tmp_path, name):
     arguments = GlueDataArguments(task_name=name, dataset_name=str(write_glue(tmp_path, name)))
     task = load_glue_task(arguments, predict=True, seed=0)
@@ -89,7 +89,7 @@ def test_the_checkpoints_order_of_the_labels_stays(tmp_path):
         GlueDataArguments(task_name="sst2", dataset_name=str(write_glue(tmp_path, "sst2"))), predict=False, seed=0
     )
     config = with_labels(config_for(task), ["positive", "negative"])
-    sight = task.prepared(config, PerceiverTokenizer(), seed=0)
+    sight = task.prepare(config, PerceiverTokenizer(), seed=0)
     assert [1 - example["label"] for example in task.train] == [example["labels"] for example in sight.train]
 
 
@@ -257,7 +257,7 @@ def test_columns_that_are_not_certain_are_asked_for(tmp_path, others):
     [
         ({"sentence1_column": "nowhere"}, "--sentence1_column nowhere: .*choose from 'label', 'text'"),
         ({"sentence1_column": "text", "sentence2_column": "label"}, "--sentence2_column label"),
-        ({"sentence2_column": "text"}, "--sentence2_column text: use --sentence1_column"),
+        ({"sentence2_column": "text"}, "--sentence2_column text: .*--sentence1_column"),
         ({"sentence1_column": "text", "sentence2_column": "text"}, "--sentence2_column text"),
     ],
 )
@@ -294,7 +294,7 @@ def test_a_folder_and_its_files_give_the_same(tmp_path):
 def test_what_was_read_is_said_in_a_few_lines(tmp_path):
     path = str(write_table(tmp_path / "own.csv", {"text": WORDS, "annotator": WORDS} | LABEL))
     task = load_glue_task(GlueDataArguments(train_file=path, validation_file=path), predict=False, seed=0)
-    assert task.read == [
+    assert task.summary == [
         f"--train_file {path}: sentence in column 'text', class in column 'label'; not used: 'annotator'",
         "train: 3 examples, validation: 3 examples",
         "2 classes, in train: 'x' 2, 'y' 1",
@@ -311,7 +311,7 @@ def test_whether_labels_are_numbers_can_be_said(tmp_path, given, expected):
 
 def test_what_was_read_of_numbers(tmp_path):
     task = own(tmp_path, {"text": WORDS, "label": [0.5, 1, -2]}, validation={"text": WORDS, "label": [0.5, 1, -2]})
-    assert task.read[-1] == "labels are numbers (regression), in train from -2 to 1"
+    assert task.summary[-1] == "labels are numbers (regression), in train from -2 to 1"
     assert task.first_input(prepared(task)) == "first input, 6 tokens: '[CLS]good[SEP]', 0.5"
 
 
@@ -347,7 +347,7 @@ def test_a_checkpoint_predicts_a_file_alone(tmp_path, classes, kind):
     sight = prepared(task)
     assert (sight.labels, sight.kind, len(sight.train), len(sight.prediction[""])) == (classes, kind, 0, 3)
     columns = "sentence in column 'text'; not used: 'id'"
-    assert task.read == [f"--test_file {path}: {columns}", "test (to predict): 3 examples"]
+    assert task.summary == [f"--test_file {path}: {columns}", "test (to predict): 3 examples"]
 
 
 def test_a_checkpoint_evaluates_a_file_alone(tmp_path):
@@ -366,4 +366,4 @@ def test_a_folder_that_is_called_as_glue_is_on_the_hub_is_not_read_instead(tmp_p
     with pytest.raises(BadInput, match="--task_name rte: .*--dataset_name ./nyu-mll/glue"):
         load_glue_task(GlueDataArguments(task_name="rte"), predict=False, seed=0)
     task = load_glue_task(GlueDataArguments(task_name="rte", dataset_name="./nyu-mll/glue"), predict=False, seed=0)
-    assert task.read[0].startswith("--dataset_name ./nyu-mll/glue (a folder here): ")
+    assert task.summary[0].startswith("--dataset_name ./nyu-mll/glue (a local folder): ")

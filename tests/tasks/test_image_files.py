@@ -92,7 +92,7 @@ ACCEPTED: dict[str, bytes] = {
     "rgb.jp2": encoded(RGB, "JPEG2000"),
     "pixel.png": encoded(RGB.resize((1, 1)), "PNG"),
 }
-MORE_BITS, TRANSPARENT, NO_IMAGE = "more than 8 bits", "is transparent in places", "is no image that Pillow can read"
+MORE_BITS, TRANSPARENT, NO_IMAGE = "more than 8 bits", "is transparent in places", "image that Pillow can read"
 REFUSED: dict[str, tuple[bytes, str]] = {
     "grey_16_bits.png": (encoded(RGB.convert("L").convert("I;16"), "PNG"), MORE_BITS),
     "grey_16_bits.tif": (encoded(RGB.convert("L").convert("I;16"), "TIFF"), MORE_BITS),
@@ -216,7 +216,7 @@ def test_files_that_are_left_out_are_counted(tmp_path):
     images, left_out = read_image_folder("--train_dir x", str(tmp_path))
     assert len(images) == 2
     assert left_out == [
-        "files of --train_dir x that are in no example (2 .heic, 1 .jxl, 1 .md, 1 .xml, 1 without an ending)"
+        "files of --train_dir x that are in no example (2 .heic, 1 .jxl, 1 .md, 1 .xml, 1 without an extension)"
     ]
 
 

@@ -36,7 +36,7 @@ def prepared(task: ImageTask, side: int | None = 16, **fields: object) -> Prepar
     config.id2label = dict(enumerate(task.labels))
     config.label2id = {name: index for index, name in enumerate(task.labels)}
     size = {"do_resize": False} if side is None else {"size": {"height": side, "width": side}}
-    return task.prepared(config, PerceiverImageProcessorPil(do_center_crop=False, **size), seed=0)
+    return task.prepare(config, PerceiverImageProcessorPil(do_center_crop=False, **size), seed=0)
 
 
 def test_greyscale_becomes_three_channels(tmp_path):
@@ -66,7 +66,7 @@ def test_validation_before_test(tmp_path, splits, evaluated):
 def test_a_share_of_the_training_images_where_there_is_nothing_else(tmp_path):
     task = load(dataset_name=str(write_images(tmp_path, {"train": 20})), train_val_split=0.25)
     assert (len(task.train), len(task.evaluation[""])) == (15, 5)
-    assert task.read[1] == "train: 15 examples, evaluated (held out of train): 5 examples"
+    assert task.summary[1] == "train: 15 examples, evaluated (held out of train): 5 examples"
 
 
 def test_a_validation_folder_of_fewer_classes_goes_by_name(tmp_path):
@@ -206,7 +206,7 @@ def test_columns_are_found_by_their_names(tmp_path, image, label):
     """Or as the only one that can be it, if there is one."""
     task = load_table(tmp_path, id=range(COUNT), **{label: CATS_AND_DOGS, image: FILES}, name=["a"] * COUNT)
     assert classes(task) == dict(enumerate(CATS_AND_DOGS))
-    assert task.read[0].endswith(f": images in column '{image}', labels in column '{label}'")
+    assert task.summary[0].endswith(f": images in column '{image}', labels in column '{label}'")
 
 
 @pytest.mark.parametrize("given", [{}, {"image_column_name": "image", "label_column_name": "label"}])
@@ -223,7 +223,7 @@ def test_columns_beside_others_that_may_be_meant(tmp_path, given):
         ({"left": FILES, "right": FILES, "label": CATS_AND_DOGS}, ("--image_column_name", "'left', 'right'")),
         ({"image": FILES, "species": CATS_AND_DOGS}, ("--label_column_name", "choose from 'species'")),
         ({"image": FILES, "label": CATS_AND_DOGS, "labels": CATS_AND_DOGS}, ("--label_column_name", "'labels'")),
-        ({"image": FILES}, ("has images and no labels",)),
+        ({"image": FILES}, ("no labels", "metadata.csv")),
         ({"text": CATS_AND_DOGS, "label": CATS_AND_DOGS}, ("no column of images", "'label', 'text'")),
         ({"image": ["a.png"] * COUNT, "label": CATS_AND_DOGS}, ("'image' holds large_string", "metadata.csv")),
         ({"image": FILES, "label": ["cat", None] * 6}, ("split 'train': column 'label' has no value", "6 of 12")),
@@ -249,7 +249,7 @@ def test_a_metadata_file(tmp_path, argument):
     pd.DataFrame({"file_name": names, "label": CATS_AND_DOGS}).to_csv(tmp_path / "metadata.csv", index=False)
     task = load(**{argument: str(tmp_path)})
     assert classes(task) == dict(enumerate(CATS_AND_DOGS))
-    assert task.read[-1] == f"left out: files of --{argument} {tmp_path} that are in no example (1 .heic, 1 .png)"
+    assert task.summary[-1] == f"left out: files of --{argument} {tmp_path} that are in no example (1 .heic, 1 .png)"
 
 
 def test_an_archive_of_images_is_to_be_unpacked(tmp_path):
@@ -276,8 +276,8 @@ def test_a_class_does_not_vanish_from_a_folder(tmp_path, argument):
     write_files(tmp_path, *grid("cat", "dog"), "dog/4.heic")
     task = load(**{argument: str(tmp_path)})
     assert task.labels == ["cat", "dog"]
-    assert ("a class for each folder" in task.read[0]) == (argument == "train_dir")
-    assert task.read[-1] == f"left out: files of --{argument} {tmp_path} that are in no example (1 .heic)"
+    assert ("a class for each folder" in task.summary[0]) == (argument == "train_dir")
+    assert task.summary[-1] == f"left out: files of --{argument} {tmp_path} that are in no example (1 .heic)"
     write_files(tmp_path, "cow/1.heic")
     with pytest.raises(BadInput, match=rf"--{argument} .*: the folder cow has no image that can be read \(1 .heic\)"):
         load(**{argument: str(tmp_path)})
@@ -316,7 +316,7 @@ def test_labels_that_stand_for_none_are_ignored(tmp_path, folders):
     train, test = write_files(tmp_path / "train", *grid("cat", "dog")), write_files(tmp_path / "test", *grid(*folders))
     task = load(True, train_dir=str(train), test_dir=str(test))
     assert task.prediction[""].column_names == ["image", "row"] and len(task.evaluation[""]) == 2
-    assert task.read[-1] == "left out: the labels of split 'test', none of which is a class of training"
+    assert task.summary[-1] == "left out: the labels of split 'test', none of which is a class of training"
     write_files(test, "cat/1.png")
     with pytest.raises(BadInput, match=f"split 'test' has the labels '{folders[0]}'"):
         load(True, train_dir=str(train), test_dir=str(test))
@@ -332,7 +332,7 @@ def test_a_checkpoint_needs_no_images_to_train_on(tmp_path):
 
     task = loaded(True, False, test_dir=flat)
     assert task.evaluation == {} and len(task.train) == 0 and task.file_names == {"": ["1.png", "2.png"]}
-    assert task.read == [f"--test_dir {flat}: images in column 'image', no labels", "predicted: 2 examples"]
+    assert task.summary == [f"--test_dir {flat}: images in column 'image', no labels", "predicted: 2 examples"]
     task = loaded(True, True, validation_dir=test, test_dir=flat)
     assert task.evaluation[""]["label"] == [2] * 4 + [0] * 4 and task.labels == ["dog", "cow", "cat"]
     assert loaded(False, True, test_dir=test).evaluation[""]["label"] == [2] * 4 + [0] * 4

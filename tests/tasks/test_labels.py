@@ -15,8 +15,8 @@ from transformers import EvalPrediction
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
 from experiments.tasks.base import PreparedTask
-from experiments.tasks.labels import has_labels, label_ids, label_names, listed, matched, with_labels
-from experiments.tasks.scores import classes
+from experiments.tasks.labels import has_labels, label_ids, label_names, listed, match_labels, with_labels
+from experiments.tasks.scores import choose_classes
 
 
 def prepared(names: list[str], ids: list[int], kind: str) -> PreparedTask:
@@ -26,7 +26,7 @@ def prepared(names: list[str], ids: list[int], kind: str) -> PreparedTask:
         prediction={},
         processing_class=None,
         collate=dict,
-        predicted=classes,
+        decode_logits=choose_classes,
         kind=kind,
         labels=names,
         label_ids=ids,
@@ -44,7 +44,7 @@ def test_no_score_depends_on_the_order_of_label2id(order, seed, kind):
     ids = np.array(order)[references]
     with patch("experiments.tasks.scores.RESAMPLES", 3):
         assert other.metrics(EvalPrediction(shuffled, ids)) == plain.metrics(EvalPrediction(logits, references))
-    assert other.written(other.predictions(shuffled)) == plain.written(plain.predictions(logits))
+    assert other.to_text(other.predictions(shuffled)) == plain.to_text(plain.predictions(logits))
     assert other.references(ids).tolist() == references.tolist()
 
 
@@ -70,7 +70,7 @@ def test_no_score_depends_on_the_order_of_label2id(order, seed, kind):
     ],
 )
 def test_which_label_is_which(data, checkpoint, expected):
-    assert matched(data, checkpoint) == expected
+    assert match_labels(data, checkpoint) == expected
 
 
 def test_a_config_of_other_labels_is_refused_with_both_sets():

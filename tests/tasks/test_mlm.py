@@ -14,7 +14,7 @@ from transformers import PerceiverTokenizer, PreTrainedTokenizerFast
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput
 from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
-from experiments.tasks.mlm import NOT_ASKED, MlmDataArguments, MlmTask, load_mlm_task
+from experiments.tasks.mlm import IGNORE_INDEX, MlmDataArguments, MlmTask, load_mlm_task
 from experiments.training.model_arguments import ModelArguments
 from modeling_tome_perceiver import ToMePerceiverForMaskedLM
 from tests.support.tiny_models import stock_model
@@ -40,7 +40,7 @@ def files(tmp_path, **splits: list[str]) -> MlmTask:
 
 
 def prepared(task: MlmTask, seed: int = 0):
-    return task.prepared(CONFIG, TOKENIZER, seed)
+    return task.prepare(CONFIG, TOKENIZER, seed)
 
 
 def test_configurations_are_one_pool_and_what_is_evaluated_is_not_trained_on(folder):
@@ -68,7 +68,7 @@ def test_every_column_of_text_is_read(tmp_path, columns, named):
     path = str(write_table(tmp_path / "own.csv", others | {first: ["aa", "bb"], second: ["cc", " "]}))
     given = {"train_file": path, "text_column": named, "validation_split_percentage": 40}
     task = load_mlm_task(MlmDataArguments(**given), predict=False, seed=0)
-    assert f"sentences from '{first}', '{second}'" in task.read[0] and "annotator" in task.read[0]
+    assert f"sentences from '{first}', '{second}'" in task.summary[0] and "annotator" in task.summary[0]
     assert sorted([*task.train["sentence"], *task.evaluation[""]["sentence"]]) == ["aa", "bb", "cc"]
     assert len(task.evaluation[""]) == 1
 
@@ -85,9 +85,9 @@ LINES = "The cat sat, and then it left.\nA dog came, and it stayed.\n"
 @pytest.mark.parametrize(
     ("name", "text", "given", "says"),
     [
-        ("a.csv", LINES, {}, ["--train_file", "no name of a column means text ('The cat sat', 'and then", ".txt file"]),
+        ("a.csv", LINES, {}, ["--train_file", "('The cat sat', 'and then", ".txt file"]),
         ("a.csv", "id,label,caption\na,b,c d\n", {}, ["('id', 'label', 'caption')", "--text_column"]),
-        ("a.csv", "id,text\na,b\n", {"text_column": ["body"]}, ["--text_column body: is no column", "'id', 'text'"]),
+        ("a.csv", "id,text\na,b\n", {"text_column": ["body"]}, ["--text_column body: ", "'id', 'text'"]),
     ],
 )
 def test_a_file_without_a_column_that_means_text_is_refused(tmp_path, name, text, given, says):
@@ -133,7 +133,7 @@ def test_training_masks_anew_and_evaluation_always_alike(folder):
     assert len(one.evaluation[""]) == len(other.evaluation[""])
     for example, again in zip(one.evaluation[""], other.evaluation[""], strict=True):
         assert all(example[name].equal(again[name]) for name in ("input_ids", "labels"))
-        assert (example["labels"] != NOT_ASKED).any()
+        assert (example["labels"] != IGNORE_INDEX).any()
 
 
 def test_what_is_asked_is_what_stood_there_and_never_a_special_token(folder):
@@ -142,7 +142,7 @@ def test_what_is_asked_is_what_stood_there_and_never_a_special_token(folder):
     sight = prepared(task)
     for index, sentence in enumerate(task.train["sentence"]):
         example, tokens = sight.train[index], torch.tensor(TOKENIZER(sentence)["input_ids"])
-        where = example["labels"] != NOT_ASKED
+        where = example["labels"] != IGNORE_INDEX
         assert example["labels"][where].equal(tokens[where])
         assert example["input_ids"][~where].equal(tokens[~where])
         assert not where[0] and not where[-1]  # [CLS] and [SEP]
@@ -165,7 +165,7 @@ def test_labels_are_for_every_position_that_is_decoded(folder, pad):
     chosen = [
         (output.logits[row, place], example["labels"][place])
         for row, example in enumerate(examples)
-        for place in torch.nonzero(example["labels"] != NOT_ASKED)[:, 0]
+        for place in torch.nonzero(example["labels"] != IGNORE_INDEX)[:, 0]
     ]
     expected = torch.stack([F.cross_entropy(logits, label) for logits, label in chosen]).mean()
     torch.testing.assert_close(output.loss, expected)
@@ -200,7 +200,7 @@ def joined(tmp_path, length: int = 10, **given: object) -> MlmTask:
 def test_lines_are_joined_with_special_tokens_around_each_and_cut(tmp_path):
     """The sentences of a row follow one another, rows stay in their order, and what is alike comes once; a row of which
     a sentence is evaluated is not trained on. What does not fill an input is dropped."""
-    tokens = joined(tmp_path, length=7).tokens(CONFIG, TOKENIZER)
+    tokens = joined(tmp_path, length=7).tokenize(CONFIG, TOKENIZER)
     sentences = ["ab", "xy", "cde", "z"]
     ids = [token for sentence in sentences for token in TOKENIZER(sentence)["input_ids"]]
     assert tokens.train["input_ids"] == [ids[:7], ids[7:14]] and len(ids) == 16
@@ -227,7 +227,7 @@ def test_tokens_are_cached_on_disk_by_all_that_changes_them(folder, line_by_line
 
     def files(tokenizer, **given: object) -> list[str]:
         task = loaded(folder, line_by_line=line_by_line, **{"max_seq_length": 9} | given)
-        tokens = task.tokens(CONFIG, tokenizer)
+        tokens = task.tokenize(CONFIG, tokenizer)
         return [each["filename"] for split in (tokens.evaluation[""], tokens.train) for each in split.cache_files]
 
     fast, other = (fast_tokenizer(letters) for letters in ("abc", "cba"))
@@ -310,7 +310,7 @@ def test_models_and_tokenizers_that_do_not_fit(folder):
     maskless = PerceiverTokenizer()
     maskless.mask_token = None
     with pytest.raises(BadInput, match="mask token"):
-        task.prepared(CONFIG, maskless, seed=0)
+        task.prepare(CONFIG, maskless, seed=0)
     with pytest.raises(BadInput, match=f"--max_seq_length {POSITIONS + 1}"):
         prepared(loaded(folder, max_seq_length=POSITIONS + 1))
     with pytest.raises(BadInput, match="--mlm_probability 1e-09"):

@@ -38,7 +38,7 @@ def table(path: Path, rows: list[dict[str, str]] = ROWS) -> str:
 
 
 def read(path: str) -> Dataset:
-    return read_file(f"--train_file {path}", path, anew=False)
+    return read_file(f"--train_file {path}", path, overwrite_cache=False)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.tsv", "a.json", "a.jsonl", "A.JsonL", "a.parquet"])
@@ -70,7 +70,7 @@ def test_a_changed_file_is_read_again_whatever_its_time_says(tmp_path):
         ("a.csv", "text,label\na,b\nd,e,f\n", "line 3"),
         ("a.csv", "text,text,label\na,b,c\n", "'text' twice"),
         ("a.csv", "text,label\nä,b\n".encode("latin-1"), "utf-8"),
-        ("a.csv", "text,label\na,b\nd\n", "line 3: has fewer fields than its header (1, not 2)"),
+        ("a.csv", "text,label\na,b\nd\n", "(1, not 2)"),
         ("a.csv", 'text,label\n"Great" film,x\n', "line 2: "),
         ("a.csv", "text\na\n\nb\n", "line 3 is empty"),
         ("a.csv", "text,label\n,\n", "has no example"),
@@ -113,7 +113,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, name, content, says):
 def test_text_is_as_it_is_spelled_in_a_file_and_in_a_folder(tmp_path, name, content, rows, as_folder):
     path = written(tmp_path / "train" / name, content)
     data = (
-        read_dataset("--dataset_name x", str(tmp_path / "train"), None, anew=False)["train"]
+        read_dataset("--dataset_name x", str(tmp_path / "train"), None, overwrite_cache=False)["train"]
         if as_folder
         else read(path)
     )
@@ -130,7 +130,10 @@ def test_the_index_of_a_data_frame_is_no_column(tmp_path):
     frame = pd.DataFrame({"text": list("abc"), "label": list("xyx")}, index=[7, 3, 5])
     frame.to_parquet(tmp_path / "train.parquet")
     assert read(str(tmp_path / "train.parquet")).column_names == ["text", "label"]
-    assert read_dataset("--dataset_name x", str(tmp_path), None, anew=False)["train"].column_names == ["text", "label"]
+    assert read_dataset("--dataset_name x", str(tmp_path), None, overwrite_cache=False)["train"].column_names == [
+        "text",
+        "label",
+    ]
 
 
 def test_a_mark_of_the_byte_order_is_no_part_of_a_name(tmp_path):
@@ -144,20 +147,20 @@ def test_classes_in_another_order_in_another_split_are_refused(tmp_path):
         rows = {"text": ["x", "y"], "label": [0, 1]}
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
     with pytest.raises(BadInput, match="classes of column 'label' are .*validation.parquet.*train.parquet"):
-        read_dataset(f"--dataset_name {tmp_path}", str(tmp_path), None, anew=False)
+        read_dataset(f"--dataset_name {tmp_path}", str(tmp_path), None, overwrite_cache=False)
 
 
 def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
     folder = write_glue(tmp_path / "glue[1]", "sst2")
     write_glue(tmp_path / "glue1", "sst2")
     with pytest.raises(BadInput, match=r"--dataset_name .*without \*"):
-        read_dataset(f"--dataset_name {folder}", str(folder), "sst2", anew=False)
+        read_dataset(f"--dataset_name {folder}", str(folder), "sst2", overwrite_cache=False)
 
 
 def test_packed_files_in_a_folder_are_refused(tmp_path):
     (tmp_path / "train.csv.gz").write_bytes(gzip.compress(b"text,label\na,01\n"))
     with pytest.raises(BadInput, match="^--dataset_name x: holds gz files; unpack them"):
-        read_dataset("--dataset_name x", str(tmp_path), None, anew=False)
+        read_dataset("--dataset_name x", str(tmp_path), None, overwrite_cache=False)
 
 
 @pytest.mark.parametrize("names", [("Train.csv", "Test.csv"), ("reviews_train.csv", "reviews_Validation.csv")])
@@ -166,7 +169,7 @@ def test_held_out_files_are_not_trained_on_because_of_capitals(tmp_path, names):
     for name in names:
         table(tmp_path / name)
     if "train" in names[0]:
-        assert read_dataset("--dataset_name x", str(tmp_path), None, anew=False)["train"].to_list() == ROWS
+        assert read_dataset("--dataset_name x", str(tmp_path), None, overwrite_cache=False)["train"].to_list() == ROWS
         return
     with pytest.raises(BadInput, match=r"^--dataset_name x: Test.csv would be read as a part of split 'train'; name"):
-        read_dataset("--dataset_name x", str(tmp_path), None, anew=False)
+        read_dataset("--dataset_name x", str(tmp_path), None, overwrite_cache=False)

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.tasks.scores import NOT_ASKED, SCORES, Score, Scores, flatten_scores, parse_scores, score
+from experiments.tasks.scores import IGNORE_INDEX, SCORES, Score, Scores, flatten_scores, parse_scores, score
 from tests.support.script_run import ROOT
 
 PREDICTIONS, REFERENCES = np.array([1, 0, 1, 1, 0, 1]), np.array([1, 0, 0, 1, 1, 1])
@@ -53,7 +53,7 @@ def test_scores_of_known_numbers():
 )
 @pytest.mark.parametrize("kind", ["stsb", "regression"])
 def test_a_correlation_with_a_constant_is_undefined(kind, predictions, references):
-    scores = score(kind, predictions, references, before=predictions)
+    scores = score(kind, predictions, references, baseline=predictions)
     assert undefined(scores) == {"pearson", "spearmanr", *(["combined_score"] if kind == "stsb" else [])}
     assert scores["pearson"] == Score(None, compared=True)
     json.dumps(flatten_scores(scores), allow_nan=False)
@@ -125,8 +125,8 @@ def test_a_bootstrapped_change_is_surer_than_its_two_scores(kind):
 
 def test_only_what_is_asked_counts():
     """By hand: of three tokens that are asked two are right; a prediction of -100 where nothing is asked is not."""
-    predictions = np.array([[3, 5, NOT_ASKED], [7, 7, 7]])
-    references = np.array([[3, 4, NOT_ASKED], [NOT_ASKED, 7, NOT_ASKED]])
+    predictions = np.array([[3, 5, IGNORE_INDEX], [7, 7, 7]])
+    references = np.array([[3, 4, IGNORE_INDEX], [IGNORE_INDEX, 7, IGNORE_INDEX]])
     # Sentences that have 1 of 2 and 1 of 1 right, where 2/3 of each would be 4/3 and 2/3.
     error = ((1 - 4 / 3) ** 2 + (1 - 2 / 3) ** 2) ** 0.5 / 3
     assert score("masked_lm", predictions, references)["accuracy"] == Score(2 / 3, pytest.approx(error))
@@ -147,7 +147,7 @@ def test_standard_errors_know_that_the_tokens_of_a_sentence_hang_together():
     def sample(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         random = np.random.default_rng(seed)
         references = random.integers(9, size=(200, 20))
-        references[np.arange(20) >= random.integers(1, 13, size=(200, 1))] = NOT_ASKED
+        references[np.arange(20) >= random.integers(1, 13, size=(200, 1))] = IGNORE_INDEX
         before = np.where(random.random((200, 1)) < 0.6, references, 99)
         return np.where(random.random((200, 1)) < 0.1, 99, before), references, before
 
@@ -156,7 +156,7 @@ def test_standard_errors_know_that_the_tokens_of_a_sentence_hang_together():
         spread = np.std([getattr(each, value) for each in samples])
         assert np.mean([getattr(each, error) for each in samples]) == pytest.approx(spread, rel=0.15)
     predictions, references, _ = sample(0)
-    asked = references != NOT_ASKED
+    asked = references != IGNORE_INDEX
     assert samples[0].stderr > 1.8 * score("sst2", predictions[asked], references[asked])["accuracy"].stderr
 
 

@@ -25,7 +25,7 @@ def prepared(
         arguments.task_name, arguments.dataset_name = "sst2", str(write_glue(folder, "sst2"))
     task = load_glue_task(arguments, predict=False, seed=0)
     config = ToMePerceiverConfig(**MODEL | {"vocab_size": vocab_size, "num_labels": len(task.labels)})
-    return task.prepared(config, tokenizer or PerceiverTokenizer(), seed=0)
+    return task.prepare(config, tokenizer or PerceiverTokenizer(), seed=0)
 
 
 @pytest.mark.parametrize(("pad", "length"), [(False, None), (True, 20), (True, None)])

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from configuration_tome_perceiver import ToMePerceiverConfig
-from experiments.tasks.scores import NOT_ASKED
+from experiments.tasks.scores import IGNORE_INDEX
 from experiments.training.elastic import ElasticTrainer
 from experiments.training.trainer import TaskTrainer, decoding_only_masked
 from modeling_tome_perceiver import ToMePerceiverForMaskedLM
@@ -28,8 +28,8 @@ def model() -> ToMePerceiverForMaskedLM:
 def batch() -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(6, MODEL["vocab_size"], (ROWS, LENGTH), generator=random)
-    labels = torch.full((ROWS, POSITIONS), NOT_ASKED)
-    labels[:, :LENGTH] = torch.where(torch.rand(ROWS, LENGTH, generator=random) < 0.3, ids, NOT_ASKED)
+    labels = torch.full((ROWS, POSITIONS), IGNORE_INDEX)
+    labels[:, :LENGTH] = torch.where(torch.rand(ROWS, LENGTH, generator=random) < 0.3, ids, IGNORE_INDEX)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_those_of_all_positions(model, smoothing):
 
 def test_only_masked_positions_are_decoded_and_only_meanwhile(model):
     inputs = batch()
-    masked = inputs["labels"] != NOT_ASKED
+    masked = inputs["labels"] != IGNORE_INDEX
     before = model(**inputs)
     with decoding_only_masked(model, inputs) as some:
         meanwhile = model(**some)
