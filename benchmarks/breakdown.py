@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a merged forward pass goes, and what of it matching and merging take.
+"""Measure how much time each part of a merged forward pass takes, matching and merging among them.
 
-A clock changes hands at the borders of the parts: hooks on the modules, and the functions that match and merge, wrapped
-from outside; what is inside a part and is a part itself counts there alone, so the parts are of the whole pass and sum
-to it. On a GPU the clock waits at every border until the device is done, so that the parts are the device's; a pass
-without the clock, timed in the same rounds, stands beside their sum. A part's time is the median over the rounds. The
-models have the published shapes and random weights.
+Hooks on the modules, and wrappers around the functions that match and merge, charge the time to the innermost part that
+is running, so the times of all parts sum to the time of the pass. On a GPU the clock synchronises with the device
+whenever a part begins or ends. Each round also times a pass without the clock, which shows what the clock costs. The
+time of a part is the median over the rounds. The models have the published shapes and random weights.
 
     python benchmarks/breakdown.py --small
     python benchmarks/breakdown.py --batch_size 1 8 --rounds 5
@@ -30,13 +29,13 @@ import numpy as np
 import torch
 from torch import nn
 
-# A script's own folder is on the path, the repository's root, where the modules are, is not.
+# Python adds this script's folder to sys.path, but not the repository root, which holds the modules.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 import layers_tome_perceiver
 from benchmarks.published_models import DTYPES
-from benchmarks.speed_rows import Cell, SpeedArguments, Table, run_cells, spread
+from benchmarks.speed_rows import Cell, SpeedArguments, Table, format_quartiles, run_cells
 from cost_tome_perceiver import Merging
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
@@ -49,25 +48,25 @@ CROSS_ATTENTION, DECODER = "cross-attention", "decoder"
 PROJECTIONS, ATTENTION, MLP, NORMS = "projections", "attention products", "MLP", "layer norms"
 MATCHING, MERGING, REST = "matching", "merging", "the rest"
 PARTS = (PROJECTIONS, ATTENTION, MLP, NORMS, MATCHING, MERGING, CROSS_ATTENTION, DECODER, REST)
-"""The parts of a pass: six of the self-attention layers, the encoder's cross-attention layer and the decoder as wholes,
-and the rest, which is the preprocessing, the residuals, and Python between the parts."""
+"""Parts of a pass: six within the self-attention layers, then the encoder's cross-attention layer, the decoder, and the
+rest, which is preprocessing, residuals and Python overhead."""
 
 
 @dataclass
 class BreakdownArguments(SpeedArguments):
     """Settings of this benchmark."""
 
-    usual: ClassVar[dict[str, Any]] = {"batch_size": [8], "r": [0, 8, 16], "flops_ratio": [0.325], "rounds": 10}
-    reduced: ClassVar[dict[str, Any]] = {"batch_size": [1], "r": [0, 8, 16], "flops_ratio": [0.4], "rounds": 5}
+    defaults: ClassVar[dict[str, Any]] = {"batch_size": [8], "r": [0, 8, 16], "flops_ratio": [0.325], "rounds": 10}
+    small_defaults: ClassVar[dict[str, Any]] = {"batch_size": [1], "r": [0, 8, 16], "flops_ratio": [0.4], "rounds": 5}
 
-    output_dir: str = field(default="outputs/breakdown", metadata={"help": "Where the results go."})
+    output_dir: str = field(default="outputs/breakdown", metadata={"help": "Output folder."})
 
 
 class PartClock:
-    """Seconds of each part of one pass: at any time one part, the innermost that was entered, is running.
+    """Stopwatch that charges each moment of one pass to the innermost part that is running.
 
     Args:
-        synchronize: waits for the device; called at every border.
+        synchronize: waits for the device; called whenever a part begins or ends.
     """
 
     def __init__(self, synchronize: Callable[[], object]) -> None:
@@ -77,23 +76,23 @@ class PartClock:
         self._since = self._now()
 
     def enter(self, part: str) -> None:
-        """Charge a part from here on."""
+        """Begin a part: charge time to it from now on."""
         self.charge()
         self._entered.append(part)
 
     def leave(self) -> None:
-        """Charge the part around the one that was entered last from here on."""
+        """End the innermost part: charge time to the part around it from now on."""
         self.charge()
         self._entered.pop()
 
     def charge(self) -> None:
-        """Charge what went by since the last border."""
+        """Charge the time since the last change to the running part."""
         now = self._now()
         self.seconds[self._entered[-1]] += now - self._since
         self._since = now
 
-    def charging(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `function` such that its calls are charged to a part."""
+    def charge_calls(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a function so that the time of its calls is charged to a part."""
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             self.enter(part)
@@ -108,8 +107,8 @@ class PartClock:
         return time.perf_counter()
 
 
-def module_parts(model: ToMePerceiverPreTrainedModel) -> list[tuple[nn.Module, str]]:
-    """Return the modules that are parts."""
+def list_module_parts(model: ToMePerceiverPreTrainedModel) -> list[tuple[nn.Module, str]]:
+    """List the modules that are timed, each with its part."""
     base = model.base_model
     parts: list[tuple[nn.Module, str]] = [(base.encoder.cross_attention, CROSS_ATTENTION), (base.decoder, DECODER)]
     for layer in base.encoder.self_attends:
@@ -121,25 +120,25 @@ def module_parts(model: ToMePerceiverPreTrainedModel) -> list[tuple[nn.Module, s
 
 
 @contextmanager
-def charged(model: ToMePerceiverPreTrainedModel, clock: PartClock) -> Iterator[None]:
-    """Charge passes of the model inside to their parts."""
+def charge_parts(model: ToMePerceiverPreTrainedModel, clock: PartClock) -> Iterator[None]:
+    """Charge the model's forward passes to their parts while the context lasts."""
 
     def matchers(*arguments: Any) -> list[MatchLatents | None]:
-        return [None if each is None else clock.charging(MATCHING, each) for each in layer_matchers(*arguments)]
+        return [None if each is None else clock.charge_calls(MATCHING, each) for each in layer_matchers(*arguments)]
 
     layers = layers_tome_perceiver
     layer_matchers = layers.layer_matchers
     with ExitStack() as stack:
-        for module, part in module_parts(model):
+        for module, part in list_module_parts(model):
             stack.callback(module.register_forward_pre_hook(lambda *_, part=part: clock.enter(part)).remove)
             stack.callback(module.register_forward_hook(lambda *_: clock.leave()).remove)
         for name, function in (
             ("layer_matchers", matchers),
-            # Fixed groups become tensors before the layers run.
-            ("match_groups", clock.charging(MATCHING, layers.match_groups)),
-            ("merge_latents", clock.charging(MERGING, layers.merge_latents)),
-            # The log of the sizes, which only what was merged needs.
-            ("latent_bias", clock.charging(MERGING, layers.latent_bias)),
+            # Fixed groups are turned into tensors before the layers run.
+            ("match_groups", clock.charge_calls(MATCHING, layers.match_groups)),
+            ("merge_latents", clock.charge_calls(MERGING, layers.merge_latents)),
+            # Adding the log of the sizes to the attention scores is needed only because latents merged.
+            ("latent_bias", clock.charge_calls(MERGING, layers.latent_bias)),
         ):
             stack.enter_context(patch.object(layers, name, function))
         yield
@@ -147,19 +146,19 @@ def charged(model: ToMePerceiverPreTrainedModel, clock: PartClock) -> Iterator[N
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of a setting."""
+    """Figures of one merging setting."""
 
     name: str
     latents_per_layer: list[int]  # left after each layer; the decoder reads the last of them
-    milliseconds: Quartiles  # time of a pass without the clock
-    part_milliseconds: dict[str, float]  # time of each of `PARTS` in a pass with the clock
-    part_shares: dict[str, float]  # shares of the sum of these times
-    matching_and_merging_share: Quartiles  # the share of these two in each round
-    matching_flops_share: float  # share of the pass's FLOPs
+    milliseconds: Quartiles  # of a pass without the clock
+    part_milliseconds: dict[str, float]  # by part, in a pass with the clock
+    part_shares: dict[str, float]  # of the sum of `part_milliseconds`
+    matching_and_merging_share: Quartiles  # quartiles over the rounds
+    matching_flops_share: float  # of the FLOPs of the pass
 
 
 def measure(arguments: BreakdownArguments, cell: Cell) -> Table:
-    """Run the rounds of one cell, in which every setting runs once without the clock and once with it."""
+    """Time one cell: in each round, every setting runs once without the clock and once with it."""
     published, dtype = arguments.model, DTYPES[cell.dtype]
     model = published.build_merging(published.build_stock(dtype, arguments.device))
     inputs = published.draw_inputs(cell.input_shape, dtype, arguments.device)
@@ -174,7 +173,7 @@ def measure(arguments: BreakdownArguments, cell: Cell) -> Table:
             model(inputs=inputs)
             return
         clock = PartClock(synchronize)
-        with charged(model, clock):
+        with charge_parts(model, clock):
             model(inputs=inputs)
             clock.charge()
         charges[name].append(clock.seconds)
@@ -205,7 +204,7 @@ def measure(arguments: BreakdownArguments, cell: Cell) -> Table:
 
 
 def as_markdown(table: Table) -> str:
-    """Return a heading and a table of shares, a line for each setting."""
+    """Return a heading and a table with the share of each part, one row for each setting."""
     columns = ["", "ms", "with the clock", *PARTS, "matching and merging", "matching, of the FLOPs"]
     cells = [
         (
@@ -213,7 +212,7 @@ def as_markdown(table: Table) -> str:
             f"{row.milliseconds.median:.4g}",
             f"{sum(row.part_milliseconds.values()):.4g}",
             *(f"{row.part_shares[part]:.1%}" for part in PARTS),
-            "{} ({})".format(*spread(row.matching_and_merging_share, ".1%")),
+            "{} ({})".format(*format_quartiles(row.matching_and_merging_share, ".1%")),
             f"{row.matching_flops_share:.2%}",
         )
         for row in table.rows

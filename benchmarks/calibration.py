@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a calibration takes, whether it repeats, and how often the promise of `merge_to(max_changed=...)` is broken.
+"""Measure how long calibration takes, whether it repeats, and how often `merge_to(max_changed=...)` breaks its bound.
 
-Time and repetition: the same samples are calibrated on all threads, again, and on one thread; the frontiers must be
-equal. The promise: `--searches` calibrations on different samples; for each of them the held-out samples that test its
-rows are drawn anew, `--draws` times in all, and the row that `max_changed` picks is judged on all other evaluated
-inputs. A promise at 95 % confidence may be broken in 5 % of the draws.
+Time and repeatability: the same samples are calibrated on all threads, on all threads again, and on one thread; the
+three frontiers must be equal.
+
+The bound: `--searches` calibrations run on different samples. Then, `--draws` times in all, held-out samples are drawn
+from the evaluation data, `max_changed` chooses a row of the frontier by them, and the share of changed answers is
+measured on all other evaluation inputs. A bound at 95 % confidence may be broken in 5 % of the draws.
 
     python benchmarks/calibration.py --model_name_or_path FOLDER --dataset_name zalando-datasets/fashion_mnist
     python benchmarks/calibration.py --model_name_or_path FOLDER --dataset_name nyu-mll/glue --task_name mrpc --draws 0
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-# A script's own folder is on the path, the repository's root, where the modules are, is not.
+# Python adds this script's folder to sys.path, but not the repository root, which holds the modules.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cost_tome_perceiver import undisturbed
@@ -43,18 +45,23 @@ from frontier_tome_perceiver import Frontier, binomial_bound, choose
 
 @dataclass
 class CalibrationArguments:
-    """What is measured."""
+    """Sizes of the measurement."""
 
     _argument_group_name: ClassVar[str] = "calibration"
 
     samples: int = field(
         default=1024,
-        metadata={"help": "Inputs to calibrate on: of the test split if that is not evaluated on, else to train on."},
+        metadata={
+            "help": "Samples per calibration, from the test split, or from training if the test split is evaluated on."
+        },
     )
-    searches: int = field(default=5, metadata={"help": "Calibrations on different samples, for the promise."})
-    draws: int = field(default=200, metadata={"help": "Draws of held-out samples in all; 0 measures time only."})
+    searches: int = field(default=5, metadata={"help": "Calibrations, each on different samples, that test the bound."})
+    draws: int = field(
+        default=200, metadata={"help": "Draws of held-out samples over all calibrations; 0 measures only the time."}
+    )
     max_changed: list[float] = field(
-        default_factory=lambda: [0.01, 0.02, 0.05], metadata={"help": "Shares of changed answers to promise."}
+        default_factory=lambda: [0.01, 0.02, 0.05],
+        metadata={"help": "Bounds on the share of changed answers, one or more."},
     )
 
     def __post_init__(self) -> None:
@@ -63,7 +70,7 @@ class CalibrationArguments:
 
 
 def measure_time(model: Any, samples: list) -> list[dict[str, Any]]:
-    """Calibrate on all threads, again, and on one thread, and compare the frontiers with the first."""
+    """Calibrate on all threads, on all threads again, and on one; compare each frontier with the first."""
     threads, rows, first = torch.get_num_threads(), [], None
     for count in (threads, threads, 1):
         torch.set_num_threads(count)
@@ -77,10 +84,10 @@ def measure_time(model: Any, samples: list) -> list[dict[str, Any]]:
 
 
 def changed_answers(model: Any, frontier: Frontier, batches: list) -> np.ndarray:
-    """Return (rows of the frontier, inputs) of 1 where the answer is not the unmerged model's."""
+    """Return a boolean array (rows of the frontier, inputs): whether merging changes the unmerged model's answer."""
     found = []
     with undisturbed(model):
-        for batch in tqdm(batches, desc="every input, every row"):
+        for batch in tqdm(batches, desc="evaluating every row"):
             with model.unmerged.applied(model.config):
                 before = model(**batch).logits.argmax(-1)
             for row in frontier.rows:
@@ -93,7 +100,7 @@ def changed_answers(model: Any, frontier: Frontier, batches: list) -> np.ndarray
 def broken_promises(
     model: Any, frontiers: list[tuple[Frontier, np.ndarray]], arguments: CalibrationArguments, seed: int
 ) -> list[dict[str, Any]]:
-    """Draw held-out samples, choose by each promise, and judge the choice on all other inputs."""
+    """Draw held-out samples, choose a row by each bound, and count how often the other inputs break the bound."""
     random = np.random.default_rng(seed)
     rows = []
     for limit in arguments.max_changed:
@@ -132,7 +139,7 @@ def broken_promises(
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
-    """Return rows of figures as a table."""
+    """Format rows of figures as a Markdown table."""
     cells = [[f"{value:.3g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
     return markdown_table(list(rows[0]), cells, "r")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print how large the code is: lines by part, modules of one run, and the widest and longest of its functions.
+"""Print the size of the code: lines by folder, modules that one run imports, and the widest and longest functions.
 
 python benchmarks/code_size.py
 """
@@ -10,8 +10,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN_PATH = ("configuration", "merging", "layers", "modeling")
-PARTS = ("experiments", "benchmarks", "tests", "space", "examples")
+CHECKPOINT_MODULES = ("configuration", "merging", "layers", "modeling")
+FOLDERS = ("experiments", "benchmarks", "tests", "space", "examples")
 
 
 def count_lines(paths: list[Path]) -> int:
@@ -19,20 +19,20 @@ def count_lines(paths: list[Path]) -> int:
 
 
 def count_arguments(function: ast.FunctionDef) -> int:
-    """Return the number of arguments that a caller passes: without self and cls."""
+    """Count the arguments of a function, without self and cls."""
     named = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     return len([argument for argument in named if argument.arg not in ("self", "cls")])
 
 
 def count_code_lines(function: ast.FunctionDef) -> int:
-    """Return the number of lines of a function without its docstring."""
+    """Count the lines of a function, without its docstring."""
     docstring = function.body[0] if ast.get_docstring(function, clean=False) is not None else None
     lines = (function.end_lineno or function.lineno) - function.lineno + 1
     return lines if docstring is None else lines - ((docstring.end_lineno or 0) - docstring.lineno + 1)
 
 
 def imported_files(script: Path) -> set[Path]:
-    """Return our own modules that a script imports, directly or through others, at the start or when needed."""
+    """Return the repository's modules that a script imports, directly or indirectly, also inside functions."""
     found: set[Path] = set()
     waiting = [script]
     while waiting:
@@ -52,14 +52,14 @@ def imported_files(script: Path) -> set[Path]:
 
 def main() -> None:
     model_files = sorted(ROOT.glob("*_tome_perceiver.py"))
-    run_path = [ROOT / f"{name}_tome_perceiver.py" for name in RUN_PATH]
+    checkpoint_files = [ROOT / f"{name}_tome_perceiver.py" for name in CHECKPOINT_MODULES]
     print(f"{len(model_files)} model files: {count_lines(model_files)} lines")
-    print(f"files that run a checkpoint: {count_lines(run_path)} lines")
+    print(f"files that run a checkpoint: {count_lines(checkpoint_files)} lines")
     own = [*ROOT.glob("*.py")]
-    for part in PARTS:
-        files = sorted((ROOT / part).rglob("*.py"))
-        own += files if part != "tests" else []
-        print(f"{part}: {count_lines(files)} lines")
+    for folder in FOLDERS:
+        files = sorted((ROOT / folder).rglob("*.py"))
+        own += files if folder != "tests" else []
+        print(f"{folder}: {count_lines(files)} lines")
     print(f"modules that run_glue.py imports: {len(imported_files(ROOT / 'run_glue.py'))}")
     nodes = [(path, node) for path in own for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     functions = [(path, node) for path, node in nodes if isinstance(node, ast.FunctionDef)]

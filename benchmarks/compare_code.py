@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a change of the model's code made it faster: the code as it was takes turns with the code as it is.
+"""Measure whether a change of the model's code made it faster, by timing the old and the new code in turns.
 
-Both run on the same tensors in one process, in alternating rounds, and stock transformers with them; a speed-up is the
-median, with quartiles, of the time of the code before over that of the code now within a round, and of stock's time
-over either. The code before runs twice in a round, and how far it is from 1 against itself is the noise. It is a folder
-with the model files, as of any commit:
+The model files of another commit ("before"), the present ones ("now") and stock transformers run on the same tensors in
+one process, each once a round. The speed-up is the old code's time over the new code's in the same round, as median and
+quartiles; stock's time over either is reported too. The old code runs twice a round: how far its ratio to itself is
+from 1 shows the noise. Extract the model files of a commit to a folder, and name it with --before:
 
     mkdir before && git archive COMMIT -- '*_tome_perceiver.py' | tar -x -C before
     python benchmarks/compare_code.py --before before --batch_size 1 --rounds 30
@@ -31,12 +31,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-# A script's own folder is on the path, the repository's root, where the modules are, is not.
+# Python adds this script's folder to sys.path, but not the repository root, which holds the modules.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import modeling_tome_perceiver as now
 from benchmarks.published_models import DTYPES, OUTPUT_TOLERANCE, check_outputs, relative_difference
-from benchmarks.speed_rows import Cell, StepArguments, Table, run_cells, spread
+from benchmarks.speed_rows import Cell, StepArguments, Table, format_quartiles, run_cells
 from cost_tome_perceiver import interleaved_seconds
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
@@ -48,22 +48,22 @@ from experiments.publishing.tables import markdown_table
 class CompareCodeArguments(StepArguments):
     """Settings of this benchmark."""
 
-    usual: ClassVar[dict[str, Any]] = {"batch_size": [1], "r": [0, 8, 16], "flops_ratio": [0.325], "rounds": 20}
-    reduced: ClassVar[dict[str, Any]] = {"batch_size": [1], "r": [0, 8, 16], "flops_ratio": [0.4], "rounds": 10}
+    defaults: ClassVar[dict[str, Any]] = {"batch_size": [1], "r": [0, 8, 16], "flops_ratio": [0.325], "rounds": 20}
+    small_defaults: ClassVar[dict[str, Any]] = {"batch_size": [1], "r": [0, 8, 16], "flops_ratio": [0.4], "rounds": 10}
 
     before: str = field(default="", metadata={"help": "Folder with the model files of another commit (see above)."})
-    output_dir: str = field(default="outputs/compare_code", metadata={"help": "Where the results go."})
+    output_dir: str = field(default="outputs/compare_code", metadata={"help": "Output folder."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (Path(self.before) / "modeling_tome_perceiver.py").is_file():
-            raise BadInput(f"--before {self.before}: must be a folder with modeling_tome_perceiver.py and the rest")
+            raise BadInput(f"--before {self.before}: must be a folder with all *_tome_perceiver.py files")
         with naming(f"--before {self.before}", ImportError, SyntaxError):
             self.before_code = modeling_code(Path(self.before))
 
 
 def modeling_code(folder: Path) -> ModuleType:
-    """Import `modeling_tome_perceiver` and the modules beside it from a folder, apart from the present ones."""
+    """Import `modeling_tome_perceiver` and the modules beside it from a folder, separate from the present ones."""
     package = ModuleType("before")
     package.__path__ = [str(folder.resolve())]
     for name in [name for name in sys.modules if name.startswith("before.")]:
@@ -74,24 +74,26 @@ def modeling_code(folder: Path) -> ModuleType:
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of a setting."""
+    """Figures of one merging setting."""
 
     name: str
     implied_speedup: float  # stock's FLOPs over this setting's
-    before: Timing  # with the code of the folder; its speed-up is against itself
-    now: Timing  # with the present code, against the code of the folder
-    stock_ms: Quartiles  # of stock transformers, which merge nothing
-    before_times_stock: Quartiles  # stock's time over theirs within a round
+    before: Timing  # code in --before; its speed-up is against itself
+    now: Timing  # present code; its speed-up is against the code in --before
+    stock_ms: Quartiles  # of a turn of stock transformers, unmerged
+    before_times_stock: Quartiles  # stock's time over the old code's in the same round
     now_times_stock: Quartiles
 
 
 @torch.inference_mode()
 def check_most_rows(before: PreTrainedModel, now: PreTrainedModel, inputs: Tensor) -> None:
-    """Check that two models give the same for most rows of float32; in single ones rounding may decide which of two
-    latents merges, and in coarser dtypes in most.
+    """Check that the outputs of two float32 models agree for at least half of the rows.
+
+    In a single row, rounding may decide which of two equally similar latents merges; in coarser dtypes that happens in
+    most rows.
 
     Raises:
-        AssertionError: if they do not, so that the two would not be doing the same work.
+        AssertionError: if the outputs differ, because then the two models do different work.
     """
     rows = zip(*(model(inputs=inputs).logits for model in (before, now)), strict=True)
     difference = np.median([relative_difference(each, expected).item() for expected, each in rows])
@@ -100,11 +102,11 @@ def check_most_rows(before: PreTrainedModel, now: PreTrainedModel, inputs: Tenso
 
 
 def measure(arguments: CompareCodeArguments, cell: Cell) -> Table:
-    """Run the rounds of one cell, setting by setting."""
+    """Time one cell, setting by setting."""
     published, dtype, codes = arguments.model, DTYPES[cell.dtype], (arguments.before_code, now)
     stock = published.build_stock(dtype, arguments.device)
     inputs = published.draw_inputs(cell.input_shape, dtype, arguments.device)
-    # All three are on the same tensors.
+    # Without merging, both codes must give the same outputs on the same weights.
     check_outputs(*(published.build_merging(stock, modeling=code) for code in codes), inputs)
     turn = partial(arguments.take_turn, inputs=inputs)
     stock_flops = arguments.turn_flops({}, cell.input_shape)
@@ -128,12 +130,12 @@ def measure(arguments: CompareCodeArguments, cell: Cell) -> Table:
 
 
 def as_markdown(table: Table) -> str:
-    """Return a heading and a line for each setting."""
+    """Return a heading and a table with one row for each setting."""
     cells = [
         (
             row.name,
             *(f"{each.median:.4g}" for each in (row.stock_ms, row.before.latency_ms, row.now.latency_ms)),
-            *spread(row.now.speedup, ".3f"),
+            *format_quartiles(row.now.speedup, ".3f"),
             f"{row.before.speedup.median:.3f}",
             f"{row.before_times_stock.median:.2f}",
             f"{row.now_times_stock.median:.2f}",

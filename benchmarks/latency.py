@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long requests wait for their answer: a stream of single inputs of mixed lengths, each merged as it asks.
+"""Measure the latency of single requests of mixed lengths, each with its own merging setting.
 
-A model of the published shapes with random weights answers one request after another. Each has a length drawn from
---length, and asks for one of the settings, drawn too: r latents merged in every layer, or a schedule at a share of the
-FLOPs, said for this call alone (`model(inputs, r=...)`). Every variant answers every request before the next one comes,
-in turns that begin with another variant each time, so what slows the machine for a while slows all of them. Variants
-are stock, each setting kept for all requests, and `changing`, which merges as each request asks. Of each the 50th and
-the 99th percentile of its times are reported, and requests per second one after another.
+A model of the published shapes with random weights answers a stream of requests. Each request has a random length from
+--length and a random merging setting, which applies to its call alone (`model(inputs, r=...)`): r latents merged in
+every layer, or a schedule that keeps to a share of the FLOPs. Every variant answers every request, in an order that
+rotates, so that a slow phase of the machine slows all variants. The variants are stock, each setting used for all
+requests, and `changing`, which uses each request's own setting. Reported are the 50th and the 99th percentile of the
+latency and the requests per second, served one after another.
 
-Requests of a real service come when they like and wait for those before them. So the same times are put into a queue
-of one server: requests arrive at random (a Poisson process) at 0.7 times the rate at which stock could serve them, the
-same arrivals for every variant, and the percentiles are those of waiting and service together. The queue is computed
-from the times; nothing waits here.
+In a real service, requests arrive at random and wait for earlier ones. So the measured times also go through a
+simulated queue with one server: requests arrive as a Poisson process at 0.7 times the rate that stock can serve, at the
+same moments for every variant. The percentiles of the queue are of waiting plus service time.
 
     python benchmarks/latency.py --small                                           # two minutes on two cores
     python benchmarks/latency.py --dtype bfloat16 --requests 100 --output_dir out
     python benchmarks/latency.py --small --compile --length 128
     python benchmarks/latency.py --device cuda --dtype bfloat16 --compile --requests 1000
 
-By default --batch_size 1 --length 32 128 512 2048 --r 0 4 8 16 --flops_ratio 0.325 --requests 200; images all have one
-size. With --small, 6 layers of the published widths, --r 0 8 32 --flops_ratio 0.5 --requests 100. OUTPUT_DIR gets
+By default --batch_size 1 --length 32 128 512 2048 --r 0 4 8 16 --flops_ratio 0.325 --requests 200. Images have no
+--length. With --small, 6 layers of the published widths, --r 0 8 32 --flops_ratio 0.5 --requests 100. OUTPUT_DIR gets
 latency.json, latency.md and latency.png.
 """
 
@@ -41,12 +40,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-# A script's own folder is on the path, the repository's root, where the modules are, is not.
+# Python adds this script's folder to sys.path, but not the repository root, which holds the modules.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import speed_rows
 from benchmarks.published_models import DTYPES, check_outputs
-from benchmarks.speed_rows import Cell, SpeedArguments, spread, write_results
+from benchmarks.speed_rows import Cell, SpeedArguments, format_quartiles, write_results
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input
 from experiments.measurement import Quartiles
@@ -57,51 +56,52 @@ from experiments.publishing.tables import markdown_table
 STOCK, UNMERGED, CHANGING, COMPILED = "stock", "r = 0", "changing", ", layers compiled"
 PERCENTILES = (50, 99)
 LOAD = 0.7
-"""Requests that arrive at the queue, as a share of those that stock can serve."""
+"""Arrival rate at the simulated queue, as a share of the rate that stock can serve."""
 
 
 @dataclass
 class LatencyArguments(SpeedArguments):
     """Settings of this benchmark."""
 
-    usual: ClassVar[dict[str, Any]] = {
+    defaults: ClassVar[dict[str, Any]] = {
         "batch_size": [1], "r": [0, 4, 8, 16], "flops_ratio": [0.325], "requests": 200
     }  # fmt: skip
-    reduced: ClassVar[dict[str, Any]] = {
+    small_defaults: ClassVar[dict[str, Any]] = {
         "batch_size": [1], "r": [0, 8, 32], "flops_ratio": [0.5], "requests": 100
     }  # fmt: skip
 
-    requests: int | None = field(default=None, metadata={"help": "In the stream (see above)."})
+    requests: int | None = field(default=None, metadata={"help": "Number of requests in the stream (see above)."})
     compile: bool = field(
-        default=False, metadata={"help": "Serve also with compiled self-attention layers (compile_repeated_blocks)."}
+        default=False,
+        metadata={"help": "Also time each variant with compiled self-attention layers (compile_repeated_blocks)."},
     )
-    output_dir: str = field(default="outputs/latency", metadata={"help": "Where the results go."})
+    output_dir: str = field(default="outputs/latency", metadata={"help": "Output folder."})
 
     def __post_init__(self) -> None:
         if self.length is None and self.shapes == "language":
             self.length = [32, 128, 512, 2048]
         super().__post_init__()
         if self.rounds is not None:
-            raise BadInput(f"--rounds {self.rounds}: each request is a round; use --requests")
+            raise BadInput(f"--rounds {self.rounds}: does not apply here; use --requests")
         if self.requests is None or self.requests < 1:
             raise BadInput(f"--requests {self.requests}: must be 1 or more")
 
     def streams(self) -> list[list[Cell]]:
-        """Return for each dtype and batch size the cells of all lengths, which one stream mixes."""
+        """Group the cells by dtype and batch size; one stream mixes all lengths of a group."""
         return [list(cells) for _, cells in groupby(self.cells(), key=lambda cell: (cell.dtype, cell.input_shape[0]))]
 
     def described(self) -> dict[str, Any]:
         described = super().described() | {"lengths": self.length or "one size of images", "load": LOAD}
-        return described | {"rounds": f"{self.requests} requests, after one of each length and setting for warm-up"}
+        return described | {"rounds": f"{self.requests} requests, after one warm-up request of each length and setting"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """One input, and the settings by which it may be merged."""
+    """One input, and the merging settings that may apply to it."""
 
     inputs: Tensor  # (B, S) or (B, 3, height, width)
-    settings: dict[str, int | list[int]]  # the r that a call says, by the setting's name
-    asks: str  # name of the setting that this request asks for
+    settings: dict[str, int | list[int]]  # the argument r of the call, by name of the setting
+    asks: str  # name of the setting that this request uses in the variant `changing`
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class Variant:
 
     name: str
     model: PreTrainedModel  # stock or ours
-    setting: str | None  # name of the one for all requests; `CHANGING` for what each asks for, `None` for stock
+    setting: str | None  # name; `CHANGING` for each request's own, `None` for stock
 
     def answer(self, request: Request) -> None:
-        """Run a forward pass to its end."""
+        """Run a forward pass, and wait for the device."""
         called = {}
         if self.setting is not None:
             called["r"] = request.settings[request.asks if self.setting == CHANGING else self.setting]
@@ -130,9 +130,9 @@ class Row:
     name: str
     milliseconds: list[float]  # 50th and 99th percentile
     requests_per_second: float  # served one after another
-    speedup: Quartiles  # stock's time over this one's for the same request
-    queued_milliseconds: list[float]  # the same percentiles of waiting and service together
-    busy: float  # share of the time that the server of the queue works
+    speedup: Quartiles  # stock's time over this variant's for the same request
+    queued_milliseconds: list[float]  # 50th and 99th percentile of waiting plus service time
+    busy: float  # share of the time in which the server of the queue is busy
 
 
 @dataclass(frozen=True)
@@ -140,18 +140,18 @@ class Stream:
     """Figures of a stream."""
 
     stream: str
-    # Longest first answer to a length and setting, compilation included, by the way that the layers run.
+    # Longest warm-up request, compilation included, for eager and for compiled layers.
     warm_up_seconds: dict[str, float]
-    # For each way that the layers run, the time of a request that says an r of its own over that of the same request
-    # where all have this r.
+    # Cost of changing r between requests, for eager and for compiled layers: time of a request in the variant
+    # `changing` over its time in the variant that uses the same r for all requests.
     change: dict[str, Quartiles]
     rows: list[Row]
 
 
 def draw_requests(arguments: LatencyArguments, cells: Sequence[Cell]) -> list[Request]:
-    """Draw one request of each length and setting to warm up, and then the stream."""
+    """Draw one warm-up request of each length and setting, then the stream."""
     published, generator = arguments.model, np.random.default_rng(0)
-    # Fixed groups are no r, so no call can ask for them.
+    # Fixed groups cannot be given as `r` of a call, so they are left out.
     settings = [{name: fields["r"] for name, fields in cell.settings.items() if "r" in fields} for cell in cells]
     every = [(place, name) for place, names in enumerate(settings) for name in names]
     drawn = generator.integers(len(every), size=arguments.requests)
@@ -166,7 +166,7 @@ def draw_requests(arguments: LatencyArguments, cells: Sequence[Cell]) -> list[Re
 
 
 def build_variants(arguments: LatencyArguments, stock: PreTrainedModel, settings: Sequence[str]) -> list[Variant]:
-    """Build stock, and ours by each setting and by what each request asks for; then ours again, compiled."""
+    """Build stock, our model with each setting and with changing settings; with --compile, ours again compiled."""
     variants = [Variant(STOCK, stock, None)]
     for ending in ("", COMPILED) if arguments.compile else ("",):
         model = arguments.model.build_merging(stock)
@@ -177,7 +177,7 @@ def build_variants(arguments: LatencyArguments, stock: PreTrainedModel, settings
 
 
 def answer_all(variants: Sequence[Variant], requests: Sequence[Request], bar: tqdm) -> np.ndarray:
-    """Return the seconds of each answer, (requests, variants)."""
+    """Return the seconds of each answer, as an array (requests, variants)."""
     seconds = np.zeros((len(requests), len(variants)))
     for index, request in enumerate(requests):
         for offset in range(len(variants)):
@@ -190,25 +190,25 @@ def answer_all(variants: Sequence[Variant], requests: Sequence[Request], bar: tq
 
 
 def queued_seconds(service: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    """Return the seconds of waiting and service of each request at one server that takes them in their order.
+    """Return the waiting plus service time of each request at one server that takes requests in order.
 
     Args:
-        service: (requests,) seconds that each takes.
-        gaps: (requests,) seconds from the arrival of the one before.
+        service: (requests,), service time in seconds.
+        gaps: (requests,), seconds since the arrival of the previous request.
     """
     waited, taken = 0.0, []
     for index, seconds in enumerate(service):
-        # The one before is done when its waiting and service are over, and its arrival is a gap ago.
+        # The previous request arrived `gaps[index]` ago, and leaves after its own waiting and service time.
         waited = max(0.0, taken[-1] - gaps[index]) if index else 0.0
         taken.append(waited + seconds)
     return np.array(taken)
 
 
 def measure(arguments: LatencyArguments, cells: Sequence[Cell]) -> tuple[Stream, dict[str, np.ndarray]]:
-    """Answer one stream.
+    """Time one stream.
 
     Returns:
-        The table, and by name of the variant the milliseconds of each request.
+        The table, and the milliseconds of each request by name of the variant.
     """
     dtype = DTYPES[cells[0].dtype]
     stock = arguments.model.build_stock(dtype, arguments.device)
@@ -216,7 +216,7 @@ def measure(arguments: LatencyArguments, cells: Sequence[Cell]) -> tuple[Stream,
     check_outputs(stock, arguments.model.build_merging(stock), requests[0].inputs)
     variants = build_variants(arguments, stock, list(requests[0].settings))
     name = f"{cells[0].dtype}, batch {cells[0].input_shape[0]}"
-    # One of each length and setting goes first, by whatever model.
+    # Warm-up needs one variant of each model, because the variants of our model share it.
     warming = [variant for variant in variants if variant.setting in (None, CHANGING)]
     torch.compiler.reset()
     with tqdm(total=len(requests), desc=name) as bar:
@@ -247,7 +247,7 @@ def measure(arguments: LatencyArguments, cells: Sequence[Cell]) -> tuple[Stream,
 
 
 def as_markdown(table: Stream) -> str:
-    """Return a heading, the variants, and the cost of a change of r."""
+    """Return a heading, a table of the variants, and the cost of changing r between requests."""
     columns = ["", "p50, ms", "p99, ms", "requests/s", "times stock", "quartiles"]
     columns += ["queued: p50, ms", "p99, ms", "server busy"]
 
@@ -256,25 +256,27 @@ def as_markdown(table: Stream) -> str:
             row.name,
             *(f"{each:.4g}" for each in row.milliseconds),
             f"{row.requests_per_second:.3g}",
-            *spread(row.speedup),
+            *format_quartiles(row.speedup),
             *(f"{each:.4g}" for each in row.queued_milliseconds),
             f"{row.busy:.0%}",
         )
         for row in table.rows
     ]
-    change = "; ".join("{}: {} ({})".format(name, *spread(times, ".3f")) for name, times in table.change.items())
+    change = "; ".join(
+        "{}: {} ({})".format(name, *format_quartiles(times, ".3f")) for name, times in table.change.items()
+    )
     first = "; ".join(f"{name}: {seconds:.2f}" for name, seconds in table.warm_up_seconds.items())
     return f"""## {table.stream}
 
 {markdown_table(columns, rows, "lr")}
 
-A request that says an r of its own, over the time of the same request where all have this r, median and quartiles: \
-{change}. Longest first answer to a length and a setting, in seconds: {first}.
+Time of a request whose r changes from request to request, over its time with the same r for all requests, median and \
+quartiles: {change}. Longest warm-up request, in seconds: {first}.
 """
 
 
 def draw(streams: Sequence[tuple[Stream, dict[str, np.ndarray]]], path: Path) -> None:
-    """Draw for each stream the share of the requests that were answered within a time."""
+    """Draw the cumulative distribution of the latency, one panel for each stream."""
     figure, panels = plt.subplots(
         1, len(streams), figsize=(6.5 * len(streams), 4.5), squeeze=False, constrained_layout=True
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of the published shapes, and of two small ones, with random weights, stock and merging, to measure speed on.
+"""Models with random weights for the benchmarks of speed, stock and merging: two published shapes and two small ones.
 
-Speed does not depend on what weights say, so nothing is downloaded.
+Speed does not depend on the values of the weights, so nothing is downloaded.
 
 Letters: B batch, S bytes of a text.
 """
@@ -24,85 +24,85 @@ import modeling_tome_perceiver as tome
 from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import ForwardCost, forward_cost
 
-# `deepmind/language-perceiver`; every other field has its default.
+# Config of `deepmind/language-perceiver`: its fields that differ from the defaults.
 PUBLISHED_LANGUAGE_SHAPES: dict[str, Any] = {"qk_channels": 256, "v_channels": 1280}
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RGB_CHANNELS = 3
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What rounding may make of outputs between two orders of summation, as a part of the largest of them.
+# Largest difference that rounding may cause between outputs, relative to the largest output.
 OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
 
 def _example_shapes(name: str) -> dict[str, Any]:
-    """Of a config in `examples/`, by which models are trained from scratch."""
+    """Read the shapes from a config file in `examples/`."""
     fields = json.loads((EXAMPLES / name).read_text())
     return {name: value for name, value in fields.items() if name not in ("architectures", "model_type")}
 
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A published model, or one that this project trains."""
+    """Shapes of a published model, or of one that this project trains."""
 
-    hub_id: str  # the checkpoint's, or a description
-    architecture: str  # name of the stock class
+    hub_id: str  # Hub id of the checkpoint, or a description
+    architecture: str  # name of the transformers class
     fields: Mapping[str, Any]  # fields of its config
-    # Fields that change in a model of the same widths with fewer layers; none if it is small already.
+    # Config fields that differ with `--small`, which keeps the widths and has fewer layers.
     fewer_layers: Mapping[str, Any] = field(default_factory=dict)
-    takes_text: bool = True  # texts (B, S), else images
-    # Shares of its FLOPs that schedules come down to, in place of a benchmark's own.
+    takes_text: bool = True  # whether inputs are texts (B, S); otherwise images
+    # Default of --flops_ratio for this model; `None`: the default of the benchmark.
     flops_ratio: tuple[float, ...] | None = None
 
     def small(self) -> PublishedModel:
-        """The same widths with fewer layers."""
+        """Return the model with the same widths and fewer layers."""
         return replace(self, fields={**self.fields, **self.fewer_layers})
 
     def config(self, **merging: Any) -> ToMePerceiverConfig:
-        """Its config, with fields that say what merges."""
+        """Return the config, with the given merging fields."""
         return ToMePerceiverConfig(**{**self.fields, **merging})
 
     def input_shape(self, batch_size: int, length: int | None) -> tuple[int, ...]:
-        """(B, S) for S = `length`, or (B, 3, height, width), as `cost_tome_perceiver.forward_cost` takes it."""
+        """Return the shape (B, S) of texts with S = `length`, or (B, 3, height, width) of images."""
         if not self.takes_text:
             return batch_size, RGB_CHANNELS, self.config().image_size, self.config().image_size
         return batch_size, length
 
     def cost(self, input_shape: tuple[int, ...], **merging: Any) -> ForwardCost:
-        """FLOPs of a forward pass, by what computes."""
+        """Return the FLOPs of a forward pass by part."""
         return forward_cost(self.config(**merging), input_shape, self.architecture)
 
     def draw_inputs(self, input_shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-        """Random inputs of that shape."""
+        """Draw random inputs of a shape."""
         if self.takes_text:
             return torch.randint(self.config().vocab_size, input_shape, device=device)
         return torch.randn(input_shape, device=device).to(dtype)
 
     def build_stock(self, dtype: torch.dtype, device: str, seed: int = 0) -> PreTrainedModel:
-        """The stock model with random weights, in evaluation mode and without gradients."""
+        """Build the stock model with random weights, in evaluation mode and without gradients."""
         torch.manual_seed(seed)
-        # A config is written to by the model that it builds.
+        # Building a model modifies its config, so each model gets a new one.
         model = getattr(upstream, self.architecture)(PerceiverConfig(**self.fields))
         return model.eval().requires_grad_(False).to(device, dtype)
 
     def build_stock_again(self, stock: PreTrainedModel) -> PreTrainedModel:
-        """A second stock model on the tensors of the first, in evaluation mode and without gradients."""
-        return _on_tensors_of(stock, type(stock), PerceiverConfig(**self.fields))
+        """Build a second stock model that shares the tensors of the first."""
+        return _build_on_tensors(stock, type(stock), PerceiverConfig(**self.fields))
 
     def build_merging(
         self, stock: PreTrainedModel, modeling: ModuleType = tome, **merging: Any
     ) -> tome.ToMePerceiverPreTrainedModel:
-        """Ours on the tensors of a stock model, in evaluation mode and without gradients.
+        """Build our model on the tensors of a stock model, in evaluation mode and without gradients.
 
         Args:
-            stock: the model.
-            modeling: `modeling_tome_perceiver`, of this or of another commit.
-            merging: fields of the config that say what merges.
+            stock: the stock model.
+            modeling: the module `modeling_tome_perceiver` of this or of another commit.
+            merging: merging fields of the config.
         """
         config = modeling.ToMePerceiverConfig(**{**self.fields, **merging})
-        return _on_tensors_of(stock, getattr(modeling, f"ToMe{self.architecture}"), config)
+        return _build_on_tensors(stock, getattr(modeling, f"ToMe{self.architecture}"), config)
 
 
-def _on_tensors_of(stock: PreTrainedModel, model_class: type, config: PerceiverConfig) -> PreTrainedModel:
+def _build_on_tensors(stock: PreTrainedModel, model_class: type, config: PerceiverConfig) -> PreTrainedModel:
     with torch.device("meta"):
         model = model_class(config)
     model.load_state_dict(stock.state_dict(), assign=True)
@@ -123,8 +123,8 @@ PUBLISHED_MODELS: dict[str, PublishedModel] = {
         fewer_layers={"num_blocks": 1},
         takes_text=False,
     ),
-    # So narrow that the fixed price of each operation counts: the image model of the README, and the text model that is
-    # trained towards a teacher.
+    # Narrow models, in which the fixed overhead of each operation matters: the image model of the README, and the text
+    # model that is distilled from a teacher.
     "small_language": PublishedModel(
         "64 latents x 384, 12 layers",
         "PerceiverForSequenceClassification",
@@ -143,11 +143,10 @@ PUBLISHED_MODELS: dict[str, PublishedModel] = {
 
 @torch.inference_mode()
 def check_outputs(model: PreTrainedModel, same: PreTrainedModel, inputs: Tensor) -> float:
-    """The largest difference between what two models give that should give the same, a stock model and ours that merges
-    nothing: the latents and the logits, each as a part of the largest of them.
+    """Return the largest relative difference between the outputs (latents and logits) of two equivalent models.
 
     Raises:
-        AssertionError: if it is more than rounding, so that the two would not be doing the same work.
+        AssertionError: if it is larger than rounding, because then the two models do different work.
     """
     expected, given = model.base_model(inputs), same.base_model(inputs)
     difference = max(
@@ -159,5 +158,5 @@ def check_outputs(model: PreTrainedModel, same: PreTrainedModel, inputs: Tensor)
 
 
 def relative_difference(values: Tensor, reference: Tensor) -> Tensor:
-    """The largest difference over the largest reference, both over all entries."""
+    """Return the largest absolute difference divided by the largest absolute reference, over all entries."""
     return (values.float() - reference.float()).abs().max() / reference.float().abs().max()

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the time of a forward pass grows with the length of the input, and falls with merging.
+"""Measure how the time of a forward pass grows with the length of the input and falls with merging.
 
-A Perceiver reads S bytes once, in the encoder's cross-attention, and works on its latents from there on (Jaegle et al.,
-2022, section 3.1): by the cost function its FLOPs are a constant, which merging lowers, and a line in S, which merging
-leaves alone. Here is the time beside that: stock transformers and r latents merged in every layer, on texts of many
-lengths, all in turn in every round of one process. The model has the published language model's widths, random weights,
-and positions for the longest text that is asked for. A line is fitted to the medians of each variant, by least squares
-of the residuals as parts of the medians, so that a short text counts as much as a long one; and the FLOPs are turned
-into times by one factor for all, the GFLOP/s of stock on the shortest text.
+A Perceiver reads the S bytes of its input once, in the encoder's cross-attention, and then computes on its latents
+(Jaegle et al., 2022, section 3.1). So its FLOPs are a constant, which merging lowers, plus a multiple of S, which
+merging does not change. This benchmark compares the time with that: in each round, stock transformers and our model,
+with r latents merged in every layer, run once at every length. The model has the widths of the published language
+model, random weights, and positions for the longest text.
+
+A line in S is fitted to the medians of each variant, by least squares of the relative residuals, so that short texts
+count as much as long ones. FLOPs are converted to times by one rate for all: the GFLOP/s of stock on the shortest text.
 
     python benchmarks/scaling.py --small                                # about a minute on two cores
     python benchmarks/scaling.py --output_dir out                       # five or six minutes
@@ -36,11 +37,11 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
 from tqdm import tqdm
 
-# A script's own folder is on the path, the repository's root, where the modules are, is not.
+# Python adds this script's folder to sys.path, but not the repository root, which holds the modules.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.published_models import DTYPES, PublishedModel, check_outputs
-from benchmarks.speed_rows import Cell, Fields, SpeedArguments, error_bars, spread, write_results
+from benchmarks.speed_rows import Cell, Fields, SpeedArguments, error_bars, format_quartiles, write_results
 from cost_tome_perceiver import interleaved_seconds
 from experiments.command_line import parse_arguments
 from experiments.errors import BadInput, exit_on_bad_input, naming
@@ -57,20 +58,20 @@ COLORS: dict[str, Any] = {STOCK: picture_style.STOCK, UNMERGED: picture_style.UN
 class ScalingArguments(SpeedArguments):
     """Settings of this benchmark."""
 
-    usual: ClassVar[dict[str, Any]] = {
+    defaults: ClassVar[dict[str, Any]] = {
         "batch_size": [1], "length": [128, 512, 2048, 8192, 32768, 65536], "r": [0, 8, 16], "rounds": 5
     }  # fmt: skip
-    reduced: ClassVar[dict[str, Any]] = {"length": [128, 512, 2048, 8192], "r": [0, 8, 32], "rounds": 8}
+    small_defaults: ClassVar[dict[str, Any]] = {"length": [128, 512, 2048, 8192], "r": [0, 8, 32], "rounds": 8}
 
-    # Not arguments here: images have one size, and a share of the FLOPs is another schedule at each length.
+    # Not arguments here: images have one size, and a share of the FLOPs gives a different schedule at each length.
     shapes: str = field(default="language", init=False)
     flops_ratio: list[float] | None = field(default_factory=list, init=False)
     schedule: list[str] = field(default_factory=list, init=False)
 
     length: list[int] | None = field(
-        default=None, metadata={"help": "Bytes in a text, two or more lengths (see above)."}
+        default=None, metadata={"help": "Lengths of a text in bytes, two or more (see above)."}
     )
-    output_dir: str = field(default="outputs/scaling", metadata={"help": "Where the results go."})
+    output_dir: str = field(default="outputs/scaling", metadata={"help": "Output folder."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,11 +80,11 @@ class ScalingArguments(SpeedArguments):
                 raise BadInput(f"--{name} {' '.join(map(str, values))}: must be one value")
         self.length = sorted(set(self.length))
         if len(self.length) < 2:
-            raise BadInput(f"--length {self.length[0]}: must be two lengths or more, to fit a line")
+            raise BadInput(f"--length {self.length[0]}: must be two or more different lengths, to fit a line")
 
     @property
     def model(self) -> PublishedModel:
-        """The model with positions for the longest text: they are a parameter, and random as all are."""
+        """Model of `shapes` with as many positions as the longest text has bytes."""
         published = super().model
         return replace(published, fields={**published.fields, "max_position_embeddings": max(self.length)})
 
@@ -94,72 +95,72 @@ class ScalingArguments(SpeedArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Figures of a variant at one length, for the whole batch."""
+    """Figures of one variant at one length, for the whole batch."""
 
     length: int
     name: str
     latents_left: int  # after the last layer
-    gflops: float  # by the cost function, the matching included
+    gflops: float  # by the cost function, matching included
     milliseconds: Quartiles  # of a forward pass
-    predicted_milliseconds: float  # its GFLOPs at the rate of stock on the shortest texts
-    speedup: Quartiles  # stock's time at this length over this one's in the same round
-    implied_speedup: float  # stock's FLOPs over this one's
-    peak_memory_mb: float  # most that tensors hold at once, the parameters, which all variants share, among them
+    predicted_milliseconds: float  # GFLOPs of this row at the rate of stock on the shortest texts
+    speedup: Quartiles  # stock's time over this variant's, at this length and in the same round
+    implied_speedup: float  # stock's FLOPs over this variant's
+    peak_memory_mb: float  # peak memory of all tensors, the shared parameters included
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line in S: `constant` + `slope` x S."""
+    """Straight line: `constant` + `slope` x S."""
 
     constant: float
     slope: float
 
     @classmethod
     def fit(cls, lengths: Sequence[int], values: Sequence[float]) -> Line:
-        """Return the line whose residuals, as parts of the values, have the least sum of squares."""
+        """Fit a line by least squares of the relative residuals."""
         slope, constant = np.polyfit(lengths, values, 1, w=1 / np.array(values))
         return cls(float(constant), float(slope))
 
     def at(self, length: float) -> float:
-        """Return its value at a length."""
+        """Return the value at a length."""
         return self.constant + self.slope * length
 
     def largest_deviation(self, lengths: Sequence[int], values: Sequence[float]) -> float:
-        """Return the largest distance of a value from the line, as a part of the value."""
+        """Return the largest relative distance of a value from the line."""
         return max(abs(self.at(length) / value - 1) for length, value in zip(lengths, values, strict=True))
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Growth of a variant with S, for the whole batch."""
+    """Growth of the FLOPs and the time of one variant with S, for the whole batch."""
 
     name: str
-    flops: Line  # FLOPs by the cost function, which are this line exactly
+    flops: Line  # by the cost function; exact
     milliseconds: Line  # fitted to the medians
     predicted_milliseconds: Line  # the FLOPs at the rate of stock on the shortest texts
-    largest_deviation: float  # distance of a median from the fitted line, as a part of the median
+    largest_deviation: float  # relative distance of a median from the fitted line
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """All figures."""
+    """All figures of the benchmark."""
 
-    # Between stock's outputs and ours at r = 0 on the shortest texts, as a part of the largest.
+    # Between stock's outputs and ours at r = 0 on the shortest texts, relative to the largest output.
     outputs_difference: float
-    gflops_per_second: float  # rate of stock on the shortest texts, the factor of all predictions
-    rows: list[Row]  # every variant at the shortest length, then at the next
+    gflops_per_second: float  # rate of stock on the shortest texts, used for all predictions
+    rows: list[Row]  # all variants at the shortest length, then at the next length
     growth: list[Growth]
 
 
 def flops_line(published: PublishedModel, fields: Fields, batch_size: int) -> Line:
-    """Return the FLOPs as a line in S, which they are exactly."""
+    """Return the exact line in S that gives the FLOPs."""
     one, two = (published.cost((batch_size, length), **fields).total_with_matching for length in (1, 2))
     return Line(2 * one - two, two - one)
 
 
 @torch.inference_mode()
 def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
-    """Run the rounds, in each of which every variant runs once at every length.
+    """Time all cells: in each round, every variant runs once at every length.
 
     Args:
         arguments: the model, the rounds, the device.
@@ -182,7 +183,7 @@ def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
     rate = stock_flops[cells[0].input_shape] / np.median(seconds[0])
     rows = []
     for index, (cell, (name, fields)) in enumerate(product(cells, settings.items())):
-        # The variants of a length stand together, stock first.
+        # Rows are ordered by length, and stock comes first at each length.
         stocks = seconds[index - index % len(settings)]
         flops = published.cost(cell.input_shape, **fields).total_with_matching
         rows.append(
@@ -208,7 +209,7 @@ def measure(arguments: ScalingArguments, cells: list[Cell]) -> Scaling:
 
 
 def as_markdown(scaling: Scaling) -> str:
-    """Return two tables: every variant at every length, and the lines."""
+    """Return a table of every variant at every length, and a table of the lines."""
     columns = ["bytes", "", "latents left", "GFLOPs", "ms", "quartiles", "FLOPs imply", "times stock", "quartiles"]
     columns += ["FLOPs imply", "peak MB"]
     rows = [
@@ -217,9 +218,9 @@ def as_markdown(scaling: Scaling) -> str:
             row.name,
             row.latents_left,
             f"{row.gflops:.4g}",
-            *spread(row.milliseconds, ".4g"),
+            *format_quartiles(row.milliseconds, ".4g"),
             f"{row.predicted_milliseconds:.4g}",
-            *spread(row.speedup),
+            *format_quartiles(row.speedup),
             f"{row.implied_speedup:.2f}",
             f"{row.peak_memory_mb:.0f}",
         )
@@ -249,18 +250,18 @@ def as_markdown(scaling: Scaling) -> str:
 
 {markdown_table(columns, growth, "lr")}
 
-What the FLOPs imply of times is at the {scaling.gflops_per_second:.4g} GFLOP/s of stock on the shortest texts. \
+Times that the FLOPs imply assume {scaling.gflops_per_second:.4g} GFLOP/s, the rate of stock on the shortest texts. \
 Outputs at r = 0 differ from stock's there by {scaling.outputs_difference:.1e} of the largest.
 """
 
 
 def draw(scaling: Scaling, title: str, path: Path) -> None:
-    """Draw time over length for each variant: medians with quartiles, the fitted line, and the FLOPs' line dashed."""
+    """Draw time over length for each variant: medians, quartiles, the fitted line and, dashed, what FLOPs imply."""
     figure, axes = plt.subplots(figsize=(7.5, 6), constrained_layout=True)
     lengths = sorted({row.length for row in scaling.rows})
     between = np.geomspace(lengths[0], lengths[-1], 100)
     merged = [growth.name for growth in scaling.growth if growth.name not in COLORS]
-    # The darker, the more merges.
+    # More merging, darker color.
     colors = COLORS | dict(zip(merged, reversed(shades(MERGED, len(merged))), strict=True))
     for growth, marker in zip(scaling.growth, cycle(MARKERS)):
         color = colors[growth.name]
@@ -269,14 +270,14 @@ def draw(scaling: Scaling, title: str, path: Path) -> None:
         label = {STOCK: "stock transformers", UNMERGED: "r = 0, unmerged"}.get(growth.name, growth.name)
         axes.errorbar(lengths, medians, error_bars(times), fmt=marker, color=color, label=label, **POINT_STYLE)
         for line, style in ((growth.milliseconds, "-"), (growth.predicted_milliseconds, "--")):
-            # Stock has the FLOPs of r = 0, whose line this one would hide.
+            # Stock has the FLOPs of r = 0, so its dashed line would hide that of r = 0.
             if style == "-" or growth.name != STOCK:
                 axes.plot(between, [line.at(length) for length in between], style, color=color, linewidth=1.2)
     axes.plot([], [], "-", color="lightgray", label="line fitted to the medians")
-    axes.plot([], [], "--", color="lightgray", label=f"its FLOPs at {scaling.gflops_per_second:.4g} GFLOP/s")
+    axes.plot([], [], "--", color="lightgray", label=f"FLOPs at {scaling.gflops_per_second:.4g} GFLOP/s")
     axes.set(xscale="log", yscale="log", xlabel="bytes in a text", ylabel="milliseconds of a forward pass", title=title)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    # The times may lie within one power of ten.
+    # Ticks between powers of ten, because all times may lie within one power of ten.
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:,g}")
     axes.minorticks_off()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments, cells, merging settings and reports that the benchmarks of speed share.
+"""Shared by the benchmarks of speed: arguments, cells, merging settings and reports.
 
-A cell is one dtype, one batch size and one length. In each, the model of published shapes runs unmerged and merged: r
-latents in every layer, schedules that keep to a share of the FLOPs, and fixed groups that leave the same latents as
-those schedules, so that they differ by the matching alone.
+A cell is one combination of dtype, batch size and length. In each cell the model runs with several merging settings: r
+latents merged in every layer, schedules that keep to a share of the FLOPs, and fixed groups that leave as many latents
+as those schedules, so that the difference in time is the cost of matching.
 
 Letters: B batch, N latents, M latents left.
 """
@@ -31,19 +31,19 @@ from experiments.measurement import Quartiles, describe_environment, environment
 from experiments.merging.arguments import naming_arguments
 
 Fields = dict[str, Any]
-"""Fields of a config that say what merges; the others have their defaults."""
+"""Merging fields of a config that differ from their defaults."""
 
 COMPILE_BACKEND = "inductor"
-"""What `--compile` compiles with, by its name among the backends of `torch.compile`."""
+"""Backend of `torch.compile` that `--compile` uses."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A combination of dtype, batch size and length, which has a table of its own."""
+    """Combination of dtype, batch size and length; the report has one table for each."""
 
     dtype: str  # of weights and activations
     input_shape: tuple[int, ...]  # of a forward pass, (B, S) or (B, 3, height, width)
-    settings: dict[str, Fields]  # what merges, by name
+    settings: dict[str, Fields]  # merging settings by name
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """The name of a cell and what was measured in it, a row for each variant."""
+    """Results of one cell, one row for each variant."""
 
     cell: str
     rows: list[Any]
@@ -60,46 +60,50 @@ class Table:
 
 @dataclass
 class SpeedArguments:
-    """The model, the cells and the merging settings."""
+    """Which model, cells and merging settings to time."""
 
     _argument_group_name: ClassVar[str] = "benchmark"
-    # Defaults of arguments, and those that --small changes.
-    usual: ClassVar[dict[str, Any]] = {}
-    reduced: ClassVar[dict[str, Any]] = {}
+    # Defaults of the arguments, and the defaults that differ with --small.
+    defaults: ClassVar[dict[str, Any]] = {}
+    small_defaults: ClassVar[dict[str, Any]] = {}
 
-    shapes: str = field(default="language", metadata={"help": f"Of the model: {', '.join(sorted(PUBLISHED_MODELS))}."})
+    shapes: str = field(
+        default="language", metadata={"help": f"Shapes of the model: {', '.join(sorted(PUBLISHED_MODELS))}."}
+    )
     small: bool = field(
         default=False,
-        metadata={"help": "The published widths with 6 layers, and fewer cells, settings and rounds by default."},
+        metadata={"help": "Use 6 layers of the published widths, and fewer cells, settings and rounds by default."},
     )
     dtype: list[str] = field(
         default_factory=lambda: ["float32"],
-        metadata={"help": f"Of weights and activations, one or more of {', '.join(DTYPES)}."},
+        metadata={"help": f"Dtypes of weights and activations, one or more of {', '.join(DTYPES)}."},
     )
-    batch_size: list[int] | None = field(
-        default=None, metadata={"help": "Inputs in a forward pass, one or more (see above)."}
+    batch_size: list[int] | None = field(default=None, metadata={"help": "Batch sizes, one or more (see above)."})
+    length: list[int] | None = field(
+        default=None, metadata={"help": "Lengths of a text in bytes, one or more (default: 128)."}
     )
-    length: list[int] | None = field(default=None, metadata={"help": "Bytes in a text, one or more (default: 128)."})
     r: list[int] | None = field(
-        default=None, metadata={"help": "Latents merged in each layer, one or more (see above)."}
+        default=None, metadata={"help": "Numbers of latents merged in each layer, one or more (see above)."}
     )
     flops_ratio: list[float] | None = field(
         default=None,
-        metadata={"help": "Shares of the unmerged FLOPs that a schedule keeps to, one or more (see above)."},
+        metadata={"help": "Budgets for the schedules, as shares of the unmerged FLOPs, one or more (see above)."},
     )
     schedule: list[str] = field(
         default_factory=lambda: [DEFAULT_SCHEDULE],
-        metadata={"help": f"That keep to --flops_ratio, one or more of {', '.join(sorted(SCHEDULES))}."},
+        metadata={"help": f"Schedules that keep to --flops_ratio, one or more of {', '.join(sorted(SCHEDULES))}."},
     )
-    rounds: int | None = field(default=None, metadata={"help": "Each runs every variant once (see above)."})
+    rounds: int | None = field(
+        default=None, metadata={"help": "Timed rounds; each runs every variant once (see above)."}
+    )
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, ..."})
-    output_dir: str = field(default="outputs/speed", metadata={"help": "Where the results go."})
+    output_dir: str = field(default="outputs/speed", metadata={"help": "Output folder."})
 
     def __post_init__(self) -> None:
         check_names("shapes", [self.shapes], PUBLISHED_MODELS)
         if self.flops_ratio is None and self.model.flops_ratio is not None:
             self.flops_ratio = list(self.model.flops_ratio)
-        for name, value in {**self.usual, **(self.reduced if self.small else {})}.items():
+        for name, value in {**self.defaults, **(self.small_defaults if self.small else {})}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         check_names("dtype", self.dtype, DTYPES)
@@ -108,7 +112,7 @@ class SpeedArguments:
             self.length = [128] if self.length is None else self.length
         elif self.length is not None:
             raise BadInput(
-                f"--length {' '.join(map(str, self.length))}: only models of texts take it, not {self.shapes}"
+                f"--length {' '.join(map(str, self.length))}: --shapes {self.shapes} reads images; leave --length out"
             )
         longest = self.model.config().max_position_embeddings
         for each in self.length or []:
@@ -126,15 +130,15 @@ class SpeedArguments:
 
     @property
     def model(self) -> PublishedModel:
-        """The model of `shapes`, with fewer layers if `small`."""
+        """Model of `shapes`, with fewer layers if `small`."""
         published = PUBLISHED_MODELS[self.shapes]
         return published.small() if self.small else published
 
     def cells(self) -> list[Cell]:
-        """Every combination of dtype, batch size and length.
+        """Build every combination of dtype, batch size and length.
 
         Raises:
-            BadInput: for a share of the FLOPs that a schedule cannot come down to.
+            BadInput: for a share of the FLOPs that a schedule cannot reach.
         """
         cells = []
         for dtype, batch_size, length in product(self.dtype, self.batch_size, self.length or [None]):
@@ -150,31 +154,33 @@ class SpeedArguments:
         return cells
 
     def described(self) -> dict[str, Any]:
-        """Settings that stand beside the figures."""
+        """Return the settings that the report lists beside the figures."""
         return {
             "shapes": f"{self.model.hub_id}, random weights",
             "self-attention layers": self.model.config().num_self_attention_layers,
             "device": self.device,
-            "rounds": f"{self.rounds} after one of warm-up",
+            "rounds": f"{self.rounds} after one warm-up round",
         }
 
 
 @dataclass
 class StepArguments(SpeedArguments):
-    """A benchmark whose turns are forward passes, or forward and backward passes."""
+    """Arguments of a benchmark that times forward passes, or forward and backward passes."""
 
     training: bool = field(
         default=False,
-        metadata={"help": "Time a forward and backward pass; ours with activation checkpointing and without."},
+        metadata={"help": "Time forward and backward passes; our model also with activation checkpointing."},
     )
-    autocast: bool = field(default=False, metadata={"help": "Under autocast to bfloat16, as training with --bf16."})
+    autocast: bool = field(
+        default=False, metadata={"help": "Run under autocast to bfloat16, as training with --bf16 does."}
+    )
 
     def described(self) -> dict[str, Any]:
         turn = "forward and backward pass, without an optimizer" if self.training else "forward pass"
         return super().described() | {"each turn": f"{turn}, under autocast to bfloat16" if self.autocast else turn}
 
     def take_turn(self, model: PreTrainedModel, inputs: Tensor) -> None:
-        """Run a forward pass, or if training a forward and a backward pass whose gradients are dropped."""
+        """Run a forward pass; with --training also a backward pass, and drop its gradients."""
         autocast = torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.autocast)
         if not self.training:
             with torch.inference_mode(), autocast:
@@ -187,11 +193,11 @@ class StepArguments(SpeedArguments):
         model.zero_grad(set_to_none=True)
 
     def turn_flops(self, fields: Fields, input_shape: tuple[int, ...], checkpointing: bool = False) -> int:
-        """Return the FLOPs of a turn.
+        """Return the FLOPs of one turn.
 
-        A backward pass has two products for each one of the forward pass, for the gradients of its two factors, and
-        none for the matching, which has no gradients. (The convolution on an image has one, since pixels need no
-        gradient.) With checkpointing every layer, its matching included, runs once more.
+        The backward pass has two matrix products for each one of the forward pass, one for the gradient of each factor,
+        and none for the matching, which has no gradient. (The convolution on images has one, because pixels need no
+        gradient.) With activation checkpointing, every layer and its matching run once more.
         """
         cost = self.model.cost(input_shape, **fields)
         if not self.training:
@@ -201,14 +207,14 @@ class StepArguments(SpeedArguments):
 
 
 def consecutive_groups(config: ToMePerceiverConfig) -> Fields:
-    """Return fixed groups of consecutive latents that leave as many in each layer as a config leaves by matching.
+    """Return fixed groups of consecutive latents that leave as many latents in each layer as a config does by matching.
 
-    They cost the same FLOPs but for the matching. Which latents merge does not matter to the time.
+    They cost the same FLOPs without the matching. Which latents merge does not change the time.
     """
-    reaching = [config.num_latents, *config.latents_per_layer]
+    latents_left = [config.num_latents, *config.latents_per_layer]
     groups = [
         None if after == before else [position * after // before for position in range(before)]
-        for before, after in pairwise(reaching)
+        for before, after in pairwise(latents_left)
     ]
     return {"merge_groups": groups}
 
@@ -220,9 +226,9 @@ def run_cells(
     as_markdown: Callable[[Any], str],
     draw: Callable[[list[Any], Path], None] | None = None,
 ) -> None:
-    """Measure every cell, and write NAME.json, NAME.md and, with `draw`, NAME.png after each.
+    """Measure every cell, and write NAME.json, NAME.md and, with `draw`, NAME.png.
 
-    So a stop in a long cell leaves what was measured before.
+    The files are written after each cell, so a stopped benchmark keeps the cells that it has finished.
     """
     tables: list[Table] = []
     for cell in arguments.cells():
@@ -240,9 +246,9 @@ def write_results(
     tables: Iterable[str],
     draw: Callable[[Path], None] | None = None,
 ) -> str:
-    """Write figures as NAME.json, tables as NAME.md, and what `draw` draws as NAME.png.
+    """Write figures to NAME.json and tables to NAME.md, and call `draw` with the path of NAME.png.
 
-    Both files have the settings, the command and the machine.
+    NAME.json and NAME.md also record the settings, the command and the machine.
 
     Returns:
         The text of NAME.md, and a line that names the files.
@@ -260,15 +266,15 @@ def write_results(
     return f"{text}written to {output_dir}: {name}.json, {name}.md and {name}.png"
 
 
-def spread(quartiles: Quartiles, form: str = ".2f") -> tuple[str, str]:
-    """Return the median and the quartiles as two cells of a table."""
+def format_quartiles(quartiles: Quartiles, form: str = ".2f") -> tuple[str, str]:
+    """Format the median and the quartiles as two cells of a table."""
     return f"{quartiles.median:{form}}", f"{quartiles.lower:{form}} to {quartiles.upper:{form}}"
 
 
 def error_bars(quartiles: Iterable[Quartiles]) -> list[list[float]]:
-    """Return the distances of the lower and of the upper quartiles from the medians, as matplotlib takes them."""
-    each = list(quartiles)
-    return [[one.median - one.lower for one in each], [one.upper - one.median for one in each]]
+    """Return the distances of lower and upper quartiles from the medians, as matplotlib's `xerr` takes them."""
+    bars = list(quartiles)
+    return [[bar.median - bar.lower for bar in bars], [bar.upper - bar.median for bar in bars]]
 
 
 def check_names(argument: str, names: Iterable[str], known: Collection[str]) -> None:

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a merged Perceiver is against stock transformers, and how much of what the FLOPs promise it keeps.
+"""Measure the speed-up of a merged Perceiver over stock transformers, beside the speed-up that its FLOPs imply.
 
-Models of the published shapes with random weights, all on the same tensors, take turns in one process: in each round
-every variant runs once, the next round starts with the next variant. A speed-up is the median, with quartiles, of
-stock's time over the variant's within a round, so neither a machine that slows down nor a place in the order favours a
-variant. Variants are stock itself (how far it is from 1 against itself is the noise), r latents merged in every layer,
-schedules at shares of the FLOPs, and the same schedules in fixed groups, which match nothing; these are groups of
-consecutive latents, since which latents merge does not matter to the time. A product of (batch x latents, C) with
-(C, C), C the width of a latent, takes its turn too: its rate is what the machine does of such work.
+Models of the published shapes share random weights and take turns in one process: each round runs every variant once,
+and each round starts with another variant. The speed-up is stock's time over the variant's time in the same round, as
+median and quartiles, so that neither a slow phase of the machine nor the order favours a variant.
+
+Variants are: stock itself (the quartiles of its speed-up over itself show the noise); r latents merged in every layer;
+schedules at shares of the FLOPs; and the same schedules with fixed groups of consecutive latents, which need no
+matching. (Which latents merge does not change the time.) A matrix product of (batch x latents, C) with (C, C), where C
+is the width of a latent, is timed too: its rate is the most that the machine reaches on such work.
 
     python benchmarks/throughput.py --small                                       # two minutes on two cores
     python benchmarks/throughput.py --batch_size 1 --length 128 2048 --output_dir out
     python benchmarks/throughput.py --device cuda --dtype bfloat16 --batch_size 1 8 32 --compile layers
     python benchmarks/throughput.py --shapes vision --training --batch_size 1 --r 0 8
 
-By default --batch_size 1 8 --r 0 2 4 8 16 --flops_ratio 0.59 0.325 --rounds 10: a round of all that takes a minute on
-two cores. With --small, 6 layers of the published widths, --batch_size 1 4 --r 0 8 32 --flops_ratio 0.59 0.4
+By default --batch_size 1 8 --r 0 2 4 8 16 --flops_ratio 0.59 0.325 --rounds 10; a round of these takes a minute on two
+cores. With --small, 6 layers of the published widths, --batch_size 1 4 --r 0 8 32 --flops_ratio 0.59 0.4
 --rounds 5. OUTPUT_DIR gets throughput.json, throughput.md and throughput.png.
 """
 
@@ -33,7 +34,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-# A script's own folder is on the path, the repository's root, where the modules are, is not.
+# Python adds this script's folder to sys.path, but not the repository root, which holds the modules.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from matplotlib import pyplot as plt
@@ -47,8 +48,8 @@ from benchmarks.speed_rows import (
     Table,
     check_names,
     error_bars,
+    format_quartiles,
     run_cells,
-    spread,
 )  # fmt: skip
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
@@ -61,34 +62,36 @@ from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 
 STOCK = "stock"
 COMPILERS: dict[str, Callable[..., None]] = {
-    # It takes a stock model too: nothing that it asks for is ours.
+    # Works for stock models too: it uses only attributes that they have.
     "layers": ToMePerceiverPreTrainedModel.compile_repeated_blocks,
     "model": partial(PreTrainedModel.compile, dynamic=False),
 }
-"""For each value of --compile: compiles a model in place."""
-PRODUCTS = 32  # in a turn: one would be over before it can be timed
+"""Functions that compile a model in place, by value of --compile."""
+PRODUCTS = 32
+"""Matrix products in a turn: a single one is too short to time."""
 
 
 @dataclass
 class ThroughputArguments(StepArguments):
     """Settings of this benchmark."""
 
-    usual: ClassVar[dict[str, Any]] = {
+    defaults: ClassVar[dict[str, Any]] = {
         "batch_size": [1, 8], "r": [0, 2, 4, 8, 16], "flops_ratio": [0.59, 0.325], "rounds": 10
     }  # fmt: skip
-    reduced: ClassVar[dict[str, Any]] = {
+    small_defaults: ClassVar[dict[str, Any]] = {
         "batch_size": [1, 4], "r": [0, 8, 32], "flops_ratio": [0.59, 0.4], "rounds": 5
     }  # fmt: skip
 
     compile: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Time each variant also compiled, and note its first call. layers: the self-attention layers, for "
-            "any number of latents (compile_repeated_blocks); model: as a whole, for its numbers of latents alone. "
-            "Settings are compiled in their order, so that the second one's first call is what a change of r costs."
+            "help": "Also time each variant compiled, and record the time of its first call. layers: compile the "
+            "self-attention layers for any number of latents (compile_repeated_blocks); model: compile the whole model "
+            "for its own numbers of latents. Settings are compiled in order, so the first call of the second setting "
+            "shows what a change of r costs."
         },
     )
-    output_dir: str = field(default="outputs/throughput", metadata={"help": "Where the results go."})
+    output_dir: str = field(default="outputs/throughput", metadata={"help": "Output folder."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,45 +100,45 @@ class ThroughputArguments(StepArguments):
 
 @dataclass(frozen=True)
 class Variant:
-    """A model that takes turns."""
+    """One model to time."""
 
     name: str
-    model: PreTrainedModel  # stock, or ours with its merging in the config
+    model: PreTrainedModel  # stock, or ours with `fields` in its config
     fields: Fields  # merging fields of its config
-    checkpointing: bool = False  # whether its layers are computed again in the backward pass
-    compiled: str = ""  # which of `COMPILERS` compiles it, in its first call; "" for none
+    checkpointing: bool = False  # whether activation checkpointing is on
+    compiled: str = ""  # key of `COMPILERS`; "" if not compiled
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Figures of a variant."""
+    """Figures of one variant."""
 
     name: str
     latents_per_layer: list[int]  # left after each layer; the decoder reads the last of them
-    gflops: float  # FLOPs of a turn of the batch, the matching included
-    milliseconds: Quartiles  # time of a turn
-    speedup: Quartiles  # stock's time over this one's in the same round
-    implied_speedup: float  # stock's FLOPs over this one's
+    gflops: float  # FLOPs of a turn, matching included
+    milliseconds: Quartiles  # of a turn
+    speedup: Quartiles  # stock's time over this variant's in the same round
+    implied_speedup: float  # stock's FLOPs over this variant's
     share_of_implied: float  # median speed-up over the implied one
-    gflops_per_second: float  # rate in the median time
-    share_of_product_rate: float  # share of the rate of a matrix product in the same rounds
-    peak_memory_mb: float  # most that tensors hold at once, the parameters, which all variants share, among them
-    first_call_seconds: float | None  # time of a compiled model's first call, with the compilation
+    gflops_per_second: float  # rate at the median time
+    share_of_product_rate: float  # rate relative to that of the matrix product
+    peak_memory_mb: float  # peak memory of all tensors, the shared parameters included
+    first_call_seconds: float | None  # compilation included; `None` if not compiled
 
 
 @dataclass(frozen=True)
 class ThroughputTable(Table):
-    """The rows of a cell, and figures of all of them."""
+    """Results of one cell, and figures that its rows share."""
 
-    outputs_difference: float  # between stock's outputs and ours at r = 0, as a part of the largest
-    product_shape: tuple[int, int]  # (B x N, C) of the matrix products
+    outputs_difference: float  # between stock's and ours at r = 0, relative to the largest output
+    product_shape: tuple[int, int]  # (B x N, C), first factor of the matrix products
     product_gflops_per_second: float  # rate of these products
 
 
 def build_variants(
     arguments: ThroughputArguments, stock: PreTrainedModel, settings: dict[str, Fields]
 ) -> list[Variant]:
-    """Return stock and each setting; again checkpointed if training, and again compiled if asked for."""
+    """Build stock and our model with each setting; with --training also checkpointed, with --compile also compiled."""
 
     def ours(fields: Fields) -> PreTrainedModel:
         return arguments.model.build_merging(stock, **fields)
@@ -160,11 +163,11 @@ def build_variants(
     return variants
 
 
-def first_calls(variants: list[Variant], step: Callable[[PreTrainedModel], object]) -> dict[str, float]:
-    """Return the seconds of the first call of each compiled variant, with its compilation, by name."""
+def time_first_calls(variants: list[Variant], step: Callable[[PreTrainedModel], object]) -> dict[str, float]:
+    """Return the seconds of each compiled variant's first call, compilation included, by name."""
     seconds = {}
     torch.compiler.reset()
-    # Every variant has a graph of its own, and all are compiled from the code of the same functions.
+    # Dynamo limits recompilations per function, and all variants compile the same functions.
     with torch._dynamo.config.patch(recompile_limit=2 * len(variants) + 8):
         for variant in variants:
             if variant.compiled:
@@ -177,14 +180,14 @@ def first_calls(variants: list[Variant], step: Callable[[PreTrainedModel], objec
 
 
 def measure(arguments: ThroughputArguments, cell: Cell) -> ThroughputTable:
-    """Run the rounds of one cell."""
+    """Time one cell."""
     published, dtype = arguments.model, DTYPES[cell.dtype]
     stock = published.build_stock(dtype, arguments.device)
     inputs = published.draw_inputs(cell.input_shape, dtype, arguments.device)
     difference = check_outputs(stock, published.build_merging(stock), inputs)
     variants = build_variants(arguments, stock, cell.settings)
     step = partial(arguments.take_turn, inputs=inputs)
-    compilations = first_calls(variants, step) if arguments.compile else {}
+    compilations = time_first_calls(variants, step) if arguments.compile else {}
     width = stock.config.d_latents
     product_shape = cell.input_shape[0] * stock.config.num_latents, width
     factors = [torch.randn(shape, device=arguments.device).to(dtype) for shape in (product_shape, (width, width))]
@@ -221,7 +224,7 @@ def measure(arguments: ThroughputArguments, cell: Cell) -> ThroughputTable:
 
 
 def as_markdown(table: ThroughputTable) -> str:
-    """Return a heading, the variants, and the rate of matrix products."""
+    """Return a heading, a table of the variants, and the rate of the matrix product."""
     compiled = any(row.first_call_seconds is not None for row in table.rows)
     columns = ["", "latents left", "GFLOPs", "ms", "times stock", "quartiles", "FLOPs imply", "share", "GFLOP/s"]
     columns += ["of the product's", "peak MB"] + (["first call, s"] if compiled else [])
@@ -233,7 +236,7 @@ def as_markdown(table: ThroughputTable) -> str:
             row.latents_per_layer[-1],
             f"{row.gflops:.4g}",
             f"{row.milliseconds.median:.4g}",
-            *spread(row.speedup),
+            *format_quartiles(row.speedup),
             f"{row.implied_speedup:.2f}",
             f"{row.share_of_implied:.0%}",
             f"{row.gflops_per_second:.4g}",
@@ -253,7 +256,7 @@ Outputs at r = 0 differ from stock's by {table.outputs_difference:.1e} of the la
 
 
 def draw(tables: list[ThroughputTable], path: Path) -> None:
-    """Draw a panel for each cell: the speed-up of each variant, and the one that its FLOPs imply."""
+    """Draw the measured and the implied speed-up of each variant, one panel for each cell."""
     longest = max(len(table.rows) for table in tables)
     figure, panels = plt.subplots(
         1, len(tables), figsize=(3 + 4 * len(tables), 1.5 + 0.3 * longest), squeeze=False, layout="constrained"
@@ -264,7 +267,7 @@ def draw(tables: list[ThroughputTable], path: Path) -> None:
             error = error_bars([row.speedup])
             axes.errorbar(row.speedup.median, place, xerr=error, fmt="o", color=color, label=label, **POINT_STYLE)
         implied = [row.implied_speedup for row in table.rows]
-        axes.plot(implied, range(len(implied)), "|", color="black", markersize=12, label="all that its FLOPs imply")
+        axes.plot(implied, range(len(implied)), "|", color="black", markersize=12, label="implied by its FLOPs")
         axes.axvline(1, color="lightgray", linewidth=0.8, zorder=0)
         axes.set_yticks(range(len(table.rows)), [row.name for row in table.rows], fontsize=9)
         axes.set(title=table.cell, xlabel="times as fast as stock, median and quartiles", xlim=(0, None))
@@ -275,7 +278,7 @@ def draw(tables: list[ThroughputTable], path: Path) -> None:
 
 
 def _color_and_label(name: str) -> tuple[Any, str]:
-    """Return the color and the legend of a row by its name, as in all pictures."""
+    """Return the color and the legend entry of a row by its name."""
     if name.startswith(STOCK):
         return picture_style.STOCK, "stock"
     return (picture_style.UNMERGED, "unmerged") if name.startswith("r = 0") else (MERGED(0.75), "merged")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step takes as the scripts make it: unmerged, merged, `--elastic`, and each with `--torch_compile`.
+"""Time a training step of the scripts: unmerged, merged and `--elastic`, each with and without `--torch_compile`.
 
-The Trainers of the scripts take turns on models with the same random weights and one random batch: forward and backward
-pass with accelerate around them, without the optimizer, whose step is the same for all. A figure is the median, with
-quartiles, of the first one's time over this one's within a round. Each step of `--elastic` draws another merging, so
-its quartiles are wide, and what is compiled has seen some 40 of them before it is timed.
+The scripts' Trainers take turns on models with the same random weights and one random batch. A step is the forward and
+the backward pass as accelerate runs them, without the optimizer step, which is the same for all. The speed-up is the
+time of the first Trainer over the time of another in the same round, as median and quartiles. Each step of `--elastic`
+draws another merging setting, so its quartiles are wide, and compiled models take 40 steps before they are timed.
 
     python benchmarks/training_step.py --shapes small_vision --batch_size 128 --rounds 60
     python benchmarks/training_step.py --shapes small_language --batch_size 32 --length 64 --bf16 --rounds 60
@@ -27,11 +27,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
-# A script's own folder is on the path, the repository's root, where the modules are, is not.
+# Python adds this script's folder to sys.path, but not the repository root, which holds the modules.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.published_models import DTYPES
-from benchmarks.speed_rows import Cell, SpeedArguments, Table, run_cells, spread
+from benchmarks.speed_rows import Cell, SpeedArguments, Table, format_quartiles, run_cells
 from experiments.command_line import parse_arguments
 from experiments.errors import exit_on_bad_input
 from experiments.measurement import Timing, time_interleaved
@@ -42,20 +42,22 @@ from experiments.training.trainer import TaskTrainer
 
 ELASTIC = "--elastic"
 COMPILED = ", --torch_compile"
-# Draws of a merging that are compiled before anything is timed.
-WARM_UP = 40
+# Steps of a compiled model before it is timed, so that most settings that --elastic draws are compiled by then.
+COMPILED_WARM_UP_STEPS = 40
 
 
 @dataclass
 class TrainingStepArguments(SpeedArguments):
     """Settings of this benchmark."""
 
-    usual: ClassVar[dict[str, Any]] = {"batch_size": [32], "r": [0], "flops_ratio": [0.6], "rounds": 40}
-    reduced: ClassVar[dict[str, Any]] = {"batch_size": [4], "r": [0], "flops_ratio": [0.6], "rounds": 10}
+    defaults: ClassVar[dict[str, Any]] = {"batch_size": [32], "r": [0], "flops_ratio": [0.6], "rounds": 40}
+    small_defaults: ClassVar[dict[str, Any]] = {"batch_size": [4], "r": [0], "flops_ratio": [0.6], "rounds": 10}
 
-    bf16: bool = field(default=False, metadata={"help": "Under autocast to bfloat16, as training with --bf16."})
-    torch_compile: bool = field(default=False, metadata={"help": "Each also with its layers compiled."})
-    output_dir: str = field(default="outputs/training_step", metadata={"help": "Where the results go."})
+    bf16: bool = field(
+        default=False, metadata={"help": "Run under autocast to bfloat16, as training with --bf16 does."}
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "Also time each with compiled self-attention layers."})
+    output_dir: str = field(default="outputs/training_step", metadata={"help": "Output folder."})
 
     def described(self) -> dict[str, Any]:
         turn = "forward and backward pass of the scripts' Trainer, without the optimizer"
@@ -64,20 +66,20 @@ class TrainingStepArguments(SpeedArguments):
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of a way to train."""
+    """Figures of one Trainer."""
 
     name: str
-    timing: Timing  # time of a step; its speed-up is against the first row
-    first_steps_seconds: float  # time of the steps before the timed ones, with compilation
+    timing: Timing  # of a step; its speed-up is over the first row
+    first_steps_seconds: float  # warm-up steps, compilation included
 
 
-def trainers(arguments: TrainingStepArguments, cell: Cell, folder: Path) -> dict[str, TaskTrainer]:
-    """One for each way to train, with a model of its own and the same weights."""
+def build_trainers(arguments: TrainingStepArguments, cell: Cell, folder: Path) -> dict[str, TaskTrainer]:
+    """Build a Trainer for each merging setting and for --elastic, each with its own model and the same weights."""
     stock = arguments.model.build_stock(DTYPES[cell.dtype], arguments.device)
-    ways = [*((name, TaskTrainer, fields) for name, fields in cell.settings.items()), (ELASTIC, ElasticTrainer, {})]
-    made: dict[str, TaskTrainer] = {}
+    variants = [*((name, TaskTrainer, fields) for name, fields in cell.settings.items()), (ELASTIC, ElasticTrainer, {})]
+    trainers: dict[str, TaskTrainer] = {}
     for ending in ("", COMPILED) if arguments.torch_compile else ("",):
-        for name, trainer_class, fields in ways:
+        for name, trainer_class, fields in variants:
             model = arguments.model.build_merging(stock, **fields).train().requires_grad_(True)
             model.config.problem_type = "single_label_classification"
             if ending:
@@ -87,46 +89,48 @@ def trainers(arguments: TrainingStepArguments, cell: Cell, folder: Path) -> dict
                 disable_tqdm=True, remove_unused_columns=False,
             )  # fmt: skip
             trainer = trainer_class(model=model, args=training)
-            # As `Trainer.train` begins: autocast is accelerate's.
+            # `Trainer.train` does the same at its start; accelerate adds autocast.
             trainer.model_wrapped = trainer.accelerator.prepare(model)
             trainer.current_gradient_accumulation_steps = 1
-            made[name + ending] = trainer
-    return made
+            trainers[name + ending] = trainer
+    return trainers
 
 
 def step(trainer: TaskTrainer, inputs: dict[str, torch.Tensor]) -> None:
-    """A step without its optimizer."""
+    """Run a training step without the optimizer step."""
     trainer.training_step(trainer.model_wrapped, dict(inputs))
     trainer.model.zero_grad(set_to_none=True)
     trainer.state.global_step += 1
 
 
 def measure(arguments: TrainingStepArguments, cell: Cell) -> Table:
-    """Run the rounds of one cell."""
+    """Time one cell."""
     published = arguments.model
     pixels_or_text = published.draw_inputs(cell.input_shape, DTYPES[cell.dtype], arguments.device)
     labels = torch.zeros(len(pixels_or_text), dtype=torch.int64, device=arguments.device)
     inputs = {"inputs": pixels_or_text, "labels": labels}
     with tempfile.TemporaryDirectory() as folder:
-        made = trainers(arguments, cell, Path(folder))
-        first = {}
-        for name, trainer in made.items():
+        trainers = build_trainers(arguments, cell, Path(folder))
+        first_seconds = {}
+        for name, trainer in trainers.items():
             start = time.perf_counter()
-            for _ in tqdm(range(WARM_UP if COMPILED in name else 1), desc=f"first steps, {name}"):
+            for _ in tqdm(range(COMPILED_WARM_UP_STEPS if COMPILED in name else 1), desc=f"first steps, {name}"):
                 step(trainer, inputs)
-            first[name] = time.perf_counter() - start
-        turns = [partial(step, trainer, inputs) for trainer in made.values()]
+            first_seconds[name] = time.perf_counter() - start
+        turns = [partial(step, trainer, inputs) for trainer in trainers.values()]
         timings = time_interleaved(lambda turn: turn(), turns, turns[0], arguments.rounds or 1, desc=cell.name)
-    return Table(cell.name, [Row(name, timing, first[name]) for name, timing in zip(made, timings, strict=True)])
+    return Table(
+        cell.name, [Row(name, timing, first_seconds[name]) for name, timing in zip(trainers, timings, strict=True)]
+    )
 
 
 def as_markdown(table: Table) -> str:
-    """Return a heading and a line for each way to train."""
+    """Return a heading and a table with one row for each Trainer."""
     cells = [
         (
             row.name,
             f"{row.timing.latency_ms.median:.1f}",
-            *spread(row.timing.speedup),
+            *format_quartiles(row.timing.speedup),
             f"{row.first_steps_seconds:.1f}",
         )
         for row in table.rows

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write scikit-learn's bundled digits (1,797 real 8x8 images of ten classes) as a folder that `load_dataset` reads.
 
-The last 500 images are the test split: other people wrote them than the first ones.
+The last 500 images are the test split, because other people wrote them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PilImage
 from sklearn.datasets import load_digits
 
-# A script's own folder is on the path, the repository's root, where the modules are, is not.
+# Python adds this script's folder to sys.path, but not the repository root, which holds the modules.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.errors import exit_on_bad_input

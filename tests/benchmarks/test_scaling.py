@@ -119,7 +119,7 @@ def test_positions_are_as_many_as_the_longest_text_has_bytes(small):
     ("arguments", "says"),
     [
         (("--length", 9, 0), "--length 0: must be 1 to 9"),
-        (("--length", 9, 9), "--length 9: must be two lengths or more"),
+        (("--length", 9, 9), "--length 9: must be two or more"),
         (("--dtype", "float32", "bfloat16"), "--dtype float32 bfloat16: must be one value"),
         (("--batch_size", 1, 2), "--batch_size 1 2: must be one value"),
         (("--flops_ratio", 0.5), "--flops_ratio: "),

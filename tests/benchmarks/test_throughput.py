@@ -15,7 +15,7 @@ from benchmarks.breakdown import BreakdownArguments
 from benchmarks.latency import LatencyArguments
 from benchmarks.published_models import PUBLISHED_MODELS, check_outputs
 from benchmarks.speed_rows import consecutive_groups
-from benchmarks.throughput import STOCK, ThroughputArguments, build_variants, first_calls
+from benchmarks.throughput import STOCK, ThroughputArguments, build_variants, time_first_calls
 from cost_tome_perceiver import forward_cost
 from tests.support.script_run import bad_input_line, call_script
 from tests.support.tiny_models import tiny_config, tiny_inputs, tiny_model
@@ -113,7 +113,7 @@ def test_compiled_variants_stand_beside_the_others(monkeypatch):
     names = [f"{name}, {how} compiled" for how in ("layers", "model") for name in ("stock", "r = 2")]
     assert [variant.name for variant in variants] == [STOCK, "r = 2", *names]
     inputs = published.draw_inputs((2, 9), torch.float32, "cpu")
-    seconds = first_calls(variants, lambda model: arguments.take_turn(model, inputs))
+    seconds = time_first_calls(variants, lambda model: arguments.take_turn(model, inputs))
     assert list(seconds) == names and min(seconds.values()) > 0
     with torch.inference_mode():
         logits = [variant.model(inputs=inputs).logits for variant in variants]
@@ -164,7 +164,7 @@ def test_the_published_shapes_reach_their_budgets(monkeypatch, script_arguments,
         (("--dtype", "float32", "int8"), "--dtype int8: choose from bfloat16, float16, float32"),
         (("--batch_size", 1, 0), "--batch_size 0: must be 1 or more"),
         (("--length", 129), "--length 129: must be 1 to 128"),
-        (("--shapes", "vision", "--length", 9), "--length 9: only models of texts take it"),
+        (("--shapes", "vision", "--length", 9), "--length 9: --shapes vision"),
         (("--r", -1), "--r -1: must be 0 or more"),
         (("--rounds", 0), "--rounds 0: must be 1 or more"),
         (("--schedule", "search"), "--schedule search: choose from constant"),

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.training_step import ELASTIC, TrainingStepArguments, step, trainers
+from benchmarks.training_step import ELASTIC, TrainingStepArguments, build_trainers, step
 from tests.support.script_run import bad_input_line, call_script
 
 SCRIPT = "benchmarks.training_step.py"
@@ -29,7 +29,7 @@ def test_all_begin_alike_and_take_the_steps_of_the_scripts(tmp_path):
     """The same weights; under autocast outputs are bfloat16; and each elastic step draws another merging."""
     arguments = TrainingStepArguments(shapes="small_vision", batch_size=[2], flops_ratio=[0.77], bf16=True)
     (cell,) = arguments.cells()
-    made = trainers(arguments, cell, tmp_path)
+    made = build_trainers(arguments, cell, tmp_path)
     plain, elastic = made["r = 0"], made[ELASTIC]
     for one, other in zip(plain.model.parameters(), elastic.model.parameters(), strict=True):
         assert one.equal(other) and one is not other

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, BertModel, RobertaConfig, RobertaModel
 
-from examples.language.from_bert import Teacher, load_teacher, misfit, start_from_bert
+from examples.language.from_bert import Teacher, describe_misfit, load_teacher, start_from_bert
 from experiments.errors import BadInput
 from modeling_tome_perceiver import ToMePerceiverForMaskedLM
 from tests.support.tiny_teachers import TEACHER_CHANNELS, TEACHER_POSITIONS, letter_tokenizer, write_teacher
@@ -117,12 +117,12 @@ def test_the_bias_is_the_frequency_of_tokens(started):
     ],
 )
 def test_a_config_without_room_is_named(teacher, changes, says):
-    assert misfit(config(**changes), teacher.model) == says
+    assert describe_misfit(config(**changes), teacher.model) == says
 
 
 def test_only_a_bert_has_such_layers():
     other = RobertaModel(RobertaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
-    assert misfit(config(), other) == "the teacher is a roberta; use a BERT"
+    assert describe_misfit(config(), other) == "the teacher is a roberta; use a BERT"
 
 
 def test_a_teacher_reads_tokens_by_their_names(tmp_path):

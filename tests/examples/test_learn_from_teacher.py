@@ -18,7 +18,7 @@ from examples.language.learn_from_teacher import (
     TaughtTrainer,
     TeacherMap,
     load_taught_task,
-    slower_parameters,
+    slow_parameters,
     unmasked,
 )
 from experiments.tasks.scores import IGNORE_INDEX
@@ -152,7 +152,7 @@ def test_a_tenth_of_the_learning_rate_for_what_tells_positions_apart(prepared, t
     model, _ = prepared
     trainer = trainer_for(prepared, tmp_path, learning_rate=1e-2, weight_decay=0.1)
     optimizer = trainer.create_optimizer()
-    slower = {id(parameter) for parameter in slower_parameters(model)}
+    slower = {id(parameter) for parameter in slow_parameters(model)}
     rates = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
     assert rates == pytest.approx(
         {
