@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings for every test: no network, one thread, no progress bars, seeded, and hypothesis without deadlines."""
+"""Fixtures and settings of all tests: no network, one thread, no progress bars, fixed seeds, no deadlines."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tests.support.script_run import isolated_environment
 
-# New caches for each run: `datasets` takes a folder of the same name for the same data.
+# Each run gets new caches, because `datasets` caches a folder by its name.
 os.environ |= isolated_environment(tempfile.mkdtemp(prefix="home-"))
 
 import pytest
@@ -19,7 +19,7 @@ from hypothesis import settings
 from benchmarks.published_models import PUBLISHED_MODELS
 from tests.support.tiny_models import SIZES
 
-# Rooms, files and tests that `make test-fast` leaves out: they compile, start programs or train whole runs.
+# Folders, files and tests that `make test-fast` skips: they compile, start processes or train whole runs.
 SLOW = (
     "benchmarks/",
     "examples/",
@@ -76,7 +76,7 @@ def cache_removed_at_the_end():
 
 @pytest.fixture
 def tiny_published(monkeypatch):
-    """Tiny models in place of the published ones."""
+    """Replace the published models of the benchmarks by tiny ones."""
     fields = SIZES | {"max_position_embeddings": 128}
     fewer_layers = {"num_blocks": 1, "num_self_attends_per_block": 2}
     for name, model in PUBLISHED_MODELS.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments from a command line or a file, `--help`, and the command as it is recorded."""
+"""Tests of command line arguments, argument files, `--help`, and the recorded command."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's mistake is one line and exit code 2; only a fault of the program shows a traceback."""
+"""A user's mistake ends a script in one line with exit code 2; only a bug shows a traceback."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ with exit_on_bad_input():
     ],
 )  # fmt: skip
 def test_no_print_ends_a_script(tmp_path, where, encoding):
-    """A character that the terminal lacks, a pipe whose reader has left, a full disk behind it, a closed stream."""
+    """Characters that the terminal's encoding lacks, a closed pipe, a full disk, a closed stream."""
     command = shlex.join([sys.executable, "-c", PRINTING, str(tmp_path / "ended")])
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stop in the middle of writing leaves the old files."""
+"""A process that stops in the middle of writing leaves the old files."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_pip_installs_the_model_files_and_nothing_else():
 
 
 def test_a_model_runs_without_the_modules_of_cost_and_frontier():
-    """They are imported when a budget is first asked for."""
+    """A model imports them only when a budget is given."""
     run = (
         "import sys, torch, tests.support.tiny_models as tiny\n"
         "tiny.tiny_model('ForSequenceClassification', r=2)(**tiny.tiny_inputs('ForSequenceClassification'))\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing: who runs when, and what the ratios are of."""
+"""Tests of interleaved timing: order of the variants, speed-ups, peak memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.measurement import Quartiles, peak_memory_mb, time_interleaved
 
 
 class Clock:
-    """A clock that only moves when a variant runs."""
+    """Fake clock that moves only when a variant runs."""
 
     def __init__(self) -> None:
         self.now, self.ran = 0.0, []
@@ -43,7 +43,7 @@ def test_every_round_runs_everything_and_starts_with_another(clock):
 
 
 def test_the_first_round_does_not_count(clock):
-    """A variant that is slow once, at first, is as fast as the others."""
+    """A variant that is slow only in its first run is as fast as the others."""
     first = iter([100.0])
     (timing,) = time_interleaved(
         lambda name: clock.run(next(first, 1.0) if name == "variant" else 1.0), ["variant"], "baseline", rounds=3
@@ -57,7 +57,7 @@ def test_the_profiler_behind_it_says_nothing(capfd):
 
 
 def test_peak_memory_is_what_is_held_at_once_and_the_models_own():
-    """4 MB of weights, and of three tensors of 4 MB never more than two at once besides the input."""
+    """The model has 4 MB of weights and holds at most two of three 4 MB tensors at once, besides the input."""
     model = torch.nn.Linear(1000, 1000, bias=False)
     batch = torch.randn(1000, 1000)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/breakdown.py on tiny models in place of the published ones: whose time is whose, and nothing else."""
+"""Tests of benchmarks/breakdown.py on tiny models: time is charged to the right part."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WITH_DECODER = [head for head in HEADS if head != "Model"]
 
 
 class Ticks:
-    """A clock that moves by hand."""
+    """Fake clock that the test moves."""
 
     def __init__(self, monkeypatch) -> None:
         self.now = 0.0
@@ -57,7 +57,7 @@ def test_time_is_charged_to_the_innermost_part_and_all_of_it(monkeypatch):
     clock.charge()
     assert clock.seconds == dict.fromkeys(PARTS, 0.0) | {REST: 17, ATTENTION: 10, MATCHING: 4}
     assert sum(clock.seconds.values()) == ticks.now
-    # The device is waited for at every border.
+    # The clock synchronises with the device whenever a part begins or ends.
     assert waited == [0, 1, 3, 7, 15, 31]
 
 
@@ -89,7 +89,7 @@ def test_every_linear_layer_and_norm_is_within_a_part():
 
 @pytest.mark.parametrize(("name", "part"), [("merge_latents", MERGING), ("layer_matchers", MATCHING)])
 def test_what_is_slow_shows_in_its_part(monkeypatch, name, part):
-    """Two layers merge, and each takes 20 ms longer."""
+    """Two layers merge, and the slowed function takes 20 ms longer in each."""
     model, inputs = (
         tiny_model("ForSequenceClassification", r=[4, 2, 0, 0, 0, 0]),
         tiny_inputs("ForSequenceClassification"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/calibration.py, really run: frontiers repeat, and the report says how often promises were broken."""
+"""Tests of benchmarks/calibration.py, run on a tiny checkpoint: frontiers repeat, and broken bounds are counted."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/compare_code.py on tiny models: what is slower in the code before shows, and nothing else."""
+"""Tests of benchmarks/compare_code.py on tiny models: it finds what is slower in the old code, and nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY = ("--batch_size", 2, "--length", 9, "--r", 0, 2, "--flops_ratio", 0.95, "-
 
 
 def code_before(folder: Path, replaced: str = "", by: str = "") -> Path:
-    """The present model files with a change in `merging_tome_perceiver.py`."""
+    """Copy the present model files, with one change in `merging_tome_perceiver.py`."""
     folder.mkdir()
     for path in ROOT.glob("*_tome_perceiver.py"):
         shutil.copy(path, folder)

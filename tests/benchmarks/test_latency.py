@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/latency.py on tiny models: who answers what, and the queue."""
+"""Tests of benchmarks/latency.py on tiny models: settings of requests, and the queue."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_requests_mix_lengths_and_settings_and_are_drawn_alike_again():
     torch.manual_seed(0)
     requests = draw_requests(arguments, arguments.cells())
     every = {(length, name) for length in (9, 20) for name in SETTINGS}
-    # Each once to warm up, and again in the stream.
+    # Each length and setting once for warm-up, and again in the stream.
     for part in (requests[:6], requests[6:]):
         assert {(request.inputs.shape[1], request.asks) for request in part} == every
     assert len(requests) == 66 and all(request.inputs.shape[0] == 1 for request in requests)
@@ -59,7 +59,7 @@ def test_requests_mix_lengths_and_settings_and_are_drawn_alike_again():
 
 
 def test_each_request_is_merged_as_its_variant_says(monkeypatch):
-    """By what the model is called with, one call of each variant for each request."""
+    """Each variant is called once for each request, with the right r."""
     arguments = tiny_arguments()
     (cells,) = arguments.streams()
     stock = arguments.model.build_stock(torch.float32, "cpu")
@@ -85,14 +85,14 @@ def test_compiled_layers_answer_too(monkeypatch):
     compiled = [f"{name}, layers compiled" for name in [*SETTINGS, CHANGING]]
     assert [row.name for row in table.rows] == [STOCK, *SETTINGS, CHANGING, *compiled] == list(milliseconds)
     assert set(table.change) == {CHANGING, f"{CHANGING}, layers compiled"}
-    # What compiles does so before the stream.
+    # All compilation happens before the stream.
     first = table.warm_up_seconds[f"{CHANGING}, layers compiled"]
     assert 1e3 * first > np.median(milliseconds[f"{CHANGING}, layers compiled"])
 
 
 def test_a_request_waits_until_those_before_it_are_done():
     service, gaps = np.array([3.0, 1.0, 1.0, 5.0, 1.0]), np.array([9.0, 1.0, 1.0, 4.0, 1.0])
-    # They arrive at 0, 1, 2, 6 and 7, and are done at 3, 4, 5, 11 and 12.
+    # Requests arrive at 0, 1, 2, 6 and 7, and are done at 3, 4, 5, 11 and 12.
     assert queued_seconds(service, gaps).tolist() == [3, 3, 3, 5, 5]
 
 

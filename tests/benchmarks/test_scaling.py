@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/scaling.py on tiny models in place of the published ones: laws of the cost, the fit and what runs."""
+"""Tests of benchmarks/scaling.py on tiny models: the cost, the fitted line, and what runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.script_run import bad_input_line, call_script
 
 SCRIPT = "benchmarks.scaling.py"
 ROUNDS = 2
-# Twice the same and not in order: neither matters.
+# Lengths repeat and are unsorted: neither may matter.
 TINY = ("--length", 40, 9, 9, "--r", 0, 2, "--rounds", ROUNDS, "--batch_size", 3)
 LENGTHS, NAMES = [9, 40], [STOCK, "r = 0", "r = 2"]
 
@@ -43,10 +43,10 @@ def test_the_fit_weighs_every_value_alike_and_reports_its_largest_deviation():
     assert (line.constant, line.slope) == (pytest.approx(100), pytest.approx(0.01))
     lengths, values = [10, 20, 30], [110.0, 120.0, 143.0]
     assert Line(100, 1).largest_deviation(lengths, values) == pytest.approx(1 - 130 / 143)
-    # An error of a tenth pulls as much on the shortest as, mirrored, on the longest: without weights it would not.
+    # Relative residuals: an error of a tenth counts as much at the shortest length as at the longest.
     line = Line.fit([1, 1, 1000, 1000], [0.9, 1.1, 900.0, 1100.0])
     assert line.at(1) / 1 == pytest.approx(line.at(1000) / 1000, rel=1e-3)
-    # The least of sum((x / value - 1)^2) over two values.
+    # Minimum of sum((x / value - 1)^2) over two values.
     least = (1 / 0.9 + 1 / 1.1) / (1 / 0.9**2 + 1 / 1.1**2)
     assert line.at(1) == pytest.approx(least) and line.at(1000) == pytest.approx(1000 * least)
 
@@ -55,7 +55,7 @@ def test_every_variant_runs_as_it_is_called_at_every_length(tiny_published, tmp_
     ran = Counter()
 
     def note(module, arguments, keywords, output):
-        # Ours, or stock's own class.
+        # Ours, or the class of stock.
         if hasattr(module, "embeddings") and hasattr(module, "decoder"):
             name = f"r = {module.config.r}" if isinstance(module, ToMePerceiverModel) else STOCK
             texts = keywords["inputs"] if "inputs" in keywords else arguments[0]
@@ -64,7 +64,7 @@ def test_every_variant_runs_as_it_is_called_at_every_length(tiny_published, tmp_
     with register_module_forward_hook(note, with_kwargs=True):
         call_script(SCRIPT, *TINY, "--output_dir", tmp_path)
     assert set(ran) == {(name, (3, length), 1 if name == "r = 2" else 12) for name in NAMES for length in LENGTHS}
-    # One round warms up.
+    # One more round for warm-up.
     assert min(ran.values()) > ROUNDS
 
 
@@ -89,7 +89,7 @@ def test_the_report_has_every_variant_at_every_length_and_its_line(tiny_publishe
             assert 0 < quartiles["lower"] <= quartiles["median"] <= quartiles["upper"]
         if row["name"] == STOCK:
             assert row["speedup"] == asdict(Quartiles(1.0, 1.0, 1.0))
-    # One factor for all predictions: that of stock on the shortest texts.
+    # All predictions use the rate of stock on the shortest texts.
     assert rows[0]["predicted_milliseconds"] == pytest.approx(rows[0]["milliseconds"]["median"])
     for each in growth:
         own = [row for row in rows if row["name"] == each["name"]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/throughput.py on tiny models in place of the published ones: laws of what it measures."""
+"""Tests of benchmarks/throughput.py on tiny models: variants, FLOPs and the report."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_training_steps_are_timed_with_checkpointing_and_without(tmp_path):
     assert list(rows) == [STOCK, *settings, *(f"{name}, checkpointed" for name in settings)]
     for name in settings:
         once, twice = rows[name], rows[f"{name}, checkpointed"]
-        # Whatever is in a layer, and that is all but the ends, runs a fourth time.
+        # With checkpointing, the layers, which are nearly the whole cost, run a fourth time.
         assert once["gflops"] < twice["gflops"] < 4 / 3 * once["gflops"] * 1.01
         assert once["latents_per_layer"] == twice["latents_per_layer"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/training_step.py: the scripts' own trainers, and a row for each."""
+"""Tests of benchmarks/training_step.py: it times the scripts' own Trainers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_way_to_train_has_a_row_beside_the_first(tmp_path, capsys, bf16):
 
 
 def test_all_begin_alike_and_take_the_steps_of_the_scripts(tmp_path):
-    """The same weights; under autocast outputs are bfloat16; and each elastic step draws another merging."""
+    """Weights are equal, outputs are bfloat16 under autocast, and each elastic step draws another merging."""
     arguments = TrainingStepArguments(shapes="small_vision", batch_size=[2], flops_ratio=[0.77], bf16=True)
     (cell,) = arguments.cells()
     made = build_trainers(arguments, cell, tmp_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/draw_merging.py, really run: that it draws, and what it says of bad input."""
+"""Tests of examples/draw_merging.py, run on tiny checkpoints: pictures, and messages for bad input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCRIPT = ROOT / "examples" / "draw_merging.py"
 
 @pytest.fixture(autouse=True)
 def script(monkeypatch):
-    """The script as a module, for `call_script`."""
+    """Make the script importable as a module, for `call_script`."""
     spec = importlib.util.spec_from_file_location("draw_merging", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "draw_merging", module)
@@ -32,7 +32,7 @@ def script(monkeypatch):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """A folder with checkpoints, stock and ours, named as their heads, a greyscale image file and two datasets."""
+    """Write checkpoints of stock and our classes, named by their heads, a greyscale image file and two datasets."""
     folder = tmp_path_factory.mktemp("inputs")
     for head in ("ForMaskedLM", "ForOpticalFlow", "ForImageClassificationLearned"):
         stock_model(head, torch.float32).save_pretrained(folder / head)
@@ -79,7 +79,7 @@ def test_every_class_is_drawn(inputs, tmp_path, capsys, head):
         "--output_file", tmp_path / "picture.png",
     )  # fmt: skip
     assert_drawn(tmp_path / "picture.png")
-    # Nothing else: above all, no question whether to run a checkpoint's code.
+    # Nothing else is printed, above all no question whether to run the checkpoint's code.
     assert capsys.readouterr().out == f"{tmp_path / 'picture.png'}\n"
 
 
@@ -94,7 +94,7 @@ def test_texts_of_a_dataset_are_drawn(inputs, tmp_path):
 @pytest.mark.parametrize("head", ["ForMaskedLM", "ForImageClassificationConvProcessing"])
 @pytest.mark.parametrize("searched", [True, False])
 def test_a_budget_decides_what_is_drawn(inputs, tmp_path, script, monkeypatch, capsys, head, searched):
-    """With a dataset by a search on its rows, not on those alone that are drawn; for inputs of one's own by 'floor'."""
+    """With a dataset, a search on more rows than are drawn; for own inputs, the schedule 'floor'."""
     titles, sampled = [], []
     draw, choose = script.draw_merging, script.MergeArguments.choose
 

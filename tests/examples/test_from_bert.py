@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Perceiver that starts with a BERT's layers reads what the BERT reads, and computes nearly what it computes."""
+"""Tests of examples/language/from_bert.py: the Perceiver computes nearly the BERT's states."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def teacher() -> Teacher:
     ).eval()  # fmt: skip
     for name, parameter in bert.named_parameters():
         if "LayerNorm" in name:
-            # As trained ones are: all 1 and 0 would hide that they are left out.
+            # Random scales and shifts, as after training: with 1 and 0 a test would not notice if they were not copied.
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     return Teacher(bert, torch.arange(TOKENS) + 5)
 
 
 def texts(seed: int, count: int = 64) -> tuple[Tensor, Tensor]:
-    """Draw tokens, and the mask of texts of 5 to all positions."""
+    """Draw tokens (count, P) and the mask of texts of 5 to P tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(TOKENS, (count, POSITIONS), generator=generator)
     lengths = torch.randint(5, POSITIONS + 1, (count, 1), generator=generator)
@@ -65,7 +65,7 @@ def started(teacher) -> ToMePerceiverForMaskedLM:
 
 
 def explained(found: Tensor, wanted: Tensor) -> float:
-    """Return the explained share of the variance."""
+    """Return the share of the variance of `wanted` that `found` explains."""
     return 1 - ((found - wanted).square().sum() / (wanted - wanted.mean(dim=0)).square().sum()).item()
 
 
@@ -78,7 +78,7 @@ def test_the_states_of_other_texts_are_nearly_the_teachers(started, teacher):
         started(ids, attention_mask=mask)
     handle.remove()
     assert explained(states[0][mask.bool()][:, :WIDTH], wanted) > 0.75
-    # It is not the embeddings, which the residual stream holds from the start.
+    # The embeddings alone, which the residual stream holds from the start, would explain less.
     embedded = teacher.model.embeddings(teacher.ids[ids])[mask.bool()]
     assert explained(embedded, wanted) < 0.25
 
@@ -90,7 +90,7 @@ def test_a_latent_reads_its_token_and_without_one_the_first(started, teacher):
         embedded = teacher.model.embeddings(teacher.ids[ids])
     own = torch.arange(POSITIONS + 2).expand(len(ids), -1) < mask.sum(dim=1, keepdim=True)
     place = torch.where(own, torch.arange(POSITIONS + 2), 0).unsqueeze(-1).expand(-1, -1, WIDTH)
-    # Codes of so few positions are not quite orthogonal, so a latent without a token may look elsewhere too.
+    # The codes of few positions are not quite orthogonal, so a latent without a token attends to other tokens too.
     assert ((read[..., :WIDTH] - embedded.gather(1, place)).abs() > 0.05).float().mean() < 0.01
 
 

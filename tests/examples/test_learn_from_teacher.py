@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both scripts on tiny models: from a BERT to a checkpoint, and training towards the BERT's states."""
+"""Tests of from_bert.py and learn_from_teacher.py on tiny models, run as scripts and as Trainers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def inputs(tmp_path_factory) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def start(inputs, tmp_path_factory) -> Path:
-    """The checkpoint that starts from the teacher."""
+    """Write the checkpoint that is initialised from the teacher."""
     folder = tmp_path_factory.mktemp("start") / "start"
     call_script(START, *flags(inputs), "--output_dir", folder)
     return folder
@@ -65,14 +65,14 @@ def start(inputs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(inputs, start) -> tuple[object, ...]:
-    """The arguments of training that checkpoint."""
+    """Return the arguments that train that checkpoint."""
     data = {name: value for name, value in inputs.items() if name not in ("config_name", "tokenizer_name")}
     return (*flags(data), "--model_name_or_path", start, *TRAINING)
 
 
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory) -> Path:
-    """What training leaves."""
+    """Return the output folder of a whole training."""
     folder = tmp_path_factory.mktemp("outputs") / "whole"
     call_script(LEARN, *command, "--output_dir", folder)
     return folder
@@ -175,7 +175,7 @@ def test_a_resumed_run_is_the_same_to_the_step(command, whole, tmp_path):
 
 
 def test_gradients_of_the_map_are_of_one_step_alone(prepared, tmp_path):
-    """A step of two batches moves the map as a step of one."""
+    """One step with two accumulated batches changes the map as one step with one batch does."""
     moved = []
     for size, accumulated in ((8, 1), (4, 2)):
         trainer = trainer_for(
@@ -188,7 +188,7 @@ def test_gradients_of_the_map_are_of_one_step_alone(prepared, tmp_path):
 
 
 def test_half_precision_on_a_cpu(command, tmp_path):
-    """The student's states are in half precision, the map is not."""
+    """The student runs in bfloat16, the map in float32."""
     call_script(LEARN, *command, "--bf16", "--max_steps", 1, "--output_dir", tmp_path)
     assert load_file(tmp_path / "checkpoint-1" / MAP_FILE)["linear.weight"].dtype == torch.float32
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/merge_your_perceiver.ipynb, really executed, with a model that is hardly trained."""
+"""Tests of examples/merge_your_perceiver.ipynb, executed with a shortly trained model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_cell_runs(tmp_path):
 
 
 def test_what_is_committed_was_executed_and_names_no_machine():
-    """Every cell in its order, with what it gave; no path from the root of a disk, so nothing between two slashes."""
+    """All cells were executed in order, and no output holds an absolute path, which has text between two slashes."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An r of a call's own: it merges as the same r in the config would, and leaves the model as it was."""
+"""Tests of the argument `r` of a call: it merges as the same r in the config does, and does not change the model."""
 
 import inspect
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +43,7 @@ def test_a_calls_r_merges_as_the_configs_would(head, r):
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_it_takes_the_place_of_whatever_the_config_says(setting):
-    """But for the caps, which are no schedule."""
+    """Only the caps of the config still apply."""
     model, expected = tiny_model(HEAD, min_latents=3, **setting), tiny_model(HEAD, min_latents=3, r=3)
     inputs = tiny_inputs(HEAD)
     called = run(model, inputs, r=3)
@@ -99,7 +99,7 @@ def test_compiled_layers_and_a_compiled_model_take_it():
 
 @every_head
 def test_an_unknown_keyword_is_one_line(head):
-    """Upstream swallows it; what tokenizers and Trainer hand to any model is let through."""
+    """Upstream ignores unknown keywords; those that tokenizers and Trainer pass to every model are accepted."""
     model, inputs = tiny_model(head), tiny_inputs(head)
     for name, value in (("rr", 8), ("max_changed", 0.5), ("inputs_embeds", torch.zeros(1))):
         with pytest.raises(TypeError, match=rf"^{name}: unknown argument[^\n]*ToMePerceiver{head}[^\n]*$"):
@@ -109,7 +109,7 @@ def test_an_unknown_keyword_is_one_line(head):
 
 @every_head
 def test_signature_is_upstreams_and_what_merges(head):
-    """Trainer and pipelines read it, and torch.export."""
+    """Trainer, pipelines and torch.export read the signature."""
     model = tiny_model(head)
     if head != "Model":
         stock = inspect.signature(type(model).__mro__[2].forward).parameters

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the merging settings mean for each layer, which are refused, and that they survive JSON."""
+"""Tests of the config: schedules of merging settings, refused values, and saving to JSON."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ def config(num_latents=12, num_blocks=2, num_self_attends_per_block=3, **merging
 
 
 def plain_schedule(num_latents, requested, min_latents):
-    """Half of what is left, at most, and never below `min_latents`."""
+    """Return the latents left after each layer: a layer merges at most half, and leaves `min_latents` or more."""
     removed = []
     for r in requested:
         left = num_latents - sum(removed)
@@ -52,7 +52,7 @@ def test_groups_give_the_schedule():
 
 
 def test_groups_at_the_start_leave_fewer_for_the_layers():
-    """With r, with groups in layers, and alone; a call's own r merges all latents anew."""
+    """Groups at the start work with r, with groups in layers, and alone; the r of a call starts from all latents."""
     at_start = [0, 1, 2, 3, 4, 1, 5, 6, 7, 8, 0, 1]
     merging = config(latent_groups=at_start, r=2)
     assert (merging.latents_at_start, merging.merge_schedule) == (9, [2, 2, 2, 1, 1, 0])
@@ -78,7 +78,7 @@ BAD = {
 
 @pytest.mark.parametrize("field, bad", [(field, bad) for field, values in BAD.items() for bad in values], ids=str)
 def test_a_bad_value_is_one_line_naming_field_value_and_what_it_must_be(field, bad, tmp_path):
-    """Wherever it comes from: the constructor, a call, a file, or an attribute set later."""
+    """In the constructor, a call, a file, and an attribute that is set later."""
     line = rf"^{field}={re.escape(repr(bad))}: (must be|choose from) [^\n]*$"
     with pytest.raises(ValueError, match=line):
         config(**{field: bad})
@@ -211,7 +211,7 @@ def test_schedule_keeps_the_caps_and_takes_all_that_they_allow(shape, data):
     inflection=st.floats(-1, 1, allow_nan=False),
 )
 def test_inflection_moves_merging_about_and_leaves_its_total_alone(blocks, per_block, r, inflection):
-    """Before the caps: monotone, from 0 to 2r, opposite layers sum to 2r, so that all layers sum to r L."""
+    """Without caps, r per layer is monotone from 0 to 2r, and opposite layers sum to 2r, so all layers sum to r L."""
     layers = blocks * per_block
     merging = config(NO_CAP, blocks, per_block, r=r, r_inflection=inflection)
     schedule = merging.merge_schedule
@@ -219,7 +219,7 @@ def test_inflection_moves_merging_about_and_leaves_its_total_alone(blocks, per_b
     assert all(0 <= entry <= 2 * r for entry in schedule)
     assert all(schedule[i] + schedule[-1 - i] == 2 * r for i in range(layers))
     assert schedule == sorted(schedule, reverse=inflection < 0)
-    # Linear but for the rounding to whole latents.
+    # Linear, except for rounding to whole latents.
     for i, entry in enumerate(schedule):
         middle = 1 - 2 * i / (layers - 1) if layers > 1 else 0
         assert abs(entry - r * (1 - inflection * middle)) <= 0.5 + 1e-9
@@ -227,7 +227,7 @@ def test_inflection_moves_merging_about_and_leaves_its_total_alone(blocks, per_b
 
 @pytest.mark.parametrize("name", SHAPE_FIELDS)
 def test_a_shape_of_anything_but_positive_integers_is_one_line(name):
-    """When built, and when set and saved. Channels of attention may be unset."""
+    """When a config is built, and when a field is set and saved. Attention channels may be unset."""
     for bad in (0, -1, True, 1.5, "3") if name in ("qk_channels", "v_channels") else (0, True, None):
         with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(bad))}: must be an integer of 1 or more$"):
             ToMePerceiverConfig(**{name: bad})
@@ -256,7 +256,7 @@ def test_channels_that_the_heads_do_not_divide_are_one_line(shape):
     ids=str,
 )
 def test_shapes_of_the_published_models_are_fine(shape, tmp_path, caplog):
-    """And load as they are, without upstream's warning of another model type."""
+    """They also load without upstream's warning about another model type."""
     PerceiverConfig(**shape).save_pretrained(tmp_path)
     logging.getLogger("transformers").propagate = True
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The closed form of FLOPs against the paper's row and against what PyTorch counts."""
+"""Tests of the FLOPs formula against the paper's figures and PyTorch's FLOP counter."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TEXT_CLASSIFIER = "ToMePerceiverForSequenceClassification"
 # `deepmind/language-perceiver` reading 128 bytes; GFLOPs at a constant r.
 PUBLISHED_LANGUAGE_SHAPES: dict[str, Any] = {"qk_channels": 256, "v_channels": 1280, "d_model": 768, "num_labels": 2}
 PUBLISHED_INPUT = (1, 128)
-# By r: the closed form, and the figures of "Token Merging Perceiver", which also count layer norms and never merge a
-# first latent.
+# By r: GFLOPs of the formula, and of the paper "Token Merging Perceiver", which also counts layer norms and never
+# merges the first latent.
 PUBLISHED_GFLOPS = {0: (105.98, 106.08), 4: (84.10, 84.18), 8: (62.76, 62.82), 12: (44.38, 44.51), 16: (34.29, 34.49)}
 
-# Odd numbers of latents, so that halves are unequal, and widths that are all different.
+# An odd number of latents, so that halves are unequal, and all widths different.
 SMALL: dict[str, Any] = {
     "num_latents": 11,
     "d_latents": 24,
@@ -76,8 +76,8 @@ SETTINGS = {
 
 
 def counted_flops(architecture: str, config: ToMePerceiverConfig, input_shape: Any) -> int:
-    """What PyTorch counts for a forward pass of a random model."""
-    # The counter knows CUDA's fused attention but not the CPU's, which it would leave out.
+    """Return the FLOPs that PyTorch counts for a forward pass of a random model."""
+    # Eager attention, because the counter does not count the CPU's fused attention.
     config._attn_implementation = "eager"
     # The counter's hooks fail on upstream's modules if gradients could flow.
     model = getattr(modeling, architecture)(config).eval().requires_grad_(False)
@@ -120,7 +120,7 @@ def test_closed_form_is_what_pytorch_counts(architecture, setting):
 
 
 def test_queries_that_every_row_repeats_are_projected_once():
-    """The closed form counts them for each row, as upstream computes them."""
+    """The formula counts them for each row, because upstream computes them for each row."""
     config = ToMePerceiverConfig(**{**SMALL, "r": 2})
     rows = 3
     closed_form = cost("ToMePerceiverForMaskedLM", config, (rows, 7)).total_with_matching

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`model.calibrate` and `model.merge_to`: rows have the figures of a direct computation, promises hold, runs repeat."""
+"""Tests of `model.calibrate` and `model.merge_to`: figures match a direct computation, bounds hold, runs repeat."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ DUPLICATES = [0, 1, 2, 1, 3, 0, 1, 4, 4, 0, 1, 2]
 
 
 def batches(rows: int = 64, size: int = 4, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """`rows` texts in batches of `size`, so that every batch is one of the pieces that a search makes."""
+    """Draw `rows` texts in batches of `size`, the batch size of a search, so that a search uses them as they are."""
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(6, 262, (size, 9), generator=generator)} for _ in range(rows // size)]
 
 
 def outputs(model, given) -> torch.Tensor:
-    """(B, P, K): the output at the labelled word, at all pixels, or the only one."""
+    """Return (B, P, K): the outputs at the labelled word, at all pixels, or the only output."""
     with torch.no_grad():
         logits = torch.cat(
             [model(**{name: batch[name] for name in batch if name != "labels"}).logits for batch in given]
@@ -59,7 +59,7 @@ def test_rows_go_from_mild_to_strong_and_cost_what_they_say(calibrated):
 
 @pytest.mark.parametrize("case", ["class", "word", "number", "flow"])
 def test_rows_have_the_figures_of_a_direct_computation(case):
-    """On samples that took no part in the search. Numbers have changed if they moved by a tenth of their deviation."""
+    """On held-out samples. A regression output counts as changed if it moves by a tenth of its standard deviation."""
     regression = {"num_labels": 1, "problem_type": "regression"} if case == "number" else {}
     head = {"word": "ForMaskedLM", "flow": "ForOpticalFlow"}.get(case, HEAD)
     model, given = tiny_model(head, num_blocks=1, **regression), batches()
@@ -96,7 +96,7 @@ def test_the_same_samples_give_the_same_frontier_on_any_number_of_threads(calibr
 
 
 def test_exact_duplicates_are_found_and_nothing_changes():
-    """Of five latents that stand twelve times, with a budget for five: whichever way, the logits stay."""
+    """Twelve latents are copies of five. With a budget for five, the logits stay, whichever merging is chosen."""
     model = repeat_latents(tiny_model(HEAD), DUPLICATES)
     inputs = tiny_inputs(HEAD, batch=64)
     before = run(model, inputs).logits
@@ -134,7 +134,7 @@ def test_a_saved_checkpoint_carries_its_frontier(calibrated, tmp_path):
 
 
 def test_a_row_reads_alike_before_and_after_it_was_saved():
-    """A config is saved with its keys sorted, which puts "over 9" before "up to 9 tokens"."""
+    """A saved config has sorted keys, which puts "over 9" before "up to 9 tokens"."""
     groups = {"class LABEL_1": [0.5, 4], "up to 9 tokens": [0.5, 2], "over 9": [0.5, 2]}
     row = FrontierRow(
         Merging.of(tiny_config(r=2)), 0.5, 0.1, 0.5, 0.9, {"samples": 4, "groups": groups, "worst_tenth": 1}
@@ -170,7 +170,7 @@ def test_a_frontier_of_other_weights_makes_no_promise(calibrated):
 
 
 def with_figures(bounds: list[float], held_out: int = 1000):
-    """A model whose frontier has rows with these bounds, from mild to strong."""
+    """Build a model whose frontier has rows with these bounds, from mild to strong."""
     model = tiny_model(HEAD)
     who = {"samples": held_out, "groups": {}, "worst_tenth": 0.5}
     rows = [
@@ -183,7 +183,7 @@ def with_figures(bounds: list[float], held_out: int = 1000):
 
 
 def test_a_promise_goes_down_the_rows_and_stops_at_the_first_that_breaks_it():
-    """The third row breaks 0.03, so the fourth does not count, although it keeps it."""
+    """The third row is above 0.03, so the fourth, which is below, must not be chosen."""
     model = with_figures([0.005, 0.02, 0.1, 0.03])
     for limit, place in ((0.01, 0), (0.03, 1), (0.2, 3)):
         assert model.merge_to(max_changed=limit).chosen.merging.r == [place + 1, 0, 0, 0, 0, 0]
@@ -267,7 +267,7 @@ def test_states_that_are_dropped_at_any_time_change_nothing(calibrated, monkeypa
 
 
 def test_a_search_that_is_out_of_time_has_rows_all_the_same():
-    """Within every share, not searched for, without figures that nobody measured, and without a promise."""
+    """They keep to every budget, but have no measured figures and no bound."""
     model = tiny_model(HEAD)
     with (
         pytest.warns(UserWarning, match="seconds=0.0"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The laws of matching, on tensors alone: which latents merge, and into which, by every method of the registry."""
+"""Tests of matching on tensors, for every registered method: which latents merge, and into which."""
 
 import itertools
 import random
@@ -27,7 +27,7 @@ from tests.support.tiny_matches import (
 
 
 def plain_bipartite(score, r):
-    """One row's edges {merged: target} from scores (N, N): evens propose their best odd, the R best merge."""
+    """Return one row's edges {merged: target}, from scores (N, N): evens propose their best odd, the R best merge."""
     proposals = []
     for even in range(0, len(score), 2):
         target = max(range(1, len(score), 2), key=lambda odd: (score[even, odd], -odd))
@@ -40,7 +40,7 @@ def plain_size_penalty(metric, r, sizes, depth):
 
 
 def plain_energy(metric, r, sizes, depth):
-    """One row's edges from the definition: order by energy, alternate, merge into the most similar."""
+    """Return one row's edges by definition: sort by energy, alternate, merge into the most similar."""
     similarity, margin = cosines(metric), 0.9 - 0.9 * depth
     num_latents = len(similarity)
     energy = []
@@ -52,7 +52,7 @@ def plain_energy(metric, r, sizes, depth):
 
 
 def plain_k_center(metric, r, sizes, depth):
-    """One row's edges from the definition: the least similar to those that stay stays too."""
+    """Return one row's edges by definition: repeatedly keep the latent least similar to the kept ones."""
     similarity = cosines(metric)
     kept, others = [0], list(range(1, len(similarity)))
     while len(others) > r:
@@ -62,7 +62,7 @@ def plain_k_center(metric, r, sizes, depth):
 
 
 def plain_ward(metric, r, sizes, depth):
-    """One row's edges from the definition: the two groups whose merge adds least to the squared distances from their
+    """Return one row's edges by definition: merge the two groups that add least to the squared distances from their
     means, R times, with the means taken anew."""
     vectors = torch.nn.functional.normalize(metric.double(), dim=-1).numpy()
     members = {position: [position] for position in range(len(vectors))}
@@ -79,7 +79,7 @@ def plain_ward(metric, r, sizes, depth):
 
 
 def plain_leader(metric, r, sizes, depth):
-    """One row's edges from the definition: those most similar to any before them go, each to the most similar left."""
+    """Return one row's edges by definition: latents most similar to an earlier one merge into the most similar kept."""
     similarity = cosines(metric)
     rest = range(1, len(similarity))
     merged = sorted(rest, key=lambda i: -max(similarity[i, j] for j in range(i)))[:r]
@@ -136,11 +136,11 @@ def test_a_row_is_matched_alone_as_in_a_batch(method, drawn):
 @pytest.mark.parametrize("method", [method for method in MERGING_METHODS if method != "random"])
 @pytest.mark.parametrize("metric", [torch.zeros(2, 9, 4), torch.tensor([1.0, 0, 0, 0]).repeat(2, 9, 1)])
 def test_all_equal_metric(method, metric):
-    """Zero vectors included: they merge in the order of their positions, all into one, and nothing is NaN."""
+    """Equal vectors, zeros included, merge in the order of their positions, all into one, and nothing is NaN."""
     for r in range(1, 5):
         match = match_by(method, metric, r)
         for row in range(2):
-            # k-center chooses those that stay; of leaders and of Ward's groups the first one stays.
+            # k-center chooses what is kept; leader and ward keep the first latent of a group.
             last, first = {9 - r + i: 0 for i in range(r)}, {1 + i: 0 for i in range(r)}
             pairs = {2 * i: 1 for i in range(r)}
             assert edges(match, row) == {"k_center": last, "leader": first, "ward": first}.get(method, pairs)
@@ -150,7 +150,7 @@ def test_all_equal_metric(method, metric):
 
 
 def test_matching_is_done_in_full_precision_under_autocast():
-    """Similarities that half precision cannot tell apart still decide which latents merge."""
+    """Latents merge by similarities that half precision cannot tell apart."""
     angles = 0.2 * randn(48, seed=5)
     metric = torch.stack([angles.cos(), angles.sin()], dim=-1)[None].float()
     sizes = unequal_sizes(1, 48, seed=6)
@@ -167,7 +167,7 @@ def test_matching_is_done_in_full_precision_under_autocast():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_neither_overflows_nor_gives_nan(dtype):
-    """The squares of such keys overflow float16; the match is the one of the same numbers in float32."""
+    """The squares of these keys overflow float16; the match is that of the same numbers in float32."""
     metric = (randn(2, 12, 8, seed=3) * 3e4).clamp(-6e4, 6e4).to(dtype)
     match = merging.match_bipartite(metric, 4)
     for row in range(2):
@@ -199,7 +199,7 @@ def test_ties_go_to_the_lower_position_and_into_the_lowest_of_equals(method, see
 
 
 def test_zero_vector_is_as_similar_as_an_orthogonal_one():
-    """0 is more than opposed: the zero vector at 0 merges before its opposed neighbour at 2, after the equal one."""
+    """Similarity 0 is more than -1: the zero vector at 0 merges before the opposed vector at 2, after the equal one."""
     metric = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
     assert edges(merging.match_bipartite(metric, 1), 0) == {4: 1}
     assert edges(merging.match_bipartite(metric, 2), 0) == {4: 1, 0: 1}
@@ -220,7 +220,7 @@ def test_prune_drops_what_bipartite_merges(drawn):
 
 
 def test_random_is_the_same_for_every_row_and_every_metric():
-    """It depends on N and R alone, and neither reads nor moves anyone's random state."""
+    """It depends only on N and R, and neither uses nor changes the global random state."""
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     match = controls.match_random(randn(3, 24, 4, seed=1), 7)
     assert torch.equal(torch.get_rng_state(), torch_state)
@@ -237,7 +237,7 @@ def test_random_is_the_same_for_every_row_and_every_metric():
 
 @given(groups=st.lists(st.integers(0, 5), min_size=1, max_size=24))
 def test_groups_against_a_plain_reference(groups):
-    """The first latent of each group stays at the group's number, the others of the group merge into it."""
+    """The first latent of each group is kept at the index of the group, and the others merge into it."""
     numbers = sorted(set(groups))
     groups = [numbers.index(group) for group in groups]
     match = merging.match_groups(groups, torch.device("cpu"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The laws of merging, on tensors alone, whatever was matched: means, sizes, gradients, attention, sources."""
+"""Tests of merging on tensors, for any match: means, sizes, gradients, attention, sources."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tests.support.tiny_matches import METHODS, match_by, matches, randn, row_of
 
 
 def plain_merge(latents, sizes, match):
-    """One row's merge from the definition: the mean of each cluster, weighted by size."""
+    """Merge one row by definition: the mean of each cluster, weighted by size."""
     latents, sizes = np.asarray(latents, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     clusters = [[position] for position in match.kept[0].tolist()]
     for position, target in zip(match.merged[0].tolist(), match.into[0].tolist(), strict=True):
@@ -26,7 +26,7 @@ def plain_merge(latents, sizes, match):
 
 @given(matches())
 def test_merged_latents_are_the_means_weighted_by_size(drawn):
-    """So the sum of size x latent stays, and so does the sum of the sizes. No sizes are sizes of 1."""
+    """The sums of size x latent and of the sizes stay the same. Without sizes, all sizes are 1."""
     metric, match, seed = drawn.metric, drawn.match, drawn.seed
     batch, num_latents = metric.shape[:2]
     latents = randn(batch, num_latents, 3, seed=seed + 1)
@@ -55,7 +55,7 @@ def test_a_latent_into_which_nothing_merges_keeps_every_bit(drawn, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_large_sizes_and_latents_do_not_overflow_half_precision(dtype):
-    """1000 x 300 is beyond float16's 65504; so is the sum of two latents of 60000."""
+    """1000 x 300 and the sum of two latents of 60000 exceed 65504, the largest float16."""
     for value, size in ((300.0, 1000.0), (60000.0, 1.0), (60000.0, 70000.0)):
         latents = (value * (1 - 0.1 * randn(2, 12, 5, seed=1).sigmoid())).to(dtype)
         sizes = size * unequal_sizes(2, 12, seed=2)
@@ -101,13 +101,13 @@ def test_gradient_of_each_latent_is_its_size_over_the_total(drawn):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_gradient_through_what_is_matched(method):
-    """The metric decides indices, and nothing flows through those, even if latents and metric are one tensor."""
+    """The metric only decides indices, so no gradient flows through it, even if latents and metric are one tensor."""
     latents = randn(1, 12, 4, seed=1).requires_grad_()
     match = match_by(method, latents * 2, 4)
     assert not any(part.requires_grad for part in match if part is not None)
     merged, _ = merging.merge_latents(latents, None, match)
     merged.sum().backward()
-    # A constant within each cluster: 1 / its size, for pruned ones 0. Anything from the metric would disturb it.
+    # Gradients are 1 / size in each cluster, and 0 for pruned latents; a gradient of the metric would change that.
     sizes = merging.merge_latents(latents.detach(), None, match)[1][0]
     expected = torch.zeros(12, dtype=torch.float64)
     expected[match.kept[0]] = 1 / sizes.double()
@@ -132,7 +132,7 @@ def test_a_merged_key_counts_as_often_as_the_latents_in_it(sizes, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_bias_is_the_log_in_the_dtype_of_the_scores(dtype):
-    """70000 is infinite in float16, but its logarithm is not."""
+    """70000 overflows float16, but its logarithm does not."""
     sizes = torch.tensor([[1.0, 2.0, 257.0], [3.0, 1.0, 70000.0]])
     bias = merging.log_size_bias(sizes, dtype)
     assert bias.shape == (2, 1, 1, 3)
@@ -148,7 +148,7 @@ def test_bias_is_the_log_in_the_dtype_of_the_scores(dtype):
 
 @given(matches())
 def test_sources_after_two_merges(drawn):
-    """The rows of the source matrix partition the latents, sum to the sizes, and say what was averaged."""
+    """The rows of the source matrix partition the latents, sum to the sizes, and give the means."""
     batch, num_latents = drawn.metric.shape[:2]
     first = randn(batch, num_latents, 3, seed=7)
     latents, sizes, sources = first, None, torch.eye(num_latents).expand(batch, -1, -1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller may say to a model: r at any time, masks, settings and inputs; and the line that refuses the rest."""
+"""Tests of what callers pass to a model: r, masks, settings, inputs; and the messages that refuse wrong values."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from tests.support.tiny_models import (
 
 
 def masks_alike(mask):
-    """The same mask in every form that is allowed."""
+    """Return the same mask in every accepted form."""
     keep = mask.bool()[:, None, None, :]
     return {
         "integers": mask,
@@ -54,7 +54,7 @@ def test_every_form_of_a_mask_means_the_same(head, attention):
 @every_attention
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_row_that_is_all_padding_gives_no_nan(attention, dtype):
-    """Nor does it change the rows beside it."""
+    """It also does not change other rows."""
     model = tiny_model("ForSequenceClassification", dtype, attn_implementation=attention, r=R_LIST)
     inputs = tiny_inputs("ForSequenceClassification")
     expected = run(model, inputs).logits
@@ -70,7 +70,7 @@ def test_a_row_that_is_all_padding_gives_no_nan(attention, dtype):
 
 
 def test_r_is_set_at_any_time():
-    """Nothing stays from one setting to the next."""
+    """A new r leaves nothing of the earlier one."""
     model, inputs = tiny_model("ForSequenceClassification"), tiny_inputs("ForSequenceClassification")
     for r in (R_LIST, 1, 0):
         model.r = r
@@ -111,7 +111,7 @@ def test_too_long_a_text_is_one_line(head):
 
 @pytest.mark.parametrize("height, width", [(9, 9), (4, 8), (16, 16), (4, 16)])
 def test_image_of_another_size_is_one_line_for_learned_positions(height, width):
-    """Also of one with as many pixels; unless one asks for positions to be interpolated, as upstream does."""
+    """Also an image with as many pixels; only with interpolated positions, as upstream has them, it is accepted."""
     model, stock = (make("ForImageClassificationLearned", torch.float32) for make in (tiny_model, stock_model))
     pixels = torch.randn(2, 3, height, width)
     with pytest.raises(ValueError, match=rf"^inputs: [^\n]*{height} x {width}[^\n]*must be 8 x 8[^\n]*$"):
@@ -129,7 +129,7 @@ def test_inputs_of_another_width_are_one_line():
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 5), (1, 9), (2, 9, 9), (9,), (3, 1, 1, 9)], ids=str)
 def test_mask_of_another_shape_is_one_line(shape):
-    """A length or a number of rows of 1 would broadcast."""
+    """A mask of length 1 or of one row would otherwise broadcast."""
     model = tiny_model("ForSequenceClassification")
     with pytest.raises(ValueError, match=r"^attention_mask: has shape .*must have \(2, 9\) or \(2, 1, 1, 9\)[^\n]*$"):
         model(input_ids=torch.zeros(2, 9, dtype=torch.long), attention_mask=torch.ones(shape))
@@ -169,7 +169,7 @@ def test_labels_that_contradict_each_other_make_no_classifier():
 @pytest.mark.parametrize("head", TEXT_HEADS)
 @pytest.mark.parametrize("tokens", [270, 250], ids=["more", "fewer"])
 def test_tokens_are_resized_and_saved(head, tokens, tmp_path):
-    """What was there before gives what it gave."""
+    """Outputs for the old tokens stay the same."""
     model, inputs = tiny_model(head, torch.float32, r=R_LIST), tiny_inputs(head)
     inputs["input_ids"] = inputs["input_ids"] % 250
     before = run(model, inputs).logits

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients, checkpointing, compilation, export, half precision and copies keep the merges, in every head."""
+"""Tests of gradients, activation checkpointing, compilation, export, half precision and copies with merging."""
 
 import copy
 import pickle
@@ -36,7 +36,7 @@ from tests.support.tiny_models import (
 
 @pytest.mark.parametrize("head, merge", [pair for pair in HEAD_AND_MERGE if pair[1] != "prune"])
 def test_gradients_reach_every_latent_and_every_parameter(head, merge):
-    """Every parameter that learns without merging learns with it."""
+    """Every parameter that has a gradient without merging has one with merging."""
     inputs = tiny_inputs(head)
     _, gradients = loss_and_gradients(tiny_model(head, **MERGES[merge]), inputs)
     _, whole = loss_and_gradients(tiny_model(head), inputs)
@@ -49,7 +49,7 @@ def test_gradients_reach_every_latent_and_every_parameter(head, merge):
 
 
 def assert_same_gradients(gradients, expected, tolerance=1e-12):
-    """Equal names, and values but for the rounding, as a part of the largest gradient."""
+    """Check that names are equal, and values equal up to rounding, relative to the largest gradient."""
     assert gradients.keys() == expected.keys()
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for name in expected:
@@ -57,7 +57,7 @@ def assert_same_gradients(gradients, expected, tolerance=1e-12):
 
 
 def test_gradients_of_duplicates_are_those_of_the_unmerged_model():
-    """Each merged latent has its share of the gradient, size over total: the same as when nothing had merged."""
+    """Each merged latent gets the share size / total of the gradient, which is the gradient without merging."""
     merge, duplicates = DUPLICATES["groups in two steps"]
     inputs = tiny_inputs("ForSequenceClassification")
     model = repeat_latents(tiny_model("ForSequenceClassification", **merge), duplicates)
@@ -71,7 +71,7 @@ def test_gradients_of_duplicates_are_those_of_the_unmerged_model():
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["nonreentrant", "reentrant"])
 @every_head_and_every_merge
 def test_checkpointing_recomputes_the_same_merges(head, use_reentrant, merge):
-    """Loss and gradients are the same but for the rounding, dropout included, and layers do run twice."""
+    """Loss and gradients are equal up to rounding, also with dropout, and layers run twice."""
     model = tiny_model(head, attention_probs_dropout_prob=0.1, **MERGES_AND_PRUNE[merge]).train()
     inputs = tiny_inputs(head)
     runs = []
@@ -89,7 +89,7 @@ def test_checkpointing_recomputes_the_same_merges(head, use_reentrant, merge):
     assert_same_gradients(checkpointed_gradients, gradients)
 
 
-# Compiling takes seconds for each layer, so two layers must do.
+# Two layers only, because compiling takes seconds for each layer.
 TWO_LAYERS = dict(num_blocks=2, num_self_attends_per_block=1)
 TWO_MERGES = {
     "bipartite": dict(r=[3, 2]),
@@ -150,7 +150,7 @@ def test_layers_of_a_head_that_does_not_compile_as_a_whole_compile():
 
 @pytest.mark.parametrize("merge", ["bipartite", "leader"])
 def test_compiled_layers_serve_every_r_and_every_batch(merge):
-    """No graph for a number of latents, of layers or of rows: after a few settings there are all."""
+    """Graphs do not depend on the number of latents, layers or rows, so no more are compiled after a few settings."""
     settings = {"num_latents": 64, "num_self_attends_per_block": 12, "num_blocks": 1}
     model = tiny_model("ForSequenceClassification", **settings, **MERGES[merge] | {"r": 2})
     eager = tiny_model("ForSequenceClassification", **settings, **MERGES[merge] | {"r": 2})
@@ -218,7 +218,7 @@ def test_half_precision_keeps_the_schedule_and_gives_no_nan(head, precision, mer
     assert torch.equal(output.base.latent_sizes.sum(dim=1), torch.full((2,), 12.0))
     assert output.logits.isfinite().all()
     if merge == "groups":
-        # The merges are the same whatever the precision, so the logits are near those of full precision.
+        # The same latents merge in any precision, so the logits are near those of full precision.
         expected = run(tiny_model(head, **MERGES[merge]), tiny_inputs(head)).logits
         assert relative_difference(output.logits.double(), expected) < 0.1
 
@@ -226,7 +226,7 @@ def test_half_precision_keeps_the_schedule_and_gives_no_nan(head, precision, mer
 @every_head
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_merge_alike_and_apart(head, duplicate):
-    """A copy is a model of its own: setting its r leaves the first one's alone."""
+    """Setting r of a copy does not change the original."""
     model, inputs = tiny_model(head, r=R_LIST), tiny_inputs(head)
     expected = run(model, inputs).logits
     copied = duplicate(model)
@@ -240,7 +240,7 @@ def test_copies_merge_alike_and_apart(head, duplicate):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="PyTorch compiles with a C++ compiler")
 def test_compiled_matching_serves_any_number_of_latents_down_to_two():
-    """With PyTorch's own backend, whose code for a maximum over a single entry fails (2.13)."""
+    """With the inductor backend, whose code for a maximum over a single entry fails (PyTorch 2.13)."""
     torch.compiler.reset()
     compiled = torch.compile(match_bipartite, dynamic=True)
     for latents, r in ((12, 3), (9, 2), (3, 1), (2, 1)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The laws of merging, on random weights of every head.
+"""Tests of merging in models with random weights, for every head.
 
 Sizes and sources account for every latent, exact duplicates merge without any change, and batches do not matter.
 """
@@ -59,7 +59,7 @@ def test_sources_are_returned_only_when_asked_for():
 @every_attention
 @pytest.mark.parametrize("metric", configuration.MERGE_METRICS)
 def test_merge_is_the_size_weighted_mean_between_attention_and_mlp(metric, attention):
-    """One layer in plain steps: attend with all latents, merge by what is compared, then the MLP on those left."""
+    """Compute a layer step by step: attention over all latents, merging by the metric, the MLP on the latents left."""
     widths = dict(qk_channels=8, v_channels=16)
     model = tiny_model("Model", r=[0, 0, 0, 0, 0, 3], merge_metric=metric, attn_implementation=attention, **widths)
     inputs = tiny_inputs("Model")
@@ -77,14 +77,14 @@ def test_merge_is_the_size_weighted_mean_between_attention_and_mlp(metric, atten
         matches = {name: merging.match_bipartite(what, 3) for name, what in compared.items()}
         merged, sizes = merging.merge_latents(context, None, matches[metric])
         expected = merged + layer.mlp(layer.layernorm(merged))
-    # Each metric decides on another merge, so the one that was taken is the one that was asked for.
+    # Each metric merges other latents, so this shows that the model uses the metric of the config.
     assert len({str([part.tolist() for part in match]) for match in matches.values()}) == 3
     assert torch.equal(output.latent_sizes, sizes)
     assert_same(output.last_hidden_state, expected)
 
 
 def test_a_method_of_ones_own_runs(monkeypatch):
-    """It gets the mean keys of the heads, R, the sizes so far and the depth of the layer."""
+    """It gets the keys averaged over heads, R, the sizes and the depth of the layer."""
     asked = []
 
     def match_last(metric, r, sizes, depth):
@@ -111,7 +111,7 @@ def test_a_method_of_ones_own_runs(monkeypatch):
 
 
 def merged_and_whole(head, merge, duplicates, **changes):
-    """Outputs of a model whose latents are duplicates, with merging and without."""
+    """Return the outputs of a model with duplicate latents, with merging and without."""
     model = repeat_latents(tiny_model(head, **changes, **merge), duplicates)
     inputs = tiny_inputs(head)
     merged = run(model, inputs)
@@ -128,10 +128,10 @@ def merged_and_whole(head, merge, duplicates, **changes):
     [*((head, "matched at once") for head in HEADS), *(("ForMaskedLM", kind) for kind in DUPLICATES)],
 )
 def test_duplicates_merge_without_any_change(head, attention, kind):
-    """Without proportional attention they do change the output, so the test sees the bias."""
+    """Without proportional attention the output changes, so the test also covers the bias."""
     merge, duplicates = DUPLICATES[kind]
     merged, whole = merged_and_whole(head, merge, duplicates, attn_implementation=attention)
-    # The merges are those of the duplicates and nothing else, and sizes are not uniform, which would hide a fault.
+    # Only duplicates merge, and sizes differ, because a wrong bias would not show with equal sizes.
     for row in range(2):
         sources = {frozenset(line.nonzero()[:, 0].tolist()) for line in merged.base.latent_sources[row]}
         assert sources == {frozenset(i for i in range(12) if duplicates[i] == g) for g in set(duplicates)}
@@ -149,7 +149,7 @@ def test_duplicates_merge_without_any_change(head, attention, kind):
 
 @every_head_and_every_merge
 def test_a_row_alone_is_as_in_a_batch(head, merge):
-    """Alone, a text has no padding."""
+    """A text alone has no padding."""
     model, inputs = tiny_model(head, **MERGES_AND_PRUNE[merge]), tiny_inputs(head, batch=3)
     together = run(model, inputs)
     for row in range(3):
@@ -164,7 +164,7 @@ def test_a_row_alone_is_as_in_a_batch(head, merge):
 @every_head
 @every_attention
 def test_hidden_states_and_attentions_have_the_lengths_of_the_schedule(head, attention):
-    """Attention of a layer is over the latents that reach it; a block's last state stands twice, as upstream."""
+    """A layer attends over the latents that reach it; the last state of a block is listed twice, as upstream does."""
     model = tiny_model(head, attn_implementation=attention, r=R_LIST)
     output = run(model, tiny_inputs(head), output_hidden_states=True, output_attentions=True)
     base = output.base

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every head is upstream's where nothing merges, and what transformers and accelerate ask of it.
+"""Tests that every unmerged head equals upstream's, and that models work with transformers and accelerate.
 
 The laws of merging are in `test_modeling_merges.py`, those of running it in `test_modeling_execution.py`, and what a
 caller may say in `test_modeling_arguments.py`; all on random weights.
@@ -54,7 +54,7 @@ def test_state_dict_is_upstreams(head):
 
 @every_head
 def test_same_seed_gives_upstreams_initial_weights(head):
-    """And leaves the random state where upstream leaves it, so that a finetuning run draws the same batches."""
+    """The random state afterwards is upstream's too, so a finetuning run draws the same batches."""
     torch.manual_seed(3)
     stock, stock_state = stock_class(head)(stock_config()).state_dict(), torch.get_rng_state()
     torch.manual_seed(3)
@@ -67,7 +67,7 @@ def test_same_seed_gives_upstreams_initial_weights(head):
 @every_attention
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["f64", "f32"])
 def test_r_0_gives_upstreams_logits(head, attention, dtype, tolerance):
-    """With padding in the texts, and not for want of a model that listens to its inputs."""
+    """Texts have padding, and the logits do depend on the inputs."""
     model, stock = tiny_model(head, dtype, attn_implementation=attention), stock_model(head, dtype)
     assert model.config._attn_implementation == attention
     inputs = tiny_inputs(head, batch=3, dtype=dtype)
@@ -91,7 +91,7 @@ def test_heads_that_attend_one_after_another_give_the_same(head, monkeypatch):
 
 @pytest.fixture
 def fused_keys(monkeypatch):
-    """Number of keys in each call of PyTorch's fused attention."""
+    """Record the number of keys in each call of PyTorch's fused attention."""
     keys, real = [], F.scaled_dot_product_attention
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda q, k, *a, **named: keys.append(k.shape[2]) or real(q, k, *a, **named)
@@ -101,12 +101,12 @@ def fused_keys(monkeypatch):
 
 @every_head
 def test_sdpa_is_what_runs_unless_one_asks_for_eager_and_added_keys_have_no_weight(head, fused_keys):
-    """A merge leaves 9 to 15 keys in some layers, which are filled up to 16: outputs and gradients stay."""
+    """Layers with 9 to 15 keys are padded to 16 keys; outputs and gradients stay the same."""
     inputs, eager = tiny_inputs(head), tiny_model(head, attn_implementation="eager", r=R_LIST)
     loss, gradients = loss_and_gradients(eager, inputs)
     assert not fused_keys
     again, gradients_again = loss_and_gradients(tiny_model(head, r=R_LIST), inputs)
-    # The encoder's cross-attention and a decoder's; that of the masked LM has keys and values of different widths.
+    # Calls of both cross-attentions; the masked LM's decoder has keys and values of different widths, so no fused call.
     assert len(fused_keys) == NUM_LAYERS + (1 if head in ("Model", "ForMaskedLM") else 2)
     assert 16 in fused_keys
     assert relative_difference(again, loss) <= 1e-12
@@ -149,7 +149,7 @@ def test_attention_is_switched_on_a_built_model():
 
 
 def test_base_model_takes_upstreams_parts():
-    """A base model put together by hand, as upstream's documentation does: its decoder weighs merged latents too."""
+    """A base model assembled from parts, as in upstream's documentation: its decoder weights merged latents too."""
 
     def classifier(model_class, config):
         torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_base_model_takes_upstreams_parts():
 
 @pytest.mark.parametrize("head", [*TEXT_HEADS, *IMAGE_HEADS])
 def test_r_0_gives_upstreams_loss(head):
-    """transformers chooses the loss by the end of the class's name."""
+    """transformers chooses the loss by the name of the class."""
     inputs = tiny_inputs(head) | dict(labels=labels_for(head))
     with torch.no_grad():
         ours, expected = tiny_model(head)(**inputs).loss, stock_model(head)(**inputs).loss
@@ -191,7 +191,7 @@ def test_r_0_gives_upstreams_loss(head):
 @pytest.mark.parametrize("hidden_states, attentions", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("return_dict", [False, True], ids=["tuple", "dict"])
 def test_r_0_gives_upstreams_output_layout(head, hidden_states, attentions, return_dict):
-    """Every entry of the output, hidden states and attention weights too, as a tuple and as a dictionary."""
+    """Every entry of the output, hidden states and attention weights included, as a tuple and as a dictionary."""
     inputs = tiny_inputs(head) | dict(
         output_hidden_states=hidden_states, output_attentions=attentions, return_dict=return_dict
     )
@@ -206,7 +206,7 @@ def test_r_0_gives_upstreams_output_layout(head, hidden_states, attentions, retu
 
 @every_head
 def test_stock_folder_loads_with_no_key_amiss(head, tmp_path):
-    """And merges from the first call, at the r given to `from_pretrained`."""
+    """The model merges from the first call, at the r given to `from_pretrained`."""
     stock = stock_model(head, torch.float32)
     stock.save_pretrained(tmp_path)
     model, loading = tome_class(head).from_pretrained(tmp_path, output_loading_info=True)
@@ -233,19 +233,19 @@ def test_saved_model_loads_back_with_its_schedule(head, tmp_path):
     assert {name: getattr(again.config, name) for name in merge} == merge
     assert again.config.merge_schedule == model.config.merge_schedule != [0] * NUM_LAYERS
     inputs = tiny_inputs(head, dtype=torch.float32)
-    # To rounding: kernels sum in another order where the weights lie elsewhere in memory.
+    # Equal up to rounding: kernels sum in another order if the weights are aligned differently in memory.
     assert relative_difference(run(again, inputs).logits, run(model, inputs).logits) <= 1e-6
 
 
 @pytest.mark.parametrize("head", TEXT_HEADS)
 def test_keys_and_values_of_different_widths(head, fused_keys):
-    """As in the published language model: no fused kernel on the CPU, upstream's logits, and merging all the same."""
+    """As in the published language model: no fused attention on the CPU, upstream's logits, and merging works."""
     inputs, widths = tiny_inputs(head), dict(qk_channels=8, v_channels=16)
     with torch.no_grad():
         expected = flat_logits(stock_model(head, **widths)(**inputs))
     model = tiny_model(head, **widths)
     assert relative_difference(run(model, inputs).logits, expected) <= 1e-12
-    # Of the two, only the classifier's decoder keeps equal widths.
+    # Only the classifier's decoder has keys and values of equal width.
     assert len(fused_keys) == (head == "ForSequenceClassification")
     model.r = R_LIST
     assert run(model, inputs).base.latent_sizes.sum(dim=1).tolist() == [NUM_LATENTS] * 2
@@ -255,7 +255,7 @@ def test_keys_and_values_of_different_widths(head, fused_keys):
 
 
 class Rows(torch.utils.data.Dataset):
-    """A labelled batch of inputs, a row at a time."""
+    """Dataset of the rows of a labelled batch."""
 
     def __init__(self, head):
         self.rows = dict(tiny_inputs(head, batch=8, dtype=torch.float32), labels=labels_for(head, 8))
@@ -269,7 +269,7 @@ class Rows(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForImageClassificationLearned"])
 def test_gradient_accumulation_gives_the_loss_and_gradient_norm_of_one_batch(head, tmp_path):
-    """One step on 8 rows at once is one step on 4 x 2 of them."""
+    """One step on 8 rows equals one step on 4 accumulated batches of 2 rows."""
     logs = []
     for accumulation in (1, 4):
         model = tiny_model(head, torch.float32, r=R_LIST)
@@ -294,7 +294,7 @@ def test_gradient_accumulation_gives_the_loss_and_gradient_norm_of_one_batch(hea
 
 @every_head
 def test_a_layer_stays_on_one_device(head):
-    """`_no_split_modules` names every layer, so a device map cuts between layers and not in one."""
+    """`_no_split_modules` names every layer class, so a device map never splits a layer."""
     model = spread_weights(tome_class(head)(tiny_config()))
     names = {name for name, module in model.named_modules() if isinstance(module, layers.ToMePerceiverLayer)}
     assert len(names) == 4 + (head != "Model")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A saved folder carries its code: it loads in a process that has never seen this repository, and nothing else may run.
+"""Tests of the code in a saved folder: it loads in processes without this repository, and runs no other code.
 
 Each child process has a working directory and an `HF_HOME` of its own. Starting one takes seconds, so each does all
 that it can, and the tests look at what it reports.
@@ -45,7 +45,7 @@ TEXT = "a text of words"
 
 
 def run_elsewhere(program: str, task: dict[str, Any], folder: Path, pythonpath: Path | None = None) -> Path:
-    """Run a program in a fresh process, another folder and with an empty `HF_HOME`; its report's path comes back."""
+    """Run a program in a new process, in another folder and with an empty `HF_HOME`; return the path of its report."""
     folder.mkdir()
     task = task | dict(report=str(folder / "report"))
     shutil.copy(PROGRAMS / program, folder)
@@ -64,13 +64,13 @@ def run_elsewhere(program: str, task: dict[str, Any], folder: Path, pythonpath: 
 
 
 def assert_runs_from(folder: Path, names: list[str]) -> None:
-    """All of these classes are a checkpoint's own copy of the code, below the `HF_HOME` of that process."""
+    """Check that these classes come from the checkpoint's copy of the code, below the `HF_HOME` of that process."""
     assert names and all(name.startswith("transformers_modules.") for name in names), names
     assert (folder / "hf_home" / "modules" / "transformers_modules").is_dir()
 
 
 class Checkpoints:
-    """Folders of every head, of a text and an image pipeline, and what the models in them give here."""
+    """Saved folders of every head, of a text and an image pipeline, and the outputs of their models in this process."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -113,7 +113,7 @@ class Checkpoints:
 
     @torch.no_grad()
     def scores(self, name: str, r: list[int]) -> dict[str, float]:
-        """What a pipeline should say, from the model, the tokenizer and the image processor here."""
+        """Return the expected scores of a pipeline, computed in this process."""
         if name == "text":
             model, inputs = self.models["ForSequenceClassification"], self.tokenizer(TEXT, return_tensors="pt")
         else:
@@ -131,14 +131,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
 @pytest.fixture(scope="module")
 def first_load(checkpoints: Checkpoints) -> dict[str, Any]:
-    """A child loads every folder, sets r and saves again."""
+    """Load every folder in a child process, which sets r and saves again."""
     task = checkpoints.task("saved", set_r=R_SET, resaved=str(checkpoints.root / "resaved"))
     return torch.load(run_elsewhere("load_checkpoints.py", task, checkpoints.root / "first"))
 
 
 @pytest.fixture(scope="module")
 def second_load(checkpoints: Checkpoints, first_load: dict[str, Any]) -> dict[str, Any]:
-    """Another child loads what the first one saved."""
+    """Load what the first child process saved in another one."""
     return torch.load(run_elsewhere("load_checkpoints.py", checkpoints.task("resaved"), checkpoints.root / "second"))
 
 
@@ -175,7 +175,7 @@ def check_load(report: dict[str, Any], folder: Path, checkpoints: Checkpoints, h
 
 @pytest.mark.parametrize("head", HEADS)
 def test_auto_classes_load_a_folder_elsewhere(head, checkpoints, first_load):
-    """With the schedule and the logits it was saved with, and r settable there."""
+    """Schedule and logits are those of the saved model, and r can be set."""
     check_load(first_load, checkpoints.root / "first", checkpoints, head, R_SAVED)
     expected = checkpoints.logits(head, R_SET)
     torch.testing.assert_close(first_load[head]["logits_set"], expected, rtol=1e-4, atol=1e-5)
@@ -184,7 +184,7 @@ def test_auto_classes_load_a_folder_elsewhere(head, checkpoints, first_load):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_what_is_saved_elsewhere_loads_again(head, checkpoints, second_load):
-    """From another process, with the r that was set there, and still with its code."""
+    """It has the r that the other process set, and still carries its code."""
     check_load(second_load, checkpoints.root / "second", checkpoints, head, R_SET)
     for module in MODULES:
         saved, resaved = (checkpoints.root / name / head / f"{module}.py" for name in ("saved", "resaved"))
@@ -202,7 +202,7 @@ def test_pipelines_run_a_folder_elsewhere(name, checkpoints, first_load, second_
 
 
 def test_what_makes_inputs_loads_without_a_question_or_a_warning(checkpoints):
-    """AutoTokenizer reads the config first, whose code it has to be allowed or need not ask for."""
+    """AutoTokenizer reads the config first, which must not ask for `trust_remote_code`."""
     report = json.loads(
         run_elsewhere("load_what_makes_inputs.py", checkpoints.task("saved"), checkpoints.root / "quiet").read_text()
     )
@@ -216,7 +216,7 @@ def test_no_copy_outside_the_checkpoint_was_imported(first_load, second_load):
 
 
 def test_a_broken_module_fails_with_its_own_error(checkpoints):
-    """Even where a whole copy of the module is on the path: nothing replaces a checkpoint's code in silence."""
+    """Also if a good copy of the module is on the path: no other code silently replaces the checkpoint's."""
     breaks = {
         "raises": 'raise RuntimeError("broken on purpose")\n',
         "imports what is not there": "from torch import no_such_name\n",

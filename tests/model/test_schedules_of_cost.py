@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A share of the FLOPs becomes the weakest member of a schedule within it."""
+"""Tests of schedules: a FLOPs budget gives the weakest member of a schedule that keeps to it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def flops(config: ToMePerceiverConfig, r: list[int] | int) -> int:
 
 
 def schedule_for_flops(config, ratio, name, shape=SHAPE):
-    """The list of r that keeps to a share of the FLOPs."""
+    """Return the list of r with which a schedule keeps to a share of the FLOPs."""
     member = weakest_within(partial(merging_at, config, name), ratio, FlopsShare(config, shape, TEXT))
     return None if member is None else member.r
 
@@ -49,7 +49,7 @@ def schedule_for_flops(config, ratio, name, shape=SHAPE):
 @names
 @pytest.mark.parametrize("ratio", [1.0, 0.59, 0.36])
 def test_a_budget_is_kept_and_used(name, ratio):
-    """At the published sizes a budget is missed by less than what one latent costs in all layers."""
+    """At the published sizes, the unused part of a budget is less than the cost of one latent in all layers."""
     r = schedule_for_flops(PUBLISHED, ratio, name)
     spent = flops(PUBLISHED, r) / flops(PUBLISHED, 0)
     assert ratio - 0.01 < spent <= ratio
@@ -76,7 +76,7 @@ def test_a_stronger_member_leaves_no_more(name, latents, layers, strengths):
 
 
 def test_the_shapes_are_what_their_names_say():
-    """Of the published model at a third of the FLOPs."""
+    """Shapes for the published model at a third of the FLOPs."""
     r = {name: schedule_for_flops(PUBLISHED, 0.36, name) for name in SCHEDULES}
     assert max(r["constant"][:10]) - min(r["constant"][:10]) <= 1
     assert r["linear"][0] > r["linear"][5] > r["linear"][12] > 0
@@ -100,7 +100,7 @@ def test_min_latents_are_always_left():
 
 
 def test_skipping_blocks_merges_nothing_and_runs_fewer():
-    """Of four weight-shared blocks, as many as the budget allows; afterwards all of them can run again."""
+    """As many of the four weight-shared blocks run as the budget allows; afterwards all can run again."""
     config = tiny_config(num_blocks=4, num_self_attends_per_block=2)
     cost_ratio = FlopsShare(config, (1, 9), TEXT)
     found = weakest_within(partial(merging_at, config, SKIP_BLOCKS), 0.8, cost_ratio)
@@ -117,7 +117,7 @@ def test_skipping_blocks_merges_nothing_and_runs_fewer():
     method=st.sampled_from(["bipartite", "ward"]),
 )
 def test_what_a_config_says_comes_back(r, inflection, method):
-    """To a config and from it, and through JSON; a copy that is asked of it leaves it alone."""
+    """To a config, from it, and through JSON; applying a copy does not change the config."""
     config = tiny_config(r=r, r_inflection=inflection if isinstance(r, int) else 0.0, merge_method=method)
     merging, other = Merging.of(config), tiny_config()
     assert merging.asked_of(other).merge_schedule == config.merge_schedule and other.r == 0

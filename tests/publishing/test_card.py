@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The content of a checkpoint's card, and that the Hub's own classes read it back."""
+"""Tests of model cards: their content, and that the Hub's classes read it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ UNMERGED, CONFIG = (tiny_config(r=r, architectures=["ToMePerceiverForSequenceCla
 
 @pytest.fixture(autouse=True)
 def strict_template(monkeypatch):
-    """A name in the template that nothing defines is an error, and not empty text."""
+    """Make undefined names in the template an error, instead of empty text."""
     monkeypatch.setattr(jinja2, "Template", partial(jinja2.Template, undefined=jinja2.StrictUndefined))
 
 
@@ -79,7 +79,7 @@ def code_of(card: Card) -> str:
 
 
 def test_the_head_is_what_the_hub_documents():
-    """`ModelCard.validate` needs a network; this is the documented form, and huggingface_hub reads and writes it."""
+    """Compare with the documented metadata, because `ModelCard.validate` needs a network."""
     card = full_card().render()
     head = yaml.safe_load(card.content.split("---\n")[1])
     assert head["base_model"] == "deepmind/language-perceiver" and head["pipeline_tag"] == "text-classification"
@@ -147,7 +147,7 @@ def test_the_code_of_every_task_compiles(hub_task):
 
 
 def test_the_code_of_a_card_runs(tmp_path, monkeypatch):
-    """From the folder above the checkpoint, with its own code, by Auto classes: pipeline, parts, another budget."""
+    """Run the code of a card in the folder above the checkpoint: pipeline, model and tokenizer, another budget."""
     folder = tmp_path / "someones"
     stock_model("ForSequenceClassification", dtype=torch.float32).save_pretrained(folder)
     ToMePerceiverForSequenceClassification.from_pretrained(folder, r=1).save_pretrained(folder)
@@ -234,7 +234,7 @@ def test_no_card_says_where_on_this_machine_anything_is(tmp_path):
 
 
 def test_names_cannot_break_the_card(tmp_path):
-    """Neither the YAML, nor the code, nor the text around them."""
+    """A hostile name breaks neither the YAML, nor the code, nor the text."""
     source = Source("", "*d* | <b>: [x](y)\n# z", False, "a: b", "sp`lit")
     card = full_card(model_id='mo"del: *a*', source=source, labels=["<i>", "_x_", "a_b", "#"], revision='r"2')
     text = text_of(card)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A push sends the checkpoint that is on disk, in one commit, whatever happens on the line.
+"""Tests of pushing to the Hub: one commit with the checkpoint on disk, also if connections fail.
 
 The real huggingface_hub talks HTTP to `loopback_hub`; only waiting is left out.
 """
@@ -54,7 +54,7 @@ def open_repository(model_id: str | None, folder: Path, token: str | None, priva
 
 @contextmanager
 def constant(**values: object) -> Iterator[None]:
-    """Change constants of huggingface_hub for a while."""
+    """Change constants of huggingface_hub while the context lasts."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
             patch.setattr(huggingface_hub.constants, name, value)
@@ -63,7 +63,7 @@ def constant(**values: object) -> Iterator[None]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that a push would have waited; the waiting of huggingface_hub is left out too."""
+    """Record the seconds that a push would have waited; nothing waits, also not in huggingface_hub."""
     waited: list[float] = []
     monkeypatch.setattr(hub_upload, "time", SimpleNamespace(sleep=waited.append))
     monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda seconds: None))
@@ -95,7 +95,7 @@ def on_disk(folder: Path) -> dict[str, bytes]:
 
 
 def refusal(folder: Path, model_id: str | None = None, token: str | None = WRITE_TOKEN) -> str:
-    """Return the one line that says why no repository was opened."""
+    """Return the error message for a repository that cannot be opened."""
     with pytest.raises(BadInput) as error:
         open_repository(model_id, folder, token, None)
     assert len(str(error.value).splitlines()) == 1 and (token is None or token not in str(error.value))
@@ -103,7 +103,7 @@ def refusal(folder: Path, model_id: str | None = None, token: str | None = WRITE
 
 
 def push_failure(repository: HubRepository, folder: Path) -> str:
-    """Return the one line that says why a push failed and how to push again."""
+    """Return the error message of a failed push."""
     with pytest.raises(PushFailed) as error:
         push_checkpoint(repository, folder, "a push")
     line = str(error.value)
@@ -121,7 +121,7 @@ def test_without_a_token_nothing_is_opened(hub, folder):
 @pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("token", ["hf_nobodys", "hf_é", "hf_a\nb", READ_TOKEN])
 def test_a_token_that_cannot_write_is_named_before_training(hub, folder, token, exists):
-    """Also where the repository exists: `create_repo` alone would accept it."""
+    """Also if the repository exists: then `create_repo` alone accepts the token."""
     if exists:
         hub.add_repository(ID, {})
     assert refusal(folder, token=token).startswith("--hub_token")
@@ -181,7 +181,7 @@ def test_the_token_is_that_of_the_environment_or_of_a_login(hub, folder, tmp_pat
 
 
 def test_a_push_is_one_commit_of_the_checkpoint(hub, folder, repository):
-    """With the bytes that are on disk. Of other files not even a name is sent."""
+    """The commit holds the bytes on disk, and no request names any other file."""
     before = on_disk(folder)
     url = push_checkpoint(repository, folder, "a push")
     (commit,) = hub.commits
@@ -196,7 +196,7 @@ def test_a_push_is_one_commit_of_the_checkpoint(hub, folder, repository):
 
 
 def test_of_places_on_this_machine_only_the_name_is_pushed(hub, folder, repository):
-    """The folder keeps the place, by which the next run may ask for it."""
+    """The folder keeps the full path, which the next run needs."""
     written = {
         "arguments.json": {"model_name_or_path": str(folder), "dataset_name": "nyu-mll/glue", "seed": 1, "seeds": []},
         "sweep_results.json": {"source": {"argument": f"--train_file {folder / 'own data.csv'}"}, "rows": [{"r": [2]}]},
@@ -228,7 +228,7 @@ def test_the_same_folder_twice_is_one_commit(hub, folder, repository):
 
 
 def test_stale_weights_are_deleted(hub, folder):
-    """And pickled arguments with them; other files stay, and so do folders."""
+    """Pickled arguments are deleted too; other files and folders stay."""
     kept = {"notes.txt": b"notes", "logo.png": b"logo", "onnx/model.bin": b"weights", "old/model.safetensors": b"w"}
     stale = ["model.safetensors", "model-00003-of-00003.safetensors", "pytorch_model.bin", "training_args.bin"]
     stale += ["pytorch_model.bin.index.json"]
@@ -259,7 +259,7 @@ STEPS = {
 @pytest.mark.parametrize("how", ["503", "cut", "answer_lost"])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_failure_on_the_way_is_survived(hub, folder, repository, step, how):
-    """Also a lost answer to the commit: there is never a second commit."""
+    """Also if the answer to the commit is lost: there is never a second commit."""
     hub.fail(STEPS[step], 1, how)
     url = push_checkpoint(repository, folder, "a push")
     (commit,) = hub.commits
@@ -302,7 +302,7 @@ def test_a_failure_that_does_not_pass_is_said_at_once(hub, folder, repository, w
 
 
 def test_a_failure_of_hf_xet_is_survived(hub, folder, repository, waits, monkeypatch):
-    """It raises ConnectionError; its uploads do not go through the loopback Hub."""
+    """hf_xet raises ConnectionError; its uploads cannot go through the loopback Hub."""
     failures = [ConnectionError("Network error: Request middleware error")]
 
     class Xet(HfApi):
@@ -317,7 +317,7 @@ def test_a_failure_of_hf_xet_is_survived(hub, folder, repository, waits, monkeyp
 
 
 def test_a_commit_that_came_in_between_is_built_upon(hub, folder, repository, waits, monkeypatch):
-    """Such as that of an earlier try that a gateway gave up on and the Hub did not."""
+    """For example the commit of an earlier try, which the Hub finished after a gateway timed out."""
 
     class Interrupted(HfApi):
         def model_info(self, *arguments: Any, **keywords: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts with --push_to_hub and --push_only, against a Hub on this machine, and back."""
+"""Tests of --push_to_hub and --push_only against a local Hub, and of loading what was pushed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hub(tmp_path) -> Iterator[LoopbackHub]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with everything that training leaves, never pushed."""
+    """Train to a folder that is never pushed."""
     folder = tmp_path_factory.mktemp("trained")
     call_script("run_glue.py", *arguments(folder), "--output_dir", folder / "out")
     return folder
@@ -53,7 +53,7 @@ def logits(folder: Path) -> list[float]:
 
 
 def test_a_run_is_pushed_in_one_commit(hub, trained, tmp_path, capsys):
-    """Checkpoint, code, tokenizer, figures and a card that loads from where it went; nothing secret."""
+    """The commit holds checkpoint, code, tokenizer, figures and a card that loads from the Hub, and nothing secret."""
     call_script("run_glue.py", *arguments(trained), "--push_to_hub", *TOKEN, "--output_dir", tmp_path / "pushed")
     assert [commit.branch for commit in hub.commits] == ["main"]
     files = hub.files(f"{USER}/pushed")
@@ -63,7 +63,7 @@ def test_a_run_is_pushed_in_one_commit(hub, trained, tmp_path, capsys):
     assert "training_args.bin" not in files
     for secret in (WRITE_TOKEN, "hf_secretfordownloads"):
         assert not any(secret.encode() in data for data in files.values())
-    # Nor a place on this machine, which the folder itself remembers; there the same command is still the same.
+    # No path of this machine is pushed; the folder keeps the paths, so the same command still resumes.
     assert [name for name, data in files.items() if str(trained.parent).encode() in data] == []
     assert str(trained) in (tmp_path / "pushed" / "arguments.json").read_text()
     call_script(
@@ -88,7 +88,7 @@ def test_push_only_pushes_what_is_there_once(hub, trained, branch):
 
 
 def test_a_push_that_fails_loses_nothing_and_can_be_repeated(hub, trained, tmp_path, capsys, monkeypatch):
-    """The training is done and on disk; the line says how to push it; the exit code says that it is not pushed."""
+    """The results are on disk, the message says how to push them, and the exit code is not 0."""
     monkeypatch.setattr(hub_upload, "RETRY_WAITS", ())
     hub.fail("POST .*/commit/", 1, "503")
     with pytest.raises(SystemExit) as exit_info:
@@ -117,7 +117,7 @@ def test_evaluating_elsewhere_leaves_nothing_to_push(hub, trained, tmp_path, cap
 
 
 def test_a_sweep_is_pushed_and_comes_back(hub, trained, tmp_path):
-    """One commit a checkpoint: the unmerged one with the table on main, each retrained one on its branch."""
+    """One commit for each checkpoint: the unmerged one with the table on main, each retrained one on its own branch."""
     sweep = tmp_path / "sweep"
     call_script(
         "eval_sweep.py", "--model_name_or_path", trained / "out", *arguments(trained)[2:6], "--use_cpu",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables, figures with errors, escaped names, and values without paths of this machine."""
+"""Tests of tables, figures with standard errors, escaped names, and values without local paths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.publishing.tables import escape_markdown, markdown_table, with_
 
 
 def test_a_table_has_a_line_for_header_alignment_and_each_row():
-    """The last alignment is for all further columns; no cell ends its cell or row."""
+    """The last alignment applies to all further columns; pipes and line breaks in cells are escaped."""
     rows = [("ours", 2, 1.5), ("a\n d|e", None, "")]
     assert markdown_table(["", "r", "ms"], rows, "lr").splitlines() == [
         "|  | r | ms |",

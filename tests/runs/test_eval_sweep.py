@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""eval_sweep.py, really run: what it writes, that it continues, and what it says of bad input."""
+"""Tests of eval_sweep.py, run on tiny checkpoints: what it writes, how it resumes, messages for bad input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ R = ("0", "1", "2,0,1,0")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> tuple[object, ...]:
-    """A checkpoint, which itself merges, and images."""
+    """Write a checkpoint that merges, and images; return the arguments."""
     folder = tmp_path_factory.mktemp("inputs")
     config = ToMePerceiverConfig(**MODEL | {"model_type": "tome_perceiver", "num_labels": len(LABELS), "r": 3})
     ToMePerceiverForImageClassificationConvProcessing(config).save_pretrained(folder / "model")
@@ -42,7 +42,7 @@ def inputs(tmp_path_factory) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def sweep(inputs, tmp_path_factory) -> Path:
-    """A sweep with retraining, in a process of its own."""
+    """Run a sweep with retraining in its own process."""
     output_dir = tmp_path_factory.mktemp("outputs") / "sweep"
     result = run_script("eval_sweep.py", *inputs, "--r", *R, "--retrain_epochs", 1, "--output_dir", output_dir)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -62,7 +62,7 @@ def test_every_cell_is_measured(sweep):
     assert results["evaluated_on"] == 20
     for row in results["rows"]:
         for stage in ("merged", "retrained"):
-            # Of 20 images: a multiple of a twentieth.
+            # There are 20 images, so an accuracy is a multiple of a twentieth.
             assert row[stage]["accuracy"] * 20 == pytest.approx(round(row[stage]["accuracy"] * 20))
             assert 0 <= row[stage]["accuracy_stderr"] < 0.12
         assert row["throughput"] > 0 and row["latency_ms"]["median"] > 0 and row["peak_memory_mb"] > 0
@@ -70,7 +70,7 @@ def test_every_cell_is_measured(sweep):
 
 
 def test_the_file_says_what_made_it(sweep):
-    """Arguments but no token, environment, and where the time went."""
+    """It holds the arguments without tokens, the environment, and the time of each stage."""
     results = read(sweep)
     assert results["arguments"]["retrain_epochs"] == 1 and "token" not in results["arguments"]
     assert results["environment"]["torch"] and results["environment"]["date"]
@@ -91,7 +91,7 @@ def test_the_folder_is_the_unmerged_checkpoint_with_the_report_as_its_card(input
 
 
 def test_text_with_two_evaluation_splits(tmp_path):
-    """A row has the figures of both halves of MNLI; stock text checkpoints are swept like ours."""
+    """A row has the figures of both evaluation splits of MNLI; stock text checkpoints work like ours."""
     stock = stock_model("ForSequenceClassification", max_position_embeddings=POSITIONS, dtype=torch.float32)
     stock.save_pretrained(tmp_path / "stock")
     PerceiverTokenizer().save_pretrained(tmp_path / "stock")
@@ -117,7 +117,7 @@ def test_retrained_checkpoints_are_kept_and_merge(sweep):
 
 
 def test_the_same_command_continues(inputs, sweep, tmp_path):
-    """A cell that is there stays as it is, a missing one is measured again."""
+    """Cells in the file stay as they are, missing ones are measured."""
     output_dir = tmp_path / "sweep"
     shutil.copytree(sweep, output_dir)
     results = read(output_dir)
@@ -148,7 +148,7 @@ def test_a_sweep_of_a_version_with_other_rows_is_refused_and_kept(inputs, sweep,
 def test_what_an_earlier_sweep_measured_is_of_the_same_weights_data_and_arguments(
     sweep, inputs, tmp_path, capsys, change
 ):
-    """The paths are the same; one number behind them, or one argument, is not."""
+    """Paths are equal, but one number in a file or one argument differs."""
     model, images, output_dir = (tmp_path / name for name in ("model", "images", "sweep"))
     shutil.copytree(inputs[1], model)
     shutil.copytree(inputs[3], images)
@@ -179,10 +179,10 @@ def test_what_an_earlier_sweep_measured_is_of_the_same_weights_data_and_argument
     [
         (("--r", "1", "--min_latents", "99"), ("min_latents", "99", "8")),
         (("--flops_ratio", "0.01"), ("flops_ratio", "0.01 is out of reach", "merging reaches")),
-        # Before the search that the other row needs, which would leave its log.
+        # Refused before the search for the other row, which would write a log.
         (("--flops_ratio", "0.99", "0.01", "--schedule", "search", "floor"), ("flops_ratio", "0.01", "floor")),
         (("--flops_ratio", "0.1", "--schedule", "skip_blocks"), ("flops_ratio", "0.1", "skip_blocks")),
-        # They are evaluated on the test split, and have no other.
+        # The only split beside training is the test split, which is evaluated on.
         (("--max_changed", "0.5", "0.2"), ("--max_changed 0.5", "a test split (--test_file, --test_dir)")),
     ],
 )
@@ -199,7 +199,7 @@ def test_text_arguments_for_an_image_checkpoint_are_named(inputs, tmp_path, caps
 
 
 def test_controls_searches_and_ablations_are_rows(inputs, tmp_path):
-    """Fewer runs of the shared blocks, what a search finds, a share of the time, and each with every variant."""
+    """Rows: fewer runs of the shared blocks, a searched schedule, each with every metric and attention."""
     given = (
         *inputs, "--r", "0", "--flops_ratio", 0.99, "--schedule", "skip_blocks", "search", "--calibration_samples", 4,
         "--merge_metric", "key", "hidden", "--proportional_attention", "true", "false", "--timing_rounds", 0,
@@ -221,12 +221,12 @@ def test_controls_searches_and_ablations_are_rows(inputs, tmp_path):
     assert (skipping["merge_metric"], skipping["proportional_attention"]) == ("hidden", False)
     assert "accuracy_change" in skipping["merged"]
     assert all(row["flops_ratio"] <= 0.99 for name, row in rows.items() if "search" in name)
-    # Continued, nothing is searched for again: the rows are what they were.
+    # When resumed, nothing is searched for again, and the rows stay the same.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MergeArguments, "calibrate", None)
         call_script("eval_sweep.py", *given)
     model = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(tmp_path / "sweep")
-    # None of the frontiers is of the checkpoint as it is: each was held to a metric and an attention.
+    # No frontier is saved, because each was measured with another metric or attention than the checkpoint's.
     assert model.config.num_blocks == 2 and model.r == 0 and model.config.merge_frontier is None
 
 
@@ -239,14 +239,14 @@ def test_fixed_groups_are_rows_beside_matching(inputs, tmp_path):
     matched, grouped = "flops=0.99 search bipartite", "flops=0.99 search groups"
     assert list(rows) == ["r=0", matched, grouped]
     fields = rows[grouped]["fields"]
-    # In a layer, or of the learned latents.
+    # Fixed groups in a layer, or of the learned latents.
     assert rows[matched]["fields"]["merge_groups"] is None and (fields["merge_groups"] or fields["latent_groups"])
     assert rows[grouped]["merge_method"] == "groups" and rows[grouped]["latents_left"] < 8
     assert all(rows[name]["flops_ratio"] <= 0.99 for name in (matched, grouped))
 
 
 def test_learned_latents_that_merge_before_the_layers_are_compared_with_none(inputs, tmp_path, monkeypatch):
-    """Such a row merges nothing in the layers, and is not what others are compared with."""
+    """Such a row merges nothing in the layers, but it is not the baseline."""
 
     def choose(arguments, model, *rest):
         if arguments.has_budget:
@@ -269,7 +269,7 @@ def test_learned_latents_that_merge_before_the_layers_are_compared_with_none(inp
 
 
 def test_a_share_of_the_time_is_a_row(inputs, tmp_path, monkeypatch):
-    """Of a clock by which each stronger row takes a tenth less."""
+    """With a fake clock, by which each stronger row takes a tenth less."""
 
     def seconds(run, variants, rounds, bar=None):
         return [[0.9**index for index in range(len(variants))]] * rounds
@@ -284,7 +284,7 @@ def test_a_share_of_the_time_is_a_row(inputs, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def along(inputs, tmp_path_factory) -> tuple[Path, tuple[object, ...]]:
-    """A sweep along the frontier of a checkpoint that has none, with unlabelled images to measure it on; its inputs."""
+    """Run a sweep that measures the frontier of a checkpoint on unlabelled images; return its folder and inputs."""
     folder = tmp_path_factory.mktemp("along")
     images = write_images(folder / "images", {"train": 24, "validation": 20, "test": 64})
     given = (*inputs[:3], images, *inputs[4:6], 0, *inputs[7:])
@@ -296,7 +296,7 @@ def along(inputs, tmp_path_factory) -> tuple[Path, tuple[object, ...]]:
 
 
 def test_all_budgets_come_from_one_frontier(along):
-    """Rows of quality and of cost, and every row of the frontier, measured on labelled images in one table."""
+    """Budgets of quality and of cost, and every row of the frontier, are measured on labelled images in one table."""
     folder, _ = along
     rows = {row["name"]: row for row in read(folder)["rows"]}
     shares = [float(name.removeprefix("frontier=")) for name in rows if name.startswith("frontier=")]
@@ -307,7 +307,7 @@ def test_all_budgets_come_from_one_frontier(along):
     assert config["r"] == 0 and frontier == read(folder)["frontier"]
     measured = {round(row["flops_ratio"], 3): row for row in frontier["rows"]}
     assert set(shares) <= set(measured) and all("accuracy" in row["merged"] for row in rows.values())
-    # A quarter of the 64 images of the test split chose the rows.
+    # The rows were chosen on a quarter of the 64 images of the test split.
     assert (frontier["searched"], frontier["held_out"]) == (16, 48)
     within = [row for row in frontier["rows"] if row["flops_ratio"] <= 0.98]
     best = min(within, key=lambda row: (row["divergence"], -row["flops_ratio"]))
@@ -318,7 +318,7 @@ def test_all_budgets_come_from_one_frontier(along):
 
 
 def test_a_checkpoint_is_swept_along_the_frontier_that_it_carries(along, tmp_path, monkeypatch):
-    """Nothing is measured again; with another frontier it is another sweep."""
+    """The frontier is not measured again; with another frontier it is another sweep."""
     folder, given = along
     monkeypatch.setattr(MergeArguments, "calibrate", None)
     shutil.copytree(folder, tmp_path / "model")
@@ -334,7 +334,7 @@ def test_a_checkpoint_is_swept_along_the_frontier_that_it_carries(along, tmp_pat
 
 
 def test_it_ends_with_its_best_row_and_saves_that(inputs, tmp_path, capsys):
-    """What the sentence says is what was measured; the checkpoint merges as that row does, and loads with its card.
+    """The sentence has the measured figures; the checkpoint merges as that row does, and loads by the code of its card.
     A schedule that looks at no samples merges as `merge_to` does without them, whatever way the config has."""
     given = (*inputs, "--flops_ratio", 0.99, "--schedule", "floor", "--output_dir", tmp_path / "sweep")
     call_script("eval_sweep.py", *given)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example files are what the scripts take, and the paper's settings run from start to end."""
+"""Tests of the examples: scripts, configs, argument files, and the paper's experiments on tiny data."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_digits_are_all_there(tmp_path):
 
 
 def test_a_tokenizer_is_trained(tmp_path):
-    """On several tasks, it separates the sentences of a pair, knows what it was trained on, and loads as any other."""
+    """Trained on several tasks, it separates sentences of a pair, knows their words, and loads with AutoTokenizer."""
     for task in ("rte", "mnli"):  # only the second has a third letter
         write_glue(tmp_path / "glue", task)
     result = run_script(
@@ -75,7 +75,7 @@ def test_a_tokenizer_is_trained(tmp_path):
 
 
 def test_a_tokenizer_of_the_most_frequent_tokens_of_a_teachers(tmp_path):
-    """They are its strings with ids of their own, and what is no token any more is unknown."""
+    """Kept tokens get new ids, and words of dropped tokens are unknown."""
     write_glue(tmp_path / "glue", "rte")
     letters = [f"{letter * 3}{'x' * count}" for letter in "abc" for count in range(12)]
     vocab = ["[MASK]", "[PAD]", "[CLS]", "[UNK]", "[SEP]", "zzz", *letters]
@@ -108,7 +108,7 @@ def test_a_tokenizer_of_the_most_frequent_tokens_of_a_teachers(tmp_path):
     ],
 )
 def test_a_tokenizer_that_cannot_be_trained(tmp_path, monkeypatch, given, says):
-    """One line and exit code 2, and nothing is written."""
+    """The script ends in one line with exit code 2, and writes nothing."""
     (tmp_path / "DATA").mkdir()
     (tmp_path / "DATA" / "train.csv").write_text("id,text,empty\na1,some text,\na2,more text,\n")
     given = ("--dataset_name", "DATA", "--output_dir", "out", *given)
@@ -119,7 +119,7 @@ def test_a_tokenizer_that_cannot_be_trained(tmp_path, monkeypatch, given, says):
 
 
 def test_a_tokenizer_is_trained_on_a_table_of_ones_own(tmp_path):
-    """On its text alone, not on identities and labels, whatever kind of text the reader makes of it."""
+    """Only its text column is read, not ids and labels."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.csv").write_text("id,text,label\nqqq1,aaa bbb,zzz\nqqq2,bbb aaa,zzz\n")
     given = ("--dataset_name", tmp_path / "data", "--vocab_size", 40, "--output_dir", tmp_path / "tokenizer")
@@ -130,11 +130,11 @@ def test_a_tokenizer_is_trained_on_a_table_of_ones_own(tmp_path):
 
 
 def test_pairs_are_labelled(tmp_path):
-    """By the cosine of the teacher's mean states, and none with itself."""
+    """Labels are cosines of the teacher's mean states, and no sentence is paired with itself."""
     sentences = [f"{letter} {word} {letter * 9} {word * 3}" for letter in "abc" for word in ("az", "zz", "ba", "cz")]
     ids = [f"an identity of its own {index}" for index in range(len(sentences))]
     (tmp_path / "data").mkdir()
-    # As pandas writes it: strings of a type of their own, and a column of its index.
+    # pandas writes strings of another type, and its index as a column.
     table = pd.DataFrame({"id": ids, "sentence1": sentences, "sentence2": ["a b"] * len(sentences)}, index=ids)
     table.to_parquet(tmp_path / "data" / "train.parquet")
     teacher = write_teacher(tmp_path / "teacher")
@@ -181,7 +181,7 @@ def test_pairs_of_what_cannot_be_meant_are_refused(tmp_path, given, says):
 
 @pytest.mark.parametrize("path", ARGUMENT_FILES, ids=lambda path: path.name)
 def test_argument_files_are_understood(monkeypatch, tmp_path, path):
-    """Every key is an argument of the script that the file is for: an unknown one is an error."""
+    """Every key is an argument of the file's script; an unknown one would be an error."""
     script = path.read_text().removeprefix("# ").partition(":")[0]
     assert (script == "eval_sweep.py") == is_sweep(path)
     data, own = {
@@ -191,7 +191,7 @@ def test_argument_files_are_understood(monkeypatch, tmp_path, path):
         "examples/language/learn_from_teacher.py": (TaughtArguments, MergeArguments),
     }[script]
     given = yaml.safe_load(path.read_text())
-    # Where there is no GPU, bf16 needs it said.
+    # Without a GPU, bf16 requires --use_cpu.
     (tmp_path / path.name).write_text(yaml.safe_dump(given | {"use_cpu": True}))
     monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path / path.name)])
     parsed = parse_arguments("", ModelArguments, data, own, RetrainArguments, HubArguments, TrainingArguments)
@@ -206,7 +206,7 @@ def test_configs_are_perceivers(path: Path):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> dict[str, Path]:
-    """Stand-ins for the published checkpoints: the stock classes that they are of, small, with other labels."""
+    """Write tiny stand-ins for the published checkpoints: the same stock classes, with other labels."""
     folder = tmp_path_factory.mktemp("published")
     language = stock_model("ForMaskedLM", dtype=torch.float32, max_position_embeddings=POSITIONS, num_latents=200)
     vision = stock_model("ForImageClassificationConvProcessing", dtype=torch.float32, num_labels=7, num_latents=200)
@@ -221,7 +221,7 @@ def published(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("task", PAPER_TASKS)
 def test_the_papers_experiment_runs(published, tmp_path, monkeypatch, task):
-    """The two files of a task, one after the other, with nothing changed but the sizes of model, data and training."""
+    """Run the two argument files of a task, with only the sizes of model, data and training changed."""
     monkeypatch.setattr("experiments.tasks.scores.RESAMPLES", 10)  # 18 cells of standard errors that nobody reads
     image = task == "fashion_mnist"
     data = write_images(tmp_path / "data", {"train": 6, "test": 3}) if image else write_glue(tmp_path / "data", task)
@@ -252,4 +252,4 @@ CHANGES = {
     "run_image.py": ("max_steps", "use_cpu", "max_eval_samples"),
     "eval_sweep.py": ("dataset_name", "max_steps", "use_cpu", "max_eval_samples", "timing_rounds"),
 }
-"""What else is changed beside the values that a file has."""
+"""Further changes to the arguments, by task."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frontier that a run leaves: on which samples it was measured, of which weights, and what was chosen from it."""
+"""Tests of the frontier that a run saves: its samples, its weights, and the row that is chosen."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ TRAINING = (
     "--do_train", "--num_train_epochs", 2, "--per_device_train_batch_size", 8, "--learning_rate", 5e-3,
     "--save_strategy", "no",
 )  # fmt: skip
-# Nearly every answer may change, so that few samples can promise it.
+# Nearly every answer may change, so that few samples suffice for the bound.
 MOST_CHANGED = 0.9
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> tuple[object, ...]:
-    """With a test split, whose labels are hidden."""
+    """Write data with a test split whose labels are hidden."""
     folder = tmp_path_factory.mktemp("data")
     return "--dataset_name", write_glue(folder, "sst2", test=64), "--task_name", "sst2", "--do_eval", "--use_cpu"
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> tuple[object, ...]:
-    """Without a test split."""
+    """Write data without a test split."""
     folder = tmp_path_factory.mktemp("files")
     sentences = [f"{letter}{number} text" for number in range(50) for letter in "ab"]
     table = {"sentence": sentences, "label": ["good", "bad"] * 50}
@@ -43,7 +43,7 @@ def files(tmp_path_factory) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def finetuned(data, tmp_path_factory) -> Path:
-    """Trained without a budget, so without a frontier."""
+    """Train without a budget, so without a frontier."""
     folder = tmp_path_factory.mktemp("finetuned")
     call_script(
         "run_glue.py", "--config_name", write_model_config(folder), *data, *TRAINING, "--num_train_epochs", 12,
@@ -54,7 +54,7 @@ def finetuned(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def promised(data, finetuned, tmp_path_factory) -> Path:
-    """Merged, without training, to what changes few answers."""
+    """Merge without training, by --max_changed."""
     folder = tmp_path_factory.mktemp("promised") / "out"
     given = ("--model_name_or_path", finetuned, *data, "--max_changed", MOST_CHANGED)
     call_script("run_glue.py", *given, "--output_dir", folder)
@@ -66,13 +66,13 @@ def loaded(folder: Path) -> ToMePerceiverForSequenceClassification:
 
 
 def is_its_own(model: ToMePerceiverForSequenceClassification) -> bool:
-    """Whether a checkpoint has a frontier of its own weights."""
+    """Return whether a checkpoint's frontier was measured with its own weights."""
     frontier = Frontier.of(model.config)
     return frontier is not None and frontier.was_measured_on(model)
 
 
 def test_what_was_chosen_is_promised_and_recorded(finetuned, promised):
-    """The frontier that it came from stays with the checkpoint, and was measured on the test split."""
+    """The checkpoint keeps its frontier, which was measured on the test split."""
     model = loaded(promised)
     kept = model.config.merge_frontier
     assert (kept["searched"], kept["held_out"]) == (16, 48) and is_its_own(model)
@@ -85,7 +85,7 @@ def test_what_was_chosen_is_promised_and_recorded(finetuned, promised):
     assert figures["merging_flops_ratio"] == chosen["flops_ratio"]
     card = (promised / "README.md").read_text()
     assert "calibrated on 64 inputs of the test split" in card and (promised / "frontier.png").exists()
-    # Whoever downloads it moves on along the frontier, and measures nothing: what the card says can be asked for.
+    # The loaded checkpoint can merge to other rows of the card without a new measurement.
     budgets = re.findall(r"model\.merge_to\((flops_ratio|max_changed)=([\d.]+)\)", card)
     assert [name for name, _ in budgets] == ["flops_ratio", "flops_ratio", "max_changed"]
     for name, value in budgets:
@@ -99,7 +99,7 @@ def test_training_drops_a_frontier_of_other_weights(data, promised, tmp_path):
 
 
 def test_trained_to_a_budget_the_frontier_is_of_the_weights_that_came_out(data, finetuned, tmp_path):
-    """What merges was chosen before, and trained with."""
+    """The merging was chosen before training, and stays."""
     given = ("--model_name_or_path", finetuned, *data, *TRAINING, "--flops_ratio", 0.98)
     call_script("run_glue.py", *given, "--output_dir", tmp_path / "out")
     model = loaded(tmp_path / "out")
@@ -120,7 +120,7 @@ def test_a_share_of_changed_answers_is_promised_of_the_trained_weights(data, tmp
     figures = json.loads((tmp_path / "out" / "merging_results.json").read_text())
     assert figures["merging_changed_bound"] <= MOST_CHANGED
     assert "before " not in out.rpartition("saved: ")[0].rpartition("merges: ")[2]
-    # Again, nothing is trained, and the same is found.
+    # Run again, it trains nothing and finds the same.
     before = [(tmp_path / "out" / name).read_bytes() for name in ("config.json", "model.safetensors")]
     call_script("run_glue.py", *given, "--resume_from_checkpoint", "last")
     assert [(tmp_path / "out" / name).read_bytes() for name in ("config.json", "model.safetensors")] == before
@@ -139,7 +139,7 @@ def test_without_a_test_split_samples_are_held_out_from_training(files, tmp_path
 
 
 def test_of_training_samples_nothing_is_promised(files, tmp_path, capsys, caplog):
-    """Their answers change less than those of other inputs."""
+    """Answers of training samples change less than those of other inputs."""
     given = ("--config_name", write_model_config(tmp_path), *files, *TRAINING, "--output_dir", tmp_path / "out")
     line = bad_input_line(capsys, "run_glue.py", *given, "--max_changed", MOST_CHANGED)
     assert f"--max_changed {MOST_CHANGED}" in line and "--test_file" in line and "--calibration_samples" in line

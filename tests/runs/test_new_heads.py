@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint whose head is new has learned nothing for the task: nothing is evaluated, searched or kept by it."""
+"""Tests of checkpoints with a new, untrained head: it is not evaluated, and no merging is chosen by it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUDGET = ("--flops_ratio", 0.985, "--calibration_samples", 16)
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, tuple[object, ...]]:
-    """For a masked language model, and for a classifier of other labels."""
+    """Write a masked language model, and a classifier with other labels; return the arguments for each."""
     folder = tmp_path_factory.mktemp("inputs")
     torch.manual_seed(0)
     config = ToMePerceiverConfig(**MODEL | {"architectures": ["PerceiverForMaskedLM"]})
@@ -58,7 +58,7 @@ def test_a_sweep_needs_a_finetuned_checkpoint(inputs, tmp_path, capsys):
 
 @pytest.mark.parametrize("model", ["masked language model", "other labels"])
 def test_a_budget_without_retraining_takes_a_schedule(inputs, tmp_path, capsys, caplog, model):
-    """Nothing is searched for before training, and a line says so."""
+    """There is no search before training, and a message says so."""
     call_script("run_glue.py", *inputs[model], *TRAINING, *BUDGET, "--output_dir", tmp_path / "out")
     (said,) = [record.getMessage() for record in caplog.records if "new head" in record.getMessage()]
     assert "schedule" in said and "--retrain_epochs" in said and "\n" not in said

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""run_glue.py, really run: what it writes, that its checkpoint loads, and what it says of bad input."""
+"""Tests of run_glue.py, run on tiny data: what it writes, that its checkpoint loads, messages for bad input."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def inputs(tmp_path_factory) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def finetuned(inputs, tmp_path_factory) -> Path:
-    """A checkpoint finetuned, merged and retrained in one run of the script, in a process of its own."""
+    """Finetune, merge and retrain in one run of the script, in its own process."""
     output_dir = tmp_path_factory.mktemp("outputs") / "r1"
     result = run_script(
         "run_glue.py", *inputs, *TRAINING, "--task_name", "sst2", "--num_train_epochs", 15, "--do_predict",
@@ -62,7 +62,7 @@ def test_finetunes_merges_retrains_and_predicts(finetuned):
     for split in ("train", "merged", "eval", "predict"):
         assert results(finetuned, split).items() <= results(finetuned).items()
     assert (finetuned / "trainer_state.json").exists()
-    # The first letter says the class.
+    # The first letter tells the class, so the task is easy.
     assert results(finetuned / "finetuned")["eval_accuracy"] > 0.9
 
 
@@ -78,7 +78,7 @@ def test_predictions_are_what_the_checkpoint_says(finetuned, inputs):
 
 
 def test_the_card_says_what_was_measured(finetuned):
-    """Every figure with its standard error, in the table and in what the Hub reads, with r in name and arguments."""
+    """Every figure has its standard error, in the table and in the metadata, which also has r."""
     card = ModelCard.load(finetuned / "README.md")
     assert card.data.pipeline_tag == "text-classification"
     listed = {(result.metric_name, result.metric_value) for result in card.data.eval_results}
@@ -122,7 +122,7 @@ def test_regression(inputs, tmp_path):
 
 
 def test_a_stock_masked_language_model_becomes_a_classifier(inputs, tmp_path):
-    """As deepmind/language-perceiver does: the trunk is taken, the decoder is new; a later r needs no reloading."""
+    """As with deepmind/language-perceiver: the encoder is kept, the decoder is new; r can be set without reloading."""
     stock = stock_model("ForMaskedLM", max_position_embeddings=POSITIONS, dtype=torch.float32)
     stock.save_pretrained(tmp_path / "stock")
     PerceiverTokenizer().save_pretrained(tmp_path / "stock")
@@ -137,7 +137,7 @@ def test_a_stock_masked_language_model_becomes_a_classifier(inputs, tmp_path):
 
 
 def test_fixed_groups_are_found_once_there_is_a_finetuned_model(inputs, tmp_path):
-    """In training from scratch they are the groups of what was finetuned, and retraining keeps them."""
+    """When training from scratch, groups are found after finetuning, and retraining keeps them."""
     call_script(
         "run_glue.py", *inputs, *TRAINING, "--task_name", "sst2", "--flops_ratio", 0.985, "--merge_method", "groups",
         "--calibration_samples", 4, "--retrain_epochs", 1, "--output_dir", tmp_path / "out",
@@ -153,7 +153,7 @@ def test_fixed_groups_are_found_once_there_is_a_finetuned_model(inputs, tmp_path
 
 @pytest.mark.parametrize("schedule", ["linear", "search"])
 def test_a_budget_of_flops_becomes_a_list(inputs, tmp_path, schedule):
-    """It is what the checkpoint says that it merges; the card says what share of the FLOPs it takes."""
+    """The checkpoint's config has the list of r; the card has its share of the FLOPs."""
     samples = ("--calibration_samples", 4) if schedule == "search" else ()
     call_script(
         "run_glue.py", *inputs, *TRAINING, "--task_name", "sst2", "--flops_ratio", 0.985, "--schedule", schedule,
@@ -170,7 +170,7 @@ def test_a_budget_of_flops_becomes_a_list(inputs, tmp_path, schedule):
 
 
 def test_a_budget_without_training_saves_the_merged_checkpoint(inputs, finetuned, tmp_path, capsys):
-    """Evaluated unmerged and merged, with what has changed, its card, and how it ends in a few lines."""
+    """The run evaluates both unmerged and merged, writes the card, and ends with a summary in a few lines."""
     given = (
         "--model_name_or_path", finetuned / "finetuned", *inputs[2:], "--task_name", "sst2", "--do_eval", "--use_cpu",
         "--flops_ratio", 0.985, "--calibration_samples", 8, "--output_dir", tmp_path / "out",
@@ -195,14 +195,14 @@ def test_a_budget_without_training_saves_the_merged_checkpoint(inputs, finetuned
     assert {result.metric_value for result in card.data.eval_results} == {
         found["unmerged_accuracy"], found["eval_accuracy"]
     }  # fmt: skip
-    # The same command again leaves the same; another budget is another experiment.
+    # The same command leaves the same results; another budget is another run.
     call_script("run_glue.py", *given)
     line = bad_input_line(capsys, "run_glue.py", *given, "--flops_ratio", 0.99)
     assert "holds another run" in line and "flops_ratio" in line
 
 
 def test_the_card_compares_with_all_blocks_where_fewer_run(inputs, finetuned, tmp_path, capsys):
-    """The share is that of the run's last lines, and not of the smaller model."""
+    """The share of FLOPs is relative to all blocks, as in the run's summary."""
     call_script(
         "run_glue.py", "--model_name_or_path", finetuned / "finetuned", *inputs[2:], "--task_name", "sst2", "--do_eval",
         "--use_cpu", "--flops_ratio", 0.9, "--schedule", "skip_blocks", "--output_dir", tmp_path / "out",
@@ -237,7 +237,7 @@ def test_a_push_without_a_token_is_refused_before_training(inputs, tmp_path, cap
 
 @pytest.mark.parametrize("place", ["HF_DATASETS_CACHE", "HF_XET_CACHE", "TENSORBOARD_LOGGING_DIR"])
 def test_a_place_that_cannot_be_written_to_is_refused_before_training(inputs, tmp_path, capsys, monkeypatch, place):
-    """Of the caches, that of data, and that of what is pushed; each is named by the variable that chose it."""
+    """The message names the cache folder, of data or of uploads, and the variable that sets it."""
     (tmp_path / "file").write_text("mine")
     below = tmp_path / "file" / "cache"
     monkeypatch.setenv(place, str(below))
@@ -269,7 +269,7 @@ def test_fsdp_is_refused_where_it_cannot_do_it(tmp_path, capsys, monkeypatch, sc
 
 
 def test_a_finished_checkpoint_predicts_a_file_alone(finetuned, tmp_path):
-    """Labels that stand there do not matter; classes are the checkpoint's."""
+    """Labels in the file are ignored; classes are the checkpoint's."""
     test_file = write_table(tmp_path / "test.csv", {"text": ["aaax", "bbbx", "aaa"], "label": ["?", "?", "?"]})
     result = run_script(
         "run_glue.py", "--model_name_or_path", finetuned, "--test_file", test_file, "--do_predict", "--use_cpu",
@@ -283,7 +283,7 @@ def test_a_finished_checkpoint_predicts_a_file_alone(finetuned, tmp_path):
 
 
 def test_a_correlation_that_is_not_defined_is_said_to_be(inputs, tmp_path):
-    """Where all labels are alike: null in JSON, in words for people, and no result for the Hub."""
+    """If all labels are equal: null in JSON, "undefined" in text, and no result for the Hub."""
     train = write_table(tmp_path / "train.csv", {"text": ["aa", "bb", "cc"], "label": [0.5, 1.5, 2.5]})
     same = write_table(tmp_path / "validation.csv", {"text": ["aa", "bb"], "label": [1.5, 1.5]})
     call_script(
@@ -307,7 +307,7 @@ WORDS = ["a", "bb bb", "ccc " * 30, "\u00e9" * 50, " spaces ", "1.50"]
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("length", [None, 20])
 def test_the_pipeline_of_the_checkpoint_reads_the_tokens_that_it_was_trained_on(tmp_path, length, pairs):
-    """Cut to the same length; not cut, a longer input is refused."""
+    """Texts are cut to the same length; without truncation, a longer input is refused."""
     columns = {"sentence1": WORDS} | ({"sentence2": WORDS[::-1]} if pairs else {})
     path = write_table(tmp_path / "own.csv", columns | {"label": ["x", "y"] * 3})
     cut = () if length is None else ("--max_seq_length", length)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""run_image.py, really run: what it writes, that its checkpoint loads, and what it says of bad input."""
+"""Tests of run_image.py, run on tiny images: what it writes, that its checkpoint loads, messages for bad input."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def inputs(tmp_path_factory) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def finetuned(inputs, tmp_path_factory) -> Path:
-    """A checkpoint finetuned, merged and retrained in one run of the script, in a process of its own."""
+    """Finetune, merge and retrain in one run of the script, in its own process."""
     output_dir = tmp_path_factory.mktemp("outputs") / "r2"
     result = run_script(
         "run_image.py", *inputs, *TRAINING, "--num_train_epochs", 8, "--r", 2, "--retrain_epochs", 1,
@@ -47,20 +47,20 @@ def results(output_dir: Path) -> dict[str, float]:
 
 
 def test_finetunes_merges_and_retrains(finetuned):
-    """The unmerged checkpoint, the merged accuracy and the retrained checkpoint all come out of one command."""
+    """One command gives the unmerged checkpoint, the merged accuracy and the retrained checkpoint."""
     unmerged = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(finetuned / "finetuned")
     retrained = ToMePerceiverForImageClassificationConvProcessing.from_pretrained(finetuned)
     assert (unmerged.r, retrained.r) == (0, 2)
     assert list(retrained.config.id2label.values()) == LABELS
     assert not unmerged.base_model.embeddings.latents.equal(retrained.base_model.embeddings.latents)
     assert {"merged_accuracy", "eval_accuracy", "eval_accuracy_stderr", "train_loss"} <= set(results(finetuned))
-    # Brightness is an easy class: far better than a third of the 30 images right.
+    # Brightness is an easy class, so accuracy is far above chance, a third.
     assert results(finetuned / "finetuned")["eval_accuracy"] > 0.7
 
 
 @pytest.fixture(scope="module")
 def grouped(inputs, finetuned, tmp_path_factory) -> Path:
-    """The unmerged checkpoint within a budget, by fixed groups of its latents."""
+    """Merge the unmerged checkpoint to a budget with fixed groups."""
     output_dir = tmp_path_factory.mktemp("outputs") / "grouped"
     call_script(
         "run_image.py", "--model_name_or_path", finetuned / "finetuned", *inputs[2:], "--do_eval", "--use_cpu",
@@ -70,13 +70,13 @@ def grouped(inputs, finetuned, tmp_path_factory) -> Path:
 
 
 def test_fixed_groups_within_a_budget(finetuned, grouped):
-    """With the weights as they were, the figures of both, and a card whose code drops the groups, which r needs."""
+    """Weights stay the same; figures are of both models; the card's code removes the groups before it sets r."""
     model, start = (
         ToMePerceiverForImageClassificationConvProcessing.from_pretrained(folder)
         for folder in (grouped, finetuned / "finetuned")
     )
     config = model.config
-    # Of the learned latents, or in a layer.
+    # Groups of the learned latents, or in a layer.
     assert config.merge_groups or config.latent_groups
     assert config.latents_per_layer[-1] < 8 and not any(config.merge_schedule if config.merge_groups is None else [])
     assert all(value.equal(start.state_dict()[name]) for name, value in model.state_dict().items())
@@ -103,7 +103,7 @@ def test_training_on_keeps_fixed_groups_and_trains(inputs, grouped, tmp_path):
 
 
 def test_the_pipeline_of_a_checkpoint_predicts_what_the_script_does(tmp_path):
-    """For files as they come, each named in the table, whatever is in its name."""
+    """Each file is named in the table of predictions, whatever characters its name has."""
     train = write_image_folders(tmp_path / "images", 8)
     (tmp_path / "test").mkdir()
     kinds = {"1.png": "L", "10.webp": "RGB", "2.tif": "CMYK", 'a\t"b".bmp': "P", "c\nd.png": "RGBA"}
@@ -125,7 +125,7 @@ def test_the_pipeline_of_a_checkpoint_predicts_what_the_script_does(tmp_path):
 
 
 def test_one_checkpoint_for_every_r(inputs, finetuned, tmp_path):
-    """Trained on from a checkpoint; the r that was asked for is what it is evaluated and saved with."""
+    """Training starts from a checkpoint; evaluation and the saved config use the given r."""
     arguments = ("--model_name_or_path", finetuned / "finetuned", *inputs[2:], *TRAINING, "--elastic")
     for r in (0, 2):
         call_script("run_image.py", *arguments, "--r", r, "--output_dir", tmp_path / f"r{r}")
@@ -141,7 +141,7 @@ def test_one_checkpoint_for_every_r(inputs, finetuned, tmp_path):
 
 
 def test_retrains_for_every_r(inputs, tmp_path):
-    """After plain finetuning, and without any r."""
+    """With --elastic after plain finetuning, and without --r."""
     arguments = (*inputs, *TRAINING, "--retrain_epochs", 1, "--elastic", "--output_dir", tmp_path)
     call_script("run_image.py", *arguments)
     finetuned, retrained = (

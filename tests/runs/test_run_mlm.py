@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""run_mlm.py, really run, and what it leaves swept, merged in groups, filled in and turned to a classifier."""
+"""Tests of run_mlm.py, run on tiny sentences, and of sweeps, groups, pipelines and classifiers from its checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def data(tmp_path_factory) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> Path:
-    """A checkpoint trained, merged and retrained in one run of the script, in a process of its own."""
+    """Train, merge and retrain in one run of the script, in its own process."""
     folder = tmp_path_factory.mktemp("outputs")
     config = write_model_config(
         folder, architectures=["PerceiverForMaskedLM"], attention_probs_dropout_prob=0.0,
@@ -50,7 +50,7 @@ def results(output_dir: Path, split: str = "all") -> dict[str, float]:
 
 
 def test_learns_merges_and_retrains(trained):
-    """A masked letter is one of three; which one, the rest of the sentence says."""
+    """A masked letter is one of three, and the rest of the sentence tells which."""
     assert results(trained / "finetuned")["eval_accuracy"] > 0.6
     unmerged, retrained = (ToMePerceiverForMaskedLM.from_pretrained(at) for at in (trained / "finetuned", trained))
     assert (unmerged.r, retrained.r) == (0, 1)
@@ -59,7 +59,7 @@ def test_learns_merges_and_retrains(trained):
 
 
 def test_figures_are_those_of_each_sentence_by_itself(trained, data):
-    """Whatever Trainer's batches of other lengths are padded with."""
+    """Padding in Trainer's batches does not change them."""
     model = ToMePerceiverForMaskedLM.from_pretrained(trained).eval()
     arguments = MlmDataArguments(dataset_name=str(data[1]), dataset_config_name="one,two", mlm_probability=0.3)
     task = load_mlm_task(arguments, predict=False, seed=3)
@@ -90,7 +90,7 @@ def test_the_card_says_what_was_measured_and_shows_code_that_runs(trained):
 
 
 def test_joined_lines(data, tmp_path):
-    """As many tokens in each input, so as many in each step; a sweep evaluates the same."""
+    """Every input has equally many tokens; a sweep evaluates the same inputs."""
     config = write_model_config(tmp_path, architectures=["PerceiverForMaskedLM"])
     packed = (*data, "--line_by_line", "False", "--max_seq_length", 20)
     call_script(
@@ -105,7 +105,7 @@ def test_joined_lines(data, tmp_path):
 
 
 def test_a_sweep_compares_sentence_by_sentence(trained, data, tmp_path):
-    """Merging nothing changes nothing; each row is of the same masked tokens."""
+    """An unmerged row changes nothing, and all rows have the same masked tokens."""
     call_script(
         "eval_sweep.py", "--model_name_or_path", trained, *data, "--r", 0, 1, "--timing_rounds", 1, "--use_cpu",
         "--per_device_eval_batch_size", 4, "--output_dir", tmp_path / "sweep",

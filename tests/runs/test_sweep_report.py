@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The best row of a sweep, its table, CSV file and picture, and the results file that they are made from."""
+"""Tests of a sweep's report: best row, table, CSV file, picture and results file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROWS = [Row.from_json(row) for row in (MEASURED, PLANNED)]
 
 
 def row(name: str, flops_ratio: float, merged: float | None, speedup: float | None = None, **more: float) -> Row:
-    """A row whose score has a standard error of one point, and of half a point for the change from 0.96."""
+    """Build a row: the standard error of its score is one point, that of its change from 0.96 half a point."""
     scores = {
         stage: {"accuracy": Score(value, 0.01, value - 0.96, 0.005, compared=True)}
         for stage, value in ({"merged": merged} | more).items()
@@ -56,12 +56,12 @@ SEARCHED = [row("flops=0.8 search", 0.79, 0.96, 1.1), row("flops=0.5 search", 0.
     [
         ([row("flops=0.8 search", 0.79, 0.96, 1.1), row("flops=0.5 search", 0.5, 0.951, 1.4)],
          "0.50 of the FLOPs, 1.40 times as fast, accuracy 96.0 -> 95.1 ± 1.0 (flops=0.5 search, not retrained)."),
-        # It has fallen by more than two standard errors of its change.
+        # The score has fallen by more than two standard errors of the change.
         ([row("flops=0.8 search", 0.79, 0.96, 1.1), row("flops=0.5 search", 0.5, 0.949, 1.4)],
          "0.79 of the FLOPs, 1.10 times as fast, accuracy 96.0 -> 96.0 ± 1.0 (flops=0.8 search, not retrained)."),
         ([row("r=2", 0.8, 0.9, 1.1, retrained=0.958)],
          "0.80 of the FLOPs, 1.10 times as fast, accuracy 96.0 -> 95.8 ± 1.0 (r=2, retrained)."),
-        # What is faster and loses goes before what is slower and does not.
+        # A faster row with a lower score comes before a slower row with the same score.
         ([row("r=2", 0.8, 0.96, 0.9), row("r=4", 0.7, 0.90, 1.1)],
          "0.70 of the FLOPs, 1.10 times as fast, accuracy 96.0 -> 90.0 ± 1.0 (r=4, not retrained)."),
         ([row("r=2", 0.8, 0.96, 0.9)],
@@ -118,7 +118,7 @@ def test_an_undefined_score_is_said_to_be(tmp_path):
 
 @pytest.fixture
 def draw(monkeypatch, tmp_path) -> Iterator:
-    """Draw rows, and return the figure, still open."""
+    """Return a function that draws rows and returns the open figure."""
     drawn: list[Figure] = []
     monkeypatch.setattr("experiments.publishing.picture_style.plt.close", drawn.append)
 
@@ -151,14 +151,14 @@ def test_score_over_flops_and_over_speed(draw, tmp_path):
 
 
 def test_the_axis_of_a_score_ends_at_100(draw):
-    """However long the bars are."""
+    """Also if error bars are longer."""
     figure = draw(row("r=0", 1.0, 0.999, 1.0), row("r=2", 0.8, 1.0, 1.2), row("r=4", 0.5, 0.9, 1.3))
     top = figure.axes[0].get_ylim()[1]
     assert 100 < top < 101 and max(tick for tick in figure.axes[0].get_yticks() if tick <= top) <= 100
 
 
 def test_colours_say_what_is_drawn(draw):
-    """Unmerged is grey, merged blue, retrained green; a control is orange, and called one."""
+    """Unmerged is grey, merged blue, retrained green, controls orange and labelled as such."""
     kinds = [row("r=2", 0.8, 0.9, 1.1, retrained=0.95), row("flops=0.5 search", 0.5, 0.9, 1.3, retrained=0.95)]
     by_flops = draw(UNMERGED, *kinds).axes[0]
     assert len(by_flops.containers) == 4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""space/app.py on tiny checkpoints: the comparison, the page as a client sees it, and refusals of bad input.
+"""Tests of space/app.py on tiny checkpoints: the comparison, the page over HTTP, messages for bad input.
 
 Gradio is in an environment of its own, so `make test` runs this file with `.venv/space/bin/python`.
 """
@@ -33,7 +33,7 @@ SENTENCES = {TEXT_MODEL: "A né€d.", MASKED_MODEL: "A [MASK]."}
 
 @pytest.fixture(scope="module", autouse=True)
 def space_on_path():
-    """The folder's modules by their names, as the page itself imports them."""
+    """Put the folder on sys.path, so that its modules import each other by name, as on a Space."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "space"))
         yield
@@ -41,7 +41,7 @@ def space_on_path():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Checkpoints named as their heads, one of them stock and one that merges as it was saved, and an image file."""
+    """Write checkpoints named by their heads, one of stock and one with merging in its config, and an image file."""
     folder = tmp_path_factory.mktemp("checkpoints")
     tiny_model(IMAGE_MODEL, torch.float32, num_labels=10).save_pretrained(folder / IMAGE_MODEL)
     size = {"height": 16, "width": 12}
@@ -67,7 +67,7 @@ def given_for(folder: Path, head: str) -> PilImage.Image | str:
 
 
 def choices(page) -> list[str]:
-    """The ways to say how much merges that a page offers."""
+    """Return the choices of the page for how much to merge."""
     (found,) = [block.choices for block in page.blocks.values() if hasattr(block, "choices")]
     return [name for name, _ in found]
 
@@ -107,14 +107,14 @@ def test_where_no_budget_can_be_kept_to_only_r_is_offered(tmp_path):
     from app import BY_R, build_page
     from comparison import Checkpoint
 
-    # Reading 64 pixels is nearly the whole cost of this model.
+    # Reading 64 pixels costs nearly all FLOPs of this model, so merging saves too little for a budget.
     tiny_model("ForImageClassificationLearned", torch.float32, num_labels=10).save_pretrained(tmp_path)
     PerceiverImageProcessorPil(do_center_crop=False, size={"height": 8, "width": 8}).save_pretrained(tmp_path)
     assert choices(build_page(Checkpoint(str(tmp_path)), None, "a model")) == [BY_R]
 
 
 def test_a_checkpoint_with_a_frontier_is_moved_along_it(tmp_path):
-    """Each row tells its cost and its share of changed answers, and merges as it says."""
+    """Each row shows its cost and its share of changed answers, and its merging is applied."""
     from app import BY_FRONTIER, build_page
     from comparison import Checkpoint
 
@@ -161,7 +161,7 @@ def test_input_is_not_taken_for_markup():
 
 @pytest.fixture(params=[IMAGE_MODEL, TEXT_MODEL])
 def server(request, folder, tmp_path):
-    """The head, and the address of the page, running from a folder without the repository around it."""
+    """Serve the page from a folder outside the repository; return the head and the address."""
     copied = tmp_path / "space"
     copied.mkdir()
     for name in ("app.py", "comparison.py", "merging_picture.py"):
@@ -185,7 +185,7 @@ def server(request, folder, tmp_path):
         else:
             pytest.fail("".join(lines))
     finally:
-        # A shell in the background has its programs ignore Ctrl-C.
+        # Programs that a background shell starts ignore Ctrl-C.
         process.terminate()
         process.wait(timeout=30)
 

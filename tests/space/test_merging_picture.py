@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of merging: the attention of each latent left, and its place in the image."""
+"""Tests of pictures of merging: attention maps of the latents left, and positions in the image."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ HEADS = [*TEXT_HEADS, *IMAGE_HEADS]
 
 
 def one_input(head: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Pixel values or token ids, a batch of one, and the mask that goes with these."""
+    """Return pixel values or token ids, a batch of one, and their attention mask."""
     inputs = take_row(tiny_inputs(head), 0)
     return inputs.get("pixel_values", inputs.get("input_ids")), inputs.get("attention_mask")
 
 
 def direct_cross_attention(model, inputs: torch.Tensor) -> torch.Tensor:
-    """(N, S): the mean over heads of softmax(q k / sqrt(D)), from the weights alone."""
+    """Compute (N, S), the mean over heads of softmax(q k / sqrt(D)), from the weights."""
     base = model.base_model
     preprocessed = base.input_preprocessor(inputs)[0]
     attention = base.encoder.cross_attention.attention.self
@@ -58,7 +58,7 @@ def direct_cross_attention(model, inputs: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_learned_latents_of_a_group_read_as_one(head):
-    """Equal ones, which read alike, so that a group reads as each of them does."""
+    """The latents of a group are equal, so the group attends as each of them does."""
     model, (inputs, mask) = repeat_latents(tiny_model(head, latent_groups=AT_START), AT_START), one_input(head)
     reading = read_input(model, inputs, mask)
     first = [AT_START.index(group) for group in range(9)]
@@ -100,7 +100,7 @@ def test_prune_says_what_it_dropped():
     [
         ("ForImageClassificationLearned", (8, 8), PixelGrid(8, 8, 1, 0)),
         ("ForImageClassificationFourier", (6, 10), PixelGrid(6, 10, 1, 0)),
-        # Not a quarter of 40: the pooling needs three outputs of the convolution for each of its own.
+        # Not 40 / 4, because pooling needs three outputs of the convolution for each of its own.
         ("ForImageClassificationConvProcessing", (40, 24), PixelGrid(9, 5, 4, 2)),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_position_stands_in_the_middle_of_the_pixels_that_it_sees(head):
     features[0, row * grid.columns + column].sum().backward()
     seen_rows, seen_columns = pixels.grad[0].abs().sum(dim=0).nonzero().T.tolist()
     assert (min(seen_rows) + max(seen_rows)) / 2 == grid.start + row * grid.step
-    # Columns of pixels left of the image are cut off: only the right end is seen whole.
+    # Receptive fields are cut at the left edge of the image; only the right end is whole.
     reach = max(seen_rows) - (grid.start + row * grid.step)
     assert max(seen_columns) - reach == grid.start + column * grid.step
     left, right, bottom, top = grid.extent
@@ -163,7 +163,7 @@ def test_the_image_shown_is_the_one_that_the_model_sees():
     ],
 )
 def test_every_byte_has_a_label(text, labels):
-    """Also those of a character that is cut in two."""
+    """Also the bytes of a character that is cut in two."""
     tokenizer = PerceiverTokenizer()
     assert token_labels(tokenizer, tokenizer(text)["input_ids"]) == labels
     assert len(token_labels(tokenizer, tokenizer("n€", truncation=True, max_length=5)["input_ids"])) == 5

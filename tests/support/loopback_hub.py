@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small Hugging Face Hub for models on 127.0.0.1, in memory, for the real clients: huggingface_hub, transformers.
+"""In-memory Hugging Face Hub on 127.0.0.1, for tests with the real clients: huggingface_hub and transformers.
 
-It has one user, with a token that may write, one that may only read, and a fine-grained one that may write to existing
-repositories only. Refusals are the Hub's (status, `X-Error-Code`). Two things are simpler: large files come from here
-and not from another storage, and there is no Xet.
+It has one user with three tokens: one that may write, one that may only read, and a fine-grained one that may write to
+existing repositories only. Errors have the status and the `X-Error-Code` of the real Hub. Two things are simpler than
+there: large files come from this server and not from separate storage, and there is no Xet.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ LARGE_FILE_PATH = rf"/{ID}\.git/info/lfs/objects/(?P<action>batch|verify)"
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a commit, and whether it was uploaded as a large one."""
+    """Content of a file in a commit, and whether it was uploaded as a large file."""
 
     data: bytes
     large: bool
 
     @property
     def oid(self) -> str:
-        """SHA-256 of a large file, git's hash of another."""
+        """SHA-256 of a large file, git's blob hash of any other."""
         if self.large:
             return hashlib.sha256(self.data).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
@@ -54,7 +54,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit, with all files of the branch after it."""
+    """A commit, with all files of its branch."""
 
     repo_id: str
     branch: str
@@ -74,7 +74,7 @@ class Repository:
     by_oid: dict[str, Commit] = field(default_factory=dict)
 
     def at(self, revision: str) -> Commit:
-        """Return the commit of a branch or oid."""
+        """Return the commit of a branch, or with this oid."""
         commit = self.branches.get(revision) or self.by_oid.get(revision)
         if commit is None:
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -83,7 +83,7 @@ class Repository:
 
 @dataclass
 class Answer:
-    """An answer; `body` is JSON unless it is bytes."""
+    """HTTP answer; `body` is sent as JSON unless it is bytes."""
 
     status: int
     body: Any = b""
@@ -91,7 +91,7 @@ class Answer:
 
 
 class Refused(Exception):
-    """An answer that is an error, with the code that clients read."""
+    """Error answer, with the `X-Error-Code` that clients read."""
 
     def __init__(self, status: int, code: str | None, message: str, **headers: str) -> None:
         headers |= {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
@@ -100,7 +100,7 @@ class Refused(Exception):
 
 @dataclass
 class Fault:
-    """Requests that go wrong, and how many times more."""
+    """Requests to fail, how they fail, and how many more times."""
 
     pattern: str
     times: int
@@ -108,14 +108,14 @@ class Fault:
 
 
 class LoopbackHub:
-    """The Hub and its repositories; `with LoopbackHub() as hub` runs it.
+    """The Hub server and its repositories; `with LoopbackHub() as hub` runs it.
 
     Attributes:
         url: its endpoint.
         requests: "METHOD /path" of all requests.
-        failed: those that went wrong on demand.
+        failed: requests that failed because of `fail`.
         bodies: bodies of all requests.
-        commits: commits made by clients, the first one first.
+        commits: commits made by clients, in order.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class LoopbackHub:
         self._server.server_close()
 
     def add_repository(self, repo_id: str, files: dict[str, bytes], **settings: bool) -> Repository:
-        """Put a repository here, with one commit."""
+        """Create a repository with one commit."""
         repository = self._repositories[repo_id] = Repository(repo_id, **settings)
         stored = {name: StoredFile(data, name.endswith(LARGE_FILES)) for name, data in files.items()}
         self._store(repository, "main", "initial commit", stored)
@@ -151,29 +151,29 @@ class LoopbackHub:
         return self._repositories[repo_id]
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """Return the files of a repository, except the one that every new repository has."""
+        """Return the files of a repository, without `.gitattributes`, which every new repository has."""
         files = self.repository(repo_id).at(revision).files
         return {name: file.data for name, file in files.items() if name != ".gitattributes"}
 
     def fail(self, pattern: str, times: int, how: str) -> None:
-        """Let requests go wrong whose "METHOD /path" matches a regular expression.
+        """Make the next requests fail whose "METHOD /path" matches a regular expression.
 
         Args:
-            pattern: the expression; the path is quoted as it was sent, without its query.
-            times: number of these requests.
-            how: "503": that status. "page": a page of a hotel's network, with status 200. "cut": the connection ends
-                midway through the request. "answer_lost": the request is done, and the connection ends without an
-                answer.
+            pattern: the expression; the path is percent-encoded as it was sent, without its query.
+            times: number of requests to fail.
+            how: "503": status 503. "page": an HTML page with status 200, as from a captive portal. "cut": the
+                connection ends midway through the request. "answer_lost": the request is carried out, and the
+                connection ends without an answer.
         """
         assert how in ("503", "page", "cut", "answer_lost"), how
         self._faults.append(Fault(pattern, times, how))
 
     def mend(self) -> None:
-        """Let nothing go wrong any more."""
+        """Stop failing requests."""
         self._faults.clear()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Return the environment of a process that uses this Hub."""
+        """Return environment variables for a process that uses this Hub."""
         foreign = ("HF_", "HUGGING", "TRANSFORMERS_", "PYTHON")
         kept = {
             name: value
@@ -192,7 +192,7 @@ class LoopbackHub:
 
     @contextmanager
     def in_this_process(self, home: Path) -> Iterator[None]:
-        """Make this the Hub of `HfApi` and uploads in this process; transformers keeps the endpoint it began with."""
+        """Use this Hub for `HfApi` and uploads in this process; transformers keeps the endpoint of its import."""
         with pytest.MonkeyPatch.context() as patch:
             for name, value in dict(
                 ENDPOINT=self.url,
@@ -205,13 +205,13 @@ class LoopbackHub:
             for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
                 patch.delenv(name, raising=False)
             patch.setenv("NO_PROXY", "127.0.0.1")
-            # The client keeps connections, and the environment it was made in.
+            # The client keeps its connections and the environment of its creation.
             huggingface_hub.utils.close_session()
             yield
             huggingface_hub.utils.close_session()
 
     def fault(self, request: str) -> str | None:
-        """Return how this request goes wrong, and count it."""
+        """Return how this request must fail, if at all, and count it."""
         with self._lock:
             self.requests.append(request)
             for fault in self._faults:
@@ -222,7 +222,7 @@ class LoopbackHub:
         return None
 
     def answer(self, method: str, path: str, token: str, body: bytes) -> Answer:
-        """Do what a request asks for."""
+        """Carry out a request."""
         with self._lock:
             self.bodies.append(body)
             try:
@@ -247,7 +247,7 @@ class LoopbackHub:
         patterns = (LARGE_FILE_PATH, FILE_PATH, API_PATH)
         match = next(filter(None, (re.fullmatch(pattern, path) for pattern in patterns)), None)
         if match is None or unquote(match["id"]) not in self._repositories:
-            # The Hub does not tell strangers which names are taken.
+            # The Hub does not tell anonymous users which names are taken.
             raise Refused(404 if role else 401, "RepoNotFound", "Repository not found")
         repository, parts = self._repositories[unquote(match["id"])], match.groupdict()
         revision, name = unquote(parts.get("revision") or "main"), unquote(parts.get("path") or "")
@@ -387,11 +387,11 @@ def _serve_file(repository: Repository, role: str | None, revision: str, path: s
 
 
 class Handler(BaseHTTPRequestHandler):
-    """HTTP of `hub`."""
+    """HTTP handler of `hub`."""
 
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
-    # Otherwise the body of an answer waits for the acknowledgement of its head.
+    # With Nagle's algorithm, the body of an answer waits until the header is acknowledged.
     disable_nagle_algorithm = True
 
     def handle_one_request(self) -> None:
@@ -412,7 +412,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         body = self._body()
         if fault in ("503", "page"):
-            # As of a gateway, not of the Hub: no JSON.
+            # Not JSON, as an answer of a gateway in between.
             status = 503 if fault == "503" else 200
             self._send(Answer(status, b"<html>Not the Hub</html>", {"Content-Type": "text/html"}))
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Import what scripts import, also late: `script_run` forks from a process that has done so."""
+"""Import everything that scripts import, also inside functions, into the process that `script_run` forks from."""
 
 import importlib
 import pkgutil

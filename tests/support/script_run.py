@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a script as `python SCRIPT` does: in a fork of a process that has imported everything, or in this one."""
+"""Run a script as `python SCRIPT` does, in a fork of a process that has imported everything, or in this process."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ import pytest
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-# Programs for fresh interpreters, run from other folders.
+# Programs that tests run in new interpreters, from other folders.
 PROGRAMS = Path(__file__).resolve().parent / "programs"
 TIME_LIMIT = 300
-# A process with one thread that forks on demand; torch in the tests' own process has more, so that must not fork.
+# A fork server with one thread: the test process has threads of torch, so it must not fork itself.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.support.preload"])
 
 
 def isolated_environment(home: str | Path) -> dict[str, str]:
-    """Return variables to set before libraries are imported: no network, no token, one thread, and own caches."""
+    """Return variables to set before libraries are imported: no network, no token, one thread, own caches."""
     return {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -46,7 +46,7 @@ def isolated_environment(home: str | Path) -> dict[str, str]:
 
 @cache
 def start_server() -> None:
-    """Start the process that forks, which takes the seconds of all imports."""
+    """Start the fork server, which takes a few seconds to import everything."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         forkserver.ensure_running()
@@ -71,10 +71,10 @@ def start_script(
 
     Args:
         name: path of the script, relative to the repository.
-        arguments: of its command line.
+        arguments: command line arguments.
         cwd: folder to run it in.
-        streams: folder in which its output is written, to files `stdout` and `stderr`.
-        before: called in the fork before the script; picklable.
+        streams: folder for its output, in the files `stdout` and `stderr`.
+        before: picklable function that is called in the fork before the script.
     """
     return start_fork(_run, ROOT / name, [*map(str, arguments)], cwd, dict(os.environ), streams, before)
 
@@ -107,7 +107,7 @@ def _run(
         os.dup2(descriptor, stream.fileno())
     os.environ.update(environment)
     os.chdir(cwd)
-    # Data collators ask by the name whether they are in a worker.
+    # Data collators detect workers by the name of the process.
     multiprocessing.current_process().name = "MainProcess"
     _renew_lock(tqdm)
     if before is not None:
@@ -118,19 +118,19 @@ def _run(
 
 
 def _renew_lock(bars: type[tqdm]) -> None:
-    """Give progress bars of every class a lock of this fork, since a killed fork may hold the one they share."""
+    """Give progress bars of every class a new lock, because a killed fork may still hold the shared one."""
     bars.set_lock(threading.RLock())
     for subclass in bars.__subclasses__():
         _renew_lock(subclass)
 
 
 def kill_at(function: str, call: int = 1, half: bool = False) -> None:
-    """Have this process get SIGKILL when it calls a function.
+    """Kill this process with SIGKILL when it calls a function.
 
     Args:
         function: "module:name" or "module:Class.name".
-        call: which call; the first one is 1.
-        half: kill after the call, and leave half of the file that it has written.
+        call: number of the call, from 1.
+        half: kill after the call, and cut the file that it has written to half.
     """
     module, _, path = function.partition(":")
     *owners, name = path.split(".")
@@ -155,7 +155,7 @@ def kill_at(function: str, call: int = 1, half: bool = False) -> None:
 
 
 def call_script(name: str, *arguments: object) -> None:
-    """Run a script within this process: no fork, and fixtures' patches hold."""
+    """Run a script in this process, so that monkeypatches apply to it."""
     module = importlib.import_module(name.removesuffix(".py"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, arguments)])

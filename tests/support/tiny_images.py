@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny image dataset and a tiny image model, as files that the scripts take."""
+"""Write tiny image datasets and a tiny image config as files for the scripts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODEL = {
 
 
 def write_model_config(folder: Path, **changes: object) -> Path:
-    """A JSON file for `--config_name`."""
+    """Write a JSON file for `--config_name`."""
     path = folder / "config.json"
     path.write_text(json.dumps(MODEL | changes))
     return path
@@ -43,9 +43,9 @@ def write_images(
     first_label: int = 0,
     missing: dict[str, int | None] | None = None,
 ) -> Path:
-    """Greyscale 8x8 images whose brightness is their class, as parquet files, one for each split.
+    """Write one parquet file for each split, of greyscale 8x8 images whose brightness is their class.
 
-    In the splits in `missing`, all labels but those of the first two images are its value, and in "test" those too.
+    `missing` maps a split to the label that replaces its labels: all in "test", all but the first two elsewhere.
     """
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def write_images(
 
 
 def write_image_folders(folder: Path, per_class: int) -> Path:
-    """One folder of PNG files for each class, as `--train_dir` takes it."""
+    """Write one folder of PNG files for each class, as `--train_dir` reads them."""
     random = np.random.default_rng(0)
     for label, name in enumerate(LABELS):
         (folder / name).mkdir(parents=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random metrics, the matches that methods make of them, and how to read a match.
+"""Random metrics, their matches by every method, and functions that read a match.
 
 Letters: B batch, N latents, M latents left, R = N - M latents merged away, C channels.
 """
@@ -21,12 +21,12 @@ from merging_tome_perceiver import Match
 METHODS = sorted(merging.MERGE_METHODS)
 """Every method of the registry."""
 MERGING_METHODS = [method for method in METHODS if method != "prune"]
-"""Those that drop nothing."""
+"""Methods that merge, and drop nothing."""
 
 
 class Drawn(NamedTuple):
-    """What a method was given (metric (B, N, C), R, sizes (B, N) or `None`, depth), the match that it made of it, and a
-    seed for whatever else a test draws."""
+    """Arguments of a matching method (metric (B, N, C), R, sizes (B, N) or `None`, depth), its match, and a seed for
+    other random draws of the test."""
 
     metric: Tensor
     r: int
@@ -50,9 +50,9 @@ def match_by(method: str, metric: Tensor, r: int, sizes: Tensor | None = None, d
 
 @st.composite
 def matches(draw: Any, methods: Sequence[str] = MERGING_METHODS, batch: int | None = None, channels: int = 1) -> Drawn:
-    """A match by one of the methods, of at least so many channels.
+    """Draw a match by one of the methods, of a metric with `channels` or more channels.
 
-    With one channel every similarity is 1 or -1 but for the rounding: all is ties.
+    With one channel every similarity is 1 or -1, except for rounding, so nearly all edges tie.
     """
     seed = draw(st.integers(0, 2**31))
     rows, num_latents = batch or draw(st.integers(1, 3)), draw(st.integers(2, 24))
@@ -65,14 +65,14 @@ def matches(draw: Any, methods: Sequence[str] = MERGING_METHODS, batch: int | No
 
 
 def cosines(metric: Any) -> np.ndarray:
-    """(N, N) of one row (N, C); a zero vector is orthogonal to everything, itself too."""
+    """Return the cosine similarities (N, N) of one row (N, C); a zero vector is orthogonal to all, itself included."""
     metric = np.asarray(metric, dtype=np.float64)
     unit = metric / np.maximum(np.linalg.norm(metric, axis=1, keepdims=True), 1e-12)
     return unit @ unit.T
 
 
 def edges(match: Match, row: int) -> dict[int, int]:
-    """{merged: target} of one row, as positions among the N latents."""
+    """Return {merged: target} of one row, as positions among the N latents."""
     one = row_of(match, row)
     assert one.into is not None
     kept = one.kept[0].tolist()
@@ -80,12 +80,12 @@ def edges(match: Match, row: int) -> dict[int, int]:
 
 
 def row_of(match: Match, row: int) -> Match:
-    """The match of one row, as a batch of one."""
+    """Return the match of one row, as a batch of one."""
     return Match(*(None if part is None else part[min(row, len(part) - 1)][None] for part in match))
 
 
 def signed_basis_vectors(num_latents, channels, seed):
-    """(2, N, C) with zeros among them: every similarity is exactly -1, 0 or 1, so nearly all edges tie."""
+    """Return (2, N, C), zero vectors among them: similarities are exactly -1, 0 or 1, so nearly all edges tie."""
     vectors = torch.cat([torch.eye(channels), -torch.eye(channels), torch.zeros(1, channels)])
     choice = torch.randint(len(vectors), (2, num_latents), generator=torch.Generator().manual_seed(seed))
     return vectors[choice] * 3

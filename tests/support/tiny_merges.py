@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways in which the tiny models merge, and what their tests ask of a model more than once."""
+"""Merging settings for the tiny models, and checks that several tests of the model share."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch
 import experiments.merging.controls  # noqa: F401  registers the controls
 from tests.support.tiny_models import HEADS, flat_logits, relative_difference
 
-# Five latents left, with layers that merge nothing among those that do.
+# Leaves 5 of 12 latents; some layers merge nothing.
 R_LIST = [3, 0, 2, 1, 0, 1]
 GROUPS = [None, [0, 1, 2, 0, 3, 4, 4, 0, 5, 6, 2, 0], None, [0, 1, 1, 2, 3, 0, 3], None, None]
 AT_START = [0, 1, 2, 3, 4, 1, 5, 6, 7, 8, 0, 1]
@@ -26,7 +26,7 @@ MERGES_AND_PRUNE = {**MERGES, "prune": dict(r=R_LIST, merge_method="prune")}
 ATTENTION = ["eager", "sdpa"]
 
 every_head = pytest.mark.parametrize("head", HEADS)
-# Every head with one merge, and every merge with one head: neither depends on the other.
+# Every head with one merging setting, and every setting with one head, because the two are independent.
 HEAD_AND_MERGE = [(head, "bipartite") for head in HEADS if head != "ForMaskedLM"] + [
     ("ForMaskedLM", merge) for merge in MERGES_AND_PRUNE
 ]
@@ -34,11 +34,11 @@ every_head_and_every_merge = pytest.mark.parametrize("head, merge", HEAD_AND_MER
 every_attention = pytest.mark.parametrize("attention", ATTENTION)
 
 DUPLICATES = {
-    # r, so that duplicates meet across even and odd positions in two merges: sizes 3, 1 and 2 after the first
+    # r is chosen so that duplicates at even and odd positions meet in two merges; sizes are 3, 1 and 2 after the first.
     "matched at once": (dict(r=[3, 1, 0, 0, 0, 0]), [0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7]),
     "matched late, over two blocks": (dict(r=[0, 3, 0, 0, 1, 0]), [0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7]),
     "matched, one size": (dict(r=[1, 0, 0, 0, 0, 0]), [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10]),
-    # Any copies, wherever they stand, as long as no more latents differ than stay.
+    # These methods find copies at any positions, if no more latents differ than are kept.
     "k_center": (dict(r=[5, 2, 0, 1, 0, 0], merge_method="k_center"), [0, 1, 0, 2, 0, 3, 1, 0, 0, 2, 0, 2]),
     "leader": (dict(r=[5, 2, 0, 1, 0, 0], merge_method="leader"), [0, 1, 0, 2, 0, 3, 1, 0, 0, 2, 0, 2]),
     "groups in two steps": (
@@ -57,7 +57,7 @@ DUPLICATES = {
 
 
 def assert_same(value, reference, tolerance=1e-12):
-    """Nested tuples, dicts and tensors of the same layout and, but for the rounding, the same numbers."""
+    """Check that nested tuples, dicts and tensors have the same layout and, except for rounding, the same numbers."""
     if isinstance(reference, dict):
         assert list(value) == list(reference)
         value, reference = list(value.values()), list(reference.values())

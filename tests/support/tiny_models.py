@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models of all eight classes, stock and merging, and inputs that fit them.
+"""Tiny random models of all eight classes, stock and merging, and their inputs.
 
 Letters: B batch, N latents (12), L self-attention layers (6: three modules, shared by two blocks).
 """
@@ -23,7 +23,7 @@ IMAGE_HEADS = [
     "ForImageClassificationConvProcessing",
 ]
 HEADS = ["Model", *TEXT_HEADS, *IMAGE_HEADS, "ForOpticalFlow", "ForMultimodalAutoencoding"]
-"""The eight classes, as what follows "Perceiver" and "ToMePerceiver" in their names."""
+"""Names of the eight classes, without "Perceiver" or "ToMePerceiver"."""
 
 NUM_LATENTS, NUM_LAYERS = 12, 6
 SIZES: dict[str, Any] = dict(
@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = dict(
     num_self_attends_per_block=3,
     num_self_attention_heads=2,
     num_cross_attention_heads=2,
-    # Heads whose keys and values are of one width: what PyTorch has a fused kernel for on the CPU.
+    # Keys and values of equal width, because PyTorch's fused attention on the CPU requires it.
     qk_channels=16,
     v_channels=16,
     attention_probs_dropout_prob=0.0,
@@ -70,7 +70,7 @@ def stock_config(**changes: Any) -> PerceiverConfig:
 
 
 def tiny_model(head: str, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
-    """A ToMe model in evaluation mode with weights that `spread_weights` drew."""
+    """Build a ToMe model in evaluation mode with weights of `spread_weights`."""
     attn_implementation = changes.pop("attn_implementation", None)
     config = tiny_config(**changes)
     if attn_implementation is not None:
@@ -79,16 +79,16 @@ def tiny_model(head: str, dtype: torch.dtype = torch.float64, **changes: Any) ->
 
 
 def stock_model(head: str, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
-    """The stock model with the same weights as `tiny_model`."""
+    """Build the stock model with the same weights as `tiny_model`."""
     return spread_weights(stock_class(head)(stock_config(**changes))).to(dtype).eval()
 
 
 @torch.no_grad()
 def spread_weights(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Draw weights, the same for the same names and shapes, at which every part of the model shows in the logits.
+    """Draw weights by name and shape, large enough that every part of the model affects the logits.
 
-    Upstream's initialisation (standard deviation 0.02) leaves all latents nearly alike and attention nearly uniform:
-    a wrong bias or a wrong merge would then drown in the rounding.
+    With upstream's initialisation (standard deviation 0.02) all latents are nearly equal and attention is nearly
+    uniform, so the effect of a wrong bias or a wrong merge would be as small as rounding.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
@@ -103,7 +103,7 @@ def spread_weights(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 def repeat_latents(model: PreTrainedModel, groups: list[int]) -> PreTrainedModel:
-    """Make latents of the same group exact duplicates, from the latent parameters on."""
+    """Make the learned latents of each group exact duplicates."""
     latents = model.base_model.embeddings.latents
     with torch.no_grad():
         latents.copy_(latents[[groups.index(group) for group in groups]])
@@ -111,7 +111,7 @@ def repeat_latents(model: PreTrainedModel, groups: list[int]) -> PreTrainedModel
 
 
 def tiny_inputs(head: str, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
-    """Inputs of a head; texts are padded from the second row on."""
+    """Draw inputs for a head; texts are padded from the second row on."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -135,7 +135,7 @@ def tiny_inputs(head: str, batch: int = 2, dtype: torch.dtype = torch.float64, s
 
 
 def take_row(inputs: Any, row: int) -> Any:
-    """The inputs of one row of a batch, as a batch of one, and without its padding."""
+    """Return one row of a batch as a batch of one, without its padding."""
     if isinstance(inputs, dict):
         mask = inputs.get("attention_mask")
         taken = {name: take_row(value, row) for name, value in inputs.items() if name != "subsampled_output_points"}
@@ -148,14 +148,14 @@ def take_row(inputs: Any, row: int) -> Any:
 
 
 class Run(NamedTuple):
-    """What one forward pass gave: a head's output flattened to (B, K), and the output of the base model in it."""
+    """Result of a forward pass: the head's output, flattened to (B, K), and the output of its base model."""
 
     logits: Tensor
     base: tome.ToMePerceiverModelOutput
 
 
 def run(model: PreTrainedModel, inputs: dict[str, Any], **arguments: Any) -> Run:
-    """A forward pass without gradients, with the base model asked for `latent_sources`."""
+    """Run a forward pass without gradients, and make the base model return `latent_sources`."""
     seen = []
     base: nn.Module = model.base_model
     hooks = [
@@ -176,17 +176,17 @@ def _ask_for_sources(module: nn.Module, arguments: tuple, keywords: dict[str, An
 
 
 def flat_logits(output: Any) -> Tensor:
-    """A head's output as (B, K); the base model has no logits, its latents stand for them."""
+    """Flatten a head's output to (B, K); for the base model, which has no logits, its latents."""
     logits = output.last_hidden_state if output.get("logits") is None else output.logits
     parts = list(logits.values()) if isinstance(logits, dict) else [logits]
     return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 def unmerge(base: tome.ToMePerceiverModelOutput) -> Tensor:
-    """The last latents (B, N, C), each of the N first ones standing where it was merged into."""
+    """Return (B, N, C): for each of the N learned latents, the final latent that it was merged into."""
     return base.latent_sources.transpose(1, 2).to(base.last_hidden_state.dtype) @ base.last_hidden_state
 
 
 def relative_difference(value: Tensor, reference: Tensor) -> float:
-    """The largest difference, as a part of the largest reference."""
+    """Return the largest absolute difference divided by the largest absolute reference."""
     return float((value - reference).abs().max() / reference.abs().max())

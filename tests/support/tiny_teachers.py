@@ -16,7 +16,7 @@ TEACHER_CHANNELS, TEACHER_POSITIONS = 12, 100
 
 
 def letter_tokenizer(letters: str) -> PreTrainedTokenizerFast:
-    """Of which each letter is a token, at the beginning of a word or in it."""
+    """Build a tokenizer with a token for each letter, at the beginning of a word and inside it."""
     tokens = [*SPECIAL.values(), *letters, *(f"##{letter}" for letter in letters)]
     tokenizer = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -27,7 +27,7 @@ def letter_tokenizer(letters: str) -> PreTrainedTokenizerFast:
 
 
 def write_teacher(folder: Path, letters: str = "zcba") -> Path:
-    """A random BERT with a token for each letter."""
+    """Write a random BERT with a token for each letter."""
     tokenizer = letter_tokenizer(letters)
     torch.manual_seed(5)
     config = BertConfig(
@@ -40,6 +40,6 @@ def write_teacher(folder: Path, letters: str = "zcba") -> Path:
 
 
 def write_student_tokenizer(folder: Path, letters: str = "abc") -> Path:
-    """The tokenizer of a student."""
+    """Write the tokenizer of a student."""
     letter_tokenizer(letters).save_pretrained(folder)
     return folder

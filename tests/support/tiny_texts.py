@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny text datasets and a tiny text model, as files that the scripts take."""
+"""Write tiny text datasets and a tiny text config as files for the scripts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MODEL = {
 
 
 def write_model_config(folder: Path, **changes: object) -> Path:
-    """A JSON file for `--config_name`; without a tokenizer's name its tokens are bytes."""
+    """Write a JSON file for `--config_name`; without --tokenizer_name its tokens are bytes."""
     path = folder / "config.json"
     path.write_text(json.dumps(MODEL | changes))
     return path
@@ -48,15 +48,16 @@ def write_model_config(folder: Path, **changes: object) -> Path:
 def write_glue(
     folder: Path, task: str, train: int = 24, validation: int = 18, test: int = 6, labels: list[str] | None = None
 ) -> Path:
-    """A folder that `load_dataset(folder, task)` reads like the Hub's GLUE: names, features, splits, hidden labels.
+    """Write a folder that `load_dataset(folder, task)` reads like the Hub's GLUE: names, features, splits, hidden
+    labels.
 
-    With `labels`, its classes have other names.
+    `labels` replaces the names of the classes.
     """
     names = labels or LABELS[task]
     endings = ("_matched", "_mismatched") if task == "mnli" else ("",)
     counts = {"train": train}
     for ending in endings:
-        # Two splits of the same length would hide that one stood for the other.
+        # Splits of different lengths, so that a test notices if one is used for the other.
         counts |= {f"validation{ending}": validation + len(ending), f"test{ending}": test + len(ending)}
     (folder / task).mkdir(parents=True, exist_ok=True)
     for split, count in counts.items():
@@ -84,7 +85,7 @@ def write_glue(
 
 
 def write_table(path: Path, columns: dict[str, list]) -> Path:
-    """Own data, in the format that the file's name ends in."""
+    """Write a table in the format of the file's ending."""
     table = pd.DataFrame(columns)
     kinds = {".csv": table.to_csv, ".json": table.to_json, ".jsonl": table.to_json, ".parquet": table.to_parquet}
     write, lines = kinds[path.suffix], path.suffix.startswith(".json")
@@ -94,10 +95,10 @@ def write_table(path: Path, columns: dict[str, list]) -> Path:
 
 
 def write_sentences(folder: Path, *configs: str) -> Path:
-    """A folder that `load_dataset(folder, config)` reads, of 111 sentences in all, a third of them to validate on.
+    """Write a folder that `load_dataset(folder, config)` reads: 111 sentences in all, a third for validation.
 
-    Each is one letter, so that what is masked can be found again. Beside it stand numbers, and in the columns `label`
-    and `note` text that is no sentence or nothing at all.
+    Each sentence repeats one letter, so that a masked token can be inferred. Other columns hold numbers (`idx`),
+    text that is no sentence (`label`) and nothing (`note`).
     """
     sentences = [letter * length for length in range(4, 41) for letter in "abc"]
     lines = ["---", "configs:"]
@@ -120,7 +121,7 @@ def write_sentences(folder: Path, *configs: str) -> Path:
 
 
 def _sentences(task: str, count: int, seed: int) -> tuple[list, tuple[list[str], ...]]:
-    """Labels, and sentences whose first letter says the label."""
+    """Return labels, and sentences whose first letter tells the label."""
     random = np.random.default_rng(seed)
     kinds = len(LABELS[task]) or 6
     labels = [index % kinds for index in range(count)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random crops and mirrored images."""
+"""Tests of augmentation: random crops and horizontal flips."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_mirrored_as_often_as_asked():
 def test_a_crop_stays_in_the_image_and_keeps_the_share(scale, seed, width, height):
     left, top, right, bottom = Augmentation(scale, 0.0)._crop((width, height), np.random.default_rng(seed))
     assert 0 <= left < right <= width + 1e-9 and 0 <= top < bottom <= height + 1e-9
-    # An aspect ratio cut to the image loses at most a seventh of its length.
+    # Clipping a crop's aspect ratio to the image shortens it by at most a seventh.
     assert (right - left) * (bottom - top) >= scale * width * height * 0.86
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples to calibrate on: unlabelled, and neither trained nor evaluated on wherever there are such."""
+"""Tests of calibration samples: unlabelled, and not used for training or evaluation if there are such."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.tiny_texts import write_glue, write_table
 
 @pytest.mark.parametrize(("available", "count"), [(10, 4), (1500, 1024), (3, 9), (5, 5)])
 def test_samples_are_spread_over_all_of_a_split(available, count):
-    """Data are often sorted by their class."""
+    """Because data are often sorted by class."""
     places = spread_evenly(available, count)
     assert len(places) == len(set(places)) == min(available, count)
     assert max(places) >= available - 1 - available / count
@@ -48,7 +48,7 @@ def test_of_a_glue_task_the_test_split_has_no_labels(tmp_path, task):
 
 
 def test_a_test_file_is_read_to_calibrate_on(tmp_path):
-    """Also beside a validation file, and if nothing is predicted."""
+    """Also with a validation file, and without --do_predict."""
     table = {"sentence": ["a text", "b text", "c text"], "label": ["x", "y", "x"]}
     files = {f"{name}_file": str(write_table(tmp_path / f"{name}.csv", table)) for name in ("train", "validation")}
     unlabelled = write_table(tmp_path / "test.csv", {"sentence": ["d text", "e text"]})

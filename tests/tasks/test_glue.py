@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sentences a task has, what the model sees of them, and what is said of data that do not fit."""
+"""Tests of text classification tasks: sentences, labels, model inputs, and messages for wrong data."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_pair_is_read_with_a_separator(tmp_path):
 
 
 def test_own_files(tmp_path):
-    """Labels of any type, sorted by name; the first two other columns are the pair."""
+    """Labels have any type and are sorted by name; the first two other columns are the pair."""
     columns = {"question": ["a", "b", "c"], "answer": ["d", "e", "f"], "label": ["yes", "no", "yes"]}
     train = write_table(tmp_path / "train.csv", columns)
     validation = write_table(tmp_path / "validation.json", {name: values[1:] for name, values in columns.items()})
@@ -144,7 +144,7 @@ def test_f1_is_about_the_same_class_whatever_the_data_call_it_and_in_whatever_or
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_f1_is_about_the_same_class_whatever_order_a_checkpoint_has(tmp_path, order):
-    """Without a training split the classes are the checkpoint's."""
+    """Without a training split, the classes are the checkpoint's."""
     folder = write_glue(tmp_path, "mrpc")
     readme = folder / "README.md"
     readme.write_text(readme.read_text().replace("  - split: train\n    path: mrpc/train-*\n", ""))
@@ -196,7 +196,7 @@ def test_what_is_missing_or_of_another_kind_is_refused(tmp_path, train, validati
 
 @pytest.mark.parametrize("overwrite_cache", [False, True])
 def test_data_that_changed_are_read_again(tmp_path, overwrite_cache):
-    """datasets would go on with what it knows of a folder of that name."""
+    """`datasets` alone would use its cache for a folder of that name."""
     options = dict(predict=False, seed=0, cache_dir=str(tmp_path / "cache"))
     for count in (18, 9):
         folder = str(write_glue(tmp_path / "glue", "sst2", validation=count))
@@ -279,7 +279,7 @@ def test_numbers_of_a_table_are_text_where_its_name_says_so(tmp_path):
 
 
 def test_a_folder_and_its_files_give_the_same(tmp_path):
-    """With a column of the index, words that pandas takes for nothing, and classes that are numbers in words."""
+    """With an index column, words that pandas reads as missing, and classes that are numbers as text."""
     lines = [f"{index},{word},{index % 12:02}" for index, word in enumerate(["None", "NA", "null", "a"] * 6)]
     for name in ("train", "validation"):
         (tmp_path / f"{name}.csv").write_text("\n".join([",text,Label", *lines]) + "\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files of a folder are read, and that the model sees of an image what the checkpoint's pipeline makes of it."""
+"""Tests of image files: which files of a folder are read, and that inputs equal those of the checkpoint's pipeline."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def png(bits: int, colour: int, pixels: list[int], *chunks: tuple[bytes, list[int]]) -> bytes:
-    """A PNG file of one row of two pixels, of kinds that Pillow does not write."""
+    """Return a PNG file of one row of two pixels, in formats that Pillow does not write."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 @pytest.fixture(scope="module")
 def processor_and_pipeline(tmp_path_factory):
-    """The image processor of a script, and the pipeline of its checkpoint."""
+    """Return the image processor of a script, and the pipeline of its checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoint")
     PerceiverForImageClassificationConvProcessing(PerceiverConfig(**MODEL)).save_pretrained(folder)
     images = write_image_folders(tmp_path_factory.mktemp("images") / "train", 4)
@@ -125,7 +125,7 @@ def processor_and_pipeline(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_the_checkpoints_pipeline_sees_the_same_pixels(processor_and_pipeline, tmp_path, name):
-    """Bit for bit, also from the bytes of a dataset."""
+    """Pixels are equal bit for bit, also for images from a dataset."""
     processor, piped = processor_and_pipeline
     path = tmp_path / name
     path.write_bytes(ACCEPTED[name])
@@ -140,7 +140,7 @@ def test_the_checkpoints_pipeline_sees_the_same_pixels(processor_and_pipeline, t
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_pipeline_would_change_or_cannot_read_is_refused(tmp_path, name):
-    """From its header before any work, as far as that says it."""
+    """Refused before any work if the header of the file tells, otherwise when it is decoded."""
     data, says = REFUSED[name]
     path = tmp_path / name
     path.write_bytes(data)
@@ -171,7 +171,7 @@ def test_an_image_with_too_many_pixels_is_refused(monkeypatch):
 
 
 def test_frames_that_are_not_used_are_warned_of(caplog):
-    """Not the second picture of a phone, which is a preview."""
+    """There is no warning about the second picture of a phone, which is a preview."""
     names = ["rgb.png", "two_pictures.jpg", "frames.gif", "frames.png", "frames.webp", "pages.tif"]
     images = as_stored([{"bytes": ACCEPTED[name], "path": None} for name in names])
     with caplog.at_level(logging.WARNING):
@@ -192,7 +192,7 @@ def write(path: Path) -> None:
 
 
 def test_a_folder_for_each_class(tmp_path):
-    """Brackets are no pattern; hidden files and those of a system are no images and no classes, wherever they are."""
+    """Brackets in names are no pattern; hidden files and system files are neither images nor classes."""
     root = tmp_path / "a[1] *"
     for name in ("cat/1.png", "cat/2.PNG", "dog [b]/1.png", "dog [b]/2.avif"):
         save(root / name)
@@ -234,7 +234,7 @@ def test_images_without_classes_are_to_predict_alone(tmp_path):
     [("train/cat/1.png", "test/cat/1.png"), ("cat/1.png", "2.png"), ("cat/a/b/1.png", "cat/1.png"), ("notes.txt",), ()],
 )
 def test_images_elsewhere_are_named(tmp_path, names):
-    """A folder with train and test in it would be two classes, or one with everything."""
+    """A folder that holds train and test would otherwise be read as two classes, or as one."""
     for name in names:
         save(tmp_path / name)
     for unlabelled in (False, True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images and classes a task has, in whatever shape people have them, and what the model sees of them."""
+"""Tests of image classification tasks: images, classes, model inputs, from tables, folders and metadata files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load(predict: bool = False, **given: object) -> ImageTask:
 
 
 def prepared(task: ImageTask, side: int | None = 16, **fields: object) -> PreparedTask:
-    """The task as a model sees it; without a side, images are not resized."""
+    """Prepare the task for a model; without `side`, images are not resized."""
     config = ToMePerceiverConfig(**MODEL | fields)
     config.id2label = dict(enumerate(task.labels))
     config.label2id = {name: index for index, name in enumerate(task.labels)}
@@ -48,7 +48,7 @@ def test_greyscale_becomes_three_channels(tmp_path):
 
 
 def test_training_and_evaluation_see_an_image_alike_without_augmentation(tmp_path):
-    """The same eight bright pixels in both splits: the image processor's work is done once in each."""
+    """The image processor runs once in both splits, so equal images give equal inputs."""
     task = load(dataset_name=str(write_images(tmp_path, {"train": 6, "test": 3})))
     task.evaluation[""] = task.train
     sight = prepared(task)
@@ -91,7 +91,7 @@ def test_missing_labels_are_refused_unless_they_are_to_predict(tmp_path, split, 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_cut_image_ends_a_run_in_a_line_that_names_it(tmp_path, workers):
-    """Images are decoded when they are used: in whatever split, and also in a process that loads them."""
+    """Images are decoded when they are used, in any split, and also in data loading workers."""
     train = write_image_folders(tmp_path / "train", 4)
     path = train / "dark" / "1.png"
     path.write_bytes(path.read_bytes()[:90])
@@ -162,14 +162,14 @@ DECODED = [{"bytes": data, "path": f"{index}.png"} for index, data in enumerate(
 
 
 def load_table(folder: Path, **columns: object) -> ImageTask:
-    """The task of a parquet file from pandas."""
+    """Load the task from a parquet file that pandas writes."""
     given = {name: columns.pop(name) for name in ("image_column_name", "label_column_name") if name in columns}
     pd.DataFrame(columns).to_parquet(folder / "train.parquet")
     return load(dataset_name=str(folder), **given)
 
 
 def write_files(folder: Path, *names: str) -> Path:
-    """Images, the grey of each by its place, and of what is no image by its ending, a text."""
+    """Write images whose grey value is their index, and text for names without an image's ending."""
     for index, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(png(20 * index) if name.endswith(".png") else b"no image")
@@ -177,7 +177,7 @@ def write_files(folder: Path, *names: str) -> Path:
 
 
 def classes(task: ImageTask) -> dict[int, str]:
-    """The class of each training and evaluated image, by its grey."""
+    """Return the class of each training and evaluation image, by its grey value."""
     rows = [row for split in (task.train, task.evaluation[""]) for row in split]
     return {np.asarray(read_image(row["image"], "0"))[0, 0, 0] // 20: task.labels[row["label"]] for row in rows}
 
@@ -203,7 +203,7 @@ def test_tables_from_pandas(tmp_path, images, labels, names):
     ("image", "label"), [("img", "labels"), ("Image", "Label"), ("pixel_values", "label"), ("photo", "label")]
 )
 def test_columns_are_found_by_their_names(tmp_path, image, label):
-    """Or as the only one that can be it, if there is one."""
+    """Otherwise the only column of a fitting type is used."""
     task = load_table(tmp_path, id=range(COUNT), **{label: CATS_AND_DOGS, image: FILES}, name=["a"] * COUNT)
     assert classes(task) == dict(enumerate(CATS_AND_DOGS))
     assert task.summary[0].endswith(f": images in column '{image}', labels in column '{label}'")
@@ -211,7 +211,7 @@ def test_columns_are_found_by_their_names(tmp_path, image, label):
 
 @pytest.mark.parametrize("given", [{}, {"image_column_name": "image", "label_column_name": "label"}])
 def test_columns_beside_others_that_may_be_meant(tmp_path, given):
-    """A mask, and with names that are given also a second column of labels."""
+    """Such as a mask, or a second column of labels if the columns are given."""
     others = {"labels": range(COUNT)} if given else {}
     task = load_table(tmp_path, mask=FILES[::-1], image=FILES, label=CATS_AND_DOGS, **others, **given)
     assert classes(task) == dict(enumerate(CATS_AND_DOGS))
@@ -243,7 +243,7 @@ def test_tables_that_cannot_be_meant(tmp_path, columns, says):
 
 @pytest.mark.parametrize("argument", ["train_dir", "dataset_name"])
 def test_a_metadata_file(tmp_path, argument):
-    """The images that it does not list are left out, and said to be."""
+    """Images that it does not list are left out, with a warning."""
     names = [f"{'ab'[index % 2]}/{index}.png" for index in range(COUNT)]
     write_files(tmp_path, *names, "b/13.png", "b/14.heic")
     pd.DataFrame({"file_name": names, "label": CATS_AND_DOGS}).to_csv(tmp_path / "metadata.csv", index=False)
@@ -253,7 +253,7 @@ def test_a_metadata_file(tmp_path, argument):
 
 
 def test_an_archive_of_images_is_to_be_unpacked(tmp_path):
-    """In a folder called "1", `datasets` would make all of them the second class."""
+    """In a folder named "1", `datasets` would read all of them as the second class."""
     write_files(tmp_path / "all", *grid("cat", "dog"))
     shutil.make_archive(str(tmp_path / "1" / "images"), "zip", tmp_path / "all")
     with pytest.raises(BadInput, match="image zip://.*png::.*images.zip: is in an archive .* unpack it"):
@@ -285,7 +285,7 @@ def test_a_class_does_not_vanish_from_a_folder(tmp_path, argument):
 
 @pytest.mark.parametrize("argument", ["train_dir", "dataset_name"])
 def test_classes_of_one_name(tmp_path, argument):
-    """macOS writes an accent as a character of its own."""
+    """macOS writes accents as separate characters."""
     composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     write_files(tmp_path, *grid(composed, decomposed, "bar"))
     task = load(**{argument: str(tmp_path)})
@@ -312,7 +312,7 @@ def test_predicted_files_are_named_in_their_order(tmp_path):
 
 @pytest.mark.parametrize("folders", [("unknown",), ("a", "b")])
 def test_labels_that_stand_for_none_are_ignored(tmp_path, folders):
-    """Images to predict in a folder of any name; a class beside others that training lacks is a mistake."""
+    """Images to predict may be in a folder of any name; among several, a class that training lacks is refused."""
     train, test = write_files(tmp_path / "train", *grid("cat", "dog")), write_files(tmp_path / "test", *grid(*folders))
     task = load(True, train_dir=str(train), test_dir=str(test))
     assert task.prediction[""].column_names == ["image", "row"] and len(task.evaluation[""]) == 2
@@ -323,7 +323,7 @@ def test_labels_that_stand_for_none_are_ignored(tmp_path, folders):
 
 
 def test_a_checkpoint_needs_no_images_to_train_on(tmp_path):
-    """Its classes are known, whatever order they have; labels of what is only predicted may be missing."""
+    """Classes are the checkpoint's, in any order; images to predict may have no labels."""
     test, flat = write_files(tmp_path / "test", *grid("cat", "dog")), write_files(tmp_path / "flat", "1.png", "2.png")
 
     def loaded(predict: bool, evaluate: bool, **given: Path) -> ImageTask:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes go by name, wherever they stand; labels that are missing or mean nothing are refused."""
+"""Tests of labels: classes are matched by name, in any order; missing and meaningless labels are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prepared(names: list[str], ids: list[int], kind: str) -> PreparedTask:
 
 @given(order=st.permutations(range(2)), seed=st.integers(0, 99), kind=st.sampled_from(["mrpc", "qqp", "cola", "rte"]))
 def test_no_score_depends_on_the_order_of_label2id(order, seed, kind):
-    """The same model with its outputs in another order has the same figures and writes the same names."""
+    """A model with permuted outputs has the same scores and predicts the same names."""
     random = np.random.default_rng(seed)
     logits, references = random.normal(size=(9, 2)), random.integers(2, size=9)
     plain, other = prepared(["no", "yes"], [0, 1], kind), prepared(["no", "yes"], list(order), kind)

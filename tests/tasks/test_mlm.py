@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sentences are masked, what of them, and what the model sees and is asked."""
+"""Tests of masked language modelling tasks: sentences, masked tokens, model inputs and labels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def prepared(task: MlmTask, seed: int = 0):
 
 
 def test_configurations_are_one_pool_and_what_is_evaluated_is_not_trained_on(folder):
-    """The training splits hold the validation sentences too, and text that is no sentence."""
+    """The training splits also hold the validation sentences, and text that is no sentence."""
     task = loaded(folder)
     train, evaluation = set(task.train["sentence"]), set(task.evaluation[""]["sentence"])
     assert len(evaluation) == len(task.evaluation[""]) == 38 and len(train) == len(task.train) == 111 - 38
@@ -62,7 +62,7 @@ def test_configurations_are_one_pool_and_what_is_evaluated_is_not_trained_on(fol
     ],
 )
 def test_every_column_of_text_is_read(tmp_path, columns, named):
-    """By its name or because it is named; identities, indices, labels and notes are not."""
+    """Columns are chosen by name or by argument; ids, indices, labels and notes are not read."""
     first, second = columns
     others = {name: ["some words", "x"] for name in ("id", "Unnamed: 0", "label", "label_text", "annotator", "note")}
     path = str(write_table(tmp_path / "own.csv", others | {first: ["aa", "bb"], second: ["cc", " "]}))
@@ -152,7 +152,7 @@ def test_what_is_asked_is_what_stood_there_and_never_a_special_token(folder):
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_labels_are_for_every_position_that_is_decoded(folder, pad):
-    """The loss is that of the masked tokens, wherever the inputs end."""
+    """The loss is over the masked tokens, whatever the length of the inputs."""
     sight = prepared(loaded(folder, pad_to_max_length=pad))
     examples = sight.evaluation[""][:3]
     lengths = [int(example["attention_mask"].sum()) for example in examples]
@@ -198,7 +198,7 @@ def joined(tmp_path, length: int = 10, **given: object) -> MlmTask:
 
 
 def test_lines_are_joined_with_special_tokens_around_each_and_cut(tmp_path):
-    """The sentences of a row follow one another, rows stay in their order, and what is alike comes once; a row of which
+    """Sentences of a row stay together, rows keep their order, and duplicates are dropped; a row of which
     a sentence is evaluated is not trained on. What does not fill an input is dropped."""
     tokens = joined(tmp_path, length=7).tokenize(CONFIG, TOKENIZER)
     sentences = ["ab", "xy", "cde", "z"]
@@ -223,7 +223,7 @@ def test_joined_lines_that_fill_no_input(tmp_path):
 
 @pytest.mark.parametrize("line_by_line", [True, False])
 def test_tokens_are_cached_on_disk_by_all_that_changes_them(folder, line_by_line):
-    """Also where one split is read from the cache and the next one is not: a fast tokenizer changes as it is used."""
+    """Also if one split is cached and the next is not: using a fast tokenizer changes its state."""
 
     def files(tokenizer, **given: object) -> list[str]:
         task = loaded(folder, line_by_line=line_by_line, **{"max_seq_length": 9} | given)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders are read as they are now, by the name that was given, or refused in one line."""
+"""Tests of reading data: files and folders are read as they are now, or refused in one line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read(path: str) -> Dataset:
 
 @pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.tsv", "a.json", "a.jsonl", "A.JsonL", "a.parquet"])
 def test_every_format_gives_the_same_rows(tmp_path, name):
-    """Words that pandas takes for nothing among them."""
+    """Also words that pandas reads as missing."""
     assert read(table(tmp_path / name)).to_list() == ROWS
 
 
@@ -55,7 +55,7 @@ def test_a_path_is_a_path_and_no_pattern(tmp_path, name):
 
 
 def test_a_changed_file_is_read_again_whatever_its_time_says(tmp_path):
-    """As an archive unpacks another version: the same path, size and time."""
+    """Path, size and time stay the same, as when an archive unpacks another version."""
     path = table(tmp_path / "a.csv")
     for letter in "xyz":
         written(Path(path), f"text,label\n{letter},1\n")
@@ -165,7 +165,7 @@ def test_packed_files_in_a_folder_are_refused(tmp_path):
 
 @pytest.mark.parametrize("names", [("Train.csv", "Test.csv"), ("reviews_train.csv", "reviews_Validation.csv")])
 def test_held_out_files_are_not_trained_on_because_of_capitals(tmp_path, names):
-    """`datasets` knows splits in lower case, and takes all other files for training."""
+    """`datasets` knows split names in lower case only, and would train on all other files."""
     for name in names:
         table(tmp_path / name)
     if "train" in names[0]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples that are drawn anew in every epoch."""
+"""Tests of examples that are redrawn in every epoch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def drawn(count: int = 3, seed: int = 0) -> RedrawnExamples:
 
 
 def test_an_example_depends_on_seed_epoch_and_place_alone():
-    """Whatever was read before, and in whatever order: so a resumed run sees what the first one saw."""
+    """Not on what was read before, so a resumed run sees the same examples."""
     examples, again = drawn(), drawn()
     for each in (examples, again):
         each.epoch.fill_(2)
@@ -33,7 +33,7 @@ def test_an_example_depends_on_seed_epoch_and_place_alone():
 
 @pytest.mark.parametrize(("epoch", "expected"), [(0, 0), (None, 0), (1.0, 1), (2.4, 2)])
 def test_the_epoch_is_told(epoch, expected):
-    """A run that is resumed in the middle of an epoch is in that epoch."""
+    """A run that resumes in the middle of an epoch continues that epoch."""
     examples = drawn()
     NextEpoch(examples).on_epoch_begin(None, TrainerState(epoch=epoch), TrainerControl())
     assert int(examples.epoch) == expected

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores, their standard errors and paired changes, and the names that they have in result files."""
+"""Tests of scores: values, standard errors, paired changes, and names in result files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_one_example_has_no_standard_error():
 
 
 def test_the_standard_error_of_an_accuracy_is_binomial():
-    """In closed form; MRPC's accuracy comes with F1 and is bootstrapped: 200 draws know it to about 5 %."""
+    """Compared with the formula; MRPC's accuracy is bootstrapped with F1, and 200 draws are accurate to about 5 %."""
     random = np.random.default_rng(1)
     references = random.integers(2, size=400)
     predictions = np.where(random.random(400) < 0.8, references, 1 - references)
@@ -96,7 +96,7 @@ def test_a_standard_error_moves_no_random_numbers():
 
 
 def test_a_change_is_paired():
-    """Of four examples one is gained and none lost: +0.25, with the standard error of (0, 0, 0, 1)."""
+    """One of four examples becomes right and none wrong: +0.25, with the standard error of (0, 0, 0, 1)."""
     references, before, after = np.array([1, 1, 1, 1]), np.array([1, 0, 0, 1]), np.array([1, 0, 1, 1])
     change = score("sst2", after, references, before)["accuracy"]
     assert (change.change, change.change_stderr) == (0.25, pytest.approx(math.sqrt(0.25 * 0.75 / 4)))
@@ -112,7 +112,7 @@ def test_every_score_has_a_standard_error_and_no_change_from_itself(kind):
 
 @pytest.mark.parametrize("kind", ["mrpc", "stsb"])
 def test_a_bootstrapped_change_is_surer_than_its_two_scores(kind):
-    """Predictions that agree on most examples."""
+    """The predictions agree on most examples."""
     random = np.random.default_rng(0)
     references = random.integers(2, size=300)
     before = np.where(random.random(300) < 0.8, references, 1 - references)
@@ -124,10 +124,10 @@ def test_a_bootstrapped_change_is_surer_than_its_two_scores(kind):
 
 
 def test_only_what_is_asked_counts():
-    """By hand: of three tokens that are asked two are right; a prediction of -100 where nothing is asked is not."""
+    """By hand: two of three masked tokens are right; a prediction of -100 at an unmasked position does not count."""
     predictions = np.array([[3, 5, IGNORE_INDEX], [7, 7, 7]])
     references = np.array([[3, 4, IGNORE_INDEX], [IGNORE_INDEX, 7, IGNORE_INDEX]])
-    # Sentences that have 1 of 2 and 1 of 1 right, where 2/3 of each would be 4/3 and 2/3.
+    # The sentences have 1 of 2 and 1 of 1 tokens right; at the mean accuracy, 2/3, they would have 4/3 and 2/3.
     error = ((1 - 4 / 3) ** 2 + (1 - 2 / 3) ** 2) ** 0.5 / 3
     assert score("masked_lm", predictions, references)["accuracy"] == Score(2 / 3, pytest.approx(error))
 
@@ -139,7 +139,7 @@ def test_where_every_example_asks_once_tokens_are_classes():
 
 
 def test_standard_errors_know_that_the_tokens_of_a_sentence_hang_together():
-    """They are what the accuracies and changes of many samples spread by, not the binomial ones of as many tokens.
+    """They equal the spread of accuracies and changes over many samples; binomial errors over tokens would not.
 
     Sentences have 1 to 12 positions asked, of 20, that are all right or all wrong; one in ten then becomes wrong.
     """
@@ -168,7 +168,7 @@ def test_names_of_result_files():
 
 
 def test_values_are_those_of_a_metric_of_evaluate(tmp_path):
-    """Given at once or batch by batch, as those that `evaluate.load` returns take them."""
+    """Predictions are given at once or in batches, as metrics of `evaluate.load` take them."""
     from experiments.tasks.metric import TaskMetric
 
     metric = TaskMetric(config_name="mrpc", cache_dir=tmp_path, keep_in_memory=True)
@@ -178,6 +178,6 @@ def test_values_are_those_of_a_metric_of_evaluate(tmp_path):
 
 
 def test_evaluate_is_not_imported_before_it_is_needed():
-    """It takes seconds."""
+    """Because importing it takes seconds."""
     code = "import sys, experiments.runs.finetune, experiments.runs.sweep; assert 'evaluate' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300).returncode == 0

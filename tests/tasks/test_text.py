@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sentences become tokens, for any task on text, and what is said of tokenizers and lengths that do not fit."""
+"""Tests of tokenizing sentences for text tasks, and messages for wrong tokenizers and lengths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.tiny_texts import MODEL, POSITIONS, write_glue, write_table
 def prepared(
     folder: Path, tokenizer: PerceiverTokenizer | None = None, vocab_size: int = MODEL["vocab_size"], **given: object
 ) -> PreparedTask:
-    """A task of single sentences as a model sees it that has no labels of its own."""
+    """Prepare a task of single sentences for a model without labels."""
     arguments = GlueDataArguments(**given)
     if arguments.train_file is None:
         arguments.task_name, arguments.dataset_name = "sst2", str(write_glue(folder, "sst2"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoints training may resume from: whole ones, of the same run."""
+"""Tests of resuming: training resumes only from complete checkpoints of the same run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RECORD = RunRecord({"seed": 1, "num_train_epochs": 2, "train_file": "a.csv"}, {"
 
 
 def write_checkpoint(folder: Path, step: int, without: str | None = None) -> Path:
-    """Write one as Trainer does, with its record."""
+    """Write a checkpoint as Trainer does, with its run record."""
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     save_file({"weight": torch.zeros(4)}, path / "model.safetensors")
@@ -41,7 +41,7 @@ def write_checkpoint(folder: Path, step: int, without: str | None = None) -> Pat
 
 
 def test_the_last_checkpoint_is_the_one_of_the_most_steps(tmp_path):
-    """By number: 10 comes after 9."""
+    """Steps are compared as numbers: 10 comes after 9."""
     assert last_checkpoint(tmp_path) is None
     for step in (9, 10, 2):
         write_checkpoint(tmp_path, step)
@@ -50,7 +50,7 @@ def test_the_last_checkpoint_is_the_one_of_the_most_steps(tmp_path):
 
 
 def test_checkpoints_that_are_not_whole_are_passed_over_and_named(tmp_path, caplog):
-    """Without the optimizer's state, training would begin anew in silence; without a record, it was cut short."""
+    """Without the optimizer's state, Trainer would silently start anew; without a run record, saving was cut off."""
     write_checkpoint(tmp_path, 1)
     for step, name in enumerate(FILES[1:4], start=2):
         write_checkpoint(tmp_path, step, without=name)
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_several_processes(tmp_path):
 
 
 def test_only_checkpoints_of_the_same_run(tmp_path, caplog):
-    """Training may be longer; whatever else differs makes it another run, also where a path is the same."""
+    """Training may be longer; any other difference makes it another run, also if a path is the same."""
     newest = write_checkpoint(tmp_path, 2)
     longer = RunRecord({"seed": 1, "num_train_epochs": 3, "train_file": "b.csv"}, {"train": "abc"})
     assert last_checkpoint(tmp_path, longer) == newest
@@ -115,7 +115,7 @@ def test_a_folder_without_the_state_of_a_training_is_named():
     ],
 )
 def test_a_named_checkpoint_belongs_to_its_stage(given, finetuning, retraining):
-    """The stage before has ended, the one after has not begun."""
+    """The stage before it is done, the stage after it has not begun."""
     first, second = Path("out/finetuned"), Path("out")
     assert assign_resume(given, [first, second]) == {first: finetuning, second: retraining}
     assert assign_resume(given, [second])[second] == (finetuning if given != "out/checkpoint-3" else retraining)

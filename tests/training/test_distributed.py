@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes do what one does with batches of twice the size, and leave what one leaves.
+"""Tests of two processes: they give the results of one process with batches of twice the size.
 
 Starting processes takes most of the time, so one start of two runs all the commands, one after the other.
 """
@@ -34,28 +34,28 @@ from tests.support.tiny_texts import LABELS, write_glue, write_model_config
 from tests.training.test_resume import Killed, killed_at
 
 VALIDATION, TEST = 19, 7  # neither two processes nor their batches of 4 divide them
-# Of plain SGD the weights are as close as the gradients; Adam makes of a gradient of zero, rounded, a whole step.
+# Plain SGD, so that weights are as close as gradients; Adam turns a rounding error in a zero gradient into a full step.
 TRAINING = (
     "--use_cpu", "--optim", "sgd", "--learning_rate", 0.3, "--logging_steps", 1, "--per_device_eval_batch_size", 4,
     "--save_strategy", "epoch", "--retrain_epochs", 1, "--disable_tqdm", "true",
 )  # fmt: skip
 FINETUNING = ("--do_train", "--do_eval", "--do_predict", "--num_train_epochs", 2, "--r", 2)
 FINETUNING_STEPS = 8
-# From scratch, in one training.
+# --elastic trains from scratch, in one stage.
 ELASTIC = ("--elastic", "--retrain_epochs", 0)
 SWEEP = ("--r", 0, 2, "--timing_rounds", 1, "--timing_batch_size", 2)
 CONFIGS = sorted((ROOT / "examples").glob("accelerate_*.yaml"))
 
 
 def run_commands(commands: Path) -> None:
-    """In each of several processes: run scripts as a file of JSON lists them.
+    """Run the scripts that a JSON file lists, in each of several processes.
 
     Each is [NAME, ARGUMENTS, HOW], where HOW is "killed" in the second step of retraining, "sharded" or "".
     """
     *runs, mistake = json.loads(commands.read_text())
     for number, (name, arguments, how) in enumerate(runs):
         print(f"== {number}", flush=True)
-        # Connections that are closed cannot be opened again for the next command.
+        # A closed process group cannot be opened again for the next command.
         with patch("torch.distributed.destroy_process_group") as closed:
             if how == "killed":
                 with pytest.raises(Killed), killed_at(Trainer, "training_step", call=FINETUNING_STEPS + 2):
@@ -65,7 +65,7 @@ def run_commands(commands: Path) -> None:
                     call_script(name, *arguments)
                 closed.assert_called_once_with()
         assert torch.distributed.get_world_size() == 2
-    # The first one writes for longer, and a mistake of one process ends the others.
+    # The first process writes for longer, and an error in one process ends the others.
     torch.distributed.barrier()
     print("== mistake", flush=True)
     try:
@@ -76,7 +76,7 @@ def run_commands(commands: Path) -> None:
 
 @contextmanager
 def sharded() -> Iterator[None]:
-    """What the example for FSDP sets, on processors; accelerate shards on them too if they pass for GPUs."""
+    """Use the settings of the FSDP example on CPUs, which accelerate shards on if they are declared as GPUs."""
     command = ["--config_file", str(ROOT / "examples" / "accelerate_fsdp.yaml"), "--main_process_port", "0", "run.py"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     initialize = PartialState.__init__
@@ -101,7 +101,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(folder) -> tuple[object, ...]:
-    # A cache of its own: `datasets` takes a folder for another one of the same name that it has seen before.
+    # Own cache, because `datasets` caches a folder by its name.
     return (
         "--task_name", "sst2", "--dataset_name", write_glue(folder / "glue", "sst2", 24, VALIDATION, TEST),
         "--cache_dir", folder / "cache",
@@ -116,7 +116,7 @@ def finetuning(folder, data) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def one(folder, data, finetuning) -> tuple[Path, str]:
-    """The folder where one process did the same as two, with batches of 6, and what it printed in `glue`."""
+    """Run the commands in one process, with batches of 6; return its folder, and what it printed in `glue`."""
     folder = folder / "one"
     with redirect_stdout(io.StringIO()) as printed:
         call_script("run_glue.py", *finetuning, "--per_device_train_batch_size", 6, "--output_dir", folder / "glue")
@@ -130,7 +130,7 @@ def one(folder, data, finetuning) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def two(folder, data, finetuning, one) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The folder of two processes, each with batches of 3, and how they ended: the last command is a mistake."""
+    """Run the commands in two processes, each with batches of 3; return folder and exit; the last command fails."""
     folder = folder / "two"
     folder.mkdir()
     checkpoint = ("--model_name_or_path", one[0] / "glue" / "finetuned", *data)
@@ -164,7 +164,7 @@ def two(folder, data, finetuning, one) -> tuple[Path, subprocess.CompletedProces
 
 
 def logs(folder: Path, stream: str) -> list[str]:
-    """What each process wrote to a stream."""
+    """Return what each process wrote to a stream."""
     return [next(folder.glob(f"logs/*/attempt_0/{rank}/{stream}.log")).read_text() for rank in (0, 1)]
 
 
@@ -177,7 +177,7 @@ def results(folder: Path) -> dict[str, float]:
 
 
 def apart(first: Path, second: Path) -> float:
-    """How far apart the weights of two checkpoints are."""
+    """Return the largest difference between the weights of two checkpoints."""
     one, other = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one)
@@ -191,7 +191,7 @@ def test_each_process_keeps_its_own_state_of_the_random_generators(two, checkpoi
 
 @pytest.mark.parametrize("stage", ["glue/finetuned", "glue", "sweep/retrained/r0", "sweep/retrained/r2"])
 def test_weights_are_those_of_one_process(one, two, stage):
-    """Of the second stage too, which comes after an evaluation that prepares the model for evaluation alone."""
+    """Also in the second stage, before which accelerate prepares the model for evaluation only."""
     assert apart(one[0] / stage, two[0] / stage) < 1e-5
     start = one[0] / "glue" / ("finetuned" if stage != "glue/finetuned" else "finetuned/checkpoint-4")
     assert apart(one[0] / stage, start) > 1e-3  # it was trained
@@ -205,7 +205,7 @@ def test_metrics_are_those_of_one_process(one, two, stage):
     assert second["eval_accuracy"] == first["eval_accuracy"]
     assert second["eval_samples"] == VALIDATION
     assert (second["eval_accuracy"] * VALIDATION) % 1 == pytest.approx(0, abs=1e-9)
-    # The last batch is filled up with examples that only the loss then counts.
+    # The last batch is filled up with repeated examples, which only the loss counts.
     assert second["eval_loss"] == pytest.approx(first["eval_loss"], rel=0.05)
 
 
@@ -218,7 +218,7 @@ def test_every_input_is_predicted_once_and_in_order(one, two):
 
 
 def test_only_the_first_process_prints_and_writes(one, two):
-    """Each block of results is there once for each time that one process printed it."""
+    """Each block of results is printed as often as by one process."""
     folder, _ = two
     first, second = logs(folder, "stdout")
     assert [block for block in blocks(one[1]) if "evaluating" in block and "retrained" in block]
@@ -242,14 +242,14 @@ def test_a_sweep_is_that_of_one_process(one, two):
 
 
 def test_two_killed_processes_go_on(two):
-    """Killed while retraining; finetuning is then loaded and evaluated, and must still not be trained apart."""
+    """Killed while retraining and resumed, they only evaluate finetuning, and must then train in step."""
     folder, _ = two
     for stage in ("finetuned", "."):
         assert apart(folder / "glue" / stage, folder / "killed" / stage) < 1e-6
 
 
 def test_sharded_training_is_that_of_one_process(one, two):
-    """What FSDP shards is finetuned as it is whole, and saved whole: a checkpoint with our code and our names."""
+    """Sharded finetuning gives the same weights, and saves one whole checkpoint with our code and names."""
     finetuned, folder = one[0] / "glue" / "finetuned", two[0] / "sharded"
     assert apart(finetuned, folder) < 1e-5
     states = sorted(path.name for path in (folder / "checkpoint-8").glob("*fsdp*"))
@@ -264,7 +264,7 @@ def test_sharded_training_is_that_of_one_process(one, two):
 
 @pytest.mark.parametrize("name", ["elastic", "elastic_sharded"])
 def test_elastic_training_is_that_of_one_process(one, two, name):
-    """Each process draws the same merging, and averages the gradient of both forward passes."""
+    """Both processes draw the same merging, and average the gradients of both forward passes."""
     assert apart(one[0] / "elastic", two[0] / name) < 1e-5
     assert apart(two[0] / name, one[0] / "elastic" / "checkpoint-4") > 1e-3  # it was trained
     assert apart(one[0] / "elastic", one[0] / "glue" / "finetuned") > 1e-3  # otherwise than without --elastic
@@ -283,7 +283,7 @@ def test_a_mistake_is_one_line_and_no_success(two):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_a_config_for_accelerate_starts_what_it_says(path, monkeypatch):
-    """accelerate understands its command, and starts all the processes that the file names."""
+    """accelerate parses its command, and would start as many processes as the file says."""
     config = load_config_from_file(str(path))
     comments = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
     command = shlex.split(

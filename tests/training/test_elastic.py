@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with a merging drawn in every step: what is drawn, what is learnt from it, and what scripts make of it.
+"""Tests of --elastic: the merging drawn in each step, the loss, and the scripts that use it.
 
 Letters: N latents, L self-attention layers.
 """
@@ -37,7 +37,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @pytest.fixture(scope="module")
 def published() -> ToMePerceiverConfig:
-    """The published language model's: 256 latents, 26 layers."""
+    """Return the config of the published language model: 256 latents, 26 layers."""
     return ToMePerceiverConfig(qk_channels=256, v_channels=1280)
 
 
@@ -48,7 +48,7 @@ def shares(draw: MergingDraw, steps: int) -> list[float]:
 @settings(max_examples=20)
 @given(SEEDS, st.integers(0, 10**6))
 def test_a_draw_is_a_function_of_seed_and_step(seed, step):
-    """Whatever was drawn before it, and whatever the config merges by itself."""
+    """It does not depend on earlier draws or on the config's own merging."""
     draw, other = MergingDraw(tiny_config(), seed), MergingDraw(tiny_config(r=2, r_inflection=1.0), seed)
     other.at(step + 1)
     assert other.at(step) == draw.at(step) == MergingDraw(tiny_config(merge_groups=GROUPS), seed).at(step)
@@ -57,7 +57,7 @@ def test_a_draw_is_a_function_of_seed_and_step(seed, step):
 @settings(max_examples=20)
 @given(SEEDS)
 def test_a_draw_is_what_the_config_does_and_costs(seed):
-    """No cap changes it, and its share is that of the FLOPs of the self-attention layers."""
+    """No cap changes a draw, and its share is that of the self-attention FLOPs."""
     draw = MergingDraw(tiny_config(), seed)
     unmerged = forward_cost(tiny_config(), (1, 9), "PerceiverForSequenceClassification")
     for step in range(10):
@@ -69,7 +69,7 @@ def test_a_draw_is_what_the_config_does_and_costs(seed):
 
 
 def test_draws_go_evenly_from_an_eighth_to_all(published):
-    """Log-uniformly: about a third of them in each of the three halvings; some schedules do not reach the last."""
+    """Shares are log-uniform: about a third in each of three halvings; some schedules do not reach the lowest."""
     drawn = shares(MergingDraw(published, seed=0), 3000)
     assert min(drawn) < 1.1 * SMALLEST_FLOPS_SHARE and max(drawn) > 0.95
     thirds, _ = np.histogram(np.log2(drawn), bins=[-3.1, -2, -1, 0])
@@ -82,7 +82,7 @@ def test_other_seeds_and_steps_draw_otherwise():
 
 
 def test_every_constant_r_is_among_what_is_drawn(published):
-    """The source paper's rows, r = 0 to 16, down to a single latent that is left."""
+    """These are the paper's rows, r = 0 to 16, down to one latent left."""
     members = {member for strengths in MergingDraw(published, seed=0).schedules for _, member in strengths}
     for r in range(17):
         assert tuple(ToMePerceiverConfig(r=r).merge_schedule) in members
@@ -94,12 +94,12 @@ def test_latents_that_must_stay_do():
 
 
 def labelled(kind: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """A model that trains on a kind of task, and a batch for it."""
+    """Return a model for a kind of task, and a labelled batch."""
     generator = torch.Generator().manual_seed(1)
     if kind == "masked":
         inputs = tiny_inputs("ForMaskedLM", batch=BATCH)
         model = tiny_model("ForMaskedLM")
-        # Its outputs, and so the labels, are for every position that there may be.
+        # Outputs, and so labels, are for all positions of the model.
         labels = torch.randint(0, 262, (BATCH, model.config.max_position_embeddings), generator=generator)
         asked = torch.rand(labels.shape, generator=generator) < 0.3
         return model, inputs | {"labels": labels.masked_fill(~asked, -100)}
@@ -129,7 +129,7 @@ def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
 
 
 def by_hand(model: PreTrainedModel, batch: dict[str, Tensor], kind: str, r: list[int], weight: float) -> Tensor:
-    """The loss from two forward passes and the definitions of its parts."""
+    """Compute the loss by definition, from two forward passes."""
     model.config.merge_groups, model.r = None, 0
     unmerged = model(**batch)
     model.r = r
@@ -145,7 +145,7 @@ def by_hand(model: PreTrainedModel, batch: dict[str, Tensor], kind: str, r: list
     ("kind", "own"), [("classes", {}), ("classes", {"merge_groups": GROUPS}), ("regression", {"r": 2}), ("masked", {})]
 )
 def test_loss_and_gradient_are_those_by_hand(kind, own, tmp_path):
-    """Whatever the config merges by itself, which it does again after the step."""
+    """For any merging of the config, which applies again after the step."""
     model, batch = labelled(kind)
     reference = copy.deepcopy(model)
     for name, value in own.items():
@@ -157,7 +157,7 @@ def test_loss_and_gradient_are_those_by_hand(kind, own, tmp_path):
     loss = loss_of(trainer, model, dict(batch))
     assert Merging.of(model.config) == before
     expected = by_hand(reference.train(), batch, kind, r, 0.7)
-    # The distance is taken in float32.
+    # The distance is computed in float32.
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     computed, wanted = gradients(model, loss), gradients(reference, expected)
     assert computed.keys() == wanted.keys()
@@ -168,7 +168,7 @@ def test_loss_and_gradient_are_those_by_hand(kind, own, tmp_path):
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_recomputes_what_was_drawn(reentrant, tmp_path):
-    """In the backward pass, when the config already says something else."""
+    """The backward pass recomputes it although the config has changed by then."""
     model, batch = labelled("classes")
     plain = gradients(model, loss_of(elastic_trainer(model, tmp_path), model, dict(batch)))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -190,7 +190,7 @@ def test_without_a_weight_and_in_evaluation_the_loss_is_the_tasks(smoothing, tmp
 
 
 def test_parts_of_a_step_merge_alike(tmp_path):
-    """So that accumulating gradients is, as ever, a larger batch."""
+    """So that accumulated gradients equal those of a larger batch."""
     model, batch = labelled("classes")
     examples = [{name: values[row] for name, values in batch.items()} for row in range(BATCH)]
     trained = []
@@ -209,7 +209,7 @@ def test_parts_of_a_step_merge_alike(tmp_path):
 
 
 def test_a_sweep_trains_once_for_all_rows(tmp_path):
-    """Each row is that one checkpoint, with the row's merging; a lost cell is measured again without any training."""
+    """Each row is the same checkpoint with the row's merging; a missing cell is measured again without training."""
     config = ToMePerceiverConfig(**MODEL | {"model_type": "tome_perceiver", "num_labels": len(LABELS)})
     ToMePerceiverForImageClassificationConvProcessing(config).save_pretrained(tmp_path / "model")
     processor = PerceiverImageProcessorPil(do_center_crop=False, size={"height": 16, "width": 16})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint has of a task's labels and weights, and what is said where it has others."""
+"""Tests of loading checkpoints for a task: labels, weights, and messages if they do not fit."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def named(folder: Path, **given: object) -> ModelArguments:
 
 @pytest.mark.parametrize("names", [["POSITIVE", "Negative"], ["LABEL_0", "LABEL_1"]])
 def test_a_checkpoints_own_names_and_order_stay(data, tmp_path, caplog, names):
-    """Names that say nothing are taken in order, with a warning."""
+    """Meaningless names are matched in order, with a warning."""
     with caplog.at_level("WARNING"):
         config = load_config(named(saved(tmp_path, names)), {}, glue(data, "sst2"))
     assert config.id2label == dict(enumerate(names)) and list(config.label2id) == names
@@ -61,7 +61,7 @@ def test_a_checkpoints_own_names_and_order_stay(data, tmp_path, caplog, names):
 
 
 def test_f1_and_predictions_are_the_same_for_any_order(data, tmp_path):
-    """A checkpoint whose outputs, names and head are turned round says the same of the same sentences."""
+    """A checkpoint with reversed outputs and names gives the same predictions and F1."""
     plain = saved(tmp_path / "plain", ["not_equivalent", "equivalent"])
     turned = saved(tmp_path / "turned", ["EQUIVALENT", "NOT_EQUIVALENT"])
     weights = load_file(plain / "model.safetensors")

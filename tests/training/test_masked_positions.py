@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding the masked positions alone changes neither loss nor gradients, and nothing of the model outside training."""
+"""Decoding only masked positions changes neither loss nor gradients, and nothing outside training."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def trainer(model, kind: type = TaskTrainer, **arguments: object) -> TaskTrainer
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_and_gradients_are_those_of_all_positions(model, smoothing):
-    """Also with smoothed labels, which Trainer compares with the logits by itself."""
+    """Also with label smoothing, for which Trainer computes the loss from the logits."""
     whole = trainer(model, label_smoothing_factor=smoothing).compute_loss(model, batch())
     whole.backward()
     expected = gradients(model)
     loss = trainer(model, label_smoothing_factor=smoothing).training_step(model, batch())
-    # Upstream's smoothing sums in single precision.
+    # transformers' label smoothing sums in single precision.
     torch.testing.assert_close(loss, whole.detach(), rtol=1e-7 if smoothing else 1e-12, atol=0)
     torch.testing.assert_close(gradients(model), expected, rtol=1e-6 if smoothing else 1e-9, atol=1e-12)
 
@@ -75,7 +75,7 @@ def test_only_masked_positions_are_decoded_and_only_meanwhile(model):
 
 
 def test_every_merging_at_once_is_taught_the_same(model):
-    """The merged and the unmerged outputs are compared at the masked positions, which are all that there are."""
+    """With --elastic, merged and unmerged outputs are compared at the masked positions, the only ones decoded."""
     whole = trainer(model, ElasticTrainer).compute_loss(model, batch())
     loss = trainer(model, ElasticTrainer).training_step(model, batch())
     torch.testing.assert_close(loss, whole.detach(), rtol=1e-9, atol=0)

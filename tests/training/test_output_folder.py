@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output folders: each holds the results of one run; what is said when the disk is full."""
+"""Tests of output folders: each holds the results of one run; messages if the disk is full."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Usage = namedtuple("Usage", ["total", "used", "free"])
 
 @pytest.mark.parametrize(("strategy", "copies"), [("no", 2), ("steps", 5)])
 def test_a_disk_without_room_is_named_before_training(tmp_path, monkeypatch, strategy, copies):
-    """Two models that stay, and with checkpoints the weights and two averages of the gradient besides."""
+    """Space is needed for two models, and for checkpoints with the weights and two averages of the gradient."""
     model = nn.Linear(1000, 1000, bias=False)  # 4 MB
     needed, folder = copies * 4_000_000, tmp_path / "not" / "there"
     arguments = TrainingArguments(output_dir=str(tmp_path), save_strategy=strategy, use_cpu=True)
@@ -62,13 +62,13 @@ def test_metrics_add_up(tmp_path):
 
 
 def record(content: dict[str, str] | None = None, **changes: object) -> RunRecord:
-    """Return the record of a training."""
+    """Return the run record of a training."""
     contents = {"weights_to_start_from": "a", "train": "b", "evaluation": "c"}
     return RunRecord({"seed": 1, "betas": (0.9, 0.99), **changes}, contents | (content or {}))
 
 
 def test_a_folder_is_claimed_once_results_are_there(tmp_path):
-    """A record alone owns nothing; beside results, equal arguments and contents are the same run."""
+    """A run record alone does not claim a folder; with results, equal arguments and contents are the same run."""
     folder = tmp_path / "out"
     claim_folder(folder, record(), write=False)
     assert not folder.exists()
@@ -134,7 +134,7 @@ def test_a_file_that_a_kill_left_half_written_goes_once_the_folder_is_claimed(tm
 
 @pytest.fixture
 def stages(tmp_path) -> dict[Path, RunRecord]:
-    """Folders and records of finetuning and retraining."""
+    """Return the folders and run records of finetuning and retraining."""
     return dict.fromkeys((tmp_path / "finetuned", tmp_path), record(num_train_epochs=2))
 
 
@@ -177,7 +177,7 @@ def test_an_evaluation_is_of_the_result_of_a_training_or_has_a_folder_of_its_own
     for name in contents:
         with pytest.raises(BadInput, match=f"content of its {name}"):
             claim_folder(tmp_path, RunRecord({"bf16": False}, contents | {name: "x"}), write=True)
-    # Predictions are recorded when they come, and then count too.
+    # Predictions are recorded when they are written, and compared from then on.
     claim_folder(tmp_path, RunRecord({"bf16": False}, contents | {"prediction": "p"}), write=True)
     with pytest.raises(BadInput, match="content of its prediction"):
         claim_folder(tmp_path, RunRecord({"bf16": False}, {"prediction": "q"}), write=True)
@@ -185,7 +185,7 @@ def test_an_evaluation_is_of_the_result_of_a_training_or_has_a_folder_of_its_own
 
 
 def test_a_checkpoint_of_another_program_may_be_evaluated_where_it_is(tmp_path):
-    """As long as there are no figures of another run."""
+    """If the folder holds no results of another run."""
     (tmp_path / "config.json").write_text("{}")
     evaluation = RunRecord({"model_name_or_path": str(tmp_path)}, {"weights": "z"})
     claim_folder(tmp_path, evaluation, write=False)
@@ -201,13 +201,13 @@ def command(tmp_path_factory) -> tuple[object, ...]:
         "--config_name", write_model_config(folder), "--task_name", "sst2",
         "--dataset_name", write_glue(folder / "glue", "sst2"), "--do_train", "--do_eval", "--do_predict", "--use_cpu",
         "--num_train_epochs", 1, "--per_device_train_batch_size", 12, "--save_strategy", "no",
-        # `datasets` takes a folder for another one of the same name that it has seen before.
+        # Own cache, because `datasets` caches a folder by its name.
         "--cache_dir", folder / "cache",
     )  # fmt: skip
 
 
 def test_a_full_disk_is_one_line_and_written_files_stay(command, tmp_path, capsys):
-    """Where a file should go is a device that is always full."""
+    """A file is written to /dev/full."""
     name = ".predict_results_sst2.txt.partial"
 
     def predict(*arguments: object) -> None:
@@ -227,7 +227,7 @@ def test_a_full_disk_is_one_line_and_written_files_stay(command, tmp_path, capsy
 
 @pytest.mark.parametrize("free", [0, 10**9])
 def test_a_disk_that_is_full_as_the_optimizer_is_written(command, tmp_path, capsys, monkeypatch, free):
-    """torch.save says nothing of it, so the disk is looked at; with room, the error keeps its traceback."""
+    """torch.save does not name the cause, so the free space is checked; with space left, the traceback stays."""
 
     def save(trainer: Trainer, *arguments: object) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, free))
@@ -245,7 +245,7 @@ def test_a_disk_that_is_full_as_the_optimizer_is_written(command, tmp_path, caps
 
 
 def hold(folder: Path, held: Path) -> None:
-    """Lock a folder until this process ends, and create a file when it is locked."""
+    """Lock a folder until this process ends, and create the file `held` once it is locked."""
     with lock_folder(folder):
         held.touch()
         time.sleep(60)

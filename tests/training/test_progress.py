@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says while it runs: a line for a stage, and no line that says nothing."""
+"""Tests of the lines that a run prints: one for each stage, none without information."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_what_is_logged_on_the_way_is_a_line(logs, line):
 
 
 def test_a_tokenizer_of_a_checkpoint_of_ours_loads_without_a_warning(tmp_path):
-    """`AutoTokenizer` gives it where it reads the config; all others are shown."""
+    """`AutoTokenizer` warns when it reads the config; only that warning is hidden."""
     tiny_config().save_pretrained(tmp_path)
     quieten_transformers()
     upstream, records = logging.getLogger("transformers.configuration_utils"), []
@@ -102,7 +102,7 @@ def test_a_tokenizer_of_a_checkpoint_of_ours_loads_without_a_warning(tmp_path):
 
 
 def test_every_line_of_a_run_says_something(tmp_path):
-    """Stages by name, each once; no dictionary, no profiler, no figure that is always 0."""
+    """Each stage is named once; no dictionary, no profiler output, no figure that is always 0."""
     data = write_images(tmp_path / "data", {"train": 16, "validation": 8})
     run = run_script(
         "run_image.py", "--config_name", write_model_config(tmp_path), "--dataset_name", data, "--r", 1,

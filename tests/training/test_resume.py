@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is killed anywhere ends, with the same command and --resume_from_checkpoint, as if it never was."""
+"""Tests of resuming: a run that is killed anywhere ends with the same results after --resume_from_checkpoint."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ FIGURES = ("train_loss", "epoch", "merged_loss", "merged_accuracy", "eval_loss",
 
 
 class Killed(BaseException):
-    """Ends a run as a kill does: nothing catches it, so the disk stays as it is; tests/reliability sends signals."""
+    """Exception that ends a run as a kill does: nothing catches it, so files stay; tests/reliability kills."""
 
 
 @contextmanager
 def killed_at(owner: object, name: str, call: int = 1) -> Iterator[None]:
-    """Raise `Killed` as a function is called for the n-th time; the first call is 1."""
+    """Raise `Killed` when a function is called for the n-th time, counted from 1."""
     function, calls = getattr(owner, name), 0
 
     def killing(*args: object, **kwargs: object) -> object:
@@ -61,7 +61,7 @@ def kill(script: str, arguments: tuple[object, ...], owner: object, name: str, c
 
 
 def steps_of(script: str, *arguments: object) -> int:
-    """Run a script, and count how often it trains on a batch: what is resumed trains only on what is left."""
+    """Run a script and count its training steps; a resumed run has only the remaining ones."""
     train, steps = Trainer.training_step, 0
 
     def counting(*args: object, **kwargs: object) -> object:
@@ -76,7 +76,7 @@ def steps_of(script: str, *arguments: object) -> int:
 
 
 def left(output_dir: Path) -> tuple[bytes | float, ...]:
-    """What must be the same: the weights of both stages, bit for bit, and what was measured of them."""
+    """Return what must be equal: the weights of both stages, bit for bit, and their figures."""
     figures = []
     for folder in (output_dir / "finetuned", output_dir):
         if (folder / "all_results.json").exists():
@@ -92,10 +92,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> tuple[object, ...]:
-    """Sentences, and a model with dropout."""
+    """Write sentences, and the config of a model with dropout; return the arguments."""
     folder = tmp_path_factory.mktemp("inputs")
     config = write_model_config(folder, attention_probs_dropout_prob=0.1)
-    # A cache of its own: `datasets` takes a folder for another one of the same name that it has seen before.
+    # Own cache, because `datasets` caches a folder by its name.
     return (
         "--config_name", config, "--task_name", "sst2", "--dataset_name", write_glue(folder / "glue", "sst2"),
         "--cache_dir", folder / "cache",
@@ -104,7 +104,7 @@ def inputs(tmp_path_factory) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def both_stages(inputs, tmp_path_factory) -> tuple[tuple[object, ...], Path]:
-    """The arguments of finetuning and retraining, and what they leave if nothing happens."""
+    """Return the arguments of finetuning and retraining, and the output folder of an uninterrupted run."""
     output_dir = tmp_path_factory.mktemp("outputs") / "whole"
     arguments = (*inputs, *TRAINING, *BATCH, *RETRAINING)
     call_script("run_glue.py", *arguments, "--output_dir", output_dir)
@@ -114,7 +114,7 @@ def both_stages(inputs, tmp_path_factory) -> tuple[tuple[object, ...], Path]:
 
 @pytest.fixture(scope="module")
 def trained(inputs, tmp_path_factory) -> tuple[tuple[object, ...], Path]:
-    """The arguments of one stage, and what they leave."""
+    """Return the arguments of one stage, and the output folder of an uninterrupted run."""
     output_dir = tmp_path_factory.mktemp("outputs") / "trained"
     arguments = (*inputs, *TRAINING, *BATCH)
     call_script("run_glue.py", *arguments, "--output_dir", output_dir)
@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on(both_stages, tmp_path, owner, name, call, newest, 
 
 @pytest.mark.parametrize(("resume", "steps"), [("finetuned/checkpoint-6", 2 + 4), ("checkpoint-3", 1)])
 def test_a_named_checkpoint_belongs_to_its_stage(both_stages, tmp_path, resume, steps):
-    """Retraining begins anew after a checkpoint of finetuning; finetuning has ended before one of retraining."""
+    """Retraining starts over after a checkpoint of finetuning; finetuning is done before a checkpoint of retraining."""
     arguments, whole = both_stages
     arguments = (*arguments, "--output_dir", tmp_path)
     killed_in = 8 if resume.startswith("finetuned") else FINETUNING_STEPS + 4
@@ -154,7 +154,7 @@ def test_a_named_checkpoint_belongs_to_its_stage(both_stages, tmp_path, resume, 
 
 
 def test_a_run_that_has_ended_is_left_as_it_is(both_stages, tmp_path):
-    """Resumed once more, it only evaluates, though there be no checkpoint left."""
+    """Resumed once more, it only evaluates, also without any checkpoint left."""
     arguments, whole = both_stages
     shutil.copytree(whole, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*"))
     with killed_at(Trainer, "training_step"):
@@ -183,7 +183,7 @@ def images(tmp_path_factory) -> tuple[object, ...]:
     ],
 )
 def test_random_draws_of_a_step_go_on_in_the_middle_of_an_epoch(request, tmp_path, data, size, accumulated, given):
-    """Killed in the middle of step 8, after the checkpoint of step 6."""
+    """It is killed in step 8, after the checkpoint of step 6."""
     script = {"inputs": "run_glue.py", "images": "run_image.py"}[data]
     arguments = (
         *request.getfixturevalue(data), *TRAINING, *given, "--per_device_train_batch_size", size,
@@ -209,7 +209,7 @@ def test_training_may_go_on_for_longer(trained, tmp_path, resume):
 
 
 def test_what_is_trained_may_be_evaluated_where_it_is(inputs, trained, tmp_path, capsys):
-    """The same figures come out; those of another merging would be taken for its own."""
+    """The figures are the same; an evaluation with another merging is refused."""
     arguments, whole = trained
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
@@ -223,7 +223,7 @@ def test_what_is_trained_may_be_evaluated_where_it_is(inputs, trained, tmp_path,
 
 
 def test_what_was_stopped_begins_anew_only_if_asked_to(trained, tmp_path, capsys):
-    """Its checkpoints would go; when they are to go, none of them is left for a later run to go on from."""
+    """Starting over removes its checkpoints, so that no later run resumes from them."""
     arguments, whole = trained
     arguments = (*arguments, "--output_dir", tmp_path)
     kill("run_glue.py", arguments, Trainer, "training_step", 8)
@@ -257,7 +257,7 @@ def test_a_training_that_diverges_stops_with_the_last_good_checkpoint(inputs, tm
 
 
 def test_weights_that_are_not_finite_are_not_saved(inputs, tmp_path, capsys):
-    """The loss that shows it would come one step later, after the checkpoint."""
+    """The loss would show it one step later, after the checkpoint."""
     arguments = (*inputs, *TRAINING, *BATCH, "--max_grad_norm", 0, "--learning_rate", 1e30, "--output_dir", tmp_path)
     with pytest.raises(SystemExit) as exit_info:
         call_script("run_glue.py", *arguments, "--save_steps", 1, "--optim", "sgd")
@@ -269,7 +269,7 @@ def test_weights_that_are_not_finite_are_not_saved(inputs, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def sweep(trained, tmp_path_factory) -> tuple[tuple[object, ...], Path]:
-    """The arguments of a sweep with retraining, and what they leave if nothing happens."""
+    """Return the arguments of a sweep with retraining, and the output folder of an uninterrupted run."""
     arguments, checkpoint = trained
     output_dir = tmp_path_factory.mktemp("outputs") / "sweep"
     arguments = (
@@ -300,7 +300,7 @@ def test_a_killed_sweep_goes_on(sweep, tmp_path, owner, name, call, retrained, s
     assert sum("retrained" in row for row in before) == retrained
     assert steps_of("eval_sweep.py", *arguments) == steps
     for old, new, row in zip(before, cells(tmp_path), cells(whole), strict=True):
-        # Cells that were there stay to the last digit, times of this machine among them.
+        # Finished cells stay exactly the same, measured times included.
         assert {name: new[name] for name in old} == old and new.keys() == row.keys()
         assert (new["merged"], new["retrained"]) == (row["merged"], row["retrained"])
     for r in ("r0", "r2"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever changes results changes the record of a run, and where things were read does not."""
+"""Tests of run records: they change with everything that changes results, and not with paths."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_what_a_config_says_counts_and_not_where_it_was(tmp_path):
 
 
 def test_every_training_argument_counts_but_those_that_are_named():
-    """And those in time for the next transformers: a new argument counts until somebody says that it does not."""
+    """A new argument of a later transformers release counts too, until it is listed as not changing results."""
     names = set(TrainingArguments.__dataclass_fields__)
     assert (WITHOUT_EFFECT | SAVING_FIELDS | set(EVALUATION_FIELDS)) - {"local_rank"} <= names
     fields = training_fields(TrainingArguments(output_dir="out", use_cpu=True))
@@ -131,7 +131,7 @@ def test_when_to_save_counts_where_an_evaluation_decides_and_the_number_of_proce
 
 
 def test_the_first_difference_between_two_records():
-    """JSON has no tuples; sources are compared by content; only values that the current run names are compared."""
+    """JSON has no tuples; data and models are compared by content; only values of the current run are compared."""
     record = RunRecord({"r": [1, 2], "seed": 1, "train_file": "a.csv"}, {"train": "x"})
     assert record.difference(RunRecord({"r": (1, 2), "train_file": "b.csv"}, {"train": "x"})) is None
     assert record.difference(RunRecord({"r": (2, 1)})) == "r [1, 2], now [2, 1]"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`TrainingArguments` work, or mistakes in them are refused in one line before anything is loaded."""
+"""Tests of `TrainingArguments`: they work, or are refused in one line before anything is loaded."""
 
 from __future__ import annotations
 
