@@ -25,7 +25,7 @@ def test_every_way_to_train_has_a_row_beside_the_first(tmp_path, capsys, bf16):
     assert ELASTIC in capsys.readouterr().out
 
 
-def test_all_begin_alike_and_take_the_steps_of_the_scripts(tmp_path):
+def test_trainers_start_with_equal_weights_and_take_the_steps_of_the_scripts(tmp_path):
     """Weights are equal, outputs are bfloat16 under autocast, and each elastic step draws another merging."""
     arguments = TrainingStepArguments(shapes="small_vision", batch_size=[2], flops_ratio=[0.77], bf16=True)
     (cell,) = arguments.cells()

@@ -42,7 +42,7 @@ def test_a_calls_r_merges_as_the_configs_would(head, r):
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_it_takes_the_place_of_whatever_the_config_says(setting):
+def test_r_of_a_call_replaces_the_merging_of_the_config(setting):
     """Only the caps of the config still apply."""
     model, expected = tiny_model(HEAD, min_latents=3, **setting), tiny_model(HEAD, min_latents=3, r=3)
     inputs = tiny_inputs(HEAD)
@@ -74,7 +74,7 @@ def test_threads_that_call_one_model_get_each_its_own():
     assert model.r == 1
 
 
-def test_a_wrapper_hands_it_on():
+def test_a_wrapper_passes_r_on():
     wrapper, inputs = nn.DataParallel(tiny_model(HEAD)), tiny_inputs(HEAD)
     expected = run(tiny_model(HEAD, r=R_LIST), inputs).logits
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_a_wrapper_hands_it_on():
         assert torch.equal(flat_logits(wrapper(**inputs)), expected)
 
 
-def test_compiled_layers_and_a_compiled_model_take_it():
+def test_compiled_layers_and_a_compiled_model_accept_r():
     shape = dict(num_blocks=2, num_self_attends_per_block=1)
     inputs, model = tiny_inputs(HEAD), tiny_model(HEAD, **shape)
     expected = run(tiny_model(HEAD, **shape, r=[3, 2]), inputs).logits

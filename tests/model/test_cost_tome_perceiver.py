@@ -167,7 +167,7 @@ def test_architecture_is_read_from_the_config_under_either_name(architectures):
         ((1, 7), TEXT_CLASSIFIER, {"r": 1, "merge_method": "mine"}, "merge_method='mine'"),
     ],
 )
-def test_what_is_not_known_is_an_error_of_one_line(input_shape, architecture, setting, message):
+def test_unknown_shapes_and_architectures_are_one_line(input_shape, architecture, setting, message):
     with pytest.raises(ValueError) as error:
         forward_cost(ToMePerceiverConfig(**{**SMALL, **setting}), input_shape, architecture)
     assert message in str(error.value)

@@ -279,7 +279,7 @@ def test_a_search_that_is_out_of_time_has_rows_all_the_same():
     assert all(row.divergence is None and row.changed_bound is None for row in frontier.rows)
 
 
-def test_who_pays_names_the_class_and_the_length_that_change_most():
+def test_the_class_and_the_length_that_change_most_are_named():
     torch.manual_seed(1)
     model, given = tiny_model(HEAD, num_blocks=1), batches(256, size=16)
     for place, batch in enumerate(given):
@@ -316,7 +316,7 @@ def test_who_pays_names_the_class_and_the_length_that_change_most():
         ({"max_changed": 0.5, "samples": batches(), "flops_ratios": 0.63}, "flops_ratios=0.63: must be a list"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line_and_changes_nothing(asked, said):
+def test_wrong_arguments_are_one_line_and_change_nothing(asked, said):
     model = tiny_model(HEAD, r=2)
     with pytest.raises(ValueError) as error:
         model.merge_to(**asked)

@@ -201,7 +201,7 @@ def test_pipelines_run_a_folder_elsewhere(name, checkpoints, first_load, second_
     assert first_load[name]["scores"] != second_load[name]["scores"]
 
 
-def test_what_makes_inputs_loads_without_a_question_or_a_warning(checkpoints):
+def test_tokenizers_and_processors_load_without_a_question_or_a_warning(checkpoints):
     """AutoTokenizer reads the config first, which must not ask for `trust_remote_code`."""
     report = json.loads(
         run_elsewhere("load_what_makes_inputs.py", checkpoints.task("saved"), checkpoints.root / "quiet").read_text()

@@ -127,7 +127,7 @@ def test_what_a_config_says_comes_back(r, inflection, method):
     assert merging.merges(other) == any(config.merge_schedule)
 
 
-def test_what_cannot_be_meant_leaves_the_config_as_it_was():
+def test_wrong_arguments_leave_the_config_unchanged():
     config = tiny_config(r=2)
     for changed in ({"r": [1]}, {"merge_method": "magic"}, {"min_latents": 99}, {"merge_groups": [[0]] * 6}):
         with pytest.raises(ValueError, match=f"{next(iter(changed))}"):

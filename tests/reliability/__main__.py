@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Try every bad input, every change between two runs and many kills, and write the verdicts; `make reliability`.
+"""Try every bad input, every change between two runs and many kills, and report the verdicts (`make reliability`).
 
   python -m tests.reliability                               # all of them, and docs/reliability.md
   python -m tests.reliability --only "run_image: images"    # those whose kind or name contains this; the page stays
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def _try_all(folder: Path, arguments: argparse.Namespace) -> list:
-    """Return verdicts in the order of the tables, logged as they come."""
+    """Return the verdicts in the order of the cases, and log each one at once."""
     from datasets import disable_progress_bars
 
     from tests.reliability.case import try_case

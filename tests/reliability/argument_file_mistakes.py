@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in the one file that all arguments may stand in: each is named with the file, or as on the command line."""
+"""Mistakes in argument files: the message names the file, or the argument as on the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.reliability.bad_input import ONLY, BadInputCase, Make
 from tests.reliability.inputs import OUTPUT, SCRIPTS, Command, Inputs
 
 MISTAKE = "argument files"
-# What is in the file, byte for byte.
+# Content of the file, in bytes.
 WHOLE = {
     "empty.yaml": b"",
     "empty.json": b"",
@@ -29,7 +29,7 @@ WHOLE = {
     "not text.json": b"\x80\x81\x82",
     "two documents.yaml": b"do_eval: true\n---\ndo_train: true\n",
 }
-# An argument of the wrong type among good ones, and what the line must say beside its name.
+# Values of wrong types, and what the message must contain beside the argument's name.
 VALUES: dict[str, tuple[object, str]] = {
     "learning_rate": ([1, 2], "[1,2]"),
     "max_steps": ("many", "many"),
@@ -71,7 +71,7 @@ def argument_file_mistakes() -> Iterator[BadInputCase]:
 
 
 def _file(name: str, write: Callable[[Inputs, Path], object]) -> Make:
-    """A file with all arguments, and nothing beside it."""
+    """Make a command whose only argument is a file with all arguments."""
 
     def make(inputs: Inputs, folder: Path) -> Command:
         write(inputs, folder / name)
@@ -81,7 +81,7 @@ def _file(name: str, write: Callable[[Inputs, Path], object]) -> Make:
 
 
 def _arguments(name: str, value: object) -> Callable[[Inputs, Path], object]:
-    """Good arguments but for one."""
+    """Write good arguments, except for one."""
 
     def write(inputs: Inputs, path: Path) -> None:
         arguments = {

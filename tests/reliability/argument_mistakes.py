@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes on the command line alone: added to a command that works, each must be refused by name and value."""
+"""Mistakes on the command line: added to a working command, each must be refused with the argument's name and value."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.reliability.inputs import SCRIPTS
 
 GLUE, IMAGE, MLM, SWEEP = SCRIPTS
 
-# By class and script: what is added, a mistake a line. Of the first argument in it, name and value must be in the line;
-# after "=>" stands what else must be, or, after "=>>", what must be instead.
+# By class and script: arguments to add, one mistake in each line. The message must contain name and value of the first
+# argument; after "=>" stands what it must contain too, after "=>>" what it must contain instead.
 MISTAKES: dict[str, dict[str, str]] = {
     "numbers out of range": {
         GLUE: """
@@ -325,7 +325,7 @@ MISTAKES: dict[str, dict[str, str]] = {
 
 
 def argument_mistakes() -> Iterator[BadInputCase]:
-    """A case for each line."""
+    """Yield a case for each line of `MISTAKES`."""
     for mistake, scripts in MISTAKES.items():
         for script, lines in scripts.items():
             for line in filter(None, map(str.strip, lines.splitlines())):
@@ -337,6 +337,6 @@ def argument_mistakes() -> Iterator[BadInputCase]:
 
 
 def _named(words: list[str]) -> list[str]:
-    """The first argument and its first value; the line may call it `r = 2` or `--r 2`."""
+    """Return the first argument and its first value; a message may write `r = 2` or `--r 2`."""
     value = [word for word in words[1:2] if not word.startswith("--")]
     return [words[0], *value]

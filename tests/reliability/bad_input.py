@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bad input: refused in one line, before any work, with everything on disk as it was."""
+"""Cases of bad input: refused in one line, before any work, without any change on disk."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from tests.reliability.inputs import OUTPUT, Command, Inputs
 from tests.reliability.running import TIME_LIMIT, Outcome, run_forked
 from tests.support.script_run import ROOT
 
-# Before a file with all arguments, `--output_dir` among them: the command is this file and nothing else.
+# Marks a command that is complete: no `--output_dir` is added.
 ONLY = "only"
 Make = Callable[[Inputs, Path], Command]
 
 
 @dataclass(frozen=True)
 class BadInputCase:
-    """A command that is a mistake."""
+    """A command with a mistake."""
 
     row: str  # class of the mistake
-    name: str  # unlike that of any other case of this class and script
+    name: str  # unique in this class and script
     script: str
-    # Writes its files into an empty folder, and returns the arguments; `--output_dir out`, in that folder, comes
-    # before them, so that they may name another one.
+    # Writes its files to an empty folder, and returns the arguments. `--output_dir out`, in that folder, is put before
+    # them, so that they may replace it.
     make: Make
-    says: tuple[str, ...]  # what the line must contain, at least
-    exit_code: int = 2  # 2 for a mistake of the user's, 1 for what else stops a script
-    works: bool = False  # whether only training or evaluating shows it, so that it may leave files
-    fresh: bool = False  # run in a new interpreter, not in a fork: that shows imports, and how an interpreter ends
+    says: tuple[str, ...]  # what the message must contain
+    exit_code: int = 2  # 2 for a user's mistake, 1 for any other reason to stop
+    works: bool = False  # whether it is found only while training or evaluating, so that files may be left
+    fresh: bool = False  # run in a new interpreter instead of a fork, to cover imports and the interpreter's exit
 
     @property
     def kind(self) -> str:
@@ -56,7 +56,7 @@ class BadInputCase:
         if outcome.fault != PASSED:
             return outcome.fault
         if outcome.exit_code == 0:
-            return "exit code 0", "wrong in silence"
+            return "exit code 0", "silently wrong"
         if outcome.exit_code != self.exit_code:
             return f"exit code {outcome.exit_code}, not {self.exit_code}", "other"
         if len(outcome.errors) != 1:
@@ -72,12 +72,12 @@ class BadInputCase:
 
 
 def usual(script: str, *words: object) -> Make:
-    """A good command with more arguments."""
+    """Make a working command with more arguments."""
     return lambda inputs, folder: (*inputs.usual(script), *words)
 
 
 def _names(line: str, part: str) -> bool:
-    """Whether a line has a part in it, a number in any spelling, and a list with or without brackets."""
+    """Return whether a line contains a part; numbers match in any spelling, lists with or without brackets."""
     line, part = line.lower(), part.lower()
     if part in line or part in line.replace(", ", ","):
         return True

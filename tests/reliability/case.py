@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verdict on a case, and what comes to it.
+"""Try a case, and return the verdict on it.
 
 A case is one line of a table: a dataclass with its `kind` (the law that it tries, which has a table in the report), its
 `row` in that table, an `id` unlike that of every other case, and `attempt(inputs, folder)`, which tries it in a new
@@ -20,25 +20,25 @@ from typing import Any
 from tests.reliability.inputs import Inputs
 from tests.reliability.running import Outcome
 
-# Empty if nothing is wrong; otherwise a sentence and one of `FAULTS`.
+# A sentence and one of `FAULTS`; two empty strings if nothing is wrong.
 Finding = tuple[str, str]
 PASSED: Finding = ("", "")
-FAULTS = ("wrong in silence", "traceback", "hang", "other")
+FAULTS = ("silently wrong", "traceback", "hang", "other")
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What was run for a case and what is wrong with what came out."""
+    """Command of a case, and what was wrong with its outcome."""
 
-    command: str  # shown to repeat it
+    command: str  # to repeat the case
     finding: Finding  # the fault, if any
     detail: str  # for the log
-    stages: tuple[str, ...] = ()  # stages in which kills met the run
+    stages: tuple[str, ...] = ()  # stages of the run that were killed
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a case; attributes as of a case and of `Attempt`."""
+    """Result of a case; attributes are those of the case and of `Attempt`."""
 
     kind: str
     row: str
@@ -55,7 +55,7 @@ class Verdict:
 
 
 def try_case(case: Any, inputs: Inputs, folder: Path) -> Verdict:
-    """Return the verdict on a case, also where trying itself fails, and remove the case's folder."""
+    """Return the verdict on a case, also if trying it fails, and remove its folder."""
     try:
         attempt = case.attempt(inputs, folder)
     except Exception:
@@ -66,17 +66,17 @@ def try_case(case: Any, inputs: Inputs, folder: Path) -> Verdict:
 
 
 def shown(script: str, arguments: Sequence[object]) -> str:
-    """Return a command as one types it."""
+    """Return a command as a user types it."""
     return f"python {script} {shlex.join(map(str, arguments))}"
 
 
 def said(outcome: Outcome) -> str:
-    """Return the lines that say what stopped a run, or the end of what it wrote."""
+    """Return the error lines of a run, or the end of its output."""
     return " / ".join(outcome.errors) or outcome.stderr[-1500:]
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Return every file, folder and link below a folder, with a hash of its content."""
+    """Return every file, folder and link in a folder, with a hash of its content."""
     found = {}
     for path in folder.rglob("*"):
         if path.is_symlink():

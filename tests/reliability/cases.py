@@ -16,7 +16,7 @@ from tests.reliability.data_mistakes import data_mistakes
 from tests.reliability.folder_mistakes import folder_mistakes
 from tests.reliability.kills import kill_cases
 
-# One in this many bad inputs is tried in an interpreter of its own too.
+# One in this many bad inputs is also tried in a new interpreter.
 FRESH_EVERY = 35
 BAD_INPUTS: tuple[BadInputCase, ...] = (
     *argument_mistakes(), *argument_file_mistakes(), *data_mistakes(), *checkpoint_mistakes(), *folder_mistakes(),
@@ -24,7 +24,7 @@ BAD_INPUTS: tuple[BadInputCase, ...] = (
 
 
 def all_cases() -> Iterator[Any]:
-    """Every bad input, change and kill."""
+    """Yield every bad input, change and kill."""
     yield from BAD_INPUTS
     yield from (replace(case, fresh=True) for case in BAD_INPUTS[::FRESH_EVERY])
     yield from changes()

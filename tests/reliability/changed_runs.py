@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thing is changed, and the same command runs again into the same folder: what was there is never taken for new.
+"""Cases of a change between two runs into the same folder: old results must never be taken for new ones.
 
 The law: the command is refused and the folder stays as it is, or it leaves what it would leave in an empty folder.
 """
@@ -38,7 +38,7 @@ SCENARIOS = (
     Scenario("fixed groups", "run_glue.py", "text_evaluation", (*BUDGET, "--merge_method", "groups")),
 )
 RUNS = {scenario.name: scenario for scenario in SCENARIOS}
-# Another value of every training argument whose type does not say one; `None`: there is none that runs here.
+# Non-default values of training arguments for which the type suggests none; `None`: no other value runs here.
 VALUES: dict[str, Command | None] = {
     **dict.fromkeys(("output_dir", "resume_from_checkpoint", "do_train", "use_cpu", "local_rank"), None),
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), None),
@@ -62,7 +62,7 @@ VALUES: dict[str, Command | None] = {
     "dataloader_multiprocessing_context": ("fork",), "logging_steps": (1,), "save_steps": (2,),
     "torch_compile": ("true", "--torch_compile_backend", "eager"),
 }  # fmt: skip
-# Of our own arguments, another value of each that says what comes out, by run.
+# Non-default values of our own arguments that change results, by run.
 OWN: dict[str, tuple[str, ...]] = {
     "training": (
         "--r 2", "--r 1,0,1,0", "--flops_ratio 0.98", "--r_inflection -1", "--min_latents 6", "--merge_method prune",
@@ -103,9 +103,9 @@ OWN: dict[str, tuple[str, ...]] = {
         "--calibration_samples 5", "--max_train_samples 12", "--max_eval_samples 5", "--seed 7",
     ),
 }  # fmt: skip
-# Training may go on for longer than was first asked, from where it was: no folder that is empty leaves the same.
+# Training may be made longer and continue, which gives other results than a run in an empty folder.
 LENGTH = ("num_train_epochs", "max_steps")
-# What a finished run leaves that the second need not: noted arguments, logs, and the states of training in between.
+# Files that may differ from those of a run in an empty folder: arguments, logs, training states.
 NOT_COMPARED = re.compile(
     r"arguments\.json$|trainer_state\.json$|checkpoint-\d+/|\.png$|training_args\.bin$|README\.md$"
 )
@@ -114,7 +114,7 @@ CHECKPOINT_PATH = re.compile(r"(^|/)checkpoint-\d+/")
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that is changed between two runs into one folder."""
+    """One change between two runs into the same folder."""
 
     run: str  # key of `RUNS`
     name: str  # of the change
@@ -172,13 +172,13 @@ class Change:
                 json.loads((each / OUTPUT / "trainer_state.json").read_text())["global_step"]
                 for each in (folder, fresh)
             )
-            return PASSED if steps >= asked and steps > 8 else (f"only {steps} steps", "wrong in silence")
+            return PASSED if steps >= asked and steps > 8 else (f"only {steps} steps", "silently wrong")
         wrong = _stale(left(folder / OUTPUT), left(fresh / OUTPUT), self.resume)
-        return ("; ".join(wrong[:3]), "wrong in silence") if wrong else PASSED
+        return ("; ".join(wrong[:3]), "silently wrong") if wrong else PASSED
 
 
 def changes() -> Iterator[Change]:
-    """Every training argument, every argument of ours, and every input, one at a time, and resumed where one can."""
+    """Yield a change of every training argument, own argument and input, one at a time, and resumed if possible."""
     once = [Change("training", name, (f"--{name}", *value)) for name, value in other_values().items()]
     once += [Change(run, line, tuple(shlex.split(line))) for run, lines in OWN.items() for line in lines]
     once += [Change(run, name, edit=edit) for run, edits in EDITED.items() for name, edit in edits.items()]
@@ -189,7 +189,7 @@ def changes() -> Iterator[Change]:
 
 
 def other_values() -> dict[str, Command]:
-    """For every training argument that can be given here, a value that is not its default."""
+    """Return a non-default value for every training argument that can be given here."""
     found: dict[str, Command] = {}
     for field in dataclasses.fields(TrainingArguments):
         if field.name in VALUES:
@@ -208,7 +208,7 @@ def other_values() -> dict[str, Command]:
 
 
 def _stale(found: dict[str, Any], expected: dict[str, Any], resumed: bool) -> list[str]:
-    """Results that are not those of an empty folder, and checkpoints that a run that started over has not written."""
+    """Return results that differ from those in an empty folder, and checkpoints that the second run did not write."""
     wrong = []
     for path, value in expected.items():
         if not NOT_COMPARED.search(path) and not _alike(found.get(path), value):
@@ -221,7 +221,7 @@ def _stale(found: dict[str, Any], expected: dict[str, Any], resumed: bool) -> li
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Equal but for the rounding of sums in another order."""
+    """Return whether two results are equal up to rounding."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_alike(one[name], other[name]) for name in one)
     if isinstance(one, list) and isinstance(other, list):
@@ -235,7 +235,7 @@ Edit = Callable[[Inputs], None]
 
 
 def _byte(file: str) -> Edit:
-    """One byte in the middle: the low bits of one number."""
+    """Change one byte in the middle of a file, the low bits of one number."""
 
     def edit(inputs: Inputs) -> None:
         data = bytearray((inputs.folder / file).read_bytes())

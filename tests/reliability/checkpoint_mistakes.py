@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are not whole, not ours or not for the task: config files, weights, tokenizers."""
+"""Mistakes in checkpoints: damaged, foreign or wrong for the task, in config files, weights and tokenizers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Change = Callable[[Path], object]
 GLUE, IMAGE, MLM, SWEEP = SCRIPTS
 CONFIGS, WEIGHTS, PROCESSORS = "config files", "weights files", "tokenizers and image processors"
 WEIGHTS_FILE = "model.safetensors"
-# Fields of a config for a model from scratch, and values that they cannot have; the line names the field.
+# Config fields and values that they must not have; the message names the field.
 FIELDS: dict[str, list[Any]] = {
     "num_latents": ["many", 0, -8, 1.5],
     "d_latents": [None],
@@ -38,7 +38,7 @@ FIELDS: dict[str, list[Any]] = {
     "id2label": [[1, 2]],
     "label2id": [{"negative": 0, "positive": 0}],
 }
-# The same, and what the line must say.
+# The same, with what the message must contain.
 FIELDS_AND_VALUES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("architectures", ["BertModel"], ("BertModel",)),
     ("model_type", "bert", ("bert",)),
@@ -99,7 +99,7 @@ def _whole(script: str, name: str, data: bytes) -> Make:
 
 
 def _checkpoint(script: str, change: Change, added: Command = ()) -> Make:
-    """A copy of a good checkpoint, changed, and the shortest command that reads it."""
+    """Make a changed copy of a good checkpoint, and the shortest command that reads it."""
 
     def make(inputs: Inputs, folder: Path) -> Command:
         kind = KINDS.get(script, "text")
@@ -128,7 +128,7 @@ def _bert(folder: Path) -> None:
     BertConfig().save_pretrained(folder)
 
 
-# By name: the scripts, the change, and what the line must say beside `FOLDER`.
+# By name: the scripts, the change, and what the message must contain beside `FOLDER`.
 FOLDER = ("--model_name_or_path", "checkpoint")
 CHECKPOINTS: dict[str, tuple[Any, ...]] = {
     "an empty folder": ([GLUE, SWEEP], _remove("*")),

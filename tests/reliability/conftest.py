@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inputs of all cases, and the verdict on one, for the tests in this folder."""
+"""Fixtures of the tests in this folder: inputs of all cases, and a check of one case."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def check(inputs, tmp_path):
-    """Fail with what was run and what came out, if a case does not pass."""
+    """Return a function that tries a case and fails with its command and outcome if it does not pass."""
 
     def checked(case):
         verdict = try_case(case, inputs, tmp_path / "case")

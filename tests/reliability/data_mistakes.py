@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data that are not what a command says: files of sentences, their labels, images."""
+"""Mistakes in data: files of sentences, labels, images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.tiny_texts import write_table
 
 FILES, LABELS, IMAGES = "files of sentences", "labels", "images"
 GOOD = {"text": ["aaa", "bbb", "aaab", "bbba"], "label": ["good", "bad", "good", "bad"]}
-# A train file, byte for byte, and what the line must say.
+# Train files in bytes, and what the message must contain.
 TRAIN_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "empty.csv": (b"", ("--train_file", "empty.csv")),
     "header.csv": (b"text,label\n", ("header.csv",)),
@@ -51,7 +51,7 @@ TRAIN_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "table.xlsx": (b"PK", ("table.xlsx", "csv")),
     "no_ending": (b"text,label\naaa,1\n", ("no_ending", "csv")),
 }
-# Labels to train on and to evaluate on.
+# Labels of training, labels of evaluation, and what the message must contain.
 LABEL_PAIRS: dict[str, tuple[list, list, tuple[str, ...]]] = {
     "one unseen": (["good", "bad"], ["good", "ugly"], ("ugly",)),
     "all unseen": ([0, 1], [2, 3], ("2",)),
@@ -65,7 +65,7 @@ LABEL_PAIRS: dict[str, tuple[list, list, tuple[str, ...]]] = {
 }
 
 
-# Without a column whose name means text; the first ones have a sentence in each line.
+# Files without a column whose name means text; the first ones have a sentence in each line.
 NOT_OF_TEXT = {
     "lines.csv": b"The cat sat, and left.\nA dog came, and stayed.\n",
     "short_lines.csv": b"The cat sat.\nA dog came.\n",
@@ -94,7 +94,7 @@ def data_mistakes() -> Iterator[BadInputCase]:
     for name, (script, make, says) in _LABELLED.items():
         yield BadInputCase(LABELS, name, script, make, says)
     for name, (make, says) in _OF_IMAGES.items():
-        # Only decoding shows that an image is cut, and each is decoded when it is used.
+        # A cut image is found only when it is decoded, which happens when it is used.
         yield BadInputCase(IMAGES, name, "run_image.py", make, says, works=name == "one image is cut")
 
 
@@ -111,7 +111,7 @@ def _train_file(name: str, data: bytes, base: str = "text_scratch") -> Make:
 
 
 def _own(name: str, columns: dict[str, list], argument: str, *words: object) -> Make:
-    """Good files of sentences, and a table in place of one of them."""
+    """Make good files of sentences, and replace one by a table."""
     return lambda inputs, folder: (
         *inputs.text_scratch, *inputs.own_files, *words, argument, write_table(folder / name, columns),
     )  # fmt: skip
@@ -169,7 +169,7 @@ _SENTENCES: dict[str, tuple[Make, tuple[str, ...]]] = {
 
 
 def _labelled_files(folder: Path, **labels: list) -> Command:
-    """Files of sentences with these labels, one file for each split."""
+    """Write files of sentences with these labels, one for each split."""
     words: list[object] = []
     for split, each in labels.items():
         columns = {"text": ["aaa", "bbb"] * (len(each) // 2), "label": each}
@@ -184,7 +184,7 @@ def _labels(train: list, validation: list) -> Make:
 
 
 def _label(script: str, split: str, label: int | None) -> Make:
-    """One label of a split is something else: -1, as in GLUE's test splits, or missing."""
+    """Replace one label of a split, by -1, as in GLUE's test splits, or by nothing."""
 
     def make(inputs: Inputs, folder: Path) -> Command:
         source, files = (inputs.glue, "sst2/") if script == "run_glue.py" else (inputs.images, "")
@@ -196,7 +196,7 @@ def _label(script: str, split: str, label: int | None) -> Make:
 
 
 def _other_names(*stage: object) -> Make:
-    """As many labels as the checkpoint has, and other names."""
+    """Use as many labels as the checkpoint has, with other names."""
 
     def make(inputs: Inputs, folder: Path) -> Command:
         files = _labelled_files(folder, train=["cat", "dog"] * 3, validation=["cat", "dog"] * 3)
@@ -238,7 +238,7 @@ _LABELLED: dict[str, tuple[str, Make, tuple[str, ...]]] = {
 
 
 def _images(files: str, change: Callable[[Path], object]) -> Make:
-    """Folders of images, with a change of each file or folder that matches a pattern."""
+    """Make folders of images, and change each file or folder that matches a pattern."""
 
     def make(inputs: Inputs, folder: Path) -> Command:
         shutil.copytree(inputs.image_folders, folder / "train")
@@ -254,7 +254,7 @@ def _cut(path: Path) -> None:
 
 
 def _saved_as(ending: str, convert: Callable[[Image.Image], Image.Image]) -> Callable[[Path], None]:
-    """The image in a mode that RGB does not hold."""
+    """Save images in a mode that RGB cannot represent."""
 
     def change(path: Path) -> None:
         image = convert(Image.open(path).convert("L"))
@@ -269,7 +269,7 @@ def _transparent(image: Image.Image) -> Image.Image:
 
 
 def _pandas_images(**columns: object) -> Make:
-    """A table with the bytes of four images in the columns that are given `None`."""
+    """Make a table that has the bytes of four images in each column given as `None`."""
 
     def make(inputs: Inputs, folder: Path) -> Command:
         (folder / "data").mkdir()
@@ -297,7 +297,7 @@ def _no_image_column(inputs: Inputs, folder: Path) -> Command:
 
 
 def _not_an_image(split: str) -> Make:
-    """In a dataset of good images."""
+    """Replace an image of a good dataset by other bytes."""
 
     def make(inputs: Inputs, folder: Path) -> Command:
         shutil.copytree(inputs.images, folder / "images")

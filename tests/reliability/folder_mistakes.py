@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that cannot be written or hold something else, checkpoints to resume from, and training that diverges."""
+"""Mistakes in folders: not writable, occupied, without a checkpoint to resume from; and training that diverges."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _usual(script: str, *words: object) -> Make:
 
 
 def _into(script: str, output_dir: Callable[[Path], Path], *words: object) -> Make:
-    """A good command with another folder to write to, which `output_dir` makes within an empty one."""
+    """Make a working command with another --output_dir, which `output_dir` creates inside an empty folder."""
     return lambda inputs, folder: (*_usual(script, *words)(inputs, folder), "--output_dir", output_dir(folder))
 
 
@@ -77,7 +77,7 @@ def _holding(files: dict[str, str]) -> Callable[[Path], Path]:
     return output_dir
 
 
-# Not by their permissions, which the administrator may pass over.
+# Not by permissions, because root may write anywhere.
 NOT_WRITTEN: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "a file": (_a_file, ("file",)),
     "below a file": (lambda folder: _a_file(folder) / "out", ("file",)),

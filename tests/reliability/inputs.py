@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny data and checkpoints in one folder, and the commands that work on them, of which all cases are made."""
+"""Tiny data and checkpoints in one folder, and working commands for them, from which all cases are made."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ SCRIPTS = (*KINDS, "eval_sweep.py")
 
 
 class Inputs:
-    """Paths of data and checkpoints, and the start of every command that uses them.
+    """Paths of data and checkpoints, and the first arguments of commands that use them.
 
     Attributes:
-        folder: that all are in.
-        text_model: tells the two classes of SST-2 apart.
-        text_scratch, image_scratch, mlm_scratch: of `run_glue.py`, `run_image.py`, `run_mlm.py`, without data.
-        text_training, image_training, mlm_training: with data too.
-        text_training_on: of `run_glue.py`, from a checkpoint.
-        text_evaluation: of `run_glue.py`.
-        text_sweep, image_sweep, mlm_sweep: of `eval_sweep.py`.
+        folder: folder of all files.
+        text_model: checkpoint that classifies the two classes of SST-2.
+        text_scratch, image_scratch, mlm_scratch: train from scratch, without data arguments.
+        text_training, image_training, mlm_training: train from scratch.
+        text_training_on: train from a checkpoint with `run_glue.py`.
+        text_evaluation: evaluate with `run_glue.py`.
+        text_sweep, image_sweep, mlm_sweep: sweep with `eval_sweep.py`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -109,25 +109,25 @@ class Inputs:
         return folder, self._finished[scenario.id].result()
 
     def checkpoint_of(self, script: str) -> Path:
-        """Return a whole checkpoint after three steps of `usual(script)`."""
+        """Return a complete checkpoint after three steps of `usual(script)`."""
         folder, outcome = self.finished(Scenario("usual", script, KINDS[script] + "_training"))
         if outcome.exit_code:
             raise RuntimeError(f"{script} does not work: {outcome.stderr[-2000:]}")
         return folder / OUTPUT / "checkpoint-3"
 
     def evaluation(self, script: str) -> Command:
-        """Return the evaluation of a checkpoint that is not the one of `usual(script)`."""
+        """Return arguments that evaluate another checkpoint than that of `usual(script)`."""
         model, data = (getattr(self, f"{KINDS[script]}_{what}") for what in ("model", "data"))
         return ("--model_name_or_path", model, *data, "--use_cpu", "--do_eval")
 
     def usual(self, script: str) -> Command:
-        """Return arguments with which a script works, but for its `--output_dir`."""
+        """Return working arguments of a script, without `--output_dir`."""
         return self.image_sweep if script == "eval_sweep.py" else getattr(self, f"{KINDS[script]}_training")
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command of a script that works."""
+    """A working command of a script."""
 
     name: str  # what is special in it
     script: str  # that is called

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that get SIGKILL, at random times and inside what they write, and must end as if nothing had happened."""
+"""Cases of runs that are killed, at random times and while they write: resumed, they must end with the same results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.reliability.inputs import LAST, OUTPUT, Command, Inputs, Scenario
 from tests.reliability.left import broken, differences, left
 from tests.reliability.running import Kill, Outcome, run_forked
 
-# A run is killed at most so often before it may end.
+# A run is killed at most this many times.
 MOST_KILLS = 3
 RETRAINED: Command = ("--r", 2, "--retrain_epochs", 1)
 SEARCHED: Command = ("--flops_ratio", 0.985, "--schedule", "search", "--calibration_samples", 4)
@@ -49,8 +49,8 @@ SCENARIOS = (
     Scenario("fixed groups, without training", "run_glue.py", "text_evaluation", GROUPED),
     Scenario("fixed groups, retrained", "run_image.py", "image_training", (*GROUPED, "--retrain_epochs", 1), LAST),
 )  # fmt: skip
-# Functions of libraries that write, or stand between stages; each is where a kill may do harm. With "half" the file
-# that it writes is cut, as by a crash of the machine.
+# Functions of libraries that write files or separate stages, where a kill may do harm. True: the file that it writes is
+# cut to half, as by a crash of the machine.
 WRITING: tuple[tuple[str, bool], ...] = (
     ("transformers.trainer:Trainer._save_optimizer_and_scheduler", False),
     ("transformers.trainer:Trainer._save_rng_state", False),
@@ -68,7 +68,7 @@ WRITING: tuple[tuple[str, bool], ...] = (
     ("numpy:save", False),
     ("datasets:Dataset.map", False),
 )
-# Functions that stages are known by, innermost first.
+# Functions on the stack that identify a stage; the first match counts.
 STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("writing a checkpoint", ("_save_checkpoint", "save_model", "save_state", "_copy_code", "save_pretrained")),
     ("writing a card or report", ("write_card", "_write_retrained_card", "write_report")),
@@ -88,8 +88,8 @@ class KillCase:
     """A run that is killed, and called again until it ends."""
 
     scenario: Scenario
-    seed: int  # of the moment, and of whether it is killed again
-    function: str | None = None  # as of `Kill`, in place of a random moment
+    seed: int  # random seed of the kills
+    function: str | None = None  # as in `Kill`; `None`: at a random time
     half: bool = False
 
     kind = "kills"
@@ -116,7 +116,7 @@ class KillCase:
         while outcomes[-1].killed:
             again = len(stages) < MOST_KILLS and chance.random() < 0.4
             kill = Kill(seconds=chance.uniform(0.05, 0.9) * expected.seconds) if again else None
-            # Once in a while without --resume_from_checkpoint: it starts over, and a later resume goes on with that.
+            # Sometimes without --resume_from_checkpoint, so that the run starts over and may be resumed later.
             resume = scenario.resume if started_over or chance.random() < 0.75 else ()
             started_over = True
             outcome = run_forked(scenario.script, (*command, *resume), folder, kill)
@@ -130,7 +130,7 @@ class KillCase:
         return Attempt(shown(scenario.script, command), finding, detail, tuple(stages))
 
     def _first_kill(self, chance: random.Random, command: Command, seconds: float, folder: Path) -> Outcome:
-        """Run until it is killed; a run that ends before that begins anew, to be killed earlier."""
+        """Run until it is killed; if the run ends before that, run again with an earlier kill."""
         fraction, call = chance.uniform(0.03, 0.97), chance.choice((1, 2, 3, 5, 8, 13))
         while True:
             folder.mkdir(parents=True)
@@ -143,13 +143,13 @@ class KillCase:
 
 
 def kill_cases() -> Iterator[KillCase]:
-    """Every scenario killed six times at random moments, and each function in some scenarios."""
+    """Yield six kills at random times for every scenario, and kills in each function for some."""
     for scenario in SCENARIOS:
         for seed in range(6):
             yield KillCase(scenario, seed)
     for number, (function, half) in enumerate(WRITING):
         for offset in (0, 1, 2, 3):
-            # In steps of four, so that every function meets scenarios of several scripts.
+            # Steps of four, so that every function is killed in scenarios of several scripts.
             scenario = SCENARIOS[(number + 4 * offset) % len(SCENARIOS)]
             yield KillCase(scenario, offset, function, half)
 
@@ -161,9 +161,9 @@ def _judge(outcomes: list[Outcome], output_dir: Path, whole: Path) -> Finding:
     if last.exit_code:
         return f"exit code {last.exit_code}: {' / '.join(last.errors)}", "other"
     if wrong := broken(output_dir):
-        return "not whole: " + "; ".join(wrong[:3]), "wrong in silence"
+        return "not whole: " + "; ".join(wrong[:3]), "silently wrong"
     if wrong := differences(left(output_dir), left(whole)):
-        return "; ".join(wrong[:3]), "wrong in silence"
+        return "; ".join(wrong[:3]), "silently wrong"
     return PASSED
 
 

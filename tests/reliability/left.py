@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves in its folder, without what may differ: times, dates, and what says where the folder is."""
+"""Compare what runs leave in their folders, except for times, dates and paths; find broken files."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from safetensors import safe_open
 
 from tests.support.script_run import ROOT
 
-# Names of figures that are times of this machine, or made of them.
+# Names of figures that depend on measured times.
 TIMES = re.compile(
     r"_mem_|runtime|preparation_time|per_second|seconds|latency|speedup|throughput|peak_memory|environment|date"
     r"|jit_compilation|resumed|total_flos"
 )
-# Lines with times in them are left out, and tables with any.
+# Lines with times; such lines, and whole tables with such a line, are not compared.
 TIMED_LINES = re.compile(
     r"second|latency|speed|as fast|throughput|[0-9] s\b|MB|date 20|Times|round|inputs at once|output_dir"
     r"|--model_name_or_path|\bms\b"
 )
-# No results, and with times in them, or hashes of files with times: pickles, states of optimizers, checkpoints' stamps.
+# Files that hold times or hashes of such files: pickles, optimizer states, run records of checkpoints, pictures.
 NOT_COMPARED = re.compile(
     r"(optimizer|scheduler|scaler|rng_state.*)\.(pt|pth|bin)$|training_args\.bin$|\.png$"
     r"|checkpoint-\d+/run_record\.json$"
 )
-# Of a sweep, the fastest of its checkpoints that are good: which one that is follows from times.
+# The best checkpoint of a sweep, whose choice depends on times.
 FASTEST = "merged/"
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What is in a folder by the path in it, such that what must be equal is."""
+    """Return the content of a folder by path, without what may differ between two equal runs."""
     return dict(_files(folder))
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Which files are missing, are too many or differ, and in which figure, between two results of `left`."""
+    """Return a line for each file that is missing, unexpected or different, with the first different figure."""
     wrong = []
     for path in sorted(found.keys() | expected.keys()):
         if path not in found:
@@ -55,8 +55,8 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 def broken(folder: Path) -> list[str]:
-    """Which files are not whole: JSON that no parser takes, weights and pictures that do not open, modules that are
-    not this repository's, and what is written beside a file before it takes its place."""
+    """Return a line for each broken file: invalid JSON, weights and pictures that do not open, modules that differ
+    from this repository's, and leftover temporary files."""
     wrong = []
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -107,7 +107,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _untimed_lines(lines: list[str]) -> Iterator[str]:
-    """Lines without times; of a table with times, none."""
+    """Yield the lines without times, and no line of a table with times."""
     for is_table, block in groupby(lines, lambda line: line.startswith("|")):
         kept = list(block)
         untimed = [line for line in kept if not TIMED_LINES.search(line)]
@@ -123,7 +123,7 @@ def _without_times(value: Any) -> Any:
 
 
 def where(found: Any, expected: Any) -> str:
-    """The first figure that differs."""
+    """Return the first figure that differs."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for name in found.keys() | expected.keys():
             if found.get(name) != expected.get(name):

@@ -23,10 +23,10 @@ CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 @dataclass(frozen=True)
 class Kill:
-    """The moment at which a run gets SIGKILL; by default never."""
+    """When a run gets SIGKILL; by default never."""
 
     seconds: float | None = None  # from the start of the fork
-    function: str | None = None  # this and what follows: arguments of `kill_at`
+    function: str | None = None  # this and the next two: arguments of `kill_at`
     call: int = 1
     half: bool = False
 
@@ -41,7 +41,7 @@ class Outcome:
     seconds: float = 0.0  # wall-clock time
     training_steps: int = 0  # batches
     evaluation_steps: int = 0
-    hung: bool = False  # whether it was ended at the time limit
+    hung: bool = False  # whether it was killed at the time limit
     stack: tuple[str, ...] = ()  # functions on the stack of a killed or hung run, outermost first
 
     @property
@@ -51,12 +51,12 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """Lines that say what stopped it, without the codes that move a terminal's cursor."""
+        """Error lines, without terminal control codes."""
         return [line for line in CURSOR.sub("", self.stderr).splitlines() if line.startswith("error: ")]
 
     @property
     def fault(self) -> tuple[str, str]:
-        """What no run may do, and the name of that fault; empty if it did neither."""
+        """Description and name of a hang or a traceback; empty if there was none."""
         if self.hung:
             return f"still running at the time limit, in {' '.join(self.stack[-3:])}", "hang"
         if "Traceback (most recent call last)" in self.stderr + self.stdout:
@@ -67,7 +67,7 @@ class Outcome:
 def run_forked(
     script: str, arguments: Sequence[object], cwd: Path, kill: Kill | None = None, time_limit: float = TIME_LIMIT
 ) -> Outcome:
-    """Run `python SCRIPT ARGUMENTS` in a fork, killed when `kill` says, or as hung after `time_limit` seconds."""
+    """Run `python SCRIPT ARGUMENTS` in a fork, killed as `kill` says, or after `time_limit` seconds."""
     kill = kill or Kill()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any one thing changed, and the old result is never served: some of the changes of `make reliability`."""
+"""After any change, an old result is never taken for a new one: some of the changes of `make reliability`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from tests.reliability.changed_runs import VALUES, changes, other_values
 
 CHANGES = {change.id: change for change in changes()}
-SOME = (
+TRIED_CHANGES = (
     "training: label_smoothing_factor, resumed",
     "training: adam_beta1, resumed",
     "training: one label to train on, resumed",
@@ -27,13 +27,13 @@ SOME = (
 )
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", TRIED_CHANGES)
 def test_the_old_result_is_never_served(check, name):
     check(CHANGES[name])
 
 
 def test_every_training_argument_is_changed():
-    """Or stands among those that cannot be, such as the folder itself."""
+    """Arguments that cannot change here, such as the folder itself, are listed as `None`."""
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert set(VALUES) <= names
     assert names == set(other_values()) | {name for name, value in VALUES.items() if value is None}

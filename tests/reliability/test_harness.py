@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The harness sees runs that hang or are killed, broken files and stale results."""
+"""Tests of the harness itself: it detects hangs, kills, broken files and stale results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.script_run import ROOT
 
 @pytest.fixture
 def evaluate(inputs, tmp_path):
-    """Run an evaluation in `tmp_path`."""
+    """Return a function that runs an evaluation in `tmp_path`."""
     return lambda *more: run_forked("run_glue.py", (*inputs.text_evaluation, "--output_dir", "out"), tmp_path, *more)
 
 
@@ -50,18 +50,18 @@ def test_a_run_that_takes_too_long_hangs(evaluate):
 @pytest.mark.parametrize(
     ("arguments", "says", "fault"),
     [
-        (("--do_eval",), (), "wrong in silence"),
+        (("--do_eval",), (), "silently wrong"),
         (("--r", -1, "--do_eval"), ("-2",), "other"),
         (("--task_name", "x", "--do_eval"), ("task_name", "x"), ""),
     ],
 )
-def test_what_is_no_refusal_does_not_pass(inputs, tmp_path, arguments, says, fault):
-    """A command that works, a line without the value, and a good line."""
+def test_only_a_complete_refusal_passes(inputs, tmp_path, arguments, says, fault):
+    """A command that works, a message without the value, and a good message."""
     case = BadInputCase("a class", "a case", "run_glue.py", lambda *_: (*inputs.text_evaluation, *arguments), says)
     assert try_case(case, inputs, tmp_path / "case").fault == fault
 
 
-def test_files_that_are_not_whole(tmp_path):
+def test_broken_files_are_found(tmp_path):
     save_file({"weight": torch.zeros(64)}, tmp_path / "good.safetensors")
     (tmp_path / "good.json").write_text('{"a": 1}')
     module = ROOT / "configuration_tome_perceiver.py"
@@ -98,12 +98,12 @@ def test_only_times_may_differ(tmp_path):
 def test_the_tables_count_and_stand_between_the_markers(tmp_path):
     verdicts = [
         Verdict("bad inputs", "images", "one", "", "", "", ""),
-        Verdict("bad inputs", "images", "two", "exit code 0", "wrong in silence", "", ""),
+        Verdict("bad inputs", "images", "two", "exit code 0", "silently wrong", "", ""),
         Verdict("kills", "run_glue", "three", "", "", "", "", ("training", "training")),
     ]
     text = report(verdicts, "heading")
     assert "| images | 2 | 1 | 1 | 0 | 0 | 0 |" in text and "| training | 2 |" in text
-    assert "- two (wrong in silence): exit code 0" in text
+    assert "- two (silently wrong): exit code 0" in text
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     write_report(page, text)

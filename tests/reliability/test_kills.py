@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that gets SIGKILL ends, called again, as if nothing had happened: some of the kills of `make reliability`."""
+"""A killed run, called again, ends with the same results: some of the kills of `make reliability`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write verdicts as the tables that are printed and stand in docs/reliability.md."""
+"""Write verdicts as tables, for the terminal and docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BEGIN, END = "<!-- begin: written by make reliability -->", "<!-- end: written b
 
 
 def report(verdicts: list[Verdict], heading: str) -> str:
-    """Return a table of each kind, the stages in which kills came, and what did not pass."""
+    """Return a table for each kind, the stages that were killed, and the cases that did not pass."""
     parts = [heading]
     for kind in dict.fromkeys(verdict.kind for verdict in verdicts):
         of_kind = [verdict for verdict in verdicts if verdict.kind == kind]
@@ -31,7 +31,7 @@ def report(verdicts: list[Verdict], heading: str) -> str:
 
 
 def write_report(path: Path, text: str) -> None:
-    """Put a report between the markers of a page."""
+    """Replace the text between the markers of a page by a report."""
     before, _, rest = path.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     write_text(path, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
@@ -43,5 +43,5 @@ def _table(verdicts: list[Verdict]) -> str:
         of_row = [verdict for verdict in verdicts if name in (verdict.row, None)]
         faults = Counter(verdict.fault for verdict in of_row)
         rows.append([name or "**all**", len(of_row), faults[""], *(faults[fault] for fault in FAULTS)])
-    columns = ["class", "cases", "passed", "wrong in silence", "tracebacks", "hangs", "other"]
+    columns = ["class", "cases", "passed", "silently wrong", "tracebacks", "hangs", "other"]
     return markdown_table(columns, rows, "lr")

@@ -333,7 +333,7 @@ def test_a_checkpoint_is_swept_along_the_frontier_that_it_carries(along, tmp_pat
         call_script("eval_sweep.py", *given)
 
 
-def test_it_ends_with_its_best_row_and_saves_that(inputs, tmp_path, capsys):
+def test_a_sweep_ends_with_its_best_row_and_saves_it(inputs, tmp_path, capsys):
     """The sentence has the measured figures; the checkpoint merges as that row does, and loads by the code of its card.
     A schedule that looks at no samples merges as `merge_to` does without them, whatever way the config has."""
     given = (*inputs, "--flops_ratio", 0.99, "--schedule", "floor", "--output_dir", tmp_path / "sweep")

@@ -171,7 +171,7 @@ def test_pairs_are_labelled(tmp_path):
         ((), "has no split 'train'"),
     ],
 )
-def test_pairs_of_what_cannot_be_meant_are_refused(tmp_path, given, says):
+def test_wrong_arguments_for_pairs_are_refused(tmp_path, given, says):
     write_table(tmp_path / "test.csv", {"text": ["a sentence of twenty letters"] * 3})
     arguments = ("--dataset_name", tmp_path, "--teacher_name_or_path", tmp_path, "--output_dir", tmp_path / "pairs")
     given = tuple(str(word).format(folder=tmp_path) for word in given)

@@ -43,7 +43,7 @@ def inputs(tmp_path_factory) -> dict[str, tuple[object, ...]]:
 
 @pytest.mark.parametrize("model", ["masked language model", "other labels"])
 @pytest.mark.parametrize("asked", [("--do_eval",), ("--do_eval", *BUDGET), ("--do_predict",)])
-def test_it_is_not_evaluated_without_training(inputs, tmp_path, capsys, model, asked):
+def test_a_new_head_is_not_evaluated_without_training(inputs, tmp_path, capsys, model, asked):
     line = bad_input_line(capsys, "run_glue.py", *inputs[model], *asked, "--output_dir", tmp_path / "out")
     assert "--model_name_or_path" in line and "head" in line and "--do_train" in line
     assert not (tmp_path / "out").exists()
@@ -76,7 +76,7 @@ def test_with_retraining_the_search_comes_after_finetuning(inputs, tmp_path, cap
     assert "resolved_merging" in json.loads((tmp_path / "out" / "arguments.json").read_text())
 
 
-def test_fixed_groups_are_not_found_in_it(inputs, tmp_path, capsys):
+def test_fixed_groups_are_not_found_with_a_new_head(inputs, tmp_path, capsys):
     given = (*inputs["masked language model"], *TRAINING, *BUDGET, "--merge_method", "groups")
     line = bad_input_line(capsys, "run_glue.py", *given, "--output_dir", tmp_path / "out")
     assert "--merge_method groups" in line and "--retrain_epochs" in line

@@ -236,7 +236,7 @@ def test_a_push_without_a_token_is_refused_before_training(inputs, tmp_path, cap
 
 
 @pytest.mark.parametrize("place", ["HF_DATASETS_CACHE", "HF_XET_CACHE", "TENSORBOARD_LOGGING_DIR"])
-def test_a_place_that_cannot_be_written_to_is_refused_before_training(inputs, tmp_path, capsys, monkeypatch, place):
+def test_a_cache_that_cannot_be_written_to_is_refused_before_training(inputs, tmp_path, capsys, monkeypatch, place):
     """The message names the cache folder, of data or of uploads, and the variable that sets it."""
     (tmp_path / "file").write_text("mine")
     below = tmp_path / "file" / "cache"

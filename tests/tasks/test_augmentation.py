@@ -18,11 +18,11 @@ def pixels(image: Image.Image) -> list:
     return np.asarray(image).tolist()
 
 
-def test_nothing_asked_nothing_changed():
+def test_without_augmentation_images_stay_the_same():
     assert pixels(Augmentation(1.0, 0.0)(PICTURE, np.random.default_rng(0))) == pixels(PICTURE)
 
 
-def test_mirrored_as_often_as_asked():
+def test_flips_have_the_given_probability():
     random = np.random.default_rng(0)
     mirrored = [pixels(Augmentation(1.0, 0.3)(PICTURE, random)) != pixels(PICTURE) for _ in range(400)]
     assert np.mean(mirrored) == pytest.approx(0.3, abs=0.08)

@@ -114,7 +114,7 @@ def test_counts_cut_what_is_read(tmp_path):
         ({"task_name": "rte", "dataset_name": "."}, False, ["--dataset_name ."]),
     ],
 )
-def test_data_that_are_not_there(tmp_path, monkeypatch, given, predict, says):
+def test_missing_data_are_refused(tmp_path, monkeypatch, given, predict, says):
     monkeypatch.chdir(tmp_path)
     for ending in (".csv", ".json"):
         write_table(Path(f"own{ending}"), {"text": ["a"], "label": ["x"]})
@@ -261,12 +261,12 @@ def test_columns_that_are_not_certain_are_asked_for(tmp_path, others):
         ({"sentence1_column": "text", "sentence2_column": "text"}, "--sentence2_column text"),
     ],
 )
-def test_names_of_columns_that_cannot_be_meant(tmp_path, given, says):
+def test_wrong_column_names_are_refused(tmp_path, given, says):
     with pytest.raises(BadInput, match=f"^{says}"):
         columns_of(tmp_path, {"text": WORDS} | LABEL, **given)
 
 
-def test_arguments_that_cannot_be_meant():
+def test_wrong_arguments_are_refused():
     with pytest.raises(BadInput, match="--task_name glue: .*mrpc"):
         GlueDataArguments(task_name="glue")
     with pytest.raises(BadInput, match="^--sentence1_column x: .*--task_name rte"):

@@ -127,7 +127,7 @@ def test_an_image_processor_that_does_not_resize_needs_images_of_one_size(tmp_pa
         ({"train_dir": "not_there"}, "--train_dir not_there"),
     ],
 )
-def test_arguments_that_cannot_be_meant(given, says):
+def test_wrong_arguments_are_refused(given, says):
     with pytest.raises(BadInput, match=says):
         ImageDataArguments(**given)
 
@@ -235,7 +235,7 @@ def test_columns_beside_others_that_may_be_meant(tmp_path, given):
         ({"image": FILES, "label": CATS_AND_DOGS, "label_column_name": "image"}, ("choose from 'label'",)),
     ],
 )
-def test_tables_that_cannot_be_meant(tmp_path, columns, says):
+def test_wrong_tables_are_refused(tmp_path, columns, says):
     with pytest.raises(BadInput) as error:
         load_table(tmp_path, **columns)
     assert all(part in str(error.value) for part in says), str(error.value)
@@ -311,7 +311,7 @@ def test_predicted_files_are_named_in_their_order(tmp_path):
 
 
 @pytest.mark.parametrize("folders", [("unknown",), ("a", "b")])
-def test_labels_that_stand_for_none_are_ignored(tmp_path, folders):
+def test_placeholder_labels_are_ignored(tmp_path, folders):
     """Images to predict may be in a folder of any name; among several, a class that training lacks is refused."""
     train, test = write_files(tmp_path / "train", *grid("cat", "dog")), write_files(tmp_path / "test", *grid(*folders))
     task = load(True, train_dir=str(train), test_dir=str(test))

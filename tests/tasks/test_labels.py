@@ -117,14 +117,14 @@ def test_labels_that_may_be_numbers_or_classes_are_refused(values, says):
 
 
 @pytest.mark.parametrize("values", [["0.2", "n/a"], ["2,5", "3,5"], ["1.0", "2.0"], [1.0, 2.0], ["1.1", "1.10"]])
-def test_unless_they_are_called_classes(values):
+def test_labels_that_are_said_to_be_classes_are_accepted(values):
     dataset = Dataset.from_dict({"label": values})
     names = label_names(dataset, "label", "here", regression=False)
     assert [names[index] for index in with_labels(dataset, "label", names, "here")["label"]] == list(map(str, values))
 
 
 @pytest.mark.parametrize("values", [[1, 2], ["1", "2"], ["1.0", "2"], [1.0, 2.0]])
-def test_or_numbers(values):
+def test_labels_that_are_said_to_be_numbers_are_accepted(values):
     dataset = Dataset.from_dict({"label": values})
     assert label_names(dataset, "label", "here", regression=True) is None
     assert with_labels(dataset, "label", [], "here")["label"] == [1.0, 2.0]

@@ -136,7 +136,7 @@ def test_training_masks_anew_and_evaluation_always_alike(folder):
         assert (example["labels"] != IGNORE_INDEX).any()
 
 
-def test_what_is_asked_is_what_stood_there_and_never_a_special_token(folder):
+def test_labels_are_the_masked_tokens_and_never_special_tokens(folder):
     task = loaded(folder, mlm_probability=0.4)
     asked = total = 0
     sight = prepared(task)
@@ -258,7 +258,7 @@ def fast_tokenizer(letters: str) -> PreTrainedTokenizerFast:
         ({"max_seq_length": 0}, ["--max_seq_length 0"]),
     ],
 )
-def test_arguments_that_cannot_be_meant(given, says):
+def test_wrong_arguments_are_refused(given, says):
     with pytest.raises(BadInput) as error:
         MlmDataArguments(**given)
     assert all(part in str(error.value) for part in says), error.value
@@ -273,7 +273,7 @@ def test_arguments_that_cannot_be_meant(given, says):
         ({"predict": True}, ["--do_predict", "--do_eval"]),
     ],
 )
-def test_data_that_are_not_there(folder, given, says):
+def test_missing_data_are_refused(folder, given, says):
     predict = given.pop("predict", False)
     data = {"dataset_name": folder} if "dataset_config_name" in given or predict else {}
     with pytest.raises(BadInput) as error:

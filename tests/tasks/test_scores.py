@@ -123,7 +123,7 @@ def test_a_bootstrapped_change_is_surer_than_its_two_scores(kind):
         assert 0 < each.change_stderr < 0.7 * each.stderr
 
 
-def test_only_what_is_asked_counts():
+def test_only_masked_tokens_count():
     """By hand: two of three masked tokens are right; a prediction of -100 at an unmasked position does not count."""
     predictions = np.array([[3, 5, IGNORE_INDEX], [7, 7, 7]])
     references = np.array([[3, 4, IGNORE_INDEX], [IGNORE_INDEX, 7, IGNORE_INDEX]])
@@ -132,7 +132,7 @@ def test_only_what_is_asked_counts():
     assert score("masked_lm", predictions, references)["accuracy"] == Score(2 / 3, pytest.approx(error))
 
 
-def test_where_every_example_asks_once_tokens_are_classes():
+def test_with_one_masked_token_each_scores_are_those_of_classes():
     before = np.roll(PREDICTIONS, 1)
     tokens = score("masked_lm", PREDICTIONS[:, None], REFERENCES[:, None], before[:, None])
     assert tokens == score("sst2", PREDICTIONS, REFERENCES, before)

@@ -76,7 +76,7 @@ def test_a_tokenizer_without_padding_is_named(tmp_path):
         ({"train_file": "data.xlsx"}, ["--train_file data.xlsx", ".csv", ".parquet"]),
     ],
 )
-def test_arguments_that_cannot_be_meant(given, says):
+def test_wrong_arguments_are_refused(given, says):
     with pytest.raises(BadInput) as error:
         TextDataArguments(**given)
     assert all(part in str(error.value) for part in says), error.value

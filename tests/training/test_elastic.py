@@ -88,7 +88,7 @@ def test_every_constant_r_is_among_what_is_drawn(published):
         assert tuple(ToMePerceiverConfig(r=r).merge_schedule) in members
 
 
-def test_latents_that_must_stay_do():
+def test_min_latents_stay_in_every_draw():
     draw = MergingDraw(tiny_config(min_latents=5), seed=0)
     assert min(NUM_LATENTS - sum(draw.at(step)[1]) for step in range(200)) == 5
 

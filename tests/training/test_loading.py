@@ -163,7 +163,7 @@ def test_a_head_that_is_lost_is_not_drawn_in_silence(data, tmp_path):
         ("{}", "id2label=3", "id2label"),
     ],
 )
-def test_configs_that_cannot_be_meant(tmp_path, content, overrides, says):
+def test_wrong_configs_are_refused(tmp_path, content, overrides, says):
     path = tmp_path / "config.json"
     path.write_text(content)
     with pytest.raises(BadInput) as error:

@@ -74,7 +74,7 @@ def test_only_masked_positions_are_decoded_and_only_meanwhile(model):
     assert model(**inputs).logits.equal(before.logits)
 
 
-def test_every_merging_at_once_is_taught_the_same(model):
+def test_elastic_training_compares_outputs_at_masked_positions(model):
     """With --elastic, merged and unmerged outputs are compared at the masked positions, the only ones decoded."""
     whole = trainer(model, ElasticTrainer).compute_loss(model, batch())
     loss = trainer(model, ElasticTrainer).training_step(model, batch())

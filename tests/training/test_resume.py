@@ -208,7 +208,7 @@ def test_training_may_go_on_for_longer(trained, tmp_path, resume):
     assert left(longer) != left(whole) and RunRecord.read(longer).arguments["num_train_epochs"] == 3
 
 
-def test_what_is_trained_may_be_evaluated_where_it_is(inputs, trained, tmp_path, capsys):
+def test_a_trained_model_may_be_evaluated_in_its_folder(inputs, trained, tmp_path, capsys):
     """The figures are the same; an evaluation with another merging is refused."""
     arguments, whole = trained
     copy = tmp_path / "copy"
