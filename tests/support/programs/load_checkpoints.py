@@ -34,7 +34,7 @@ for head, folder in task["folders"].items():
         r=model.r,
         logits=flat(model(**inputs)),
     )
-    # Any head by AutoModel too, and what it saves is what its own Auto class saves.
+    # AutoModel loads any head too, and saves the same as the Auto class of the head.
     by_auto_model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
     entry["auto_model_class"] = type(by_auto_model).__qualname__
     entry["auto_model_logits"] = flat(by_auto_model(**inputs))
@@ -42,7 +42,7 @@ for head, folder in task["folders"].items():
     entry["auto_map"] = json.loads(Path(f"resaved/{head}/config.json").read_text())["auto_map"]
     entry["auto_model_files"] = sorted(path.stem for path in Path(f"resaved/{head}").glob("*.py"))
     if isinstance(model(**inputs).get("logits"), torch.Tensor):
-        # On another model, since what it merges is kept.
+        # On another model, because `merge_to` changes the merging of the model.
         choice = by_auto_model.merge_to(flops_ratio=0.999, samples=inputs, merge_methods=["bipartite"])
         entry["merged_to"] = dict(share=choice.chosen.flops_ratio, divergence=choice.chosen.divergence)
     if "set_r" in task:
