@@ -269,11 +269,11 @@ def load_examples(arguments: DrawArguments, kind: type) -> Sequence[Any]:
         BadInput: if the dataset, split or column does not exist, or the split is empty.
     """
     name, config_name = arguments.dataset_name, arguments.dataset_config_name
-    there = read_dataset(f"--dataset_name {name}", name, config_name, overwrite_cache=False)
-    split = arguments.split or next((split for split in SPLITS if split in there), None)
-    if split not in there:
-        raise BadInput(f"--split {split}: allowed are the splits of {name}, {', '.join(map(str, there))}")
-    dataset = there[split]
+    splits = read_dataset(f"--dataset_name {name}", name, config_name, overwrite_cache=False)
+    split = arguments.split or next((split for split in DEFAULT_SPLITS if split in splits), None)
+    if split not in splits:
+        raise BadInput(f"--split {split}: is no split of {name}; choose from {', '.join(map(str, splits))}")
+    dataset = splits[split]
     fitting = [
         column
         for column, feature in dataset.features.items()
