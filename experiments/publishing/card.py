@@ -27,6 +27,7 @@ from experiments.publishing.tables import UNDEFINED, escape_markdown, markdown_t
 from experiments.tasks.base import Source
 from experiments.tasks.scores import Scores
 from frontier_tome_perceiver import Frontier
+from merging_tome_perceiver import EXPERIMENT_ONLY_METHODS
 
 R = int | list[int] | str
 
@@ -243,6 +244,7 @@ class Card:
             without_local_paths=without_local_paths,
             quoted=lambda name: json.dumps(name, ensure_ascii=False),
             spelled_r=spelled_r,
+            experiment_only_methods=EXPERIMENT_ONLY_METHODS,
             tuple=tuple,
         )
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +24,9 @@ from experiments.training.progress import announce
 from experiments.training.resume import check_resume, parse_resume
 from experiments.training.stage import check_sharding, rehearse
 from frontier_tome_perceiver import GROUPS
+from merging_tome_perceiver import EXPERIMENT_ONLY_METHODS
+
+logger = logging.getLogger(__name__)
 
 COMMIT_MESSAGE = "Checkpoint with merged latents"
 
@@ -114,6 +118,11 @@ def _check(args: RunArguments) -> None:
         )
     if training.push_to_hub and not leaves_checkpoint(args) and not (args.output_dir / "config.json").exists():
         raise BadInput(f"--push_to_hub: --output_dir {args.output_dir} holds no checkpoint; use --do_train to make one")
+    if merge_args.merge_method in EXPERIMENT_ONLY_METHODS and leaves_checkpoint(args):
+        limit = f"--merge_method {merge_args.merge_method}: is for experiments only; its checkpoint loads in this"
+        if training.push_to_hub:
+            raise BadInput(f"{limit} repository only, so do not use --push_to_hub")
+        logger.warning("%s repository only", limit)
     untrained = "--retrain_epochs" if args.retrains else None if training.do_train else "--do_eval"
     check_sharding("--max_changed" if merge_args.max_changed is not None else untrained)
     check_resume(parse_resume(training.resume_from_checkpoint))

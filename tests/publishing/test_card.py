@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from dataclasses import replace
@@ -135,6 +136,14 @@ def test_an_undefined_score_is_said_to_be_and_is_no_result():
 )
 def test_fixed_groups_are_not_shown_as_an_r_of_nothing(fields, shown):
     assert shown_r(replace(Merging.none(ToMePerceiverConfig()), **fields)) == shown
+
+
+def test_a_checkpoint_of_an_experiment_only_method_says_where_it_loads():
+    for method in ("random", "bipartite"):
+        config = copy.copy(CONFIG)
+        config.merge_method = method
+        merging = MergingSummary(config, (1, 20), None, UNMERGED)
+        assert ("for experiments only" in text_of(card_of(merging=merging))) == (method == "random")
 
 
 @pytest.mark.parametrize("hub_task", sorted(USAGES))

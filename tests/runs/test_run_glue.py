@@ -254,6 +254,12 @@ def test_a_cache_that_cannot_be_written_to_is_refused_before_training(inputs, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_that_loads_here_only_is_not_pushed(inputs, tmp_path, capsys):
+    given = (*inputs, "--task_name", "sst2", *TRAINING, "--r", 1, "--merge_method", "random", "--push_to_hub")
+    line = bad_input_line(capsys, "run_glue.py", *given, "--output_dir", tmp_path / "out")
+    assert line.startswith("error: --merge_method random: ") and "--push_to_hub" in line
+
+
 @pytest.mark.parametrize(
     ("script", "given", "named"),
     [
