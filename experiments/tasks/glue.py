@@ -165,11 +165,6 @@ def load_glue_task(
     predicted = {suffix: f"test{split}" for suffix, split in split_suffixes.items()} if predict else {}
     has_train = "train" in splits.by_name or classes is None
     first = splits.take("train" if has_train else next(iter((evaluated or predicted).values())))
-    if (has_train or evaluated) and LABEL not in first.features:
-        raise BadInput(
-            f"{splits.argument}: has no column '{LABEL}', only {listed(first.column_names)}; rename the column with "
-            "the labels (in the first line of a csv or tsv file)"
-        )
     sentences = _choose_sentence_columns(
         arguments, splits.argument, first, is_predicted=not has_train and not evaluated
     )
@@ -287,9 +282,14 @@ def _choose_sentence_columns(
     """Return the columns with the sentences.
 
     Raises:
-        BadInput: if several or no columns may hold them, or if the first line of a file to predict may be an example
-            and not the names of the columns.
+        BadInput: if several or no columns may hold them, if examples that are not only predicted have no labels, or if
+            the first line of a file to predict may be an example and not the names of the columns.
     """
+    if not is_predicted and LABEL not in first.features:
+        raise BadInput(
+            f"{argument}: has no column '{LABEL}', only {listed(first.column_names)}; rename the column with the "
+            "labels (in the first line of a csv or tsv file)"
+        )
     if arguments.task_name is not None:
         return SENTENCE_COLUMNS[arguments.task_name]
     names, named = first.column_names, (arguments.sentence1_column, arguments.sentence2_column)
