@@ -60,8 +60,8 @@ def test_a_sweep_needs_a_finetuned_checkpoint(inputs, tmp_path, capsys):
 def test_a_budget_without_retraining_takes_a_schedule(inputs, tmp_path, capsys, caplog, model):
     """There is no search before training, and a message says so."""
     call_script("run_glue.py", *inputs[model], *TRAINING, *BUDGET, "--output_dir", tmp_path / "out")
-    (said,) = [record.getMessage() for record in caplog.records if "new head" in record.getMessage()]
-    assert "schedule" in said and "--retrain_epochs" in said and "\n" not in said
+    (said,) = [record.getMessage() for record in caplog.records if "is untrained" in record.getMessage()]
+    assert "--schedule" in said and "--retrain_epochs" in said and "\n" not in said
     before, _, after = capsys.readouterr().out.partition("-- training")
     assert SEARCH not in next(line for line in before.splitlines() if line.startswith("chosen"))
     assert "calibrating on" not in before and "calibrating on" in after
@@ -72,7 +72,7 @@ def test_with_retraining_the_search_comes_after_finetuning(inputs, tmp_path, cap
     call_script("run_glue.py", *given, "--output_dir", tmp_path / "out")
     stages = [line.removeprefix("-- ") for line in capsys.readouterr().out.splitlines() if line.startswith("-- ")]
     order = [next(i for i, stage in enumerate(stages) if stage.startswith(name)) for name in ("fine", "choos", "retra")]
-    assert order == sorted(order) and "new head" not in caplog.text
+    assert order == sorted(order) and "is untrained" not in caplog.text
     assert "resolved_merging" in json.loads((tmp_path / "out" / "arguments.json").read_text())
 
 
