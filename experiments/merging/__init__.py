@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line arguments of merging, and merging methods used as controls. Imports no datasets and no Trainer."""
+"""Command line arguments of merging, and matching methods to compare. Imports neither `datasets` nor the Trainer."""

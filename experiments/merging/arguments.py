@@ -28,20 +28,20 @@ SCHEDULE_NAMES = (*SCHEDULES, SKIP_BLOCKS, SEARCH)
 BUDGETS = ("flops_ratio", "latency_ratio", "max_changed")
 # Arguments that set how much to merge; they exclude each other.
 AMOUNT_ARGUMENTS = ("r", *BUDGETS)
-# Config fields that set how latents are matched and merged; a search finds the first two unless they are given.
+# Config fields that set how latents are matched and merged; a search chooses the first two unless the user does.
 MATCHING_FIELDS = ("merge_method", "merge_metric", "proportional_attention")
 # Calibration samples are cut into at least this many batches.
 LEAST_BATCHES = 16
 # Largest batch size of calibration samples.
 LARGEST_BATCH = 32
-# Least share of the samples that is held out to measure the frontier: the search uses every fourth batch.
+# The search uses every fourth batch; the frontier is measured on the others, at least this share of the samples.
 MEASURED_SHARE = 11 / 16
 # Range of the default number of calibration samples.
 LEAST_SAMPLES, MOST_SAMPLES = 64, 1024
 # FLOPs that calibration may cost by default: a few minutes on two cores.
 CALIBRATION_FLOPS = 2e13
-# Cost of calibrating on one sample, in unmerged forward passes, as measured: the frontier's rows need 0.4 of the FLOPs
-# on average.
+# Measured cost of calibrating on one sample, in unmerged forward passes. A merged pass for a row of the frontier takes
+# 0.4 of the unmerged FLOPs on average.
 PASSES_PER_SAMPLE = 6
 
 
@@ -53,7 +53,7 @@ class Samples:
         take: function of n and B that returns the first n samples in batches of size B.
         available: number of samples.
         name: name of the samples in messages.
-        unseen: whether the model was not trained on them, so that shares of changed answers hold for other inputs.
+        unseen: whether the model was not trained on them; only then do shares of changed answers hold for new inputs.
     """
 
     take: Callable[[int, int], Sequence[Batch]]
@@ -199,7 +199,7 @@ class MergeArguments:
 
     @property
     def _samples_to_promise(self) -> int:
-        """Least number of samples that can promise `max_changed`, reached if none of their answers changes."""
+        """Least number of samples that can promise `max_changed`; it is enough if none of their answers changes."""
         if self.max_changed is None or self.max_changed == 1:
             return 0
         return math.ceil(held_out_to_promise(self.max_changed) / MEASURED_SHARE)
@@ -210,7 +210,7 @@ class MergeArguments:
         if self.r is not None:
             given["r"] = parse_r(self.r)
         if self.merge_method == GROUPS:
-            del given["merge_method"]  # no value of the config field; the search sets `merge_groups`
+            del given["merge_method"]  # not a value of the config field; the search sets `merge_groups`
         return given
 
     def sample_count(self, model: ToMePerceiverPreTrainedModel, samples: Samples, input_shape: tuple[int, ...]) -> int:
@@ -281,11 +281,11 @@ class MergeArguments:
         input_shape: tuple[int, ...],
         timed: int = LARGEST_BATCH,
     ) -> Choice | None:
-        """Set the merging that meets the budget, from the stored frontier if there had to be one (see `calibrates`).
+        """Set the merging that meets the budget; it comes from the stored frontier if `calibrates` is true.
 
         Args:
             model, samples, input_shape: as for `calibrate`.
-            timed: batch size that `latency_ratio` is timed at.
+            timed: batch size at which time is measured for `latency_ratio`.
 
         Returns:
             The choice; `None` without a budget.

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matching methods used as controls, and methods that no comparison favours. Importing this module registers them.
+"""Matching methods for comparison: controls, and published methods that win no comparison.
+
+Importing this module registers them.
 
 They are not part of the code in a checkpoint, so only this repository can run a checkpoint with them.
 """
@@ -25,7 +27,7 @@ from merging_tome_perceiver import (
     take_pairs,
 )
 
-# Margin of the energy at the first layer, from which it falls to 0 over the layers (Tran et al., 2024).
+# Margin of the energy at the first layer; it falls linearly to 0 over the layers (Tran et al., 2024).
 LARGEST_MARGIN = 0.9
 # Temperature of the size criterion (Lee et al., 2024).
 SIZE_TEMPERATURE = 1 / 40
@@ -36,17 +38,17 @@ SIZE_TEMPERATURE = 1 / 40
 def match_size_penalty(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """Bipartite soft matching that prefers latents of small size.
 
-    The attraction of latents i and j is (cos + 1) / 2 x (1 / (s_i s_j)) ^ (1 / 40). Where all sizes are equal this is
-    `bipartite`; elsewhere a pair that is less similar, but smaller, may merge before an exact duplicate.
+    The attraction of latents i and j is (cos + 1) / 2 x (1 / (s_i s_j)) ^ (1 / 40). If all sizes are equal, this is
+    `bipartite`; otherwise a pair of small, less similar latents may merge before a pair of exact duplicates.
 
     Args:
-        metric: (B, N, C). Zero vectors and ties are those of `match_bipartite`.
+        metric: (B, N, C). Zero vectors and ties are treated as in `match_bipartite`.
         r: R, latents to merge away, from 1 to N // 2.
         sizes: (B, N), s; `None` for 1 each.
         depth: without effect.
 
     Source: Lee et al. (2024), "Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision
-    Transformers" (arXiv:2403.10030), section 3.2: the criteria of similarity and size, without the informativeness.
+    Transformers" (arXiv:2403.10030), section 3.2: its similarity and size criteria, without the informativeness.
     """
     attraction = (cosine_similarity(metric, EVENS, ODDS) + 1) / 2
     if sizes is not None:
@@ -60,9 +62,9 @@ def match_size_penalty(metric: Tensor, r: int, sizes: Tensor | None = None, dept
 def match_energy(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """Merge the 2R latents of highest energy in pairs, and protect the others.
 
-    Ordered by energy, those 2R alternate between two sets; each of the first merges into the most similar one of the
-    second. High energy means many similar latents, so isolated latents stay. Exact duplicates need not merge: energy
-    alone decides which latents are protected and which set a latent is in.
+    In order of energy, the 2R latents go alternately into two sets, and each latent of the first set merges into the
+    most similar latent of the second. High energy means many similar latents, so isolated latents stay. Exact
+    duplicates may stay apart: energy alone decides which latents are protected and which set a latent is in.
 
     Args:
         metric: (B, N, C) compared by cosine similarity, in float32 or wider; a zero vector is orthogonal to everything.
@@ -85,8 +87,8 @@ def match_energy(metric: Tensor, r: int, sizes: Tensor | None = None, depth: flo
 def energy_scores(similarity: Tensor, margin: float) -> Tensor:
     """Return the energy of each latent: how crowded its neighbourhood is.
 
-    E_i is the sum over the other latents j of f(cos_ij), divided by N, with f(x) = x from the margin on and
-    exp(x - margin) - 1 below it.
+    E_i is the sum over the other latents j of f(cos_ij), divided by N, where f(x) = x if x >= margin, else
+    exp(x - margin) - 1.
 
     Args:
         similarity: (B, N, N).
@@ -105,12 +107,12 @@ def energy_scores(similarity: Tensor, margin: float) -> Tensor:
 @register_merge_method("random", flops=lambda latents, channels: 0)
 @torch.no_grad()
 def match_random(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
-    """Match by random edges in the form of `bipartite`: a control for the matching.
+    """Match along random edges, and otherwise as `bipartite`: a control for the matching.
 
     The draw depends on N alone and is the same for every input, so that a row's output does not depend on its batch
     and activation checkpointing recomputes the same merges.
     """
-    # In a compiled layer the shape is symbolic and cannot be a seed, so N is counted.
+    # In a compiled layer the shape is symbolic and cannot be a seed, so N is counted on a list.
     num_latents = len([*range(metric.shape[1])])
     evens, odds = (num_latents + 1) // 2, num_latents // 2
     generator = random.Random(num_latents)

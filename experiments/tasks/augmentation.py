@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-# Half the logarithm of the largest change of aspect ratio, 4/3: width grows and height shrinks by the same factor.
+# Logarithm of the largest stretch. It multiplies the width and divides the height: the aspect ratio changes by 4/3.
 MAX_LOG_STRETCH = math.log(4 / 3) / 2
 
 

@@ -108,10 +108,10 @@ class PreparedTask:
             outputs; `None`: use training examples.
         processing_class: the tokenizer or image processor that made the examples.
         collate: makes a batch from a list of examples.
-        decode_logits: turns logits, columns in the order of `labels`, into a class or number for each example, or a
-            row of tokens for each.
+        decode_logits: maps logits, whose columns are in the order of `labels`, to a class, a number or a row of tokens
+            for each example.
         kind: how predictions are scored, a key of `experiments.tasks.scores.SCORES`.
-        labels: names of the classes, in the order used for scoring; empty if the task is no classification.
+        labels: names of the classes, in the order used for scoring; empty if the task is not classification.
         label_ids: the model's class index of each label.
         file_names: names of the input files to predict, by suffix; empty if inputs are not files.
         reduce_logits: maps a batch's logits and labels to the input of `decode_logits` during evaluation, for logits
@@ -191,11 +191,11 @@ class PreparedTask:
 
 @dataclass
 class Task(ABC):
-    """Unprocessed data of a task; subclasses know the model classes and the processing for one kind of input.
+    """Unprocessed data of a task; each subclass defines the model classes and the processing for one kind of input.
 
     Attributes:
         source: origin of the data.
-        labels: names of the classes, in the order used for scoring; empty if the task is no classification.
+        labels: names of the classes, in the order used for scoring; empty if the task is not classification.
         train, evaluation, prediction, calibration: unprocessed examples, used as in `PreparedTask`.
         main_metric: name of the score shown in tables and pictures.
         summary: lines that tell the user what was read, see `summarize_data`.
@@ -229,11 +229,11 @@ class Task(ABC):
 
     @abstractmethod
     def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
-        """Return the tokenizer or image processor called `name`; `None`: a default one for a model from scratch."""
+        """Return the tokenizer or image processor called `name` or, for `None`, the default of a model from scratch."""
 
     @abstractmethod
     def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
-        """Set the sizes in the config of a model from scratch that depend on the processing class."""
+        """Set the config's sizes that depend on the processing class; called for a model from scratch."""
 
     def first_input(self, prepared: PreparedTask) -> str | None:
         """Describe the first model input in one line, or return `None` if the input cannot be shown as text."""
@@ -255,7 +255,7 @@ class Splits:
     Attributes:
         argument: the argument that chose the data, with its value.
         by_name: the splits.
-        own_arguments: arguments that chose one split each, with their values, by the name of the split.
+        own_arguments: for each split that has an argument of its own, this argument with its value.
     """
 
     argument: str
@@ -315,7 +315,7 @@ def first_examples(dataset: Dataset, count: int | None) -> Dataset:
 
 
 def without_column(dataset: Dataset, column: str) -> Dataset:
-    """Return a dataset without the column, which it may lack."""
+    """Return a dataset without the column; unchanged if it has no such column."""
     return dataset.select_columns([name for name in dataset.column_names if name != column])
 
 
@@ -345,7 +345,7 @@ def summarize_data(used: str, splits: Mapping[str, Dataset], labels: Sequence[st
     """Return lines that tell the user which data were read: columns, number of examples, labels.
 
     Args:
-        used: first line: the argument that chose the data, and the use of their columns or folders.
+        used: the first line, which names the argument that chose the data and says how columns or folders are used.
         splits: examples by purpose; labels are summarized for the first split that has any.
         labels: names of the classes; empty if labels are numbers.
     """

@@ -32,7 +32,7 @@ SENTENCE_COLUMNS = {
 }  # fmt: skip
 # Score shown in tables and pictures; accuracy for the other tasks.
 MAIN_METRIC = {"cola": "matthews_correlation", "stsb": "pearson"}
-# Evaluation splits of MNLI, by suffix of the results: genres of the training set, and other genres (_mm).
+# Suffixes of split names, by suffix of the results: MNLI has splits with the genres of training and with others.
 SPLIT_SUFFIXES = {"mnli": {"": "_matched", "_mm": "_mismatched"}}
 # Positive class of F1, by task; it is the last class in GLUE.
 POSITIVE_CLASSES = {"mrpc": "equivalent", "qqp": "duplicate"}
@@ -94,7 +94,7 @@ class GlueTask(TextTask):
     hub_task: ClassVar[str] = "text-classification"
 
     def model_class_name(self, config: ToMePerceiverConfig) -> str:
-        """Return the classifier; a masked language model may start it too, with a new decoder."""
+        """Return the classifier's name; the checkpoint of a masked language model is accepted, with a new decoder."""
         for name in map(str, config.architectures or []):
             if "ForSequenceClassification" not in name and "ForMaskedLM" not in name:
                 raise BadInput(
@@ -115,7 +115,7 @@ class GlueTask(TextTask):
         return f"first input, {len(example['input_ids'])} tokens: {shown!r}{label or ''}"
 
     def prepare(self, config: ToMePerceiverConfig, processing_class: Any, seed: int) -> PreparedTask:
-        """Tokenize the sentences; batches are padded to their longest input, or all as `--pad_to_max_length` says."""
+        """Tokenize the sentences; pad a batch to its longest input, or to the maximum with `--pad_to_max_length`."""
         ids = label_ids(config, self.labels) if self.labels else []
         tokens = self.tokenize(config, processing_class, ids)
         return PreparedTask(
@@ -282,8 +282,8 @@ def _choose_sentence_columns(
     """Return the columns with the sentences.
 
     Raises:
-        BadInput: if several or no columns may hold them, if examples that are not only predicted have no labels, or if
-            the first line of a file to predict may be an example and not the names of the columns.
+        BadInput: if no column or more than one may hold them, if examples to train or evaluate on have no labels, or
+            if the first line of a file to predict may be an example instead of a header.
     """
     if not is_predicted and LABEL not in first.features:
         raise BadInput(

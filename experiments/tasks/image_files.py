@@ -30,7 +30,7 @@ from experiments.tasks.reading import read_dataset
 logger = logging.getLogger(__name__)
 
 IMAGE, ROW = "image", "row"
-"""Columns of the images and of their names in messages, such as "0 of split 'train'"; a file goes by its path."""
+"""Columns with an image and its name in messages, such as "0 of split 'train'"; files are named by their paths."""
 AS_STORED = ImageFeature(decode=False)
 """Feature of images that are not decoded: a mapping with `bytes` and `path`."""
 # Names in lower case of files and folders that Windows, macOS and network drives create; they are ignored, like hidden
@@ -147,7 +147,7 @@ def read_image_folder(
 ) -> tuple[Dataset, list[str]]:
     """Return the images of a folder with a subfolder for each class, and lines on the files that are left out.
 
-    If `unlabelled`, the images may also be directly in the folder. They are sorted by path, character by character. A
+    If `unlabelled`, the images may also be directly in the folder. All are sorted by path, character by character. A
     folder with a metadata file is read by `datasets`, with the columns of that file.
 
     Raises:
@@ -183,12 +183,12 @@ def read_image_folder(
 
 
 def describe_unused_files(argument: str, folder: str, splits: Iterable[Dataset], labels: list[str]) -> list[str]:
-    """Return a line on the files of a local folder that are in no example, or no line.
+    """Return a list with one line about the files of a local folder that are in no example.
 
-    There is no line if all files are used, or if no image is a file of its own. Images of the splits are not decoded.
+    The list is empty if all files are used, or if no image is a separate file. Images of the splits are not decoded.
 
     Raises:
-        BadInput: for the folder of a class without any image that was read.
+        BadInput: for the folder of a class from which no image was read.
     """
     root = Path(folder).resolve()
     paths = (Path(path) for split in splits for path in stored_paths(split) if path is not None)

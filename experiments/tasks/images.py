@@ -166,7 +166,7 @@ class ImageTask(Task):
         return name
 
     def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
-        """Return the image processor called `name`; `None`: one that resizes to `config.image_size`, and to [-1, 1]."""
+        """Return the image processor called `name`; `None`: one for `config.image_size` and pixels in [-1, 1]."""
         if name is None:
             if config.image_size < 1:
                 raise BadInput(
@@ -419,7 +419,7 @@ def _select_columns(dataset: Dataset, image: str, label: str, argument: str, nam
 
 
 def _has_other_labels(split: Dataset, labels: Sequence[str]) -> bool:
-    """Whether a split has labels but none of the classes, as if its real labels were hidden."""
+    """Whether a split has labels, but none is a class of training: placeholders for hidden labels."""
     feature = split.features.get(LABEL)
     if not isinstance(feature, (ClassLabel, Value)) or not has_labels(split, LABEL):
         return False  # labels of another type are refused when they are read
@@ -466,7 +466,7 @@ def _choose_column(
     """Return the column that the user gave, or else the only candidate.
 
     Args:
-        option: the argument for the column, after the argument of the data.
+        option: start of an error message: the argument that chose the data, then the one that names the column.
         given: the column that the user gave, if any.
         likely: two lists: columns with a matching type, and columns with a matching name.
         fitting: candidates if no column is likely.

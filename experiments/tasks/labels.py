@@ -135,8 +135,8 @@ def label_names(dataset: Dataset, column: str, where: str, regression: bool | No
     Args:
         dataset, column: the labels.
         where: name of the data for messages.
-        regression: whether the labels are numbers to predict; `None`: they are if they have decimal points and not all
-            are whole.
+        regression: whether the labels are numbers to predict; `None`: true if they have decimal points and not all are
+            whole.
 
     Raises:
         BadInput: for a column that holds neither classes nor numbers, or that may hold either.
@@ -205,7 +205,7 @@ def _are_numbers(values: list[str], count: int, column: str, where: str) -> bool
 
 
 def _merge_spellings(names: list[str], column: str, where: str) -> list[str]:
-    """Return the sorted names of classes, one for all that differ only in surrounding spaces or Unicode form.
+    """Return the sorted names of classes; names that differ only in surrounding spaces or Unicode form become one.
 
     Raises:
         BadInput: for an integer in two spellings.

@@ -133,7 +133,7 @@ class MlmTask(TextTask):
         return MODEL_CLASS
 
     def fit_config(self, config: ToMePerceiverConfig, processing_class: Any) -> None:
-        """Set the vocabulary size, and as many positions as inputs have, since the model decodes every position."""
+        """Set the vocabulary size and, since every position is decoded, the number of positions: the inputs' length."""
         super().fit_config(config, processing_class)
         config.max_position_embeddings = self.arguments.max_seq_length or config.max_position_embeddings
 
@@ -179,7 +179,7 @@ class MlmTask(TextTask):
         )
 
     def make_tokenize(self, tokenizer: Any, length: int, label_ids: Sequence[int]) -> Callable[[Columns], Columns]:
-        """Return the function that makes an input of each sentence, or joins all sentences and cuts inputs of `length`.
+        """Return the function that tokenizes each sentence, or joins sentences and cuts them into inputs of `length`.
 
         Joined sentences keep their special tokens. The remainder of a batch, shorter than `length`, is dropped, as in
         the official run_mlm.py.
@@ -190,7 +190,7 @@ class MlmTask(TextTask):
 
         def join(batch: Columns) -> Columns:
             sentences = [sentence for line in batch[SENTENCE] for sentence in line]
-            # No warnings of too long sentences: they are cut below.
+            # No warnings about long sentences: they are cut below.
             ids = list(chain.from_iterable(tokenizer(sentences, verbose=False)["input_ids"]))
             rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
             return {"input_ids": rows, "attention_mask": [[1] * length for _ in rows]}
@@ -198,7 +198,7 @@ class MlmTask(TextTask):
         return join
 
     def _select_inputs(self, tokens: TextTask, seed: int) -> TextTask:
-        """Shuffle the inputs of joined lines and keep the maximum number: they are known only after tokenization.
+        """Shuffle and limit the inputs made of joined lines; before tokenization it is unknown how many there are.
 
         Raises:
             BadInput: if a split has no input.
@@ -259,9 +259,9 @@ def load_mlm_task(
 ) -> MlmTask:
     """Load the sentences that the arguments choose, from all configurations together.
 
-    Sentences that differ only in case and punctuation are duplicates: one of them is kept, and evaluated ones are not
-    trained on. Arguments and errors are those of `load_glue_task`, except that `evaluate` is ignored: there is always
-    an evaluation split.
+    Sentences that differ only in case and punctuation are duplicates: one of them is kept, and sentences that are
+    evaluated are not trained on. Arguments and errors are those of `load_glue_task`, except that `evaluate` is ignored:
+    there is always an evaluation split.
 
     Raises:
         BadInput: also if `predict` is true.

@@ -348,8 +348,8 @@ def _check_stored_names(files: list[str]) -> None:
 def _fingerprint(place: Path) -> str:
     """Return a digest of the current state of a file, or of all files below a folder.
 
-    The cache of `datasets` identifies a folder with a card by its name only, and a file by its modification time, which
-    a copy of another file may share. The digest includes the change time (ctime), which a copy cannot inherit.
+    The cache of `datasets` identifies a folder that has a dataset card by its name only, and a file by its modification
+    time, which a copy of another file may share. The digest includes the change time (ctime), which is never copied.
     """
     digest = hashlib.sha256()
     below = [Path(parent) / name for parent, _, names in os.walk(place, followlinks=True) for name in names]

@@ -25,7 +25,7 @@ class RedrawnExamples(torch.utils.data.Dataset):
     Args:
         examples: the unchanged examples.
         draw: makes model inputs from an example, its index and a random generator.
-        seed: of the random changes.
+        seed: seed of the random changes.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ class Score:
         value: the score.
         stderr: standard error of the score; `None` for a single example.
         compared: whether the score was compared with a baseline on the same examples.
-        change, change_stderr: difference from the baseline, paired by example, and its standard error. That is far
+        change, change_stderr: difference from the baseline, paired by example, and its standard error, which is far
             smaller than the standard errors of the two scores, since the models agree on most examples.
     """
 
@@ -158,7 +158,7 @@ def squeeze_numbers(logits: np.ndarray) -> np.ndarray:
 
 
 def score(kind: str, predictions: np.ndarray, references: np.ndarray, baseline: np.ndarray | None = None) -> Scores:
-    """Score predictions, with standard errors: closed form for accuracy alone, bootstrap for other scores.
+    """Score predictions, with standard errors: in closed form if accuracy is the only score, else by bootstrap.
 
     Standard errors treat examples as independent, but not the S positions of one example.
 

@@ -79,7 +79,7 @@ class TextTask(Task):
     input_name: ClassVar[str] = "input_ids"
 
     def processing_class(self, config: ToMePerceiverConfig, name: str | None, **download: Any) -> Any:
-        """Return the tokenizer called `name`; `None`: the byte tokenizer of the published Perceiver language model."""
+        """Return the tokenizer called `name` or, for `None`, the byte tokenizer of the published Perceiver."""
         if name is None:
             return PerceiverTokenizer()
         with naming(f"--tokenizer_name {name}", Exception):
@@ -139,8 +139,8 @@ class TextTask(Task):
         names = self.sentence_columns
         options: dict[str, Any] = {"truncation": True, "max_length": length}
         options["padding"] = "max_length" if self.arguments.pad_to_max_length else False
-        # A fast tokenizer stores the options of its last call, which enter the hash. This call sets them, so that the
-        # hash does not depend on earlier calls.
+        # A fast tokenizer stores the options of its last call, and the hash includes them. This call sets them, so that
+        # the hash does not depend on earlier calls.
         tokenizer(*(["a"] for _ in names), **options)
 
         def tokenize(batch: Columns) -> Columns:

@@ -157,8 +157,8 @@ def read_sentences(splits: Sequence[Split], given: Sequence[str], joined: bool, 
     Args:
         splits: the splits to read.
         given: columns that the user named.
-        joined: whether each row of the result is a list of the sentences in one row of the data; otherwise it is one
-            sentence, column after column.
+        joined: whether each row of the result is a list of the sentences in one row of the data; otherwise each row is
+            one sentence, and the columns of a split follow one another.
         overwrite_cache: whether to read again, instead of using the cache.
 
     Raises:
@@ -194,7 +194,7 @@ def _extract_sentences(batch: dict[str, list], columns: list[str], joined: bool)
 
 
 def find_distinct(lines: Dataset) -> dict[LineKey, int]:
-    """Return the index of each distinct line: of duplicates the last index, in the order of their first."""
+    """Return the index of each distinct line; duplicates get the index of the last, at the place of the first."""
     batches = lines.iter(LINES_PER_BATCH) if len(lines) else ()
     read = ([line] if isinstance(line, str) else line for batch in batches for line in batch[SENTENCE])
     return {tuple(map(_digest_letters, sentences)): index for index, sentences in enumerate(read)}
