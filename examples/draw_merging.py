@@ -204,7 +204,7 @@ def batch_shape(batch: dict[str, Tensor]) -> tuple[int, ...]:
 def prepare_images(
     model: modeling.ToMePerceiverPreTrainedModel, arguments: DrawArguments
 ) -> tuple[Sequence[Any], Encode, Callable[[int, Any], Example]]:
-    """Return the images to draw, a function that makes a batch of images, and one that draws what the model reads.
+    """Return the images to draw, a function that makes a batch, and one that makes the `Example` of one input.
 
     Raises:
         BadInput: if an image is missing. The two functions raise it for images of a size that the model cannot read.
@@ -240,7 +240,7 @@ def read_image(path: str) -> PilImage.Image:
 def prepare_texts(
     model: modeling.ToMePerceiverPreTrainedModel, arguments: DrawArguments
 ) -> tuple[Sequence[str], Encode, Callable[[int, str], Example]]:
-    """Return the texts to draw, a function that makes a batch of texts, and one that draws what the model reads.
+    """Return the texts to draw, a function that makes a batch, and one that makes the `Example` of one input.
 
     Raises:
         BadInput: if the tokenizer or a text is missing.

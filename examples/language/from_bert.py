@@ -192,7 +192,7 @@ def start_from_bert(
     decoder, inputs = model.perceiver.decoder, model.perceiver.input_preprocessor
     width = bert.config.hidden_size
     code = _draw_code(model.config.max_position_embeddings)
-    # One more of each token, so that no token has the frequency 0.
+    # Each token counts once more, so that no token has the frequency 0.
     model.embedding_decoder.bias.copy_(((counts.double() + 1) / (counts.sum() + len(counts))).log())
     ids, mask = (
         pad_sequence([torch.as_tensor(row) for row in examples[name]], batch_first=True)
@@ -257,7 +257,7 @@ def _copy_embeddings(inputs: nn.Module, teacher: Teacher, code: Tensor) -> None:
 
 
 def _write_code(vectors: Tensor, width: int, code: Tensor) -> None:
-    """Set vectors (P or more, C) to their position code (P, K), written behind the first `width` channels."""
+    """Write position codes (P, K) into vectors (P or more, C), behind the first `width` channels; others become 0."""
     vectors.zero_()
     vectors[: len(code), width : width + code.shape[1]] = code
 

@@ -35,7 +35,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="reliability-") as name:
         folder = Path(name).resolve()
         os.environ |= isolated_environment(folder / "home")
-        # Here, since libraries read the environment when they are imported.
+        # Imported only here, because libraries read the environment when they are imported.
         from experiments.measurement import describe_environment, environment_line
         from tests.reliability.verdicts import report, write_report
 

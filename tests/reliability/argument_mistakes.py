@@ -11,8 +11,8 @@ from tests.reliability.inputs import SCRIPTS
 
 GLUE, IMAGE, MLM, SWEEP = SCRIPTS
 
-# By class and script: arguments to add, one mistake in each line. The message must contain name and value of the first
-# argument; after "=>" stands what it must contain too, after "=>>" what it must contain instead.
+# By class and script: arguments to add, one mistake in each line. The message must contain the name and the value of
+# the first argument. Words after "=>" must be in the message too; words after "=>>" must be in it instead.
 MISTAKES: dict[str, dict[str, str]] = {
     "numbers out of range": {
         GLUE: """

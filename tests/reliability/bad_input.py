@@ -27,12 +27,12 @@ class BadInputCase:
     row: str  # class of the mistake
     name: str  # unique in this class and script
     script: str
-    # Writes its files to an empty folder, and returns the arguments. `--output_dir out`, in that folder, is put before
-    # them, so that they may replace it.
+    # Function that writes the case's files to an empty folder, and returns the arguments of the command. They follow
+    # `--output_dir out` (in that folder), so they can override it.
     make: Make
     says: tuple[str, ...]  # what the message must contain
     exit_code: int = 2  # 2 for a user's mistake, 1 for any other reason to stop
-    works: bool = False  # whether it is found only while training or evaluating, so that files may be left
+    works: bool = False  # whether the mistake shows only in training or evaluation, when files may be left
     fresh: bool = False  # run in a new interpreter instead of a fork, to cover imports and the interpreter's exit
 
     @property

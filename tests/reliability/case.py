@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Try a case, and return the verdict on it.
 
-A case is one line of a table: a dataclass with its `kind` (the law that it tries, which has a table in the report), its
-`row` in that table, an `id` unlike that of every other case, and `attempt(inputs, folder)`, which tries it in a new
-folder and returns an `Attempt`.
+A case is a dataclass with a `kind` (the promise that it tries; the report has a table for each), a `row` (its line of
+that table), a unique `id`, and `attempt(inputs, folder)`, which tries it in a new folder and returns an `Attempt`.
 """
 
 from __future__ import annotations

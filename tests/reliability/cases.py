@@ -16,7 +16,7 @@ from tests.reliability.data_mistakes import data_mistakes
 from tests.reliability.folder_mistakes import folder_mistakes
 from tests.reliability.kills import kill_cases
 
-# One in this many bad inputs is also tried in a new interpreter.
+# One of every 35 bad inputs is also tried in a new interpreter.
 FRESH_EVERY = 35
 BAD_INPUTS: tuple[BadInputCase, ...] = (
     *argument_mistakes(), *argument_file_mistakes(), *data_mistakes(), *checkpoint_mistakes(), *folder_mistakes(),

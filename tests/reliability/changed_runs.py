@@ -38,7 +38,7 @@ SCENARIOS = (
     Scenario("fixed groups", "run_glue.py", "text_evaluation", (*BUDGET, "--merge_method", "groups")),
 )
 RUNS = {scenario.name: scenario for scenario in SCENARIOS}
-# Non-default values of training arguments for which the type suggests none; `None`: no other value runs here.
+# Non-default values of training arguments that `other_values` cannot derive; `None` if no other value runs here.
 VALUES: dict[str, Command | None] = {
     **dict.fromkeys(("output_dir", "resume_from_checkpoint", "do_train", "use_cpu", "local_rank"), None),
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), None),
@@ -103,7 +103,7 @@ OWN: dict[str, tuple[str, ...]] = {
         "--calibration_samples 5", "--max_train_samples 12", "--max_eval_samples 5", "--seed 7",
     ),
 }  # fmt: skip
-# Training may be made longer and continue, which gives other results than a run in an empty folder.
+# A resumed run may raise these to train for longer; its results then differ from those of one in an empty folder.
 LENGTH = ("num_train_epochs", "max_steps")
 # Files that may differ from those of a run in an empty folder: arguments, logs, training states.
 NOT_COMPARED = re.compile(
@@ -119,7 +119,7 @@ class Change:
     run: str  # key of `RUNS`
     name: str  # of the change
     added: Command = ()  # arguments of the second run
-    edit: Edit | None = None  # of an input, if that is what changes
+    edit: Edit | None = None  # edits an input; `None` if only arguments change
     resume: bool = False  # whether the second run resumes
 
     kind = "one thing changed"
@@ -135,7 +135,7 @@ class Change:
         return f"{self.run}, {what} changed"
 
     def attempt(self, inputs: Inputs, folder: Path) -> Attempt:
-        """Run to the end, change one thing, run again, and compare with the same in an empty folder."""
+        """Run to the end, change one thing, run again, and compare with the changed run in an empty folder."""
         scenario = RUNS[self.run]
         if self.edit:
             shutil.copytree(inputs.folder, folder / "inputs", ignore=shutil.ignore_patterns("finished"), symlinks=True)

@@ -19,7 +19,7 @@ Change = Callable[[Path], object]
 GLUE, IMAGE, MLM, SWEEP = SCRIPTS
 CONFIGS, WEIGHTS, PROCESSORS = "config files", "weights files", "tokenizers and image processors"
 WEIGHTS_FILE = "model.safetensors"
-# Config fields and values that they must not have; the message names the field.
+# Wrong values by config field; the message must name the field.
 FIELDS: dict[str, list[Any]] = {
     "num_latents": ["many", 0, -8, 1.5],
     "d_latents": [None],
@@ -38,7 +38,7 @@ FIELDS: dict[str, list[Any]] = {
     "id2label": [[1, 2]],
     "label2id": [{"negative": 0, "positive": 0}],
 }
-# The same, with what the message must contain.
+# A config field, a wrong value of it, and what the message must contain.
 FIELDS_AND_VALUES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("architectures", ["BertModel"], ("BertModel",)),
     ("model_type", "bert", ("bert",)),
@@ -128,7 +128,7 @@ def _bert(folder: Path) -> None:
     BertConfig().save_pretrained(folder)
 
 
-# By name: the scripts, the change, and what the message must contain beside `FOLDER`.
+# By name: the scripts, the change, and what the message must contain in place of `FOLDER`, if given.
 FOLDER = ("--model_name_or_path", "checkpoint")
 CHECKPOINTS: dict[str, tuple[Any, ...]] = {
     "an empty folder": ([GLUE, SWEEP], _remove("*")),

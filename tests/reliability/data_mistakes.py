@@ -20,7 +20,7 @@ from tests.support.tiny_texts import write_table
 
 FILES, LABELS, IMAGES = "files of sentences", "labels", "images"
 GOOD = {"text": ["aaa", "bbb", "aaab", "bbba"], "label": ["good", "bad", "good", "bad"]}
-# Train files in bytes, and what the message must contain.
+# Content of a training file, and what the message must contain.
 TRAIN_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "empty.csv": (b"", ("--train_file", "empty.csv")),
     "header.csv": (b"text,label\n", ("header.csv",)),
@@ -184,7 +184,7 @@ def _labels(train: list, validation: list) -> Make:
 
 
 def _label(script: str, split: str, label: int | None) -> Make:
-    """Replace one label of a split, by -1, as in GLUE's test splits, or by nothing."""
+    """Replace one label of a split by another one, such as the -1 of GLUE's test splits, or remove it if `None`."""
 
     def make(inputs: Inputs, folder: Path) -> Command:
         source, files = (inputs.glue, "sst2/") if script == "run_glue.py" else (inputs.images, "")

@@ -77,7 +77,7 @@ def _holding(files: dict[str, str]) -> Callable[[Path], Path]:
     return output_dir
 
 
-# Not by permissions, because root may write anywhere.
+# Paths that cannot be written to. None relies on permissions, because root may write anywhere.
 NOT_WRITTEN: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "a file": (_a_file, ("file",)),
     "below a file": (lambda folder: _a_file(folder) / "out", ("file",)),

@@ -129,11 +129,11 @@ class Inputs:
 class Scenario:
     """A working command of a script."""
 
-    name: str  # what is special in it
+    name: str  # names what is special in it
     script: str  # that is called
     base: str  # attribute of `Inputs` that is the start of its arguments
     added: Command = ()  # the rest of them, but for `--output_dir`
-    resume: Command = ()  # what is added when it is called again, if it can resume
+    resume: Command = ()  # arguments added when it is called again, if it can resume
 
     @property
     def id(self) -> str:

@@ -116,7 +116,7 @@ class KillCase:
         while outcomes[-1].killed:
             again = len(stages) < MOST_KILLS and chance.random() < 0.4
             kill = Kill(seconds=chance.uniform(0.05, 0.9) * expected.seconds) if again else None
-            # Sometimes without --resume_from_checkpoint, so that the run starts over and may be resumed later.
+            # Sometimes without --resume_from_checkpoint: the run starts over, or is refused and called with it below.
             resume = scenario.resume if started_over or chance.random() < 0.75 else ()
             started_over = True
             outcome = run_forked(scenario.script, (*command, *resume), folder, kill)
@@ -143,7 +143,7 @@ class KillCase:
 
 
 def kill_cases() -> Iterator[KillCase]:
-    """Yield six kills at random times for every scenario, and kills in each function for some."""
+    """Yield six kills at random times for every scenario, and a kill in each function for four of the scenarios."""
     for scenario in SCENARIOS:
         for seed in range(6):
             yield KillCase(scenario, seed)

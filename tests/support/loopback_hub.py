@@ -2,8 +2,8 @@
 """In-memory Hugging Face Hub on 127.0.0.1, for tests with the real clients: huggingface_hub and transformers.
 
 It has one user with three tokens: one that may write, one that may only read, and a fine-grained one that may write to
-existing repositories only. Errors have the status and the `X-Error-Code` of the real Hub. Two things are simpler than
-there: large files come from this server and not from separate storage, and there is no Xet.
+existing repositories only. Errors have the status and the `X-Error-Code` of the real Hub. Two things are simpler here:
+large files come from this server and not from separate storage, and there is no Xet.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Repository:
     by_oid: dict[str, Commit] = field(default_factory=dict)
 
     def at(self, revision: str) -> Commit:
-        """Return the commit of a branch, or with this oid."""
+        """Return the newest commit of a branch, or the commit with an oid."""
         commit = self.branches.get(revision) or self.by_oid.get(revision)
         if commit is None:
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -100,7 +100,7 @@ class Refused(Exception):
 
 @dataclass
 class Fault:
-    """Requests to fail, how they fail, and how many more times."""
+    """Order to fail requests: which ones, how many more, and how they fail."""
 
     pattern: str
     times: int
@@ -156,7 +156,7 @@ class LoopbackHub:
         return {name: file.data for name, file in files.items() if name != ".gitattributes"}
 
     def fail(self, pattern: str, times: int, how: str) -> None:
-        """Make the next requests fail whose "METHOD /path" matches a regular expression.
+        """Make the next `times` requests fail, counting those whose "METHOD /path" matches a regular expression.
 
         Args:
             pattern: the expression; the path is percent-encoded as it was sent, without its query.

@@ -130,7 +130,7 @@ def kill_at(function: str, call: int = 1, half: bool = False) -> None:
     Args:
         function: "module:name" or "module:Class.name".
         call: number of the call, from 1.
-        half: kill after the call, and cut the file that it has written to half.
+        half: let the call finish, cut the file that it wrote to half of its length, and only then kill.
     """
     module, _, path = function.partition(":")
     *owners, name = path.split(".")

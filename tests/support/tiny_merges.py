@@ -38,7 +38,7 @@ DUPLICATES = {
     "matched at once": (dict(r=[3, 1, 0, 0, 0, 0]), [0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7]),
     "matched late, over two blocks": (dict(r=[0, 3, 0, 0, 1, 0]), [0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7]),
     "matched, one size": (dict(r=[1, 0, 0, 0, 0, 0]), [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10]),
-    # These methods find copies at any positions, if no more latents differ than are kept.
+    # These methods find copies at any positions, if at least as many latents are kept as there are different ones.
     "k_center": (dict(r=[5, 2, 0, 1, 0, 0], merge_method="k_center"), [0, 1, 0, 2, 0, 3, 1, 0, 0, 2, 0, 2]),
     "leader": (dict(r=[5, 2, 0, 1, 0, 0], merge_method="leader"), [0, 1, 0, 2, 0, 3, 1, 0, 0, 2, 0, 2]),
     "groups in two steps": (

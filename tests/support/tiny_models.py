@@ -70,7 +70,7 @@ def stock_config(**changes: Any) -> PerceiverConfig:
 
 
 def tiny_model(head: str, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
-    """Build a ToMe model in evaluation mode with weights of `spread_weights`."""
+    """Build a ToMe model in evaluation mode, with weights drawn by `spread_weights`."""
     attn_implementation = changes.pop("attn_implementation", None)
     config = tiny_config(**changes)
     if attn_implementation is not None:
