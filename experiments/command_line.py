@@ -178,8 +178,8 @@ def help_page(description: str, dataclass_types: tuple[type, ...], everything: b
 
     Args:
         description: first part of the page.
-        dataclass_types: dataclasses of the arguments. If one has `in_help`, argument names by heading, only these are
-            listed of it.
+        dataclass_types: dataclasses of the arguments. If one has `in_help` (argument names by heading), only
+            the arguments named there are listed.
         everything: list all arguments, also those not in `in_help`.
     """
     groups: dict[str, list[str]] = {}
@@ -216,7 +216,7 @@ def _default(field: dataclasses.Field) -> Any:
 def shown_command() -> str:
     """Return the running command line for a report: secrets are left out, and absolute paths are shortened.
 
-    Paths become relative to the current folder, or, outside it, their last name.
+    A path inside the current folder becomes relative to it; any other path is cut to its last part.
     """
     words = ["python", *(_shorten_path(word) for word in sys.argv)]
     for index, word in enumerate(words):

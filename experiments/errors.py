@@ -47,7 +47,7 @@ def naming(argument: str, *errors: type[Exception]) -> Iterator[None]:
     """Turn `errors` raised inside into a `BadInput` that names `argument`.
 
     Wrap only code that can fail because of the user's input: other errors keep their traceback. Pass `Exception` only
-    around a single library call that reads the user's input. A `Stopped` and a full disk or memory pass unchanged.
+    around a single library call that reads the user's input. A `Stopped` and the errors of a full disk or memory pass.
     """
     try:
         yield
@@ -183,7 +183,7 @@ def _full_disk_or_memory_line(error: BaseException) -> str | None:
 
 
 def _no_access_line(error: BaseException) -> str | None:
-    """Return the message for a file or folder without access, where no code has named its argument; else `None`."""
+    """Return the message for denied access to a file or folder that `naming` did not catch; else `None`."""
     for cause in _walk_causes(error, context=True):
         if isinstance(cause, OSError) and cause.errno in NO_ACCESS_ERRNOS and cause.filename is not None:
             return f"{one_line(cause)}; use one with the needed permissions; {FILES_ARE_WHOLE}"

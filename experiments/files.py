@@ -37,7 +37,7 @@ def check_writable(name: str, folder: Path) -> None:
 
 @contextmanager
 def folder_kept_if_used(folder: Path) -> Iterator[None]:
-    """Create a folder and its parents; at the end, remove those of them that are new and empty."""
+    """Create a folder and its missing parents; at the end, remove the created ones that are empty."""
     created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -99,7 +99,7 @@ def metric_name(metric: str) -> str:
 
 
 def shown_r(merging: Merging | ToMePerceiverConfig) -> R:
-    """Return what the column r shows: r of a config, or words if fixed groups merge latents."""
+    """Return the value of the column r: r of a config, or words if fixed groups merge latents."""
     if not (merging.merge_groups or merging.latent_groups):
         return merging.r
     merges = any(merging.r) if isinstance(merging.r, list) else merging.r
@@ -307,7 +307,7 @@ class Card:
 
     @property
     def listed_trainings(self) -> list[tuple[str, str | None, dict[str, Any]]]:
-        """Heading, heading of the previous training, and arguments to list, of each training."""
+        """For each training: its heading, the heading of the training before it, and the arguments to list."""
         listed: list[tuple[str, str | None, dict[str, Any]]] = []
         previous: str | None = None
         for heading, fields in self.trainings.items():
@@ -325,7 +325,7 @@ class Card:
 
     @property
     def example_bound(self) -> float | None:
-        """A share of changed answers for example code, promised by the frontier's mildest row, if any."""
+        """Bound on changed answers for example code that the frontier's mildest row keeps; `None` without one."""
         if self.frontier is None or all(row.changed_bound is None for row in self.frontier.rows):
             return None
         bound = math.ceil(100 * max(0.01, self.frontier.rows[0].changed_bound or 0.0)) / 100

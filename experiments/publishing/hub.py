@@ -144,7 +144,7 @@ def push_checkpoint(repository: HubRepository, folder: Path, message: str, revis
         PushFailed: if the push fails; pushing again is safe.
         BadInput: if the folder holds no checkpoint, or one of `FILES_WITH_PATHS` is not JSON.
     """
-    # A wrong folder without weights would delete those of the repository.
+    # Pushing a wrong folder, one without weights, would delete the weights in the repository.
     if not (folder / "config.json").is_file():
         raise BadInput(f"--output_dir {folder}: holds no config.json; use a folder with a checkpoint")
     set_card_repository(folder, repository.repo_id)

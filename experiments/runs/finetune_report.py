@@ -90,7 +90,7 @@ def _describe_merging(run: Run) -> str:
 
 
 def _change_lines(run: Run) -> list[str]:
-    """Return lines on the answers that the chosen merging changes, measured on the weights that it was chosen for."""
+    """Return lines on how the chosen merging changes answers, measured with the weights that it was chosen for."""
     if run.choice is None:
         return []
     are_saved_weights = run.saves_untrained or run.chooses_after_training
@@ -99,7 +99,7 @@ def _change_lines(run: Run) -> list[str]:
 
 
 def _write_card(run: Run, speedup: Quartiles | None, batch_size: int | None) -> None:
-    """Write the card of the saved checkpoint, and record its config, by which a later evaluation recognises it."""
+    """Write the card of the saved checkpoint, and record its config, so that a later evaluation recognises it."""
     update_record(run.output_dir, {CONFIG: config_fingerprint(run.model.config)})
     budget = run.merge_args.budget_line
     if run.choice is not None:

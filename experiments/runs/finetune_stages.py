@@ -66,14 +66,14 @@ class Run:
         self.choice: FrontierRow | None = None
         self.sample_count = 0
         self._resolved: dict[str, Any] = {}
-        # What each stage resumes from, by its folder.
+        # Where each stage resumes, by its folder.
         self.resume_by_folder: dict[Path, str | None] = {}
         self._content = content_fingerprints(
             self.task, self.prepared, train=self.training.do_train, calibrates=self.merge_args.calibrates
         )
         self._content |= {INITIAL_WEIGHTS: weights_fingerprint(self.model)}
-        # Made before a budget changes the config. Finetuning has its own record, because it depends neither on the
-        # merging nor on the retraining.
+        # Make the records before a budget changes the config. Finetuning has its own record, because it depends neither
+        # on the merging nor on the retraining.
         self.record = self._record(args.model, args.data, self.merge_args, self.retraining)
         self.finetuning_record = self._record(args.model, args.data)
 
@@ -139,7 +139,7 @@ class Run:
             self._resolve()
 
     def _resolve(self) -> None:
-        """Choose the merging, or take the choice that this run recorded before, since measured times vary."""
+        """Choose the merging, or reuse this run's recorded choice: choosing again may differ, since times vary."""
         contents = {**self.record.content, INITIAL_WEIGHTS: weights_fingerprint(self.model)}
         inputs = RunRecord(recorded_arguments(self.merge_args), contents).flatten()
         earlier, config = RunRecord.read(self.output_dir).notes.get(RESOLVED) or {}, self.model.config
@@ -148,7 +148,7 @@ class Run:
             self.choice.merging.apply(config)
             config.merge_frontier = earlier["frontier"]
         else:
-            # A search preserves the model's outputs, which mean nothing before training.
+            # A search looks for merging that changes outputs little; outputs of an untrained model mean nothing.
             new_head = self.loaded.has_new_head
             trained = self.retrains or self.args.model.model_name_or_path is not None and not new_head
             merge_args = self.merge_args if trained else self.merge_args.without_samples
@@ -234,7 +234,7 @@ class Run:
             announce("measuring the frontier of the trained weights")
             self._calibrate(self.merge_args)
         if self.writes:
-            # If training had already finished, the config in memory is the one from before it: update the saved one.
+            # If an earlier run did the training, the config in memory dates from before it, so update the saved one.
             saved = ToMePerceiverConfig.from_pretrained(self.output_dir)
             saved.merge_frontier = self.model.config.merge_frontier
             Merging.of(self.model.config).apply(saved)
@@ -262,8 +262,8 @@ class Run:
 
         Args:
             trainer: holds the model.
-            prefix: of the file and of the names in it.
-            name: of the row in the report and card.
+            prefix: prefix of the result file's name and of the names in it.
+            name: name of the row in the report and card.
         """
         unmerged = None if self.unmerged_evaluation is None else self.unmerged_evaluation.predictions
         evaluation = evaluate(trainer, self.prepared, prefix, unmerged)

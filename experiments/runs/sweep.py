@@ -121,7 +121,8 @@ class Sweep:
         for folder in (MERGED_FOLDER, PREDICTIONS_FOLDER, *([RETRAINED_FOLDER] if self.retrains else [])):
             check_writable(f"--output_dir {self.output_dir}", self.output_dir / folder)
         model = self.loaded.model
-        # Resolving budgets takes minutes, so check the disk before it; the number of rows is known only after it.
+        # Check the disk for the fewest possible checkpoints now, because resolving budgets takes minutes, and again below
+        # once the number of rows is known.
         check_disk_space(self.output_dir, model, self.training, models=3 if self.retrains else 2)
         if self.is_resumed:
             model.config.merge_frontier = self.results.frontier
@@ -162,7 +163,7 @@ class Sweep:
             say(f"{stage} {row.name}: {results_line(stage, evaluation.flatten())}")
             if self.writes:
                 self._save_predictions(evaluation, row, stage)
-                # A resumed sweep skips rows with saved scores, so the card must be written before these.
+                # Write the card before saving the scores: a resumed sweep skips rows with saved scores.
                 if stage == "retrained":
                     self._write_retrained_card(row, trainer.model.config)
                 self.results.save(self.output_dir)

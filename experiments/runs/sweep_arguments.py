@@ -116,7 +116,7 @@ class SweepArguments:
         self._check_rows()
 
     def _check_rows(self) -> None:
-        """Check all arguments by making `MergeArguments` of them, also of those that no row uses."""
+        """Check all arguments, even those that no row uses, by creating `MergeArguments` from them."""
         for schedule in [] if self._has_budget else self.schedule:
             MergeArguments(schedule=schedule)
         samples = self.calibration_samples
@@ -180,8 +180,8 @@ class SweepArguments:
         """Return the rows: the unmerged model first, then every r and budget, then the rows of the frontier.
 
         Args:
-            model: run by searches and latency budgets. Afterwards it merges nothing, and its config holds the frontier
-                that it was loaded with or that was measured here, if any.
+            model: model that searches and latency budgets run. Afterwards it merges nothing, and its config holds the
+                frontier that it was loaded with or that was measured here, if any.
             samples: unlabelled samples, as for `MergeArguments.calibrate`.
             input_shape: shape of one input, (1, S) or (1, 3, height, width), for which FLOPs are counted.
 
@@ -210,7 +210,7 @@ class SweepArguments:
 
         requested = list(self._rows())
         chosen: dict[int, Merging] = {}
-        # Rows without a search come first, and low budgets before high ones, to refuse one out of reach early.
+        # Rows without a search first, and low budgets before high ones, so that an unreachable one is refused early.
         for index in sorted(range(len(requested)), key=lambda index: _resolving_order(requested[index].arguments)):
             set_frontier(requested[index].arguments)
             requested[index].arguments.choose(model, samples, input_shape, self.timing_batch_size)

@@ -48,7 +48,7 @@ from modeling_tome_perceiver import ToMePerceiverPreTrainedModel
 PICTURE = "sweep.png"
 # Stages of a row: the checkpoint merged as it is, and retrained with merging.
 STAGES = ("merged", "retrained")
-# A row keeps its score if it is at most this many standard errors of the change below the unmerged model's.
+# A row counts as keeping the unmerged model's score if it drops by at most this many standard errors of the change.
 MAX_DROP = 2
 BEST_ROW_RULE = """The best row is the fastest one whose score is at most two standard errors of the paired change lower
 than unmerged; rows slower than unmerged count only if all are. Without timing, it is the row with the fewest FLOPs; if
@@ -96,7 +96,7 @@ class Row:
         config, unmerged_config = (each.asked_of(model.config) for each in (merging, model.unmerged))
         cost, unmerged = (forward_cost(each, input_shape, type(model).__name__) for each in (config, unmerged_config))
         own, whole = (sum(each.self_attention) + sum(each.matching) for each in (cost, unmerged))
-        # No method matches latents: they merge by fixed groups, in the layers or of the learned latents alone.
+        # Fixed groups merge in the layers, or merge only the learned latents: no method matches latents in either case.
         only_groups = config.merge_groups or (config.latent_groups and not any(config.merge_schedule))
         shown = {"r": config.merge_schedule, "num_blocks": config.num_blocks}
         shown |= {way: getattr(config, way) for way in MATCHING_FIELDS} | (
@@ -118,7 +118,7 @@ class Row:
         return re.sub(r"[^A-Za-z0-9.]+", "_", self.name.replace("=", ""))
 
     def value_and_error(self, stage: str, name: str) -> tuple[float, float] | None:
-        """Return a score and its standard error, that of the change if it was compared; `None` if it is undefined."""
+        """Return a score, and the standard error of its change (if not compared, of the score); `None` if undefined."""
         score = self.scores.get(stage, {}).get(name, Score(None))
         error = score.change_stderr if score.compared else score.stderr
         return None if score.value is None else (score.value, error or 0.0)
@@ -184,10 +184,10 @@ class SweepResults:
         write_json(output_dir / SWEEP_FILE, asdict(self) | {"rows": [row.to_json() for row in self.rows]})
 
     def take_over(self, output_dir: Path) -> bool:
-        """Take over the cells of an earlier run of the same sweep, and return whether there was one.
+        """Take over the rows and times of an earlier run of the same sweep, and return whether there was one.
 
         Raises:
-            BadInput: if the folder holds another run, or a file of a version that did not say what made it.
+            BadInput: if the folder holds another run, or a results file that is incomplete.
         """
         path = output_dir / SWEEP_FILE
         if not path.exists():
@@ -233,10 +233,10 @@ class Best(NamedTuple):
 
 
 def find_best(rows: Sequence[Row], score: str) -> Best | None:
-    """Return the fastest row whose score is at most `MAX_DROP` standard errors of its change lower than unmerged.
+    """Return the fastest row whose score drops by at most `MAX_DROP` standard errors of the change.
 
-    Rows slower than the unmerged model count only if all are. Without timing, it is the row with the fewest FLOPs; if
-    every score is lower than that, the row with the best score.
+    Rows slower than the unmerged model count only if all are slower. Without timing, the row with the fewest FLOPs
+    counts as the fastest. If every score drops by more, return the row with the best score.
 
     Args:
         rows: rows of a sweep, the unmerged model first.
@@ -433,7 +433,7 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], score: str, place: Callable[[Ro
             value, error = 100 * measured[0], 100 * (unmerged.scores[stage][score].stderr or 0)
             label = f"{model}: {with_error(value, error, '.1f')}"
             if stage == "merged":
-                # A band of one standard error shows how small a difference is where nothing is lost.
+                # A band of one standard error shows which differences are within the noise.
                 axes.axhspan(value - error, value + error, color=UNMERGED, alpha=0.15, linewidth=0)
                 axes.axhline(value, color=UNMERGED, linewidth=1, linestyle="--")
                 label += " (band)"

@@ -32,8 +32,9 @@ class MergingDraw:
     """Random merging for each training step: a schedule drawn uniformly, within a budget drawn log-uniformly.
 
     The schedules are those of `cost_tome_perceiver.SCHEDULES` at each strength, among them every constant r. The budget
-    is a share of the FLOPs of the self-attention layers, without the matching: from `SMALLEST_FLOPS_SHARE`, or the
-    smallest share that the schedule reaches, up to 1. It is log-uniform because strong merging is harder to learn.
+    is a share of the FLOPs of the self-attention layers, not counting the matching. Its lower end is the larger of
+    `SMALLEST_FLOPS_SHARE` and the smallest share that the schedule reaches; its upper end is 1. It is log-uniform
+    because strong merging is harder to learn.
 
     Args:
         config: config of the model; of its merging settings only `min_latents` has an effect.
@@ -85,9 +86,10 @@ def distillation_loss(merged: Tensor, unmerged: Tensor, labels: Tensor, regressi
 class ElasticTrainer(TaskTrainer):
     """`TaskTrainer` that trains one model for all mergings.
 
-    Modifications: the training loss is the unmerged loss of the task plus `distillation_weight` times
-    `distillation_loss`, for outputs merged as `MergingDraw` says. The unmerged outputs get no gradient from it. All
-    batches of an accumulated step merge alike. Evaluation uses the merging of the config, which stays unchanged.
+    Modifications: the training loss is the task's loss of the unmerged outputs plus `distillation_weight` times the
+    `distillation_loss` of merged outputs. `MergingDraw` draws one merging for each step, shared by all batches that
+    accumulate gradients for it. The distillation loss gives the unmerged outputs no gradient. Evaluation uses the
+    merging of the config, which stays unchanged.
     """
 
     def __init__(self, *args: Any, distillation_weight: float = 1.0, **kwargs: Any) -> None:

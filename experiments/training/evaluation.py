@@ -26,7 +26,7 @@ class Evaluation:
     """Results of one evaluation on all evaluation splits.
 
     Attributes:
-        split: prefix of names in result files: "eval" for the final model, "merged" for the model before retraining.
+        split: prefix of names in result files, such as "eval" (final model) or "merged" (merged before retraining).
         scores: scores by name.
         figures: loss, time and number of examples, by their name in result files.
         predictions: predictions by suffix of the split, one for each example.

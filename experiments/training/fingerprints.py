@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from configuration_tome_perceiver import MERGING_FIELDS, ToMePerceiverConfig
 
-# Config fields that set only how the model merges; num_blocks also sets the layers that run.
+# Config fields that set only how the model merges. num_blocks is left out because it also sets which layers run.
 MERGING_SETTINGS = tuple(name for name in MERGING_FIELDS if name != "num_blocks")
-# Config fields that do not change outputs: its origin, its writer and the frontier.
+# Config fields that do not change outputs: where the config comes from, what wrote it, and the frontier.
 WITHOUT_EFFECT = (
     "_name_or_path", "transformers_version", "architectures", "auto_map", "model_type", "dtype", "merge_frontier",
 )  # fmt: skip
@@ -51,7 +51,7 @@ def data_fingerprint(splits: Mapping[str, Any], desc: str, labels: Iterable[str]
     """Return the fingerprint of examples in their order: values of all columns, and bytes of image files.
 
     Args:
-        splits: by suffix, a `datasets.Dataset`, without applying its transforms, or a list of dictionaries.
+        splits: splits by suffix, each a `datasets.Dataset` (read without its transforms) or a list of dictionaries.
         desc: name of the examples in the progress bar.
         labels: names of the classes.
     """

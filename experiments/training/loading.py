@@ -39,7 +39,7 @@ def load_model_and_task(
 
     Args:
         merging: merging fields of the config, as for `load_config`.
-        training: training arguments; the seed is used, and the process that prepares the data for the others.
+        training: training arguments, for the seed and for preparing the data in one process before the others.
 
     Raises:
         BadInput: for a file that is missing or does not fit, before the weights are read.
@@ -122,11 +122,11 @@ def load_model(
 
 
 def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], may_be_new: bool) -> bool:
-    """Refuse weights that are missing, left over or of another shape, about which transformers only warns.
+    """Refuse weights that are missing, unexpected or of another shape; transformers would only warn.
 
     Args:
         loaded: loading information of `from_pretrained`.
-        may_be_new: whether weights of a head may be missing or left over.
+        may_be_new: whether weights of a head may be missing or unexpected.
 
     Returns:
         Whether the head is initialised at random.

@@ -56,7 +56,7 @@ def lock_folder(output_dir: Path) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                # Remove the file before the release: afterwards another run may have locked it.
+                # Remove the lock file before releasing the lock: afterwards another run may have locked the file.
                 (output_dir / LOCK_FILE).unlink(missing_ok=True)
             lock.release()
 
@@ -75,12 +75,12 @@ def claim_training(
         For each folder, `LAST`, a checkpoint, or None to begin anew.
 
     Raises:
-        BadInput: if a folder holds another run, if the given checkpoint is damaged or of another run, or if a stopped
-            training would begin anew, which removes its checkpoints, without `--resume_from_checkpoint false`.
+        BadInput: if a folder holds another run, if the given checkpoint is damaged or of another run, or if the folders
+            hold an unfinished training and the argument is not given. (`false` begins anew and removes checkpoints.)
     """
     resume_by_folder = assign_resume(resume_from_checkpoint, list(stages))
     for folder, record in stages.items():
-        # A longer first stage gives the second one another model to begin from, so the second is not extended.
+        # Only the first stage may be extended: extending it changes the model that the second stage starts from.
         is_first = folder == next(iter(stages))
         claim_folder(folder, record, write, longer=is_first and resume_by_folder[folder] is not None)
         check_resume(resume_by_folder[folder], record)
@@ -125,7 +125,7 @@ def claim_folder(output_dir: Path, record: RunRecord, write: bool, longer: bool 
             and isinstance(old, (int, float))
             and 0 < old < record.arguments[name]
         }
-        # Compare an evaluation only by what both record: training records more, and a first evaluation may record less.
+        # Compare an evaluation only by fields in both records: training records more, a first evaluation maybe less.
         different = earlier.difference(record, extended, only_shared=not trains)
         if different is not None:
             raise another_run_error(output_dir, different)
@@ -165,7 +165,7 @@ def check_disk_space(output_dir: Path, model: nn.Module, arguments: TrainingArgu
         models: number of trained models that are kept.
 
     Raises:
-        BadInput: if it has not, with the free and the needed space.
+        BadInput: if the disk has too little room; the message gives the free and the needed space.
     """
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     needed = size * (models + (ADAM_COPIES if arguments.save_strategy != "no" else 0))
@@ -181,7 +181,7 @@ def check_disk_space(output_dir: Path, model: nn.Module, arguments: TrainingArgu
 def save_metrics(folder: Path, split: str, metrics: dict[str, Any]) -> None:
     """Write `SPLIT_results.json` and update `all_results.json`, each atomically.
 
-    `Trainer.save_metrics` writes the same files in place: a kill may leave half a file, which stops the next run.
+    `Trainer.save_metrics` writes the same files in place: if it is killed, half a file may stay and stop the next run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     all_results = folder / "all_results.json"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resume trainings from checkpoints, and detect checkpoints that are damaged or of another run.
 
-To the files that Trainer writes, a checkpoint adds `run_record.json`: the run record and the fingerprint of each file.
-It is written last, so an incomplete checkpoint has none, and a later change of a file shows.
+Besides the files that Trainer writes, a checkpoint holds `run_record.json`: the run record and each file's fingerprint.
+It is written last, so an incomplete checkpoint lacks it, and a file changed later no longer matches its fingerprint.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def parse_resume(resume_from_checkpoint: str | None) -> str | None:
 
 
 def assign_resume(resume_from_checkpoint: str | None, folders: Sequence[Path]) -> dict[Path, str | None]:
-    """Return, for the folder of each stage of a training, where it resumes: a value as from `parse_resume`.
+    """Return where each stage of a training resumes, by its folder: values as from `parse_resume`.
 
-    A given checkpoint belongs to the stage whose folder contains it, else to the first stage. Earlier stages have ended
-    (`LAST`), later ones begin anew.
+    A given checkpoint belongs to the stage whose folder contains it, else to the first stage. The stages before that
+    one have ended (`LAST`), and the stages after it begin anew.
     """
     resume = parse_resume(resume_from_checkpoint)
     if resume is None or resume == LAST:
@@ -92,7 +92,7 @@ def check_resume(resume: str | None, record: RunRecord | None = None) -> None:
 
 
 def _has_ended(folder: Path, arguments: TrainingArguments) -> bool:
-    """Return whether the training in a folder has ended, after as many steps or epochs as the arguments ask for."""
+    """Return whether the training in a folder has ended, after at least the steps or epochs that the arguments set."""
     if not (folder / TRAINED_FILE).exists():
         return False
     state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
@@ -103,7 +103,7 @@ def _has_ended(folder: Path, arguments: TrainingArguments) -> bool:
 
 
 def record_checkpoint(checkpoint: Path, record: RunRecord, loss_sum: float | None) -> None:
-    """Write a checkpoint's record: after its other files, with the sum of all training losses so far."""
+    """Write a checkpoint's record, with the sum of all training losses so far; call it after all other writes."""
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKPOINT_RECORD_FILE)
     files = {str(path.relative_to(checkpoint)): file_fingerprint(path) for path in paths}
     write_json(checkpoint / CHECKPOINT_RECORD_FILE, {"record": record.flatten(), "loss_sum": loss_sum, "files": files})

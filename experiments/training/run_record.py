@@ -26,8 +26,8 @@ from experiments.training.fingerprints import data_fingerprint, digest_of
 ARGUMENTS_FILE = "arguments.json"
 # Arguments that are not recorded: secrets and caches.
 NOT_RECORDED = ("token", "cache_dir", "overwrite_cache")
-# Arguments that name the source of a model or of data. They are recorded but not compared: the content that was read
-# there is, by fingerprint.
+# Arguments that name the source of a model or of data. They are recorded but not compared: the fingerprints
+# of the content that was read from there are compared instead.
 SOURCE_ARGUMENTS = (
     "model_name_or_path", "model_revision", "config_name", "tokenizer_name", "image_processor_name",
     "trust_remote_code", "code_revision", "dataset_name", "train_file", "validation_file", "test_file", "train_dir",
@@ -46,7 +46,7 @@ WITHOUT_EFFECT = frozenset({
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_find_unused_parameters", "ddp_backend",
     "ddp_timeout", "local_rank",
 })  # fmt: skip
-# Fields that are recorded only if evaluations during training decide which weights are kept or the learning rate. The
+# Fields that are recorded only if evaluations during training decide the learning rate or which weights are kept. The
 # schedule of evaluations itself is always recorded: an evaluation draws random numbers, which changes later dropout.
 SAVING_FIELDS = frozenset({
     "save_strategy", "save_steps", "save_total_limit", "save_only_model", "metric_for_best_model", "greater_is_better",
@@ -58,7 +58,7 @@ INITIAL_WEIGHTS, INITIAL_CONFIG, WEIGHTS, CONFIG = "weights_to_start_from", "con
 TRAIN, CALIBRATION, PREDICTION = "train", "calibration", "prediction"
 # Keys of `RunRecord.notes`: the merging that a budget chose, and the length of training before it was extended.
 RESOLVED, CONTINUED = "resolved_merging", "continued_from"
-# Number of preprocessed inputs in the fingerprint of the inputs.
+# The fingerprint of the inputs covers this many preprocessed inputs.
 FIRST_INPUTS = 8
 
 
@@ -78,7 +78,7 @@ class RunRecord:
 
     @classmethod
     def parse(cls, fields: Any) -> RunRecord:
-        """Return the record that `flatten` has turned into a mapping.
+        """Return the record from a mapping that `flatten` returned.
 
         Raises:
             ValueError: for a value that is no such mapping.
@@ -119,7 +119,7 @@ class RunRecord:
             may_differ: names of arguments that may differ.
             only_shared: skip arguments and content that this record lacks.
         """
-        # A round trip through JSON changes types, such as tuples to lists, as it did for the recorded values.
+        # Convert to JSON and back, as the recorded values were: this changes types, such as tuples to lists.
         for name, value in json.loads(json.dumps(dict(current.arguments))).items():
             compared = (
                 name not in SOURCE_ARGUMENTS
@@ -149,7 +149,7 @@ def recorded_arguments(*groups: Any) -> dict[str, Any]:
 
 
 def data_fields(data: Any) -> dict[str, Any]:
-    """Return the arguments that set how data are read and that are not the default, without their source."""
+    """Return the data arguments that are not the default, without those that name the source of the data."""
     defaults = {
         argument.name: argument.default if argument.default_factory is MISSING else argument.default_factory()
         for argument in fields(data)

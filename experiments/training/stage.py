@@ -82,7 +82,7 @@ class RetrainArguments:
 
     @property
     def trainer_class(self) -> Callable[..., TaskTrainer]:
-        """Class of the Trainer for the last training, or a function that returns one."""
+        """Class of the Trainer for the last training, or a function that creates that Trainer."""
         return partial(ElasticTrainer, distillation_weight=self.distillation_weight) if self.elastic else TaskTrainer
 
 
@@ -114,7 +114,7 @@ def task_trainer(
     # `collate` needs columns that are no arguments of the model.
     arguments.remove_unused_columns = False
     if arguments.torch_compile:
-        # Compile layer by layer: Trainer would compile the whole model, again for each r and length of a batch.
+        # Compile layer by layer: Trainer would compile the whole model anew for each r and each input length.
         model.compile_repeated_blocks(backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
         arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
     trainer = trainer_class(
@@ -204,7 +204,7 @@ def train_and_save(trainer: TaskTrainer, resume: str | None) -> None:
         BadInput: if the weights of a training that has ended were changed later.
     """
     folder, writes = Path(trainer.args.output_dir), trainer.is_world_process_zero()
-    # Training changes the weights, for which a frontier measured before does not hold.
+    # A frontier measured before training does not hold for the trained weights.
     trainer.model.config.merge_frontier = None
     resume_folder = find_resume_folder(resume, folder, trainer.args, trainer.record)
     if resume_folder == folder:
@@ -217,8 +217,8 @@ def train_and_save(trainer: TaskTrainer, resume: str | None) -> None:
         if resume_folder is None:
             remove_checkpoints(folder)
     trainer.accelerator.wait_for_everyone()
-    # An evaluation has prepared the model for evaluation only. accelerate would treat it as prepared for training, and
-    # each of several processes would train its own copy.
+    # An earlier evaluation marked the model as prepared, but only for evaluation. With that mark accelerate would not
+    # prepare it for training, and each of several processes would train its own copy.
     trainer.model_wrapped = trainer.model
     trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     try:
@@ -230,7 +230,7 @@ def train_and_save(trainer: TaskTrainer, resume: str | None) -> None:
             trainer.save_model()  # every process takes part: sharded weights are gathered
         trainer.save_state()
     except RuntimeError as error:
-        # On a full disk `torch.save` raises an "iostream error" that does not name it.
+        # On a full disk `torch.save` raises an "iostream error" that does not mention the disk.
         if folder.exists() and shutil.disk_usage(folder).free < FULL_DISK_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise

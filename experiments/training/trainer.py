@@ -34,7 +34,7 @@ class TaskTrainer(Trainer):
     - masked language models decode only the masked positions, see `decoding_only_masked`
     - stops at the first loss that is not finite, and saves no weights that are not finite
     - writes the run record into each checkpoint, see `experiments.training.resume`
-    - `train_loss` is the mean over all steps; after a resume, upstream's leaves out the steps before
+    - `train_loss` is the mean over all steps; upstream's leaves out the steps before a resume
     - logs no gradient norm that is not finite, which `trainer_state.json` could not hold as standard JSON
     - an undefined metric never counts as the best
     - prints the results of a stage in one line, see `experiments.training.progress`
@@ -54,14 +54,14 @@ class TaskTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         loss_sum = 0.0 if resume_from_checkpoint is None else read_loss_sum(Path(resume_from_checkpoint))
-        # `log` leaves out a mean that is NaN.
+        # A sum that was not finite is read as None; as NaN it makes the mean NaN, which `log` leaves out.
         self._loss_sum = math.nan if loss_sum is None else loss_sum
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         result.metrics.pop("total_flos", None)
         return result
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
-        if self.args.n_gpu > 1:  # DataParallel splits labels by row, which `decoding_only_masked` puts into one row
+        if self.args.n_gpu > 1:  # DataParallel splits labels by row; `decoding_only_masked` leaves a single row
             loss = super().training_step(model, inputs, *args, **kwargs)
         else:
             with decoding_only_masked(self.model, inputs) as masked_inputs:

@@ -53,7 +53,7 @@ UNSUPPORTED = {
     "neftune_noise_alpha": "a Perceiver has no embedding module to add noise to",
     "use_liger_kernel": "Liger has no kernels for a Perceiver",
 }
-# Arguments, and the argument without which they have no effect or fail late.
+# Arguments that need another argument: without it, they have no effect or fail late.
 NEEDED_ARGUMENTS = {
     "dataloader_persistent_workers": "dataloader_num_workers",
     "dataloader_multiprocessing_context": "dataloader_num_workers",
