@@ -121,8 +121,8 @@ class Sweep:
         for folder in (MERGED_FOLDER, PREDICTIONS_FOLDER, *([RETRAINED_FOLDER] if self.retrains else [])):
             check_writable(f"--output_dir {self.output_dir}", self.output_dir / folder)
         model = self.loaded.model
-        # Check the disk for the fewest possible checkpoints now, because resolving budgets takes minutes, and again below
-        # once the number of rows is known.
+        # Check the disk for the fewest possible checkpoints now, because resolving budgets takes minutes, and again
+        # below, once the number of rows is known.
         check_disk_space(self.output_dir, model, self.training, models=3 if self.retrains else 2)
         if self.is_resumed:
             model.config.merge_frontier = self.results.frontier
