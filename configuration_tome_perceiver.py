@@ -174,7 +174,7 @@ class ToMePerceiverConfig(PerceiverConfig):
         Raises:
             ValueError: if a merging field is out of range.
         """
-        # Fields can be set at any time, and groups of the wrong length would merge the wrong latents.
+        # Check again: fields can be set at any time, and groups of the wrong length would merge the wrong latents.
         self.check_merging_fields()
         left = self.latents_at_start
         if self.merge_groups is None:
@@ -186,7 +186,7 @@ class ToMePerceiverConfig(PerceiverConfig):
         return removed
 
     def schedule_of(self, r: int | list[int], inflection: float = 0.0, latents: int | None = None) -> list[int]:
-        """Return the `merge_schedule` that a given `r` would have in place of this config's merging settings.
+        """Return the `merge_schedule` for a given `r`, in place of this config's merging settings.
 
         Args:
             r, inflection: as `r` and `r_inflection` of the config.
@@ -221,7 +221,7 @@ class ToMePerceiverConfig(PerceiverConfig):
             flops_ratio: budget, as a share of the unmerged model's FLOPs.
 
         Raises:
-            ValueError: if the share is not a number above 0, up to 1, if no row is within it, or without a frontier.
+            ValueError: if the share is not above 0 and at most 1, if no row is within it, or if there is no frontier.
         """
         check_share("flops_ratio", flops_ratio)
         if self.merge_frontier is None:
@@ -311,8 +311,8 @@ def _spread_r(r: int | list[int], inflection: float, layers: int) -> list[int]:
     """Return the number of latents to merge away in each layer, before the caps."""
     if isinstance(r, (list, tuple)):
         return list(r)
-    # ToMe's linear ramp from r (1 - inflection) to r (1 + inflection). Rounding keeps the sum of the i-th first and the
-    # i-th last layer at 2r, so the inflection changes where latents merge but not how many merge in total.
+    # ToMe's linear ramp from r (1 - inflection) to r (1 + inflection). After rounding, the i-th layer from the start
+    # and the i-th from the end still sum to 2r: the inflection changes where latents merge, but not how many in total.
     ramp = [r] * layers
     for i in range(layers // 2):
         distance_from_middle = 1 - 2 * i / (layers - 1)

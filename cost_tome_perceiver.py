@@ -168,7 +168,7 @@ class LayerWidths(NamedTuple):
 
 @cache  # A search counts the same few numbers of latents many times.
 def _layer_flops(widths: LayerWidths, queries: int, keys: int, mlp_rows: int) -> int:
-    """Count multi-head attention with its output projection, and the MLP, which may run on fewer latents."""
+    """Count the FLOPs of attention with its output projection, and of the MLP, which may run on fewer latents."""
     projections = product_flops(queries, widths.queries, widths.qk) + product_flops(queries, widths.v, widths.queries)
     projections += product_flops(keys, widths.keys, widths.qk + widths.v)
     scores_and_values = product_flops(queries, keys, widths.qk + widths.v)
@@ -177,7 +177,7 @@ def _layer_flops(widths: LayerWidths, queries: int, keys: int, mlp_rows: int) ->
 
 
 def self_attention_layer_flops(config: ToMePerceiverConfig, before: int, after: int) -> int:
-    """Count a layer that gets N = `before` latents and leaves M = `after`; they merge between attention and MLP."""
+    """Count the FLOPs of a layer that merges N = `before` latents into M = `after` between attention and MLP."""
     return _layer_flops(LayerWidths.of_self_attention(config), before, before, after)
 
 
@@ -294,7 +294,7 @@ def _fourier_channels(bands: int, dimensions: int) -> int:
 
 
 def _sizes(shape: Sequence[int], *expected: int | str) -> tuple[int, ...]:
-    """Return `shape` after a check of its length and of those sizes that `expected` gives as numbers."""
+    """Check the length of `shape`, and the sizes that `expected` gives as numbers; return it as a tuple."""
     if len(shape) != len(expected) or any(
         isinstance(fixed, int) and size != fixed for size, fixed in zip(shape, expected, strict=True)
     ):
@@ -358,7 +358,7 @@ class Merging:
         return cls.of(config).by(0)
 
     def by(self, r: int | list[int], **changed: Any) -> Merging:
-        """Return a copy with this r, without groups, and with the fields in `changed` replaced."""
+        """Return a copy with this r, no inflection and no groups, and then with the fields in `changed` replaced."""
         return replace(self, **{**UNMERGED, "r": r, **changed})
 
     def apply(self, config: ToMePerceiverConfig) -> None:
@@ -459,7 +459,7 @@ class FlopsShare:
         return self.for_latents(*_count_arguments(merging.asked_of(self.config)))
 
     def for_latents(self, reaching: Sequence[int], method: str | None, metric: str) -> float:
-        """Return the same share for numbers of latents, as in `count`."""
+        """Return the share of the unmerged FLOPs, with the matching, for numbers of latents as in `count`."""
         return self.count(reaching, method, metric).total_with_matching / self._outer_layers.batch / self.unmerged_flops
 
     def count(self, reaching: Sequence[int], method: str | None, metric: str) -> ForwardCost:
@@ -555,7 +555,7 @@ def merging_within(
     Args:
         config, name, base: as in `merging_at`.
         flops_ratio: budget, as a share of the unmerged model's FLOPs.
-        share: function from settings to their share.
+        share: returns the cost of settings as a share of the unmerged model's FLOPs.
 
     Raises:
         ValueError: if the schedule costs more even at full strength.

@@ -5,12 +5,12 @@ The first half defines the result: `Frontier` holds `FrontierRow`s and is saved 
 picks a row for a budget. `model.calibrate` and `model.merge_to` call this module.
 
 The second half, from `calibrate` on, searches for the rows. `_Search.run` chooses a schedule for each of several shares
-of the FLOPs, from mild to strong. For each share, `_Proposals.for_share` makes candidates, mostly from the best ones of
-the share before, with more merging in one place. `_Evaluator` measures the divergence of their outputs from the
-unmerged outputs on a quarter of the samples; all candidates share the work of reading the inputs. The other, held-out
-samples measure the chosen rows, so that `choose` can promise how many answers change. The search is deterministic: it
-reads the clock only if `seconds` limits it, and one thread computes each batch, so machine load and the number of
-threads change nothing.
+of the FLOPs, from mild to strong. For each share, `_Proposals.for_share` makes candidates, mostly by merging more in
+the best candidates of the previous share. `_Evaluator` measures the divergence of their outputs from the unmerged
+outputs on a quarter of the samples; all candidates share the work of reading the inputs. The other samples are held
+out: the chosen rows are measured on them, so that `choose` can promise how many answers change. The search is
+deterministic: it reads the clock only if `seconds` limits it, and one thread computes each batch, so machine load and
+the number of threads change nothing.
 
 Letters: B batch, S inputs, P compared positions, N latents, M latents left, L layers, K classes.
 """
@@ -82,7 +82,7 @@ Batch = Mapping[str, Tensor]
 """Arguments of a model's `forward` by name, each a tensor with B rows."""
 
 GROUPS = "groups"
-"""Choice in place of a matching method: fixed groups of latents, clustered by their mean similarity on the samples."""
+"""Name to give in place of a matching method: fixed groups of latents, clustered by mean similarity on the samples."""
 # Pairs of a matching method and a similarity metric that a search tries by default.
 SEARCHED_METHODS = (
     ("leader", "hidden"),
@@ -91,7 +91,7 @@ SEARCHED_METHODS = (
     ("bipartite", "key"),
     (GROUPS, "hidden"),
 )
-# Defaults for a schedule chosen without samples: `leader` on keys lost least accuracy in docs/results/choice and
+# Defaults for a schedule chosen without samples: `leader` on keys lost the least accuracy in docs/results/choice and
 # docs/results/language.
 NO_DATA_METHOD, NO_DATA_METRIC = "leader", "key"
 
@@ -103,11 +103,11 @@ PASSES_PER_SAMPLE, SEARCH_FLOPS = 12, 3e13
 CHUNK_SAMPLES, COMPARED_POSITIONS = 16, 16
 # Candidates within this factor of the least divergence are tied; the one that merges in fewest layers wins.
 TIED_FACTOR = 1.1
-# Most bytes of preprocessed inputs, and of latents after reading them, that are cached for all candidates.
+# Most bytes of each cache that all candidates share: one of preprocessed inputs, one of latents that have read them.
 CACHED_BYTES = 2**30
-# With fewer samples, a ranking of candidates or the share of a group is mostly noise.
+# With fewer samples, the ranking of candidates, or the share of changed answers in a group, is mostly noise.
 FEW_SAMPLES = 32
-# Rounds that time the rows for a latency budget.
+# Number of rounds in which the rows are timed for a latency budget.
 TIMED_ROUNDS = 15
 NOT_FINITE_CAUSE = "the weights of the model are damaged or training has diverged"
 
@@ -153,7 +153,7 @@ class FrontierRow:
         return "; ".join(parts or ["nothing merges"]) + blocks * (merging.num_blocks != num_blocks)
 
     def lines(self) -> list[str]:
-        """Describe in at most three lines how many answers change, and of which samples."""
+        """Describe in at most three lines how many answers change, and for which samples."""
         if self.changed is None:
             return []
         samples, tenth = self.who["samples"], self.who["worst_tenth"]
@@ -203,7 +203,7 @@ class Frontier:
         return cls(**others | {"rows": rows, "input_shape": tuple(saved["input_shape"])})
 
     def was_measured_on(self, model: Any) -> bool:
-        """Return whether the weights equal a model's; rounding to half precision is allowed, training is not."""
+        """Return whether the weights fit a model's; rounding to half precision is allowed, training is not."""
         pairs = list(zip_longest(self.weights, _weight_fingerprint(model), fillvalue=math.nan))
         return all(abs(a - b) <= 0.01 * max(abs(a), abs(b), 1e-3) for a, b in pairs)
 
@@ -259,8 +259,8 @@ class SearchOptions:
 
     Attributes:
         seconds: time limit; the search ends after about this time with the best candidates so far.
-        flops_ratios: shares of the FLOPs that need a row, besides those from 0.9 down to the least in reach.
-        schedules: names in `SCHEDULES` or `SKIP_BLOCKS`; only these schedules are tried, and no others are searched.
+        flops_ratios: shares of the FLOPs to search in addition to those from 0.9 down to the least in reach.
+        schedules: names in `SCHEDULES`, or `SKIP_BLOCKS`; only these are tried, in place of a free search.
         merge_methods, merge_metrics: matching methods (or `"groups"`) and similarity metrics to try.
         input_shape: shape of the one input that FLOPs are counted for, (1, S) or (1, 3, height, width); by default that
             of the longest sample.
@@ -299,7 +299,7 @@ class SearchOptions:
                     raise ValueError(f"{argument}: {name!r} is unknown; choose from {', '.join(known)}")
 
     def matchings(self, default: Sequence[tuple[str, str]] = SEARCHED_METHODS) -> list[tuple[str, str]]:
-        """Return pairs of a matching method and a similarity metric; those not given come from `default`."""
+        """Return pairs of a matching method and a similarity metric; lists not given come from `default`."""
         if self.merge_methods is None and self.merge_metrics is None:
             return list(default)
         methods, metrics = zip(*default, strict=True)
@@ -316,7 +316,7 @@ def choose(
 ) -> Choice:
     """Choose merging settings for one budget, without applying them.
 
-    `model.merge_to` applies them, and describes the budgets, samples and errors.
+    `model.merge_to` also applies them; its docstring describes the budgets, the samples and the errors.
 
     Args:
         model: model with a head that returns logits.
@@ -439,7 +439,7 @@ def _choose_fast_enough(
 
 
 def held_out_to_promise(max_changed: float) -> int:
-    """Return the least number of held-out samples that can promise `max_changed`, enough if no answer changes."""
+    """Return the least number of held-out samples to promise `max_changed`; it is enough if no answer changes."""
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-max_changed)) if max_changed < 1 else 1
 
 
@@ -571,7 +571,7 @@ class _Search:
             candidates = _distinct(proposals.for_share(target, parents))
             parents = candidates[:1] if self._is_over else self._find_best(candidates, target, passes / len(targets))
             chosen.append(parents[0])
-        # The best candidate of a stronger share may, with less merging in all layers, also be the best of a milder one.
+        # Scaled to merge less in all layers, the candidate of a stronger share may also be the best for a milder one.
         for place in range(len(chosen) - 2, -1, -1) if proposals.schedules is None else ():
             milder = proposals.scale(chosen[place + 1], targets[place])
             if milder is not None and not self._is_over:
@@ -612,7 +612,7 @@ class _Search:
 
 
 def _target_shares(least: float) -> list[float]:
-    """Return shares from 0.9 down to the least in reach: 0.1 apart, or closer so that there are at least eight."""
+    """Return shares from 0.9 down to the least in reach: 0.1 apart, or closer to make at least eight."""
     for steps in (10, 20):
         above = [step / steps for step in range(steps - steps // 10, 0, -1) if step / steps > least + 0.01]
         if len(above) >= 7:
@@ -624,7 +624,7 @@ class _Proposals:
     """Makes candidates within a share of the FLOPs. Its methods return `None` for a candidate that cannot reach it.
 
     Args:
-        evaluator: measures the similarities that groups of learned latents come from.
+        evaluator: measures the similarities by which learned latents are grouped.
         matchings: pairs of a matching method and a similarity metric.
         schedules: names of the only schedules to try; `None` to search freely.
     """
@@ -635,7 +635,7 @@ class _Proposals:
         self.config, self.flops_share = evaluator.config, evaluator.flops_share
         self.matchings, self.schedules = matchings, schedules
         self.unmerged = [replace(evaluator.unmerged, method=method, metric=metric) for method, metric in matchings]
-        # Candidates that merge learned latents before they read the inputs, from many groups to few, and nothing later.
+        # Candidates that merge only the learned latents, before these read the inputs; from many groups to few.
         self.grouped: list[_Candidate] = []
         if schedules is None:
             alike = evaluator.similarity(replace(self.unmerged[0], left=()), "hidden")
@@ -645,7 +645,7 @@ class _Proposals:
         self.least = _least_share(self.flops_share, matchings, schedules)
 
     def for_share(self, target: float, parents: Sequence[_Candidate]) -> Iterator[_Candidate | None]:
-        """Make the candidates for a share from the best ones of the share before; the most promising come first."""
+        """Make the candidates for a share from the best ones of the previous share; the most promising come first."""
         if self.schedules is not None:
             for name, candidate in product(self.schedules, self.unmerged):
                 yield self._fit(candidate, target, partial(latents_left, self.config, name))
@@ -656,7 +656,7 @@ class _Proposals:
         )
 
     def _fit(self, candidate: _Candidate, target: float, left: Callable[[float], Sequence[float]]) -> _Candidate | None:
-        """Return the candidate with the latents `left(strength)` at the least strength that is within the share."""
+        """Set the latents after the layers to `left(strength)`, with the least strength that meets the share."""
 
         def make(strength: float) -> _Candidate:
             return candidate.with_latents_left(left(strength), self.config.min_latents)
@@ -671,7 +671,7 @@ class _Proposals:
                 yield self._cap(replace(each, left=each.left[: blocks * per_block]), target, 0, flat=True)
 
     def _make_stronger(self, parent: _Candidate, target: float) -> Iterator[_Candidate | None]:
-        """Make a parent stronger: fewer latents in all layers; a block less; fewer at the start; another matching."""
+        """Vary a parent: fewer latents in all layers; one block fewer; fewer latents at the start; another matching."""
         yield self.scale(parent, target)
         per_block = self.config.num_self_attends_per_block
         if len(parent.left) > per_block:
@@ -694,7 +694,7 @@ class _Proposals:
         return self._fit(parent, target, left)
 
     def _cap(self, parent: _Candidate, target: float, layer: int, flat: bool) -> _Candidate | None:
-        """Return the parent with at most a cap of latents from a layer on; if `flat`, with exactly the cap."""
+        """Cap the parent's latents from a layer on, so that it meets the share; if `flat`, set them all to the cap."""
         reaching = parent.left[layer - 1] if layer else parent.latents
 
         def left(strength: float) -> list[float]:
@@ -739,7 +739,7 @@ def check_reach(model: Any, flops_ratio: float, input_shape: Sequence[int]) -> N
     """Check that a search can reach a share of the FLOPs; needs no samples and no trained weights.
 
     Raises:
-        ValueError: if it cannot, with the least share.
+        ValueError: if it cannot; the message has the least share that it can reach.
     """
     least = _least_share(_flops_share(model, [], input_shape), SEARCHED_METHODS)
     if flops_ratio < least:
@@ -755,7 +755,7 @@ class _Chunk:
         tokens: (B,) number of tokens without padding; `None` without a mask.
         unmerged_outputs: (B, P, K), set before candidates are compared.
         preprocessed: cached result of the base model's `preprocess`.
-        read_latents: cached latents after reading the inputs, with their sizes, by the groups of learned latents.
+        read_latents: cached latents that have read the inputs, and their sizes, by groups of the learned latents.
     """
 
     unmerged_outputs: Tensor
@@ -776,9 +776,9 @@ class _Chunk:
 
 
 def _compared_positions(inputs: Tensor, mask: Tensor | None, labels: Tensor | None) -> Tensor:
-    """Return (B, P) evenly spaced positions: of those with a label if all texts have some, otherwise of all tokens."""
+    """Return (B, P) positions, evenly spaced among the labelled ones if each text has some, else among all tokens."""
     eligible = torch.ones(inputs.shape, dtype=torch.bool, device=inputs.device) if mask is None else mask > 0
-    # Labels cover all positions of the model, also when the text is shorter.
+    # Labels cover all positions of the model, even if the text is shorter.
     labelled = eligible if labels is None else labels[:, : inputs.shape[1]] != -100
     if labelled.shape == eligible.shape and labelled.any(dim=1).all():
         eligible = labelled
@@ -926,7 +926,7 @@ class _Evaluator:
         return latents, sizes
 
     def _read(self, chunk: _Chunk, plan: MergePlan) -> tuple[Tensor, Tensor | None]:
-        """Return the latents after reading the inputs, and their sizes, cached by the groups of learned latents."""
+        """Return the latents that have read the inputs, and their sizes; cached by groups of the learned latents."""
         start = tuple(plan.latent_groups or ())
         if start in chunk.read_latents:
             return chunk.read_latents[start]

@@ -26,8 +26,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.perceiver import modeling_perceiver as upstream
 from transformers.pytorch_utils import apply_chunking_to_forward
 
-# The code of a Hub checkpoint is a package and must import its own files only: if one of them is broken, a copy of the
-# same name elsewhere on the path must not replace it.
+# In the repository these files are top-level modules; in a Hub checkpoint they are a package, which must import only
+# its own files. If one of those is broken, its error is raised: a copy elsewhere on the path must not replace it.
 try:
     from .configuration_tome_perceiver import ToMePerceiverConfig
     from .merging_tome_perceiver import Match, get_method, log_size_bias, match_groups, merge_latents, merge_sources
@@ -37,7 +37,7 @@ except ImportError:
     from configuration_tome_perceiver import ToMePerceiverConfig
     from merging_tome_perceiver import Match, get_method, log_size_bias, match_groups, merge_latents, merge_sources
 
-# Attention scores to compute at once on a CPU, so that they stay in its cache: 8 MB in float32.
+# Most attention scores to compute at once on a CPU, so that they stay in its cache: 8 MB in float32.
 MAX_CACHED_SCORES = 2**21
 
 
@@ -49,8 +49,8 @@ class ToMePerceiverModelOutput(upstream.PerceiverModelOutput):
         latent_sizes: (B, M) in float32, the number of the N latents that each remaining latent contains; each row sums
             to N. The encoder returns `None` if nothing merged.
         latent_sources: (B, M, N) of 0 and 1, which of the N latents each remaining latent contains; returned if
-            `output_latent_sources=True`. Each of the N latents is in exactly one, except those that a method drops, and
-            the sums over N are the sizes.
+            `output_latent_sources=True`. Each of the N latents is in exactly one remaining latent, or in none if the
+            method drops it. The sums over N are the sizes.
     """
 
     latent_sizes: Tensor | None = None
@@ -238,8 +238,8 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
     """Upstream's encoder.
 
     Modifications:
-    - passes the sizes from layer to layer, and to each layer what it merges. Blocks share their layer modules, so this
-      is an argument of the call and not an attribute of the layer
+    - passes the sizes from layer to layer, and tells each layer what to merge: by an argument and not an attribute,
+      because blocks share their layer modules
     - can merge fixed groups of the learned latents before they read the inputs
     """
 
@@ -262,7 +262,7 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
             plan: what to merge in this call; `None` to follow the config.
 
         Raises:
-            ValueError: if a setting is out of range, or if the config's shapes no longer are those of the model.
+            ValueError: if a setting is out of range, or if the config's shapes no longer match the model.
         """
         batch, num_latents = hidden_states.shape[:2]
         # The merge schedule is computed from the config. If these fields were changed after the model was built, the
@@ -281,7 +281,7 @@ class ToMePerceiverEncoder(upstream.PerceiverEncoder):
         if sources is not None and layer.match is not None:
             sources = merge_sources(sources, layer.match)
         for index, match_latents in enumerate(layer_matchers(plan, hidden_states.device)):
-            # Keep them only on request: otherwise their memory is free for the next layer.
+            # Keep the latents only on request; otherwise the next layer can use their memory.
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if layer.match is not None or index == 0:
@@ -345,7 +345,7 @@ class MergePlan(NamedTuple):
 def merge_plan(
     config: ToMePerceiverConfig, r: int | list[int] | None = None, flops_ratio: float | None = None
 ) -> MergePlan:
-    """Return what to merge in one forward pass: by `r`, by `flops_ratio`, or without both by the config.
+    """Return what to merge in one forward pass: by `r`, by `flops_ratio` or, without either, by the config.
 
     Args:
         config: config of the model.
@@ -368,7 +368,7 @@ def merge_plan(
 def layer_matchers(plan: MergePlan, device: torch.device) -> list[MatchLatents | None]:
     """Return for each layer the function that decides what merges, by groups or matching; `None` to merge nothing."""
     if plan.merge_groups is not None:
-        # Groups as tensors: `torch.compile` treats lists as constants and would compile the layer again for each.
+        # Pass groups as tensors: `torch.compile` treats a list as a constant and would recompile the layer for each.
         return [
             None if groups is None else partial(_return_fixed_match, match=match_groups(groups, device))
             for groups in plan.merge_groups
@@ -432,7 +432,7 @@ class ToMePerceiverFourierPositionEncoding(upstream.PerceiverFourierPositionEnco
         dtype: torch.dtype,
         pos: Tensor | None = None,
     ) -> Tensor:
-        # All rows of the batch share the positions, which are built without a batch dimension: the batch may be empty.
+        # Build the positions without a batch dimension: all rows share them, and the batch may be empty.
         shared = upstream.build_linear_positions(index_dims, device=device).flatten(0, -2) if pos is None else pos[0]
         pos = shared.expand(batch_size, -1, -1) if pos is None else pos
         bands = torch.stack(
@@ -499,7 +499,7 @@ def use_tome_classes(model: nn.Module, config: ToMePerceiverConfig) -> None:
     Called once, while the model is built. Upstream's constructors, in seven heads and four decoders, name the classes
     of their parts themselves; building ours instead would mean copying these constructors and following every release.
     The classes here change behaviour only: they have no constructor and add no attribute except `config` on attention,
-    so a changed object equals one built with the class, and pickles and copies like it.
+    so a changed object behaves, pickles and copies like one that its new class built.
     """
     for module in model.modules():
         module.__class__ = _TOME_CLASSES.get(type(module), type(module))

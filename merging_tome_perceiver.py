@@ -22,14 +22,15 @@ from torch import Tensor
 ALL, EVENS, ODDS = slice(None), slice(0, None, 2), slice(1, None, 2)
 # Smallest norm that a vector is divided by when it is normalised; a zero vector stays zero.
 MIN_NORM = 1e-12
-# Controls that `experiments/merging/controls.py` registers. They are not in the files of a checkpoint.
+# Names of control methods, which `experiments/merging/controls.py` registers and no checkpoint contains.
 EXPERIMENT_ONLY_METHODS = ("energy", "prune", "random", "size_penalty")
 
 
 class Match(NamedTuple):
-    """Which latents stay, and which merge into them. Matching methods and fixed groups both give this.
+    """Result of a matching: the latents that stay, and those that merge into them.
 
-    All tensors may have 1 row in place of B, for the same merge in every row of the batch.
+    Matching methods and `match_groups` return it. All tensors may have 1 row in place of B, for the same merge in every
+    row of the batch.
 
     Attributes:
         kept: (B, M) positions, among the N latents, of the latents that stay, in their new order.
@@ -46,8 +47,8 @@ MergeMethod = Callable[[Tensor, int, Tensor | None, float], Match]
 """A matching method: `method(metric, r, sizes, depth)` returns the `Match` of one layer.
 
     metric: (B, N, C), the vectors to compare. The methods here use their cosine similarity, in float32 or wider; a zero
-        vector has similarity 0 to everything. Among equal candidates, to merge or to merge into, the lower position
-        wins.
+        vector has similarity 0 to everything. Ties go to the lower position, both between latents to merge and between
+        targets.
     r: R, the number of latents to merge away, from 1 to N // 2.
     sizes: (B, N) in float32, the number of original latents in each latent; `None` for 1 each.
     depth: index of the layer divided by the number of layers, in [0, 1).
@@ -152,10 +153,10 @@ def match_bipartite(metric: Tensor, r: int, sizes: Tensor | None = None, depth: 
 def match_k_center(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """Farthest-point selection: keep M latents far from each other, and merge each other latent into the most similar.
 
-    The first latent stays; then M - 1 times the latent whose largest similarity to those already kept is smallest. Any
-    two latents can merge. If the latents have at most M distinct directions, only latents of equal direction merge. The
-    largest distance between normalised latents and their targets is at most twice the optimum over all choices of M
-    latents. The M steps are sequential, and `torch.compile` unrolls them.
+    The first latent is kept; each of M - 1 further steps keeps the latent that is least similar to its nearest kept
+    latent. Any two latents can merge. If the latents have at most M distinct directions, only latents of equal
+    direction merge. The largest distance between normalised latents and their targets is at most twice that of the best
+    choice of M latents. The M steps are sequential, and `torch.compile` unrolls them.
 
     Source: Gonzalez (1985), "Clustering to minimize the maximum intercluster distance"; as the selection of a
     core-set: Sener and Savarese (2018), "Active Learning for Convolutional Neural Networks" (arXiv:1708.00489).
@@ -197,8 +198,8 @@ def match_leader(metric: Tensor, r: int, sizes: Tensor | None = None, depth: flo
 def match_ward(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float = 0.0) -> Match:
     """Ward clustering: R times, merge the two clusters that increase the within-cluster sum of squares least.
 
-    Distances are between normalised vectors, weighted by size. A cluster of any number of latents merges into its
-    lowest position. The R steps are sequential, which is slow for large R.
+    Distances are between normalised vectors, weighted by size. Each cluster, of any number of latents, merges into its
+    latent at the lowest position. The R steps are sequential, which is slow for large R.
 
     Source: Ward (1963), "Hierarchical grouping to optimize an objective function", with the distance update of Lance
     and Williams (1967).
@@ -298,9 +299,10 @@ def match_edges(edge_score: Tensor, edge_target: Tensor, num_latents: int, r: in
 def merge_latents(latents: Tensor, sizes: Tensor | None, match: Match) -> tuple[Tensor, Tensor]:
     """Replace each kept latent by the size-weighted mean of itself and the latents that merge into it.
 
-    Merging preserves the sum of size x latent, except for dropped latents. A latent that nothing merges into keeps its
-    value to the last bit. Means are computed in float32 or wider, with weights size / total, so half-precision inputs
-    do not overflow. Each latent receives the gradient of its mean times its weight; none flows through the match.
+    Merging preserves the sum of the latents times their sizes, except for dropped latents. A latent that nothing merges
+    into keeps its value to the last bit. Means are computed in float32 or wider, with weights size / total, so
+    half-precision inputs do not overflow. Each latent receives the gradient of its mean times its weight; none
+    flows through the match.
 
     Args:
         latents: (B, N, C).

@@ -50,7 +50,7 @@ except ImportError:
     )
     from merging_tome_perceiver import check_merge_method
 
-# These two files are imported only when first needed; transformers finds these lines and copies the files too.
+# Imported at run time only on first use. transformers reads these lines and so copies the files to a checkpoint too.
 if TYPE_CHECKING:
     from .cost_tome_perceiver import Merging
     from .frontier_tome_perceiver import Choice, Frontier
@@ -165,7 +165,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
 
     @property
     def unmerged(self) -> Merging:
-        """Merging settings of the unmerged model, with the number of blocks before any budget; the cost baseline."""
+        """Merging settings of the unmerged model, the baseline of all costs: nothing merges and no block is skipped."""
         num_blocks = (self.config.merge_frontier or {}).get("num_blocks", self._built_num_blocks)
         return _import_lazily("cost_tome_perceiver").Merging.of(self.config).by(0, num_blocks=num_blocks)
 
@@ -225,8 +225,8 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
     ) -> Choice:
         """Set the config to the frontier's best row within one budget of cost or quality; `save_pretrained` keeps it.
 
-        Without a frontier, `calibrate` measures one on `samples` first. Without samples too, a budget of FLOPs is met
-        by a schedule that needs no data (schedule `floor`, method `leader` on keys).
+        Without a frontier, `calibrate` measures one on `samples` first. With neither a frontier nor samples, a FLOPs
+        budget is met by a schedule that needs no data (schedule `floor`, method `leader` on keys).
 
         Args:
             flops_ratio: budget as a share of the unmerged model's FLOPs, above 0, up to 1; matching is included.
@@ -241,7 +241,7 @@ class ToMePerceiverPreTrainedModel(upstream.PerceiverPreTrainedModel):
             The chosen row, and the frontier that it is from if there is one.
 
         Raises:
-            ValueError: if the budget cannot be met; the merging settings then stay.
+            ValueError: if the budget cannot be met; the merging settings do not change.
             FloatingPointError: if outputs are not finite.
         """
         frontier = _import_lazily("frontier_tome_perceiver")
@@ -316,8 +316,8 @@ def _add_merging_arguments(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Add two arguments to the `forward` of an upstream head, which set the merging of one call.
 
     They do not change the config. `r` (`int` or `list[int]`) replaces the config's `r`, `r_inflection`, `merge_groups`
-    and `latent_groups`; `flops_ratio` (`float`) merges by the best row of `config.merge_frontier` within it. The new
-    `forward` raises TypeError for unknown keyword arguments.
+    and `latent_groups`; `flops_ratio` (`float`) merges by the best row of `config.merge_frontier` within this share of
+    the FLOPs. The new `forward` raises TypeError for unknown keyword arguments.
     """
     signature = inspect.signature(forward)
     parameters = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
@@ -476,7 +476,7 @@ def padding_bias(attention_mask: Tensor, inputs: Tensor) -> Tensor:
         inputs: (B, S, C'), the inputs that the mask is for.
 
     Raises:
-        ValueError: if the mask's number of dimensions, of rows, or its length does not fit the inputs.
+        ValueError: if the mask's number of dimensions, number of rows or length does not fit the inputs.
     """
     dtype, (rows, length, _) = inputs.dtype, inputs.shape
     # A mask with one row would broadcast to the whole batch, so it is refused too.
@@ -488,7 +488,8 @@ def padding_bias(attention_mask: Tensor, inputs: Tensor) -> Tensor:
     if attention_mask.dim() == 4 and attention_mask.is_floating_point():
         return attention_mask.to(dtype)
     keep = attention_mask.bool() if attention_mask.dim() == 4 else attention_mask[:, None, None, :].bool()
-    # The lowest number and not -inf, as upstream: a row of padding only gives the mean of the values and not NaN.
+    # The lowest finite number in place of -inf, as upstream: a row with only padding then gives the mean of the values,
+    # not NaN.
     return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
 
 

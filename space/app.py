@@ -167,7 +167,7 @@ def input_field(checkpoint: Checkpoint, first: Any) -> Any:
 
 
 def merging_fields(checkpoint: Checkpoint, first: Any) -> list[Any]:
-    """Make the choice of the control that sets how much merges, and a slider for each: share, r, row."""
+    """Make the buttons that choose how to set the amount of merging, and the sliders they show: share, r, row."""
     rows = len(checkpoint.rows)
     # If reading the input is nearly the whole cost of a pass, merging reaches no share of the slider.
     least = 1.0 if rows else checkpoint.smallest_budget(first)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run one input through a checkpoint unmerged and merged, and compare predictions, time and FLOPs.
 
-Used by app.py. Imports nothing of the repository except the model class, which comes with the checkpoint, or from the
-repository around this folder for a stock checkpoint. Merging settings are objects of the type of `model.unmerged`.
+Used by app.py. The model class comes from the code in the checkpoint or, for a stock checkpoint, from the repository
+around this folder; nothing else of the repository is imported. Merging settings have the type of `model.unmerged`.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class Checkpoint:
         return Comparison(*sides, median(a / b for a, b in seconds), rounds, self.config.num_latents)
 
     def picture(self, image_or_text: PilImage.Image | str, merging: Any) -> PilImage.Image:
-        """Draw which parts of an input each latent left at the end reads."""
+        """Draw the parts of an input that each latent left at the end reads."""
         with self._lock, merging.applied(self.config):
             if self.kind == IMAGE:
                 example = image_example(self.model, self.processor, "this image", image_or_text)

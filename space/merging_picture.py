@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw which positions of an input each latent left at the end attends to.
+"""Draw the positions of an input that each latent left at the end attends to.
 
 Latents read the input once, in the encoder's cross-attention, and merge afterwards. So the attention of a merged latent
 is the mean over its sources, the latents that merged into it. Used by the Space and by examples/draw_merging.py;
@@ -62,7 +62,7 @@ class Reading:
 
     @property
     def order(self) -> np.ndarray:
-        """Indices of the latents, (M,), largest first; equal sizes by the number of positions they read most."""
+        """Indices of the latents, (M,), largest first; ties go to the latent that reads more positions most."""
         positions_read = np.bincount(self.readers, minlength=len(self.sizes))
         return np.lexsort((-positions_read, -self.sizes))
 
@@ -186,7 +186,7 @@ class ImageExample:
         return max(3, (len(self._shown) + 1) // 2)
 
     def draw(self, figure: Any) -> None:
-        """Draw two rows of panels: first the image and who reads each position most, then one panel for each latent."""
+        """Draw two panels on the left, the image and the latent that reads each position most; then one per latent."""
         reading, shown = self.reading, self._shown
         figure.suptitle(f"{self.name}: {reading.summary(len(shown))}", fontsize=11, parse_math=False)
         axes = figure.subplots(2, 1 + self._columns)
@@ -306,7 +306,7 @@ def token_labels(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 def byte_characters(tokens: list[str]) -> list[str]:
-    """Decode byte tokens, `chr(byte)`, as UTF-8: the first byte of a character gets it, the others get ""."""
+    """Decode byte tokens, `chr(byte)`, as UTF-8: label the first byte of a character with it, the others with ""."""
     labels = list(tokens)
     for index, token in enumerate(tokens):
         first = ord(token) if len(token) == 1 else 0
