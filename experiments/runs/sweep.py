@@ -30,7 +30,7 @@ from experiments.training.fingerprints import config_fingerprint, digest_of, wei
 from experiments.training.loading import load_config, load_model
 from experiments.training.output_folder import check_disk_space, claim_folder, lock_folder
 from experiments.training.progress import announce, results_line, say
-from experiments.training.resume import LAST
+from experiments.training.resume import LAST, parse_resume
 from experiments.training.run_record import (
     CONFIG,
     INITIAL_WEIGHTS,
@@ -67,6 +67,11 @@ def run_sweep(description: str) -> None:
     check_sharding("--r")
     if retraining.elastic and not args.retrains:
         raise BadInput("--elastic: needs --retrain_epochs")
+    if training.resume_from_checkpoint is not None and parse_resume(training.resume_from_checkpoint) != LAST:
+        raise BadInput(
+            f"--resume_from_checkpoint {training.resume_from_checkpoint}: a sweep always continues what its folder "
+            "holds; use another --output_dir to begin anew"
+        )
     repository = open_to_push(training, args.model.token) if training.push_to_hub else None
     with lock_folder(args.output_dir):
         load_task = partial(load_sweep_task, args.data, args.model, training.seed, args.merge_args.most_samples)

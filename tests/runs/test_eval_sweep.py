@@ -144,6 +144,13 @@ def test_a_sweep_of_a_version_with_other_rows_is_refused_and_kept(inputs, sweep,
     assert read(output_dir) == results
 
 
+def test_a_sweep_is_not_asked_to_begin_anew_in_its_folder(inputs, tmp_path, capsys):
+    given = (*inputs, "--r", 1, "--resume_from_checkpoint", "false", "--output_dir", tmp_path / "out")
+    line = bad_input_line(capsys, "eval_sweep.py", *given)
+    assert line.startswith("error: --resume_from_checkpoint false: ") and "--output_dir" in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("change", ["weights", "config", "label", "label_smoothing_factor", "min_latents"])
 def test_what_an_earlier_sweep_measured_is_of_the_same_weights_data_and_arguments(
     sweep, inputs, tmp_path, capsys, change
