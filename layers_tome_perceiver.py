@@ -326,7 +326,7 @@ def latent_bias(config: ToMePerceiverConfig, sizes: Tensor | None, dtype: torch.
 
 
 class MergePlan(NamedTuple):
-    """What to merge in one forward pass.
+    """Merges of one forward pass.
 
     Attributes:
         schedule: number of latents merged away in each layer that runs.

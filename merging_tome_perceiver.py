@@ -351,7 +351,7 @@ def log_size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def merge_sources(sources: Tensor, match: Match) -> Tensor:
-    """Update the record of which original latents each latent contains, after one merge.
+    """Return the sources of the latents after one more merge.
 
     Args:
         sources: (B, N, N0) of 0 and 1: which of the N0 original latents each of the N latents contains.

@@ -67,7 +67,7 @@ class Reading:
         return np.lexsort((-positions_read, -self.sizes))
 
     def summary(self, shown: int) -> str:
-        """Summarise the prediction and the number of latents, of which `shown` are drawn."""
+        """Summarise the prediction, and give the number of latents and of those drawn (`shown`)."""
         left = len(self.sizes)
         parts = [] if self.prediction is None else [f"predicted {self.prediction}"]
         parts.append(f"{left} latent{'s' * (left > 1)} left of {self.num_latents}")

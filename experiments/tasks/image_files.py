@@ -92,7 +92,7 @@ def read_image(stored: dict[str, Any] | None, where: str) -> Image.Image:
 
 
 def check_headers(datasets: Iterable[Dataset], argument: str) -> None:
-    """Open the first images of each dataset, and warn if any has several frames, of which only one is used.
+    """Open the first images of each dataset, and warn if any has several frames: only one is used.
 
     The datasets have the columns `image`, not decoded, and `row`.
 

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import SCHEDULES, Merging, merging_at, self_attention_layer_flops
+from experiments.tasks.scores import IGNORE_INDEX
 from experiments.training.trainer import TaskTrainer
 from frontier_tome_perceiver import output_divergence
 
 # Smallest budget that is drawn, as a share of the self-attention layers' FLOPs.
 SMALLEST_FLOPS_SHARE = 1 / 8
-# Label of positions that the loss ignores.
-IGNORED_LABEL = -100
 
 
 class MergingDraw:
@@ -75,11 +74,11 @@ def distillation_loss(merged: Tensor, unmerged: Tensor, labels: Tensor, regressi
 
     Args:
         merged, unmerged: (B, K) logits, or (B, S, K).
-        labels: (B,) or (B, S), `IGNORED_LABEL` at positions without a label.
+        labels: (B,) or (B, S), `IGNORE_INDEX` at positions without a label.
         regression: as for `output_divergence`.
     """
     if not regression:
-        merged, unmerged = (logits[labels != IGNORED_LABEL] for logits in (merged, unmerged))
+        merged, unmerged = (logits[labels != IGNORE_INDEX] for logits in (merged, unmerged))
     return output_divergence(merged, unmerged, regression).mean()
 
 
