@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -25,17 +26,14 @@ from experiments.measurement import Quartiles, environment_line
 from experiments.merging.arguments import MATCHING_FIELDS
 from experiments.publishing.card import METRIC_NAMES, metric_name, undefined_note
 from experiments.publishing.picture_style import (
-    CONTROL,
-    MARKERS,
-    MERGED,
     POINT_STYLE,
-    TRAINED,
     UNMERGED,
-    add_legend,
-    is_control,
+    Color,
+    LineEnd,
+    name_lines,
     save_picture,
+    series_colors,
     series_label,
-    shades,
 )
 from experiments.publishing.tables import markdown_table, with_error
 from experiments.tasks.base import Source
@@ -111,6 +109,12 @@ class Row:
             flops_ratio=cost.total_with_matching / unmerged.total_with_matching,
             latents_left=config.latents_per_layer[-1],
         )
+
+    @property
+    def is_constant_r(self) -> bool:
+        """Whether the row merges as the paper does: r latents in every layer, by ToMe's matching of keys."""
+        merging = self.merging
+        return isinstance(merging.r, int) and (merging.merge_method, merging.merge_metric) == ("bipartite", "key")
 
     @property
     def branch(self) -> str:
@@ -264,15 +268,16 @@ def find_best(rows: Sequence[Row], score: str) -> Best | None:
 
     kept = [cell for cell in cells if cell[2] - unmerged[0] >= -MAX_DROP * cell[3]]
     row, stage, value, _ = max(kept, key=gain_and_score) if kept else max(cells, key=lambda cell: cell[2])
-    speed = "not timed"
+    cost = f"{row.flops_ratio:.2f} of the FLOPs"
     if row.speedup is not None:
-        slower = "" if row.speedup.median >= 1 else ", slower than unmerged"
-        speed = f"{row.speedup.median:.2f} times as fast{slower}"
-    trained = "retrained" if stage == "retrained" else "not retrained"
+        slower = "" if row.speedup.median >= 1 else " (slower than unmerged)"
+        cost = f"{row.speedup.median:.2f} times as fast{slower} at {cost}"
+    change = 100 * (value - unmerged[0])
+    after = with_error(value, row.scores[stage][score].stderr, ".1f", scale=100)
     sentence = (
-        f"{row.flops_ratio:.2f} of the FLOPs, {speed}, {METRIC_NAMES.get(score, score.replace('_', ' '))} "
-        f"{100 * unmerged[0]:.1f} -> {with_error(value, row.scores[stage][score].stderr, '.1f', scale=100)} "
-        f"({row.name}, {trained})."
+        f"{cost}, {abs(change):.1f} points of {METRIC_NAMES.get(score, score.replace('_', ' '))} "
+        f"{'gained' if change > 0 else 'lost'} ({100 * unmerged[0]:.1f} -> {after}), "
+        f"{'retrained' if stage == 'retrained' else 'nothing trained'} ({row.name})."
     )
     return Best(row, stage, sentence)
 
@@ -371,7 +376,10 @@ def write_report(results: SweepResults, command: str, output_dir: Path) -> tuple
 change: from the unmerged checkpoint, paired by example.{undefined_note(table)} GFLOPs: of one input of shape
 {tuple(results.input_shape[1:])}, including matching. {timing_note}
 
-{found}![{name} against the share of FLOPs and, if timed, the speed-up]({PICTURE})
+{found}![{name} against the speed-up or, if not timed, the share of FLOPs]({PICTURE})
+
+Vertical bars: standard error, of the paired change from unmerged where there is one. Horizontal bars: quartiles of the
+timed rounds. Grey band: standard error of the unmerged model.
 
 {others}Time of the sweep: {", ".join(spent)}; {total:,.0f} s in total.
 
@@ -386,7 +394,9 @@ Command:
 
 
 def draw_sweep(rows: Sequence[Row], score: str, title: str, path: Path) -> None:
-    """Draw a score against the share of FLOPs and, if the rows were timed, against the speed-up.
+    """Draw a score against the measured speed or, if the rows were not timed, against the share of FLOPs.
+
+    Every line is named at its end, so there is no legend. Lines of retrained rows are dashed.
 
     Args:
         rows: rows of a sweep, the unmerged model first.
@@ -395,85 +405,76 @@ def draw_sweep(rows: Sequence[Row], score: str, title: str, path: Path) -> None:
         path: path of the PNG file.
     """
     speeds = [row.speedup.median for row in rows[1:] if row.speedup is not None]
-    timed = bool(speeds)
-    figure, panels = plt.subplots(
-        1, 1 + timed, figsize=(8 + 4 * timed, 5.4), sharey=True, squeeze=False, constrained_layout=True
+    figure, axes = plt.subplots(figsize=(8, 4.6), constrained_layout=True)
+    axes.set(ylabel=f"{metric_name(score)} x 100", xlabel="times as fast as the unmerged model, measured")
+    if not speeds:
+        axes.set(xlabel="share of the unmerged model's FLOPs")
+        axes.invert_xaxis()
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.06, y=0.1)
+    _draw_unmerged(axes, rows[0], score)
+    # Skip rows that merge nothing and were not retrained: they are the unmerged model.
+    drawn = [row for row in rows[1:] if row.flops_ratio != 1 or row.value_and_error("retrained", score)]
+    series = list(dict.fromkeys(row.series for row in drawn))
+    ends = []
+    for color, (name, stage) in zip(series_colors(series, len(STAGES)), product(series, STAGES), strict=True):
+        line = [row for row in drawn if row.series == name and row.value_and_error(stage, score)]
+        if not speeds or (line := [row for row in line if row.speedup is not None]):
+            ends += _draw_line(axes, line, score, stage, color)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, min(high, 100 + 0.03 * (100 - low)))  # room for the marker of a score of 100
+    if speeds and min(speeds) < 1:
+        left = axes.get_xlim()[0]
+        axes.axvspan(left, 1, color="whitesmoke", zorder=0)
+        axes.text(1, 0.02, "slower than unmerged ", ha="right", rotation=90, transform=axes.get_xaxis_transform())
+        axes.set_xlim(left=left)
+    name_lines(axes, ends)
+    figure.suptitle(
+        "\n".join(
+            textwrap.fill(line.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"), 88)
+            for line in title.splitlines()
+        ),
+        fontsize=11,
     )
-    by_flops, *by_speed = panels[0]
-    by_flops.invert_xaxis()
-    by_flops.set(xlabel="share of the unmerged model's FLOPs", ylabel=f"{metric_name(score)} x 100")
-    _draw_panel(by_flops, rows, score, lambda row: Quartiles(*[row.flops_ratio] * 3))
-    for axes in by_speed:
-        axes.set(xlabel="times as fast as unmerged, measured")
-        _draw_panel(axes, rows, score, lambda row: row.speedup)
-        if min(speeds) < 1:
-            left = axes.get_xlim()[0]
-            axes.axvspan(left, 1, hatch="//", facecolor="none", edgecolor="lightgray", label="slower than unmerged")
-            axes.set_xlim(left=left)
-    low, high = by_flops.get_ylim()
-    by_flops.set_ylim(low, min(high, 100 + 0.03 * (100 - low)))  # room for the marker of a score of 100
-    bars = "Vertical bars: standard error, of the paired change from unmerged where there is one"
-    add_legend(figure, panels[0], 2 + timed, f"{bars}{'; horizontal bars: quartiles of the timed rounds' * timed}")
-    figure.suptitle("\n".join(textwrap.fill(line, 130 if timed else 88) for line in title.splitlines()), fontsize=11)
     save_picture(figure, path)
 
 
-def _draw_panel(axes: Axes, rows: Sequence[Row], score: str, place: Callable[[Row], Quartiles | None]) -> None:
-    """Draw the unmerged model with its standard error, and a line for each series and stage.
-
-    Args:
-        axes: axes of the panel.
-        rows: rows of a sweep, the unmerged model first.
-        score: name of the score.
-        place: returns the horizontal position of a row, or `None` if it was not measured.
-    """
-    unmerged, *others = rows
-    for stage, marker, model in (("merged", "o", "unmerged"), ("retrained", "s", "unmerged, retrained")):
-        if (measured := unmerged.value_and_error(stage, score)) is not None:
-            value, error = 100 * measured[0], 100 * (unmerged.scores[stage][score].stderr or 0)
-            label = f"{model}: {with_error(value, error, '.1f')}"
+def _draw_unmerged(axes: Axes, row: Row, score: str) -> None:
+    """Draw the unmerged model at 1, with a band of one standard error: differences within it are noise."""
+    for stage, marker, name, above in (("merged", "o", "unmerged", 8), ("retrained", "s", "unmerged, retrained", -15)):
+        if (measured := row.value_and_error(stage, score)) is not None:
+            value, error = 100 * measured[0], 100 * (row.scores[stage][score].stderr or 0)
             if stage == "merged":
-                # A band of one standard error shows which differences are within the noise.
                 axes.axhspan(value - error, value + error, color=UNMERGED, alpha=0.15, linewidth=0)
                 axes.axhline(value, color=UNMERGED, linewidth=1, linestyle="--")
-                label += " (band)"
-            axes.plot(1, value, marker, color=UNMERGED, markersize=8, label=label, zorder=3)
-    axes.grid(alpha=0.3)
-    axes.margins(x=0.15, y=0.1)  # room for names beside the points
-    # Skip rows that merge nothing and were not retrained: they are the unmerged model.
-    drawn = [row for row in others if row.flops_ratio != 1 or row.value_and_error("retrained", score)]
-    series = list(dict.fromkeys(row.series for row in drawn))
-    for name, stage in product(series, STAGES):
-        points = [
-            (at, 100 * measured[0], 100 * measured[1], row.name)
-            for row in sorted(drawn, key=lambda row: row.flops_ratio, reverse=True)
-            if row.series == name and (at := place(row)) is not None and (measured := row.value_and_error(stage, score))
-        ]
-        if points:
-            places, values, errors, names = zip(*points, strict=True)
-            sides = [[at.median - at.lower for at in places], [at.upper - at.median for at in places]]
-            middles = [at.median for at in places]
-            axes.errorbar(
-                middles,
-                values,
-                yerr=errors,
-                xerr=sides if any(map(any, sides)) else None,
-                **_style(stage, name, series),
+            axes.plot(1, value, marker, color=UNMERGED, markersize=8, zorder=3)
+            axes.annotate(
+                f"{name} {value:.1f}",
+                (1, value),
+                xytext=(0, above),
+                textcoords="offset points",
+                fontsize=10,
             )
-            for point in zip(names, middles, values, strict=True) if len(series) == 1 and stage == "merged" else ():
-                text = point[0].removesuffix(f" {name}")
-                axes.annotate(text, point[1:], xytext=(3, 5), textcoords="offset points", fontsize=8, rotation=45)
 
 
-def _style(stage: str, name: str, series: list[str]) -> dict[str, Any]:
-    """Return the style of a line; several series of one colour differ in shade and marker."""
-    control, retrained = is_control(name), stage == "retrained"
-    same_colour = [other for other in series if is_control(other) == control]
-    kind = CONTROL if control else TRAINED if retrained else MERGED
-    words = f"{'control' if control else 'merged'}{', retrained' if retrained else ''}"
-    return POINT_STYLE | {
-        "color": shades(kind, len(same_colour))[same_colour.index(name)],
-        "marker": MARKERS[series.index(name) % len(MARKERS)],
-        "linestyle": "--" if control and retrained else "-",
-        "label": words if series == ["r"] else f"{words}, {series_label(name)}",
-    }
+def _draw_line(axes: Axes, rows: Sequence[Row], score: str, stage: str, color: Color) -> list[LineEnd]:
+    """Draw the rows of one series and stage as a line with error bars, and return its end, if it has rows."""
+    if not rows:
+        return []
+    rows = sorted(rows, key=lambda row: row.flops_ratio, reverse=True)
+    measured = [row.value_and_error(stage, score) or (math.nan, 0.0) for row in rows]
+    values, errors = ([100 * number for number in numbers] for numbers in zip(*measured, strict=True))
+    places = [row.speedup or Quartiles(*[row.flops_ratio] * 3) for row in rows]
+    sides = [[at.median - at.lower for at in places], [at.upper - at.median for at in places]]
+    axes.errorbar(
+        [at.median for at in places],
+        values,
+        yerr=errors,
+        xerr=sides if any(map(any, sides)) else None,
+        color=color,
+        marker="os"[STAGES.index(stage)],
+        linestyle=("-", "--")[STAGES.index(stage)],
+        **POINT_STYLE,
+    )
+    label = series_label(rows[0].series, all(row.is_constant_r for row in rows), stage == "retrained")
+    return [LineEnd(places[-1].upper, values[-1], label, color)]
