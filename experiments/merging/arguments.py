@@ -326,7 +326,10 @@ def naming_arguments() -> Iterator[None]:
     except FloatingPointError as error:
         raise Stopped(f"--schedule {SEARCH}: {error}") from error
     except ValueError as error:
-        raise BadInput(one_line(error)) from error
+        line = one_line(error)
+        for name in BUDGETS:
+            line = line.replace(f"{name}=", f"--{name} ")
+        raise BadInput(line) from error
 
 
 def apply_fields(config: ToMePerceiverConfig, fields: dict[str, Any]) -> None:

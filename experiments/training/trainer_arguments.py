@@ -100,10 +100,10 @@ class TrainerArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_values()
         self._check_mappings()
+        self._check_best_checkpoint()
         with naming("arguments", Exception):
             super().__post_init__()
         self._check_optimization()
-        self._check_best_checkpoint()
         self._check_folders()
         if (self.bf16 or self.bf16_full_eval) and self.device.type == "cpu":
             capabilities = torch.cpu.get_capabilities()
@@ -169,6 +169,11 @@ class TrainerArguments(TrainingArguments):
         if (self.load_best_model_at_end or saves_best) and self.eval_strategy == IntervalStrategy.NO:
             given = "--save_strategy best" if saves_best else "--load_best_model_at_end"
             raise BadInput(f"{given}: needs --eval_strategy steps or epoch")
+        if self.load_best_model_at_end and not saves_best and self.save_strategy != self.eval_strategy:
+            raise BadInput(
+                "--load_best_model_at_end: needs the same --save_strategy and --eval_strategy, not "
+                f"{self.save_strategy} and {self.eval_strategy}"
+            )
         if saves_best and self.metric_for_best_model is None:
             raise BadInput("--save_strategy best: needs --metric_for_best_model")
 

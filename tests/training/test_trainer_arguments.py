@@ -38,6 +38,7 @@ WRONG: list[tuple[object, ...]] = [
     ("--torch_compile_backend", "nonsense"),
     ("--torch_compile_mode", "nonsense"),
     ("--load_best_model_at_end",),
+    ("--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "steps"),
     ("--save_strategy", "best"),
     ("--save_strategy", "best", "--eval_strategy", "epoch"),
     ("--report_to", "none,nonsense"),
