@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 
-.PHONY: demo test test-fast reliability lint types clean
+.PHONY: demo test test-fast reliability docs-check lint types clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt requirements-dev.txt
@@ -40,6 +40,10 @@ test-fast: .venv/installed
 # Try every bad input, change between two runs and killed run; write the tables of docs/reliability.md.
 reliability: .venv/installed
 	$(BIN)/python -m tests.reliability
+
+# Run the code blocks of the pages that are marked as runnable, check the others, and the links: tests/documents.
+docs-check: .venv/installed
+	$(BIN)/python -m tests.documents
 
 lint: .venv/installed
 	$(BIN)/ruff check .
