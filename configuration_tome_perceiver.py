@@ -14,12 +14,14 @@ import math
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import fields
 from difflib import get_close_matches
 from itertools import accumulate, product
 from operator import sub
+from reprlib import Repr
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassFieldValidationError
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from transformers import PerceiverConfig
 from transformers.activations import ACT2FN
 
@@ -35,12 +37,16 @@ FRONTIER_SETTINGS = ("r", "merge_groups", "latent_groups", "merge_method", "merg
 # All fields that decide what merges.
 MERGING_FIELDS = (*FRONTIER_SETTINGS, "r_inflection", "min_latents", "proportional_attention")
 
-# A config may come from an untrusted checkpoint, so its frontier is checked: number of rows, types of its fields, the
-# keys that the `who` of a row must have, and the numbers of a row.
+# A config may come from an untrusted checkpoint. These limits keep its checks within seconds and memory: each size and
+# each number of latents (the published models have at most 2048), the self-attention layers (48), the rows of a
+# frontier, and the weights of its fingerprint.
+MAX_SIZE = 2**20
+MAX_LAYERS = 1000
 MAX_FRONTIER_ROWS = 100
-FRONTIER_FIELD_TYPES = {"num_blocks": int, "input_shape": list, "searched": int, "held_out": int, "weights": list}
-WHO_KEYS = {"samples", "groups", "worst_tenth"}
+MAX_FINGERPRINT_WEIGHTS = 64
+# Numbers of a frontier's row, and the keys of its `who`.
 FRONTIER_ROW_FIGURES = ("flops_ratio", "divergence", "changed", "changed_bound")
+WHO_KEYS = {"samples", "groups", "worst_tenth"}
 
 # Upstream's fields that set the model's shapes. The last two may be None.
 SHAPE_FIELDS = (
@@ -58,7 +64,31 @@ SHAPE_FIELDS = (
     "qk_channels",
     "v_channels",
 )
-POSITIVE_INTEGER = "an integer of 1 or more"
+# Upstream's fields that set the sizes of inputs and outputs; the last three are lists, and the first of these may be.
+INPUT_SIZE_FIELDS = (
+    "num_frames",
+    "audio_samples_per_frame",
+    "samples_per_patch",
+    "output_num_channels",
+    "_label_trainable_num_channels",
+    "image_size",
+    "train_size",
+    "output_shape",
+)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+POSITIVE_INTEGER = f"an integer from 1 to {MAX_SIZE}"
+# Types of upstream's fields that its own checks leave out.
+UPSTREAM_FIELD_TYPES = {
+    "id2label": dict,
+    "label2id": dict,
+    "architectures": list,
+    "auto_map": dict,
+    "quantization_config": dict,
+}
+# Messages show at most this much of a value, which an untrusted config may make as long as it likes.
+_SHORT = Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 12, 12, 4
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 80, 80, 40
 
 
 class ToMePerceiverConfig(PerceiverConfig):
@@ -114,7 +144,7 @@ class ToMePerceiverConfig(PerceiverConfig):
     merge_frontier: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _refuse_misspelt_fields(kwargs)
+        _check_field_names(type(self), kwargs)
         super().__post_init__(**kwargs)
         self.check_merging()
 
@@ -136,7 +166,10 @@ class ToMePerceiverConfig(PerceiverConfig):
 
         Upstream would otherwise warn about a stock Perceiver's model type.
         """
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except RecursionError:
+            raise ValueError("config.json: is nested too deeply; must be a config of a Perceiver") from None
         return _check_config_dict(config_dict), kwargs
 
     @classmethod
@@ -146,8 +179,12 @@ class ToMePerceiverConfig(PerceiverConfig):
         Raises:
             ValueError: for another architecture, a field out of range, or a misspelt merging field in `kwargs`.
         """
-        _refuse_misspelt_fields(kwargs)
-        loaded = super().from_dict(_check_config_dict(config_dict), **kwargs)
+        _check_field_names(cls, kwargs)
+        try:
+            loaded = super().from_dict(_check_config_dict(config_dict), **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, StrictDataclassError) as error:
+            # Upstream's code for fields of its own that the checks here do not know.
+            raise ValueError(f"config: transformers cannot read it ({_shorten(error)})") from error
         # Upstream sets the fields in `kwargs` after construction; with `return_unused_kwargs` it returns a pair.
         (loaded[0] if isinstance(loaded, tuple) else loaded).check_merging()
         return loaded
@@ -259,7 +296,7 @@ class ToMePerceiverConfig(PerceiverConfig):
         if not isinstance(self.merge_method, str):
             raise _value_error("merge_method", self.merge_method, "the name of a matching method")
         if self.merge_metric not in MERGE_METRICS:
-            raise ValueError(f"merge_metric={self.merge_metric!r}: choose from {', '.join(MERGE_METRICS)}")
+            raise ValueError(f"merge_metric={_shorten(self.merge_metric)}: choose from {', '.join(MERGE_METRICS)}")
         layers, left = self.num_self_attention_layers, self.num_latents
         _check_r(self.r, self.r_inflection, layers)
         if self.latent_groups is not None:
@@ -267,7 +304,9 @@ class ToMePerceiverConfig(PerceiverConfig):
         if self.merge_groups is None:
             return
         if self.r != 0:
-            raise ValueError(f"merge_groups: r must be 0, not {self.r!r}; to merge by r, set merge_groups to None")
+            raise ValueError(
+                f"merge_groups: r must be 0, not {_shorten(self.r)}; to merge by r, set merge_groups to None"
+            )
         if not isinstance(self.merge_groups, (list, tuple)) or len(self.merge_groups) != layers:
             raise ValueError(
                 f"merge_groups: {_describe_value(self.merge_groups)}; must be a list of {layers} entries, one per layer"
@@ -287,15 +326,17 @@ class ToMePerceiverConfig(PerceiverConfig):
         """
         names, last = self.id2label or {}, self.num_labels - 1
         if sorted(names) != list(range(len(names))):
-            raise ValueError(f"id2label: names the outputs {sorted(names)}; must name 0 to {last}")
+            raise ValueError(f"id2label: names the outputs {_shorten(sorted(names))}; must name 0 to {last}")
         names_by_label2id: dict[int, str] = {}
         for name, index in (self.label2id or {}).items():
             number = int(index) if isinstance(index, str) and index.isdecimal() else index
             if not _is_integer(number, 0, last):
-                raise _value_error(f"label2id[{name!r}]", index, f"an output of the model, 0 to {last}")
+                raise _value_error(f"label2id[{_shorten(name)}]", index, f"an output of the model, 0 to {last}")
             if number in names_by_label2id:
                 first = names_by_label2id[number]
-                raise ValueError(f"label2id: output {number} is {first!r} and {name!r}; must have one name")
+                raise ValueError(
+                    f"label2id: output {number} is {_shorten(first)} and {_shorten(name)}; must have one name"
+                )
             names_by_label2id[number] = name
         for labels in (names, names_by_label2id):
             if all(name == f"LABEL_{index}" for index, name in labels.items()):
@@ -303,7 +344,7 @@ class ToMePerceiverConfig(PerceiverConfig):
         for index, name in names.items():
             other = names_by_label2id.get(index)
             if other != name and (other is not None or name not in names_by_label2id.values()):
-                found = "no such label" if other is None else repr(other)
+                found = "no such label" if other is None else _shorten(other)
                 raise _value_error(f"id2label[{index}]", name, f"as in label2id, which has {found}")
 
 
@@ -324,12 +365,22 @@ def _spread_r(r: int | list[int], inflection: float, layers: int) -> list[int]:
 def _check_shape(config: ToMePerceiverConfig) -> None:
     for name in SHAPE_FIELDS:
         value = getattr(config, name)
-        if not _is_integer(value, 1) and (value is not None or name not in ("qk_channels", "v_channels")):
+        if not _is_integer(value, 1, MAX_SIZE) and (value is not None or name not in ("qk_channels", "v_channels")):
             raise _value_error(name, value, POSITIVE_INTEGER)
+    for name in INPUT_SIZE_FIELDS:
+        value = getattr(config, name)
+        if not all(_is_integer(size, 1, MAX_SIZE) for size in (value if isinstance(value, (list, tuple)) else [value])):
+            raise _value_error(name, value, POSITIVE_INTEGER)
+    if config.num_self_attention_layers > MAX_LAYERS:
+        layers = f"num_self_attends_per_block={config.num_self_attends_per_block}, more than {MAX_LAYERS} layers"
+        raise _value_error("num_blocks", config.num_blocks, f"smaller: with {layers}")
+    for name in ("initializer_range", "layer_norm_eps"):
+        if not _is_number(getattr(config, name), 0):
+            raise _value_error(name, getattr(config, name), "a number of 0 or more")
     if not _is_number(config.attention_probs_dropout_prob, 0, 1):
         raise _value_error("attention_probs_dropout_prob", config.attention_probs_dropout_prob, "a number from 0 to 1")
     if isinstance(config.hidden_act, str) and config.hidden_act not in ACT2FN:
-        raise ValueError(f"hidden_act={config.hidden_act!r}: choose from {', '.join(sorted(ACT2FN))}")
+        raise ValueError(f"hidden_act={_shorten(config.hidden_act)}: choose from {', '.join(sorted(ACT2FN))}")
     for heads, channels in product(
         ("num_self_attention_heads", "num_cross_attention_heads"), ("d_latents", "qk_channels", "v_channels")
     ):
@@ -339,8 +390,8 @@ def _check_shape(config: ToMePerceiverConfig) -> None:
 
 def _check_r(r: Any, inflection: Any, layers: int) -> None:
     is_list = isinstance(r, (list, tuple))
-    if not all(_is_integer(entry, 0) for entry in (r if is_list else [r])) or (is_list and len(r) != layers):
-        raise _value_error("r", r, f"an integer of 0 or more, or a list of {layers} of them, one per layer")
+    if not all(_is_integer(entry, 0, MAX_SIZE) for entry in (r if is_list else [r])) or (is_list and len(r) != layers):
+        raise _value_error("r", r, f"an integer from 0 to {MAX_SIZE}, or a list of {layers} of them, one per layer")
     if not _is_number(inflection, -1, 1):
         raise _value_error("r_inflection", inflection, "a number from -1 to 1")
     if inflection and is_list:
@@ -355,7 +406,7 @@ def _check_groups(name: str, groups: Any, num_latents: int, min_latents: int) ->
         )
     numbers = sorted(set(groups))
     if numbers != list(range(len(numbers))):
-        raise ValueError(f"{name}: has groups {numbers}; must be numbered 0, 1, ... with none left out")
+        raise ValueError(f"{name}: has groups {_shorten(numbers)}; must be numbered 0, 1, ... with none left out")
     if len(numbers) < min_latents:
         raise ValueError(f"{name}: leaves {len(numbers)} latents; must be min_latents={min_latents} or more")
     return len(numbers)
@@ -373,9 +424,17 @@ def _check_frontier(config: ToMePerceiverConfig) -> None:
             _check_row(config, row if isinstance(row, dict) else {})
         except ValueError as error:
             raise ValueError(f"merge_frontier: row {number}: {error}") from error
-    for name, expected in FRONTIER_FIELD_TYPES.items():
-        if not isinstance(frontier.get(name), expected):
-            raise ValueError(f"merge_frontier: {name} must be of type {expected.__name__}, as model.calibrate makes it")
+    input_shape: Any = frontier.get("input_shape")
+    weights: Any = frontier.get("weights")
+    is_valid = {
+        "num_blocks": _is_integer(frontier.get("num_blocks"), 1, MAX_LAYERS // config.num_self_attends_per_block),
+        "input_shape": _is_list(input_shape, 8) and all(_is_integer(size, 1, MAX_SIZE) for size in input_shape),
+        "searched": _is_integer(frontier.get("searched"), 0),
+        "held_out": _is_integer(frontier.get("held_out"), 0),
+        "weights": _is_list(weights, MAX_FINGERPRINT_WEIGHTS) and all(map(_is_number, weights)),
+    }
+    if wrong := [name for name, valid in is_valid.items() if not valid]:
+        raise _value_error(f"merge_frontier: {wrong[0]}", frontier.get(wrong[0]), "as model.calibrate makes it")
 
 
 def _check_row(config: ToMePerceiverConfig, row: dict[str, Any]) -> None:
@@ -386,28 +445,63 @@ def _check_row(config: ToMePerceiverConfig, row: dict[str, Any]) -> None:
     if figures[0] is None or not all(figure is None or _is_number(figure, 0) for figure in figures):
         required, *others = FRONTIER_ROW_FIGURES
         raise ValueError(f"must have a number for {required}, and a number or null for {', '.join(others)}")
-    if not isinstance(who, dict) or (row.get("changed") is not None and set(who) != WHO_KEYS):
-        raise ValueError(f"must have who, a dict with keys {', '.join(sorted(WHO_KEYS))}")
+    if not isinstance(who, dict) or ((who or row.get("changed") is not None) and not _is_who(who)):
+        raise ValueError(f"must have who, a dict with keys {', '.join(sorted(WHO_KEYS))}, as model.calibrate makes it")
     config.merged_as(row).check_merging()
+
+
+def _is_who(who: dict[str, Any]) -> bool:
+    """Return whether `who` of a frontier's row holds what `_summarize_changes` of the frontier returns."""
+    return (
+        set(who) == WHO_KEYS
+        and _is_integer(who["samples"], 0)
+        and _is_number(who["worst_tenth"], 0, 2)
+        and isinstance(who["groups"], dict)
+        and all(
+            isinstance(name, str) and _is_list(figures, 2) and len(figures) == 2 and all(map(_is_number, figures))
+            for name, figures in who["groups"].items()
+        )
+    )
 
 
 def _check_config_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
     """Check the fields of a config file that upstream would repair or crash on, and return it with our `model_type`."""
+    if not isinstance(config_dict, dict):
+        raise ValueError(f"config: {_describe_value(config_dict)}; must be a mapping of a config's fields")
     model_type = config_dict.get("model_type", "tome_perceiver")
     if model_type not in LOADABLE_MODEL_TYPES:
         raise ValueError(
-            f"model_type={model_type!r} is another architecture; choose from {', '.join(LOADABLE_MODEL_TYPES)}"
+            f"model_type={_shorten(model_type)} is another architecture; choose from {', '.join(LOADABLE_MODEL_TYPES)}"
         )
-    for name, expected in (("id2label", dict), ("label2id", dict), ("architectures", list)):
+    for name, expected in UPSTREAM_FIELD_TYPES.items():
         value = config_dict.get(name)
         if value is not None and not isinstance(value, expected):
             raise _value_error(name, value, f"a {expected.__name__}")
     if not all(isinstance(name, str) for name in config_dict.get("architectures") or []):
         raise _value_error("architectures", config_dict["architectures"], "a list of class names")
+    _check_written_labels(config_dict)
+    # Another name can be that of a Hub repository, whose code transformers would then run.
+    for name in ("attn_implementation", "_attn_implementation"):
+        if config_dict.get(name) not in (None, "eager", "sdpa"):
+            raise _value_error(name, config_dict[name], "eager or sdpa; pass others to from_pretrained")
+    for name in ("dtype", "torch_dtype"):
+        value = config_dict.get(name)
+        if value is not None and str(value).removeprefix("torch.") not in DTYPES:
+            raise _value_error(name, value, f"one of {', '.join(DTYPES)}")
+    return {**config_dict, "model_type": "tome_perceiver"}
+
+
+def _check_written_labels(config_dict: dict[str, Any]) -> None:
+    """Check the labels of a config file: their number, the keys and names of `id2label`, the outputs of `label2id`."""
+    number, names = config_dict.get("num_labels"), config_dict.get("id2label") or {}
+    if number is not None and not _is_integer(number, 0, MAX_SIZE):
+        raise _value_error("num_labels", number, f"an integer from 0 to {MAX_SIZE}")
+    for index, name in names.items():
+        if not (str(index).isdecimal() and len(str(index)) < 10 and isinstance(name, str)):
+            raise _value_error(f"id2label[{_shorten(index)}]", name, "a name, with the number of an output as its key")
     indices = list(map(str, (config_dict.get("label2id") or {}).values()))
     if len(set(indices)) < len(indices):
         raise _value_error("label2id", config_dict["label2id"], "one name for each output")
-    return {**config_dict, "model_type": "tome_perceiver"}
 
 
 def check_share(name: str, value: object) -> None:
@@ -421,28 +515,48 @@ def check_share(name: str, value: object) -> None:
 
 
 def _value_error(name: str, value: object, requirement: str) -> ValueError:
-    return ValueError(f"{name}={value!r}: must be {requirement}")
+    return ValueError(f"{name}={_shorten(value)}: must be {requirement}")
 
 
 def _is_integer(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _is_number(value: object, least: float, most: float = sys.float_info.max) -> bool:
+def _is_number(value: object, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
-def _refuse_misspelt_fields(names: Iterable[str]) -> None:
-    """Refuse names that resemble a merging field: upstream would store them as new fields, without any effect."""
-    known = (*MERGING_FIELDS, "merge_frontier")
+def _check_field_names(config_class: type, names: Iterable[str]) -> None:
+    """Refuse names that upstream would store as new fields: of methods and properties, and like those of merging.
+
+    A field `check_merging` in a config file would replace the method, and a field `merge_grops` would have no effect.
+    """
+    known, merging = {field.name for field in fields(config_class)}, (*MERGING_FIELDS, "merge_frontier")
     for name in names:
-        closest = get_close_matches(name, known, n=1, cutoff=0.8)
-        if closest and name not in known:
-            raise ValueError(f"{name}: is not a field of the config; did you mean {closest[0]}?")
+        attribute, shown = getattr(config_class, name, None), _shorten(name)[1:-1]
+        is_settable = isinstance(attribute, property) and attribute.fset is not None
+        if name.startswith("__") or (
+            hasattr(config_class, name) and name not in known and name != "model_type" and not is_settable
+        ):
+            raise ValueError(f"{shown}: is not a field of the config, but an attribute of its class; remove it")
+        closest = get_close_matches(name, merging, n=1, cutoff=0.8)
+        if closest and name not in merging:
+            raise ValueError(f"{shown}: is not a field of the config; did you mean {closest[0]}?")
+
+
+def _is_list(value: object, most: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) <= most
+
+
+def _shorten(value: object) -> str:
+    """Return a value on one line of limited length, without control characters; exceptions by their message."""
+    return _SHORT.repr(str(value) if isinstance(value, Exception) else value)
 
 
 def _describe_value(value: object) -> str:
-    return f"is a {type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else f"is {value!r}"
+    return (
+        f"is a {type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else f"is {_shorten(value)}"
+    )
 
 
 ToMePerceiverConfig.register_for_auto_class()

@@ -23,12 +23,11 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from experiments.errors import BadInput, naming
+from experiments.escaping import HIDDEN, SECRET_ARGUMENTS, hide_tokens, printable
 
 FILE_ENDINGS = (".yaml", ".yml", ".json")
 # Arguments whose value is text separated by commas; a file may give a list instead.
 COMMA_SEPARATED = ("r", "dataset_config_name", "config_overrides", "optim_args", "fsdp", "report_to", "debug")
-# Arguments whose values reports must not show.
-SECRETS = ("--token", "--hub_token", "--hub-token")
 # Width of the `--help` page, in characters.
 HELP_WIDTH = 100
 
@@ -221,12 +220,12 @@ def shown_command() -> str:
     words = ["python", *(_shorten_path(word) for word in sys.argv)]
     for index, word in enumerate(words):
         option, equals, _ = word.partition("=")
-        if option in SECRETS:
+        if option in SECRET_ARGUMENTS:
             if equals:
-                words[index] = f"{option}=..."
+                words[index] = f"{option}={HIDDEN}"
             elif index + 1 < len(words):
-                words[index + 1] = "..."
-    return shlex.join(words)
+                words[index + 1] = HIDDEN
+    return printable(hide_tokens(shlex.join(words)))
 
 
 def _shorten_path(word: str) -> str:

@@ -13,8 +13,11 @@ import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import format_exception
 from types import TracebackType
 from typing import Any, NoReturn
+
+from experiments.escaping import hide_tokens, printable
 
 # Exit code after Ctrl-C, as in shells.
 INTERRUPTED_EXIT_CODE = 130
@@ -128,7 +131,7 @@ def one_line(error: BaseException) -> str:
     """Return an error's message in one line that is clear without the traceback.
 
     Leading lines that end in a colon are joined with the line that they announce. A message that is only a key gets the
-    name of the error in front.
+    name of the error in front. Control characters are escaped, and tokens hidden.
     """
     text, name = str(error), type(error).__name__
     if "\nOriginal Traceback" in text:  # the message of an error in a worker process is its traceback
@@ -139,7 +142,7 @@ def one_line(error: BaseException) -> str:
     count = 1
     while count < len(lines) and lines[count - 1].endswith(":"):
         count += 1
-    line = " ".join(lines[:count])
+    line = printable(hide_tokens(" ".join(lines[:count])))
     return line if " " in line and not isinstance(error, KeyError) else f"{name}: {line}"
 
 
@@ -161,7 +164,7 @@ def _close_process_group() -> None:
 
 
 def _report_fault(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    sys.__excepthook__(kind, error, traceback)
+    print(hide_tokens("".join(format_exception(kind, error, traceback))), end="", file=sys.stderr)
     print(
         "error: this is a fault of the program, not of its input; please report it in the project's issue tracker, "
         "with the command and the traceback above",

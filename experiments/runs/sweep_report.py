@@ -435,6 +435,7 @@ def draw_sweep(rows: Sequence[Row], score: str, title: str, path: Path) -> None:
             for line in title.splitlines()
         ),
         fontsize=11,
+        parse_math=False,
     )
     save_picture(figure, path)
 

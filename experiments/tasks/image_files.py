@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def open_image(stored: dict[str, Any] | None, where: str) -> Iterator[Image.Imag
         where: name of the image for messages, if it has no path.
 
     Raises:
-        BadInput: for a missing file, a file that is not an image, and more than 8 bits per channel.
+        BadInput: for a missing file, a file that is not an image, more than 8 bits per channel, and too many pixels.
     """
     data: Any = None if stored is None else stored["bytes"]
     path: Any = None if stored is None else stored["path"]
@@ -63,7 +64,13 @@ def open_image(stored: dict[str, Any] | None, where: str) -> Iterator[Image.Imag
             # `datasets` 5.2 takes the name of the archive's folder as the class of such images.
             raise ValueError("is in an archive or elsewhere; unpack it into a folder")
         try:
-            image = Image.open(path if data is None else io.BytesIO(data))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(path if data is None else io.BytesIO(data))
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise ValueError(
+                f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller, or remove it"
+            ) from None
         except UnidentifiedImageError:
             raise ValueError("is not an image that Pillow can read; convert it to JPEG or PNG, or remove it") from None
         with image:

@@ -31,7 +31,7 @@ MAX_NAMES_SHOWN = 20
 # Labels that are parsed as numbers.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE | re.ASCII)
 # Names of classes that are compared by their integer.
-_INTEGER = re.compile(r"(?:LABEL_)?([-+]?\d+)(?:\.0*)?", re.ASCII)
+_INTEGER = re.compile(r"(?:LABEL_)?([-+]?\d{1,1000})(?:\.0*)?", re.ASCII)
 # Words for a missing value, in lower case.
 _MISSING_WORDS = {"n/a", "na", "#n/a", "nan", "none", "null", "nil", "-", "--", "?", "unknown", "missing", "."}
 # Labels that people read as numbers, such as 2,5 or 1 000 or 50%, and that are refused as ambiguous.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import Stopped
+from experiments.escaping import spreadsheet_cell
 from experiments.files import write_text
 from experiments.tasks.base import PreparedTask
 from experiments.tasks.scores import Scores, flatten_scores, score
@@ -82,6 +83,7 @@ def predict_and_save(trainer: TaskTrainer, task: PreparedTask, name: str) -> Non
 
     The text file is a table with a row for each input and the columns `index`, `prediction` and, for inputs from files,
     `file`, separated by tabs. Values with a tab, a line break or a quotation mark are quoted as by the `csv` module.
+    Text that a spreadsheet would take for a formula gets an apostrophe in front.
 
     Args:
         name: name of the task, NAME.
@@ -99,9 +101,12 @@ def predict_and_save(trainer: TaskTrainer, task: PreparedTask, name: str) -> Non
                 columns["file"] = files
             table = io.StringIO(newline="")
             writer = csv.writer(table, "excel-tab", lineterminator="\n")
-            writer.writerows([tuple(columns), *zip(*columns.values(), strict=True)])
+            rows = zip(*columns.values(), strict=True)
+            writer.writerows([tuple(columns), *(map(spreadsheet_cell, row) for row in rows)])
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / f"predict_results_{name}{suffix.replace('_', '-')}.txt", table.getvalue())
+            # A configuration of a dataset may have a slash in its name.
+            file_name = f"predict_results_{name.replace('/', '_')}{suffix.replace('_', '-')}.txt"
+            write_text(folder / file_name, table.getvalue())
     trainer.log_metrics("predict", metrics)
     if trainer.is_world_process_zero():
         save_metrics(folder, "predict", metrics)

@@ -228,8 +228,8 @@ def test_inflection_moves_merging_about_and_leaves_its_total_alone(blocks, per_b
 @pytest.mark.parametrize("name", SHAPE_FIELDS)
 def test_a_shape_of_anything_but_positive_integers_is_one_line(name):
     """When a config is built, and when a field is set and saved. Attention channels may be unset."""
-    for bad in (0, -1, True, 1.5, "3") if name in ("qk_channels", "v_channels") else (0, True, None):
-        with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(bad))}: must be an integer of 1 or more$"):
+    for bad in (0, -1, True, 1.5, "3", 2**20 + 1) if name in ("qk_channels", "v_channels") else (0, True, None, 2**31):
+        with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(bad))}: must be an integer from 1 to 1048576$"):
             ToMePerceiverConfig(**{name: bad})
         merging = config()
         with pytest.raises(ValueError, match=rf"^{name}=[^\n]*$"):

@@ -166,7 +166,7 @@ def test_a_missing_image_is_refused():
 
 def test_an_image_with_too_many_pixels_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(BadInput, match="image 3: .*600 pixels"):
+    with pytest.raises(BadInput, match="image 3: has more than 100 pixels"):
         read_image({"bytes": ACCEPTED["rgb.png"], "path": None}, "3")
 
 

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The law of all fuzzing: a call returns, or raises an allowed error with one short line, within seconds and memory."""
+
+from __future__ import annotations
+
+import re
+import resource
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import Stopped, one_line
+
+SECONDS, BYTES = 5.0, 2**30
+# Longest message, in characters: several lines of a terminal.
+MOST_CHARACTERS = 1500
+# Control characters, which move a terminal's cursor or hide text, and lone surrogates, which cannot be printed.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+OUTCOMES: Counter[str] = Counter()
+"""Number of calls by outcome, "result" or "one line"; `python -m tests.fuzzing` reports it."""
+
+
+class Hang(BaseException):
+    """A call took more than `SECONDS`. Not an `Exception`, which the code under test may turn into one line."""
+
+
+def check(call: Callable[[], Any], *allowed: type[Exception]) -> Any:
+    """Return the result of a call, or the message of an allowed error, which must be one short printable line.
+
+    Every other error, a hang and the use of too much memory fail the test.
+    """
+    try:
+        with limited():
+            result = call()
+    except allowed as error:
+        OUTCOMES["one line"] += 1
+        # A script prints one line for each of its own errors, see `experiments.errors`.
+        message = one_line(error) if isinstance(error, Stopped) else str(error)
+        assert message.strip(), f"an empty message: {error!r}"
+        assert len(message) <= MOST_CHARACTERS, f"a message of {len(message)} characters: {message[:200]} ..."
+        assert not UNPRINTABLE.search(message), f"a message that is not one printable line: {message!r}"
+        return None
+    OUTCOMES["result"] += 1
+    return result
+
+
+@contextmanager
+def limited(seconds: float = SECONDS, most_bytes: int = BYTES) -> Iterator[None]:
+    """Raise `Hang` after `seconds`, and `MemoryError` if the process needs `most_bytes` more than before."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+
+    def stop(*_: object) -> None:
+        raise Hang(f"still running after {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (used + most_bytes, hard))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
