@@ -29,6 +29,8 @@ FULL_DISK_TEXT = os.strerror(errno.ENOSPC)
 NO_ACCESS_ERRNOS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 # Texts of PyTorch's errors for full memory.
 FULL_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory")
+# Longest message, in characters: a name or a value from a file may be of any length.
+MAX_LINE = 1200
 # End of messages about an interruption.
 FILES_ARE_WHOLE = "files written before are complete"
 
@@ -131,7 +133,8 @@ def one_line(error: BaseException) -> str:
     """Return an error's message in one line that is clear without the traceback.
 
     Leading lines that end in a colon are joined with the line that they announce. A message that is only a key gets the
-    name of the error in front. Control characters are escaped, and tokens hidden.
+    name of the error in front. Control characters are escaped, tokens hidden, and long messages
+    shortened in the middle.
     """
     text, name = str(error), type(error).__name__
     if "\nOriginal Traceback" in text:  # the message of an error in a worker process is its traceback
@@ -143,6 +146,8 @@ def one_line(error: BaseException) -> str:
     while count < len(lines) and lines[count - 1].endswith(":"):
         count += 1
     line = printable(hide_tokens(" ".join(lines[:count])))
+    if len(line) > MAX_LINE:
+        line = f"{line[: MAX_LINE - 300]} ... {line[-290:]}"  # the end says what to do
     return line if " " in line and not isinstance(error, KeyError) else f"{name}: {line}"
 
 
