@@ -188,7 +188,7 @@ def test_a_card_has_a_section_for_what_there_is_to_say(tmp_path):
     card_of(sections={"Branches": "Two.", "Nothing": ""}).write(tmp_path)
     text = ModelCard.load(tmp_path / "README.md").text
     assert [line for line in text.splitlines() if line.startswith("#")] == [
-        "# model", "## Use it", "## Data", "## Branches", "## Limits", "## Licence", "## Made with",
+        "# model", "## How to load it", "## Data", "## Branches", "## Limits", "## Licence", "## Made with",
     ]  # fmt: skip
     assert not (tmp_path / "schedule.png").exists() and "without training" in text and "trained on" not in text
 
@@ -198,8 +198,8 @@ def test_a_card_says_what_was_done_how_fast_it_is_and_where():
     for said in (
         "# model, r2",
         "trained on stsb, from [deepmind/language-perceiver](https://huggingface.co/deepmind/language-perceiver)",
-        "12 latents become 1", "for an input of shape (20,)", "merge_method: bipartite", "budget: at most 0.5",
-        "it was 1.50 times as fast as unmerged", "1.25 to 1.75, 8 inputs at once",
+        "12 latents become 1", "input of shape (20,) takes", "merge_method: bipartite", "budget: at most 0.5",
+        "1.50 times as fast (measured on", "8 inputs at once; quartiles 1.25 to 1.75",
         "- [nyu-mll/glue](https://huggingface.co/datasets/nyu-mll/glue), configuration stsb",
         "- 3,000 training examples", "- 1,500 evaluated examples, of its split 'validation'",
         "- classes: no, yes", "- `max_seq_length`: 48", "- `seed`: 7", f"transformers {transformers.__version__}",

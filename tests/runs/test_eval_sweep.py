@@ -320,7 +320,7 @@ def test_all_budgets_come_from_one_frontier(along):
     best = min(within, key=lambda row: (row["divergence"], -row["flops_ratio"]))
     assert rows["flops=0.98 search"]["flops_ratio"] == pytest.approx(best["flops_ratio"])
     card = (folder / "README.md").read_text()
-    assert "## Frontier" in card and "frontier.png" in card and f"| {shares[-1]:.3f} |" in card
+    assert "## How to choose another budget" in card and "frontier.png" in card and f"| {shares[-1]:.3f} |" in card
     assert (folder / "frontier.png").exists() and "rows of the frontier" not in card
 
 
