@@ -162,13 +162,12 @@ def match_k_center(metric: Tensor, r: int, sizes: Tensor | None = None, depth: f
     core-set: Sener and Savarese (2018), "Active Learning for Convolutional Neural Networks" (arXiv:1708.00489).
     """
     similarity = cosine_similarity(metric)
-    # Similarity of each latent to the nearest kept one: -inf while none is kept, +inf for a kept latent itself.
-    nearest = torch.full_like(similarity[:, 0], -math.inf)
-    for _ in range(metric.shape[1] - r):
+    # Similarity of each latent to the nearest kept one, at first latent 0; +inf for a kept latent itself.
+    nearest = similarity[:, 0].masked_fill(torch.arange(metric.shape[1], device=metric.device) == 0, math.inf)
+    for _ in range(metric.shape[1] - r - 1):
         farthest = nearest.argmin(dim=1, keepdim=True)
         nearest = nearest.maximum(_take_rows(similarity, farthest)[:, 0]).scatter(1, farthest, math.inf)
-    # The stable sort puts merged latents first, then kept ones, each in the order of their positions.
-    order = torch.sort(nearest.isinf().int(), dim=1, stable=True).indices
+    order = order_by_flag(nearest.isinf())
     merged, kept = order[:, :r], order[:, r:]
     return Match(kept=kept, merged=merged, into=take_pairs(similarity, merged, kept).argmax(dim=-1))
 
@@ -232,7 +231,7 @@ def match_ward(metric: Tensor, r: int, sizes: Tensor | None = None, depth: float
         cost = cost.masked_fill(is_second[:, :, None] | is_second[:, None, :], torch.inf)
         size = torch.where(is_first, size_first + size_second, size)
         cluster = torch.where(cluster == second[:, None], first[:, None], cluster)
-    order = torch.sort(is_merged.to(torch.int64), dim=1, stable=True).indices
+    order = order_by_flag(is_merged)
     kept, merged = order[:, : num_latents - r], order[:, num_latents - r :]
     index_among_kept = (~is_merged).to(torch.int64).cumsum(dim=1) - 1
     return Match(kept=kept, merged=merged, into=index_among_kept.gather(1, cluster.gather(1, merged)))
@@ -266,6 +265,16 @@ def cosine_similarity(metric: Tensor, rows: slice = ALL, columns: slice = ALL) -
     autocast = metric.device.type != "meta" and torch.is_autocast_enabled(metric.device.type)
     with torch.autocast(metric.device.type, enabled=False) if autocast else nullcontext():
         return torch.bmm(metric[:, rows], metric[:, columns].transpose(1, 2))
+
+
+def order_by_flag(flags: Tensor) -> Tensor:
+    """Return the positions (B, N) whose flag (B, N) is false, then those whose flag is true, each in ascending order.
+
+    The sorted keys are unique, because a runtime of an exported model may reorder equal ones.
+    """
+    length = flags.shape[1]
+    keys = flags.to(torch.int64) * length + torch.arange(length, device=flags.device)
+    return keys.sort(dim=1).values % length
 
 
 def best_edges(score: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models with random weights for the benchmarks of speed, stock and merging: two published shapes and two small ones.
+"""Models with random weights for the benchmarks of speed, stock and merging: two published shapes and three small ones.
 
 Speed does not depend on the values of the weights, so nothing is downloaded.
 
@@ -137,6 +137,13 @@ PUBLISHED_MODELS: dict[str, PublishedModel] = {
         _example_shapes("small_image_perceiver.json"),
         takes_text=False,
         flops_ratio=(0.77, 0.6),
+    ),
+    # The model of `make demo`.
+    "digits": PublishedModel(
+        "64 latents x 64, 9 layers",
+        "PerceiverForImageClassificationConvProcessing",
+        _example_shapes("digits_perceiver.json"),
+        takes_text=False,
     ),
 }
 

@@ -66,6 +66,8 @@ class SpeedArguments:
     # Defaults of the arguments, and the defaults that differ with --small.
     defaults: ClassVar[dict[str, Any]] = {}
     small_defaults: ClassVar[dict[str, Any]] = {}
+    # Values that --dtype accepts.
+    dtypes: ClassVar[tuple[str, ...]] = tuple(DTYPES)
 
     shapes: str = field(
         default="language", metadata={"help": f"Shapes of the model: {', '.join(sorted(PUBLISHED_MODELS))}."}
@@ -106,7 +108,7 @@ class SpeedArguments:
         for name, value in {**self.defaults, **(self.small_defaults if self.small else {})}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        check_names("dtype", self.dtype, DTYPES)
+        check_names("dtype", self.dtype, self.dtypes)
         check_names("schedule", self.schedule, SCHEDULES)
         if self.model.takes_text:
             self.length = [128] if self.length is None else self.length
