@@ -14,16 +14,23 @@ import math
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from itertools import accumulate, product
 from operator import sub
 from reprlib import Repr
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
+import transformers
+from huggingface_hub import errors as hub_errors
+from packaging.version import Version
 from transformers import PerceiverConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
+
+# The range of transformers on which the tests passed; docs/versions.md has the table. This is the one place for it: a
+# test compares the range in pyproject.toml.
+OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = "4.57", "5.24"
 
 # A stock Perceiver checkpoint loads unchanged; any other model type is another architecture and is refused.
 LOADABLE_MODEL_TYPES = ("perceiver", "tome_perceiver")
@@ -91,6 +98,29 @@ _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 12, 12, 4
 _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 80, 80, 40
 
 
+def check_transformers(installed: str = transformers.__version__) -> None:
+    """Refuse a version of transformers that is too old, and warn once about one that is newer than those tested.
+
+    Args:
+        installed: version to check.
+
+    Raises:
+        ImportError: if it is older than `OLDEST_TRANSFORMERS`.
+    """
+    version = Version(installed)
+    if version < Version(OLDEST_TRANSFORMERS):
+        raise ImportError(f"transformers {installed} is installed; ToMe Perceiver needs {OLDEST_TRANSFORMERS} or newer")
+    if version.release[:2] > Version(NEWEST_TRANSFORMERS).release:
+        logging.get_logger().warning_once(
+            f"transformers {installed} is installed; ToMe Perceiver was tested up to {NEWEST_TRANSFORMERS}, so check "
+            "its outputs"
+        )
+
+
+# First, so that an old version gives this error and not one from the depths of an import.
+check_transformers()
+
+
 class ToMePerceiverConfig(PerceiverConfig):
     r"""`PerceiverConfig` with settings for merging latents, after Bolya et al. (2023), "Token Merging".
 
@@ -148,10 +178,20 @@ class ToMePerceiverConfig(PerceiverConfig):
         super().__post_init__(**kwargs)
         self.check_merging()
 
+    # Before transformers 5.4, configs are not dataclasses, which would call `__post_init__`.
+    if not is_dataclass(PerceiverConfig):
+
+        def __init__(self, **kwargs: Any) -> None:
+            _check_field_names(type(self), kwargs)
+            # Upstream sets the arguments that it does not know as fields.
+            defaults = {name: getattr(ToMePerceiverConfig, name) for name in ToMePerceiverConfig.__annotations__}
+            super().__init__(**defaults | kwargs)
+            self.check_merging()
+
     def __setattr__(self, name: str, value: Any) -> None:
         try:
             super().__setattr__(name, value)
-        except StrictDataclassFieldValidationError:
+        except hub_errors.StrictDataclassFieldValidationError:
             # Upstream's error is not a ValueError and takes two lines.
             expected = type(self).__dataclass_fields__[name].type
             type_name = getattr(expected, "__name__", expected)
@@ -182,7 +222,7 @@ class ToMePerceiverConfig(PerceiverConfig):
         _check_field_names(cls, kwargs)
         try:
             loaded = super().from_dict(_check_config_dict(config_dict), **kwargs)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, StrictDataclassError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, hub_errors.StrictDataclassError) as error:
             # Upstream's code for fields of its own that the checks here do not know.
             raise ValueError(f"config: transformers cannot read it ({_shorten(error)})") from error
         # Upstream sets the fields in `kwargs` after construction; with `return_unused_kwargs` it returns a pair.
@@ -531,7 +571,14 @@ def _check_field_names(config_class: type, names: Iterable[str]) -> None:
 
     A field `check_merging` in a config file would replace the method, and a field `merge_grops` would have no effect.
     """
-    known, merging = {field.name for field in fields(config_class)}, (*MERGING_FIELDS, "merge_frontier")
+    # Before transformers 5.4 configs are not dataclasses, and of their fields only those of this file are attributes of
+    # the class.
+    known = (
+        {field.name for field in fields(config_class)}
+        if is_dataclass(config_class)
+        else {*ToMePerceiverConfig.__annotations__}
+    )
+    merging = (*MERGING_FIELDS, "merge_frontier")
     for name in names:
         attribute, shown = getattr(config_class, name, None), _shorten(name)[1:-1]
         is_settable = isinstance(attribute, property) and attribute.fset is not None
@@ -540,7 +587,7 @@ def _check_field_names(config_class: type, names: Iterable[str]) -> None:
         ):
             raise ValueError(f"{shown}: is not a field of the config, but an attribute of its class; remove it")
         closest = get_close_matches(name, merging, n=1, cutoff=0.8)
-        if closest and name not in merging:
+        if closest and name not in (*merging, *SHAPE_FIELDS):
             raise ValueError(f"{shown}: is not a field of the config; did you mean {closest[0]}?")
 
 

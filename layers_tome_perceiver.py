@@ -14,7 +14,7 @@ channels of a head's keys, E channels of a head's values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -421,7 +421,8 @@ class ToMePerceiverBasicDecoder(upstream.PerceiverBasicDecoder):
 class ToMePerceiverFourierPositionEncoding(upstream.PerceiverFourierPositionEncoding):
     """Upstream's Fourier features (Jaegle et al., 2022, appendix D).
 
-    Modifications: computes shapes without NumPy, which breaks the graph of `torch.compile`.
+    Modifications: computes shapes without NumPy, which breaks the graph of `torch.compile`, and positions on the device
+    of the inputs, which upstream does since transformers 5.10.
     """
 
     def forward(
@@ -433,7 +434,7 @@ class ToMePerceiverFourierPositionEncoding(upstream.PerceiverFourierPositionEnco
         pos: Tensor | None = None,
     ) -> Tensor:
         # Build the positions without a batch dimension: all rows share them, and the batch may be empty.
-        shared = upstream.build_linear_positions(index_dims, device=device).flatten(0, -2) if pos is None else pos[0]
+        shared = _linear_positions(index_dims, device) if pos is None else pos[0]
         pos = shared.expand(batch_size, -1, -1) if pos is None else pos
         bands = torch.stack(
             [torch.linspace(1.0, size / 2, self.num_bands, device=pos.device) for size in self.max_resolution]
@@ -442,6 +443,12 @@ class ToMePerceiverFourierPositionEncoding(upstream.PerceiverFourierPositionEnco
         features = phase.sin() if self.sine_only else torch.cat([phase.sin(), phase.cos()], dim=-1)
         features = features.expand(batch_size, -1, -1)
         return (torch.cat([pos, features], dim=-1) if self.concat_pos else features).to(dtype)
+
+
+def _linear_positions(index_dims: Sequence[int], device: torch.device) -> Tensor:
+    """Return the positions (S, number of dimensions) of a grid, from -1 to 1 in each dimension, in float32."""
+    axes = [torch.linspace(-1.0, 1.0, size, dtype=torch.float32, device=device) for size in index_dims]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
 class ToMePerceiverImagePreprocessor(upstream.PerceiverImagePreprocessor):

@@ -20,7 +20,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, PerceiverImageProcessorPil
+from transformers import AutoImageProcessor
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput, naming
@@ -53,6 +53,11 @@ from experiments.tasks.labels import LABEL, has_labels, label_ids, label_names, 
 from experiments.tasks.reading import read_dataset, type_name
 from experiments.tasks.redrawn_examples import RedrawnExamples
 from experiments.tasks.scores import choose_classes
+
+try:
+    from transformers import PerceiverImageProcessorPil
+except ImportError:  # Its name before transformers 5.4 is that of the class that needs torchvision since then.
+    from transformers import PerceiverImageProcessor as PerceiverImageProcessorPil
 
 # Names of columns, in lower case, by which images and labels are found.
 IMAGE_NAMES = {"image", "images", "img", "picture", "pixels", "pixel_values"}

@@ -4,13 +4,22 @@
 import json
 import logging
 import re
+import tomllib
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PerceiverConfig
 
-from configuration_tome_perceiver import MERGING_FIELDS, SHAPE_FIELDS, ToMePerceiverConfig
+from configuration_tome_perceiver import (
+    MERGING_FIELDS,
+    NEWEST_TRANSFORMERS,
+    OLDEST_TRANSFORMERS,
+    SHAPE_FIELDS,
+    ToMePerceiverConfig,
+    check_transformers,
+)
+from tests.support.script_run import ROOT
 
 NO_CAP = 10**6  # latents enough that neither cap ever binds
 
@@ -280,6 +289,8 @@ def test_a_misspelt_field_is_refused(tmp_path):
         with pytest.raises(ValueError, match=line):
             call()
     assert ToMePerceiverConfig(something_of_mine=3).something_of_mine == 3
+    # A field of upstream's, with a name much like `min_latents`.
+    assert ToMePerceiverConfig.from_pretrained(tmp_path, num_latents=64).num_latents == 64
 
 
 @pytest.mark.parametrize(
@@ -316,3 +327,47 @@ def test_labels_that_say_the_same_are_fine(labels):
 def test_labels_that_contradict_each_other_are_one_line(labels, line):
     with pytest.raises(ValueError, match=rf"^{line}[^\n]*$"):
         ToMePerceiverConfig(**labels).check_labels()
+
+
+def warnings_about(installed):
+    """Return the warnings of two checks of this version, in a process that has given none yet."""
+    logger, records = logging.getLogger("transformers"), []
+    logger.warning_once.__func__.cache_clear()
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        check_transformers(installed)
+        check_transformers(installed)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return [record.getMessage() for record in records]
+
+
+@pytest.mark.parametrize("installed", ["4.57.1", "5.0.0rc1", "5.0.0", f"{NEWEST_TRANSFORMERS}.7"])
+def test_a_tested_version_of_transformers_is_not_mentioned(installed):
+    assert warnings_about(installed) == []
+
+
+@pytest.mark.parametrize("installed", ["5.99.0", "5.99.0.dev0", "6.0.0"])
+def test_a_newer_version_of_transformers_is_one_warning(installed):
+    (message,) = warnings_about(installed)
+    assert message.startswith(f"transformers {installed} is installed;") and "\n" not in message
+    assert f"tested up to {NEWEST_TRANSFORMERS}" in message
+
+
+@pytest.mark.parametrize("installed", ["4.50.3", "4.56.2", "3.5.1"])
+def test_an_older_version_of_transformers_is_one_line_with_the_version_to_install(installed):
+    with pytest.raises(
+        ImportError, match=rf"^transformers {installed} is installed; [^\n]*{OLDEST_TRANSFORMERS} or newer$"
+    ):
+        check_transformers(installed)
+
+
+def test_pip_installs_no_version_of_transformers_that_is_refused():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (bound,) = [entry for entry in project["dependencies"] if entry.startswith("transformers")]
+    assert bound == f"transformers>={OLDEST_TRANSFORMERS},<6"

@@ -3,6 +3,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 import modeling_tome_perceiver as tome
 from tests.support.tiny_merges import (
@@ -116,6 +118,8 @@ def test_image_of_another_size_is_one_line_for_learned_positions(height, width):
     pixels = torch.randn(2, 3, height, width)
     with pytest.raises(ValueError, match=rf"^inputs: [^\n]*{height} x {width}[^\n]*must be 8 x 8[^\n]*$"):
         model(pixel_values=pixels)
+    if Version(transformers.__version__) < Version("5.4"):
+        pytest.skip("before transformers 5.4, upstream interpolates to the size that the positions have already")
     with torch.no_grad():
         expected = stock(pixel_values=pixels, interpolate_pos_encoding=True).logits
         logits = model(pixel_values=pixels, interpolate_pos_encoding=True).logits

@@ -60,6 +60,8 @@ for name in ("text", "image"):
     )
     if "set_r" in task:
         pipe.model.r = task["set_r"]
+        if transformers.__version__.startswith("5.0."):
+            pipe.modelcard = None  # A pipeline of transformers 5.0 lacks it, and needs it to save.
         pipe.save_pretrained(f"{task['resaved']}/{name}")
 
 report["outside"] = [name for name in task["modules"] if name in sys.modules]
