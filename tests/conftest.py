@@ -23,7 +23,7 @@ from tests.support.tiny_models import SIZES
 SLOW = (
     "benchmarks/",
     "examples/",
-    "documents/test_documents.py::test_links",
+    "documents/",
     "reliability/",
     "runs/",
     "space/test_app.py",

@@ -40,6 +40,9 @@ source() { :; }
 TIME_LIMIT = 20
 ENVIRONMENT_FOLDER = re.compile(r"(?<![\w/])(?:\./)?\.venv/(?:\w+/)?bin/")
 
+# A command in the docstring of a script: an indented line, with the lines that continue it.
+DOCSTRING_COMMAND = re.compile(r"^ {2,}(python (?:.*\\\n)*.*)$", re.MULTILINE)
+
 
 class Parsed(Exception):
     """Raised in place of a script's work, once its arguments are parsed."""
@@ -74,6 +77,12 @@ def spell_commands(text: str) -> list[list[str]]:
         commands.append(words[1 : count + 1])
         words = words[count + 1 :]
     return commands
+
+
+def docstring_commands(path: Path) -> list[list[str]]:
+    """Return the words of each command in the docstring of a script, which is its `--help` page too."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")), clean=False) or ""
+    return [words for command in DOCSTRING_COMMAND.findall(text) for words in spell_commands(command)]
 
 
 def check_block(block: Block) -> list[str]:

@@ -7,13 +7,19 @@ import re
 
 import pytest
 
-from tests.documents.commands import check_block, check_command, check_python, spell_commands
+from tests.documents.commands import check_block, check_command, check_python, docstring_commands, spell_commands
 from tests.documents.pages import ROOT, Block, Page, all_pages
 
 PAGES = all_pages()
 # Pages of the guide; results pages may be longer.
 GUIDE = [page for page in PAGES if page.path.parent == ROOT / "docs"]
 PAGE_LINES = 150
+SCRIPTS = [
+    path
+    for pattern in ("*.py", "examples/**/*.py", "benchmarks/*.py", "space/*.py", "tests/**/__main__.py")
+    for path in sorted(ROOT.glob(pattern))
+    if docstring_commands(path)
+]
 
 
 def named(page: Page) -> str:
@@ -24,6 +30,11 @@ def named(page: Page) -> str:
 def test_links_and_commands_of_a_page_are_right(page):
     assert page.broken_links() == []
     assert [f"{block.place}: {mistake}" for block in page.blocks for mistake in check_block(block)] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_of_a_docstring_are_right(script):
+    assert [mistake for command in docstring_commands(script) if (mistake := check_command(command))] == []
 
 
 @pytest.mark.parametrize("page", GUIDE, ids=named)
