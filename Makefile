@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 
-.PHONY: demo test test-fast reliability docs-check lint types clean
+.PHONY: demo test test-fast test-ray reliability soak docs-check lint types clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt requirements-dev.txt
@@ -18,6 +18,14 @@ DEMO := outputs/demo
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
 	    $$(.venv/space/bin/python -c "import site; print(site.getsitepackages()[0])")/repository.pth
 	.venv/space/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-space.txt
+	touch $@
+
+# A third environment with Ray, for examples/label_with_ray.py, on top of the packages of .venv.
+.venv/ray/installed: .venv/installed requirements-ray.txt
+	$(PYTHON) -m venv --without-pip .venv/ray
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+	    $$(.venv/ray/bin/python -c "import site; print(site.getsitepackages()[0])")/repository.pth
+	.venv/ray/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.txt
 	touch $@
 
 # On the digit images that scikit-learn carries: train, merge to three budgets without training, measure, save, report.
@@ -36,6 +44,15 @@ test: lint types .venv/space/installed
 # on two cores.
 test-fast: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+# Label tiny corpora with two workers on this machine.
+test-ray: .venv/ray/installed
+	.venv/ray/bin/python -m pytest tests/examples/test_label_with_ray.py
+
+# Call one model from several threads, each with its own budget, for MINUTES; check answers and memory.
+MINUTES ?= 60
+soak: .venv/installed
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 # Try every bad input, change between two runs and killed run; write the tables of docs/reliability.md.
 reliability: .venv/installed
