@@ -107,6 +107,7 @@ class Batcher:
         self.classifier, self.settings = classifier, Settings(classifier)
         self.max_batch_size, self.max_wait, self.fall_back_inputs = max_batch_size, max_wait, fall_back_inputs
         self.waiting: list[Waiting] = []
+        WAITING.set_function(lambda: len(self.waiting))
         self._arrived = asyncio.Event()
         self._model_thread = ThreadPoolExecutor(1, "model")
 
@@ -154,7 +155,6 @@ class Batcher:
     def _next_batch(self) -> tuple[Setting, list[Waiting]]:
         """Return the input that waits longest, with others that would run with the same merging settings now."""
         self.waiting = [each for each in self.waiting if not each.answer.done()]
-        WAITING.set(len(self.waiting))
         steps = len(self.waiting) // self.fall_back_inputs if self.fall_back_inputs else 0
         # Many inputs wait with few different settings.
         used = {setting: self.settings.cheaper(setting, steps) for setting in {each.setting for each in self.waiting}}

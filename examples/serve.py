@@ -45,6 +45,7 @@ from experiments.errors import BadInput, exit_on_bad_input, naming, one_line
 RETRY_AFTER_SECONDS = 1
 
 REQUESTS = prometheus_client.Counter("tome_requests", "Requests to /predict, by status of the answer.", ["status"])
+IN_WORK = prometheus_client.Gauge("tome_requests_in_work", "Requests to /predict that have no answer yet.")
 SECONDS = prometheus_client.Histogram("tome_request_seconds", "Seconds from request to answer.")
 
 
@@ -115,6 +116,7 @@ class Service:
             classifier, arguments.max_batch_size, arguments.max_wait_ms / 1000, arguments.fall_back_inputs
         )
         self.requests_in_work = 0
+        IN_WORK.set_function(lambda: self.requests_in_work)
         self._reading_thread = ThreadPoolExecutor(1, "reading")
 
     @asynccontextmanager

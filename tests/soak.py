@@ -230,8 +230,11 @@ def main() -> None:
         if not 0 < (value := getattr(arguments, name)) < float("inf"):
             raise BadInput(f"--{name} {value}: must be a finite number above 0")
     check_writable(f"--output_dir {arguments.output_dir}", arguments.output_dir)
-    command, report = shlex.join(["python", "-m", "tests.soak", *sys.argv[1:]]), soak(arguments.minutes)
-    figures = {"command": command, "environment": describe_environment(), **vars(report)}
+    # The commit is the one that runs, even if files change in the meantime.
+    environment = describe_environment()
+    report = soak(arguments.minutes)
+    command = shlex.join(["python", "-m", "tests.soak", *sys.argv[1:]])
+    figures = {"command": command, "environment": environment, **vars(report)}
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output_dir / "soak.json", figures)
     print(

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -88,12 +89,12 @@ def running(tmp_path, checkpoint, *arguments, before=None):
         process.kill()
 
 
-def slow_batches():
-    """Make every batch take a quarter of a second."""
+def slow_batches(seconds=0.25):
+    """Make every batch take longer."""
     classify = Classifier.classify
 
     def slow(self, batch):
-        time.sleep(0.25)
+        time.sleep(seconds)
         return classify(self, batch)
 
     Classifier.classify = slow
@@ -224,7 +225,7 @@ def test_a_refusal_says_when_to_retry_and_a_slow_answer_is_given_up(tmp_path, te
 
 
 def test_sigterm_answers_the_accepted_requests_first(tmp_path, text_checkpoint):
-    with running(tmp_path, text_checkpoint, "--max_batch_size", 1, before=slow_batches) as server:
+    with running(tmp_path, text_checkpoint, "--max_batch_size", 1, before=partial(slow_batches, 1.0)) as server:
         answers = {}
         threads = [
             threading.Thread(target=lambda index=index: answers.update({index: server.ask(inputs=["a"])}))
@@ -232,7 +233,8 @@ def test_sigterm_answers_the_accepted_requests_first(tmp_path, text_checkpoint):
         ]
         for thread in threads:
             thread.start()
-        time.sleep(0.4)
+        while "tome_requests_in_work 4.0" not in server.ask("GET", "/metrics")[1]:
+            assert not answers, "a request was answered before the last one arrived"
         os.kill(server.process.pid, signal.SIGTERM)
         for thread in threads:
             thread.join()
