@@ -418,7 +418,8 @@ def _choose_fast_enough(
     """
     if not batches:
         raise ValueError(f"latency_ratio={latency_ratio}: needs samples to time; give samples")
-    inputs = {name: value.to(model.device) for name, value in batches[0].items()}
+    device = _running_device(model)
+    inputs = {name: value.to(device) for name, value in batches[0].items()}
 
     def run(merging: Merging) -> None:
         with merging.applied(model.config):
@@ -761,7 +762,8 @@ class _Chunk:
     unmerged_outputs: Tensor
 
     def __init__(self, model: Any, batch: Batch) -> None:
-        self.inputs = {name: value.to(model.device) for name, value in batch.items()}
+        device = _running_device(model)
+        self.inputs = {name: value.to(device) for name, value in batch.items()}
         labels, mask = self.inputs.pop("labels", None), self.inputs.get("attention_mask")
         taken = self.inputs[_input_name(model, self.inputs)]
         self.num_samples = len(taken)
@@ -1081,13 +1083,22 @@ def average_linkage(similarity: Tensor, num_groups: int) -> list[int]:
     return groups
 
 
+def _running_device(model: Any) -> torch.device:
+    """Return the device that the model runs on; `model.device` is the meta device if its weights are offloaded."""
+    with torch.no_grad():
+        return model.base_model.embeddings(batch_size=1).device
+
+
 @contextmanager
 def _one_thread_per_chunk(model: Any) -> Iterator[int]:
-    """Compute each operation in one thread inside the block, and yield the number of chunks to run in parallel."""
+    """Compute each operation in one thread inside the block, and yield the number of chunks to run in parallel.
+
+    That is one chunk on a GPU, and if weights are offloaded: threads would load and drop each other's weights.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield threads if model.device.type == "cpu" else 1
+        yield threads if all(parameter.device.type == "cpu" for parameter in model.parameters()) else 1
     finally:
         torch.set_num_threads(threads)
 

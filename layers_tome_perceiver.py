@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -418,6 +419,20 @@ class ToMePerceiverBasicDecoder(upstream.PerceiverBasicDecoder):
         )
 
 
+class ToMePerceiverEmbeddingDecoder(upstream.PerceiverEmbeddingDecoder):
+    """Upstream's output layer of masked language models.
+
+    Modifications: the embeddings may be offloaded or on another device than the hidden states.
+    """
+
+    def forward(self, hidden_states: Tensor, embedding_layer: Any) -> Tensor:
+        if embedding_layer.weight.device != hidden_states.device:
+            # accelerate loads offloaded weights only while their own module runs, so look up every row.
+            rows = embedding_layer(torch.arange(embedding_layer.num_embeddings, device=hidden_states.device))
+            embedding_layer = SimpleNamespace(weight=rows.to(hidden_states.device))
+        return super().forward(hidden_states, embedding_layer)
+
+
 class ToMePerceiverFourierPositionEncoding(upstream.PerceiverFourierPositionEncoding):
     """Upstream's Fourier features (Jaegle et al., 2022, appendix D).
 
@@ -495,6 +510,7 @@ _TOME_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     upstream.PerceiverLayer: ToMePerceiverLayer,
     upstream.PerceiverEncoder: ToMePerceiverEncoder,
     upstream.PerceiverBasicDecoder: ToMePerceiverBasicDecoder,
+    upstream.PerceiverEmbeddingDecoder: ToMePerceiverEmbeddingDecoder,
     upstream.PerceiverFourierPositionEncoding: ToMePerceiverFourierPositionEncoding,
     upstream.PerceiverImagePreprocessor: ToMePerceiverImagePreprocessor,
 }

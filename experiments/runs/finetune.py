@@ -22,7 +22,7 @@ from experiments.training.loading import trained_classes
 from experiments.training.output_folder import lock_folder
 from experiments.training.progress import announce
 from experiments.training.resume import check_resume, parse_resume
-from experiments.training.stage import check_sharding, rehearse
+from experiments.training.stage import rehearse
 from frontier_tome_perceiver import GROUPS
 from merging_tome_perceiver import EXPERIMENT_ONLY_METHODS
 
@@ -123,8 +123,6 @@ def _check(args: RunArguments) -> None:
         if training.push_to_hub:
             raise BadInput(f"{limit} repository only, so do not use --push_to_hub")
         logger.warning("%s repository only", limit)
-    untrained = "--retrain_epochs" if args.retrains else None if training.do_train else "--do_eval"
-    check_sharding("--max_changed" if merge_args.max_changed is not None else untrained)
     check_resume(parse_resume(training.resume_from_checkpoint))
 
 

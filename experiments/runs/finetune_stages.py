@@ -225,8 +225,8 @@ class Run:
 
     def _measure_frontier(self, trainer: TaskTrainer) -> None:
         """Measure the frontier of the trained weights, choose from it for `--max_changed`, and save both."""
-        # Sharded weights can run only inside the trainer.
-        if not self.merge_args.calibrates or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        # DeepSpeed's sharded weights can run only inside the trainer.
+        if not self.merge_args.calibrates or trainer.is_deepspeed_enabled:
             return
         if self.chooses_after_training:
             self._choose(self.merge_args)

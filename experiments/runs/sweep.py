@@ -38,7 +38,7 @@ from experiments.training.run_record import (
     recorded_arguments,
     training_fields,
 )
-from experiments.training.stage import check_sharding, rehearse, task_trainer, train_and_save
+from experiments.training.stage import rehearse, task_trainer, train_and_save
 from experiments.training.trainer import TaskTrainer
 from frontier_tome_perceiver import Frontier
 
@@ -64,7 +64,6 @@ def run_sweep(description: str) -> None:
     if args.hub.push_only:
         push_sweep(open_to_push(training, args.model.token), args.output_dir, args.branch)
         return
-    check_sharding("--r")
     if retraining.elastic and not args.retrains:
         raise BadInput("--elastic: needs --retrain_epochs")
     if training.resume_from_checkpoint is not None and parse_resume(training.resume_from_checkpoint) != LAST:

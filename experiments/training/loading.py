@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 import modeling_tome_perceiver as modeling
 from configuration_tome_perceiver import ToMePerceiverConfig
@@ -256,6 +256,9 @@ def _read_config(argument: str, name: str, arguments: ModelArguments) -> ToMePer
             if not isinstance(fields, dict):
                 raise ValueError(f"holds a {type(fields).__name__}; must be a mapping of a config's fields")
             config = ToMePerceiverConfig.from_dict(fields)
+        elif (Path(name) / ADAPTER_CONFIG_NAME).exists():
+            # transformers would load the adapter's own base model.
+            raise ValueError("holds a PEFT adapter; use a folder with the model that merge_and_unload() returns, saved")
         elif Path(name).is_dir() and not (Path(name) / CONFIG_NAME).exists():
             # transformers would silently use the default config.
             raise ValueError(f"has no {CONFIG_NAME}; use a Hub id or a folder with a checkpoint")

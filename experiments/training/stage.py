@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from safetensors.torch import load_model
-from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from experiments.errors import BadInput, naming
@@ -29,6 +28,7 @@ from experiments.training.fingerprints import weights_fingerprint
 from experiments.training.output_folder import save_metrics
 from experiments.training.resume import TRAINED_FILE, find_resume_folder, remove_checkpoints
 from experiments.training.run_record import WEIGHTS, RunRecord, update_record
+from experiments.training.sharding import RestoreClassName, sharding_only_inside
 from experiments.training.trainer import TaskTrainer
 
 logger = logging.getLogger(__name__)
@@ -113,9 +113,11 @@ def task_trainer(
     arguments.push_to_hub = False
     # `collate` needs columns that are no arguments of the model.
     arguments.remove_unused_columns = False
+    compile_options = None
     if arguments.torch_compile:
         # Compile layer by layer: Trainer would compile the whole model anew for each r and each input length.
-        model.compile_repeated_blocks(backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
+        compile_options = {"backend": arguments.torch_compile_backend, "mode": arguments.torch_compile_mode}
+        model.compile_repeated_blocks(**compile_options)
         arguments.torch_compile, arguments.torch_compile_backend, arguments.torch_compile_mode = False, None, None
     trainer = trainer_class(
         model=model,
@@ -129,9 +131,7 @@ def task_trainer(
         callbacks=[*task.callbacks, RestoreClassName()],
         record=record,
     )
-    if trainer.is_fsdp_enabled:
-        # accelerate shards the input embeddings as a module of their own; a Perceiver has no such module.
-        model.get_input_embeddings = lambda: None
+    trainer.compile_options = compile_options
     return trainer
 
 
@@ -167,31 +167,6 @@ def rehearse(
             trainer.callback_handler.callbacks.clear()
 
 
-class RestoreClassName(TrainerCallback):
-    """Callback that restores the name of the model's class for checkpoints, after FSDP has changed it."""
-
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        if isinstance(model, FSDPModule):
-            sharded = type(model)
-            ours = next(base for base in sharded.__mro__[1:] if not issubclass(base, FSDPModule))
-            sharded.__name__, sharded.__module__ = ours.__name__, ours.__module__
-
-
-def check_sharding(untrained: str | None) -> None:
-    """Refuse an evaluation before training under FSDP, which shards the model only for training.
-
-    Args:
-        untrained: argument that asks for such an evaluation, if any.
-
-    Raises:
-        BadInput: for such an argument under FSDP.
-    """
-    if untrained is not None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise BadInput(f"{untrained}: FSDP cannot evaluate a model before training; use examples/accelerate_ddp.yaml")
-
-
 def train_and_save(trainer: TaskTrainer, resume: str | None) -> None:
     """Train, and write the checkpoint, `trainer_state.json` and, last, `train_results.json`.
 
@@ -222,12 +197,13 @@ def train_and_save(trainer: TaskTrainer, resume: str | None) -> None:
     trainer.model_wrapped = trainer.model
     trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     try:
-        result = trainer.train(resume_from_checkpoint=None if resume_folder is None else str(resume_folder))
+        with sharding_only_inside(trainer):
+            result = trainer.train(resume_from_checkpoint=None if resume_folder is None else str(resume_folder))
         trainer.check_weights()
         if writes:
             save_whole(folder, lambda partial: trainer.save_model(str(partial)))
         else:
-            trainer.save_model()  # every process takes part: sharded weights are gathered
+            trainer.save_model()  # every process takes part: DeepSpeed gathers sharded weights
         trainer.save_state()
     except RuntimeError as error:
         # On a full disk `torch.save` raises an "iostream error" that does not mention the disk.

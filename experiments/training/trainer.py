@@ -36,6 +36,7 @@ class TaskTrainer(Trainer):
     - writes the run record into each checkpoint, see `experiments.training.resume`
     - `train_loss` is the mean over all steps; upstream's leaves out the steps before a resume
     - logs no gradient norm that is not finite, which `trainer_state.json` could not hold as standard JSON
+    - under FSDP, a model that is not being trained is evaluated with whole weights
     - an undefined metric never counts as the best
     - prints the results of a stage in one line, see `experiments.training.progress`
     - reports no FLOPs: upstream counts 0 if the main input of a model has an unexpected name
@@ -48,6 +49,8 @@ class TaskTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.record = record or RunRecord()
         self._loss_sum = 0.0
+        # Arguments of `compile_repeated_blocks`, if the model is compiled.
+        self.compile_options: dict[str, Any] | None = None
         for upstream, replacement in ((ProgressCallback, Progress), (PrinterCallback, StepLines)):
             if self.pop_callback(upstream) is not None:
                 self.add_callback(replacement)
@@ -59,6 +62,12 @@ class TaskTrainer(Trainer):
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         result.metrics.pop("total_flos", None)
         return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            # Outside training the weights are whole; accelerate would refuse to shard them without an optimizer.
+            self.accelerator.prepare_model(self.model, device_placement=True, evaluation_mode=True)
+        return super().evaluation_loop(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         if self.args.n_gpu > 1:  # DataParallel splits labels by row; `decoding_only_masked` leaves a single row

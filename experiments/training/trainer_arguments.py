@@ -17,6 +17,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from experiments.errors import BadInput, naming
 from experiments.files import check_writable
+from experiments.training.sharding import check_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class TrainerArguments(TrainingArguments):
         self._check_best_checkpoint()
         with naming("arguments", Exception):
             super().__post_init__()
+        check_sharding(self)
         self._check_optimization()
         self._check_folders()
         if (self.bf16 or self.bf16_full_eval) and self.device.type == "cpu":

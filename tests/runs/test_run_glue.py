@@ -260,20 +260,6 @@ def test_a_checkpoint_that_loads_here_only_is_not_pushed(inputs, tmp_path, capsy
     assert line.startswith("error: --merge_method random: ") and "--push_to_hub" in line
 
 
-@pytest.mark.parametrize(
-    ("script", "given", "named"),
-    [
-        ("run_glue.py", ("--do_eval",), "--do_eval"),
-        ("run_glue.py", ("--do_train", "--r", 1, "--retrain_epochs", 1), "--retrain_epochs"),
-        ("eval_sweep.py", ("--model_name_or_path", "any"), "--r"),
-    ],
-)
-def test_fsdp_is_refused_where_it_cannot_do_it(tmp_path, capsys, monkeypatch, script, given, named):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    line = bad_input_line(capsys, script, *given, "--task_name", "sst2", "--output_dir", tmp_path / "out")
-    assert f"{named}: " in line and "FSDP" in line
-
-
 def test_a_finished_checkpoint_predicts_a_file_alone(finetuned, tmp_path):
     """Labels in the file are ignored; classes are the checkpoint's."""
     test_file = write_table(tmp_path / "test.csv", {"text": ["aaax", "bbbx", "aaa"], "label": ["?", "?", "?"]})

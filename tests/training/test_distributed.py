@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -27,42 +28,52 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
+from configuration_tome_perceiver import ToMePerceiverConfig
+from experiments.errors import BadInput
+from experiments.training.sharding import check_sharding
 from tests.support.script_run import ROOT, call_script
 from tests.support.tiny_texts import LABELS, write_glue, write_model_config
 from tests.training.test_resume import Killed, killed_at
 
 VALIDATION, TEST = 19, 7  # neither two processes nor their batches of 4 divide them
-# Plain SGD, so that weights are as close as gradients; Adam turns a rounding error in a zero gradient into a full step.
+# SGD, so that weights are as close as gradients: Adam turns a rounding error in a zero gradient into a full step. With
+# momentum, because PyTorch cannot resume an optimizer without state under FSDP.
 TRAINING = (
-    "--use_cpu", "--optim", "sgd", "--learning_rate", 0.3, "--logging_steps", 1, "--per_device_eval_batch_size", 4,
-    "--save_strategy", "epoch", "--retrain_epochs", 1, "--disable_tqdm", "true",
+    "--use_cpu", "--optim", "sgd", "--optim_args", "momentum=0.5", "--learning_rate", 0.2, "--logging_steps", 1,
+    "--per_device_eval_batch_size", 4, "--save_strategy", "epoch", "--retrain_epochs", 1, "--disable_tqdm", "true",
 )  # fmt: skip
 FINETUNING = ("--do_train", "--do_eval", "--do_predict", "--num_train_epochs", 2, "--r", 2)
 FINETUNING_STEPS = 8
 # --elastic trains from scratch, in one stage.
 ELASTIC = ("--elastic", "--retrain_epochs", 0)
+CALIBRATION = (
+    "--do_train", "--do_eval", "--num_train_epochs", 1, "--retrain_epochs", 0, "--max_changed", 0.9,
+    "--schedule", "floor",
+)  # fmt: skip
 SWEEP = ("--r", 0, 2, "--timing_rounds", 1, "--timing_batch_size", 2)
+SHARDED = {"sharded": True}
+KILLED = ("killed", "killed_sharded")
 CONFIGS = sorted((ROOT / "examples").glob("accelerate_*.yaml"))
 
 
 def run_commands(commands: Path) -> None:
     """Run the scripts that a JSON file lists, in each of several processes.
 
-    Each is [NAME, ARGUMENTS, HOW], where HOW is "killed" in the second step of retraining, "sharded" or "".
+    Each is [NAME, ARGUMENTS, OPTIONS], where OPTIONS may have `sharded`, and `killed_at` with the number of a step.
     """
     *runs, mistake = json.loads(commands.read_text())
-    for number, (name, arguments, how) in enumerate(runs):
+    for number, (name, arguments, options) in enumerate(runs):
         print(f"== {number}", flush=True)
         # A closed process group cannot be opened again for the next command.
-        with patch("torch.distributed.destroy_process_group") as closed:
-            if how == "killed":
-                with pytest.raises(Killed), killed_at(Trainer, "training_step", call=FINETUNING_STEPS + 2):
+        kept_open = patch("torch.distributed.destroy_process_group")
+        with kept_open as closed, sharded() if options.get("sharded") else nullcontext():
+            if step := options.get("killed_at"):
+                with pytest.raises(Killed), killed_at(Trainer, "training_step", call=step):
                     call_script(name, *arguments)
             else:
-                with sharded() if how == "sharded" else nullcontext():
-                    call_script(name, *arguments)
+                call_script(name, *arguments)
                 closed.assert_called_once_with()
         assert torch.distributed.get_world_size() == 2
     # The first process writes for longer, and an error in one process ends the others.
@@ -135,19 +146,24 @@ def two(folder, data, finetuning, one) -> tuple[Path, subprocess.CompletedProces
     folder.mkdir()
     checkpoint = ("--model_name_or_path", one[0] / "glue" / "finetuned", *data)
     batches = ("--per_device_train_batch_size", 3)
-    killed = (*finetuning, *batches, "--output_dir", folder / "killed")
-    unmerged = ("--r", 0, "--retrain_epochs", 0)
+    sweep = (*checkpoint, *TRAINING, *batches, *SWEEP)
+    killed, killed_sharded = ((*finetuning, *batches, "--output_dir", folder / name) for name in KILLED)
+    calibrated = (*checkpoint, *TRAINING, *batches, *CALIBRATION)
     elastic = (*finetuning, *ELASTIC, *batches)
     mistake = ("--use_cpu", "--do_eval", "--r", -1, "--output_dir", folder / "mistaken")
     commands = [
-        ("run_glue.py", (*finetuning, *batches, "--output_dir", folder / "glue"), ""),
-        ("eval_sweep.py", (*checkpoint, *TRAINING, *batches, *SWEEP, "--output_dir", folder / "sweep"), ""),
-        ("run_glue.py", killed, "killed"),
-        ("run_glue.py", (*killed, "--resume_from_checkpoint", "last"), ""),
-        ("run_glue.py", (*finetuning, *batches, *unmerged, "--output_dir", folder / "sharded"), "sharded"),
-        ("run_glue.py", (*elastic, "--output_dir", folder / "elastic"), ""),
-        ("run_glue.py", (*elastic, "--output_dir", folder / "elastic_sharded"), "sharded"),
-        ("run_glue.py", (*checkpoint, *mistake), ""),
+        ("run_glue.py", (*finetuning, *batches, "--output_dir", folder / "glue"), {}),
+        ("eval_sweep.py", (*sweep, "--output_dir", folder / "sweep"), {}),
+        ("run_glue.py", killed, {"killed_at": FINETUNING_STEPS + 2}),
+        ("run_glue.py", (*killed, "--resume_from_checkpoint", "last"), {}),
+        ("run_glue.py", (*finetuning, *batches, "--output_dir", folder / "glue_sharded"), SHARDED),
+        ("eval_sweep.py", (*sweep, "--output_dir", folder / "sweep_sharded"), SHARDED),
+        ("run_glue.py", killed_sharded, SHARDED | {"killed_at": FINETUNING_STEPS - 2}),
+        ("run_glue.py", (*killed_sharded, "--resume_from_checkpoint", "last"), SHARDED),
+        ("run_glue.py", (*calibrated, "--output_dir", folder / "calibrated"), SHARDED),
+        ("run_glue.py", (*elastic, "--output_dir", folder / "elastic"), {}),
+        ("run_glue.py", (*elastic, "--output_dir", folder / "elastic_sharded"), SHARDED),
+        ("run_glue.py", (*checkpoint, *mistake), {}),
     ]
     (folder / "commands.json").write_text(json.dumps(commands, default=str))
     result = subprocess.run(
@@ -189,18 +205,22 @@ def test_each_process_keeps_its_own_state_of_the_random_generators(two, checkpoi
     assert states == ["rng_state_0.pth", "rng_state_1.pth"]
 
 
+@pytest.mark.parametrize("sharded", ["", "_sharded"])
 @pytest.mark.parametrize("stage", ["glue/finetuned", "glue", "sweep/retrained/r0", "sweep/retrained/r2"])
-def test_weights_are_those_of_one_process(one, two, stage):
+def test_weights_are_those_of_one_process(one, two, stage, sharded):
     """Also in the second stage, before which accelerate prepares the model for evaluation only."""
-    assert apart(one[0] / stage, two[0] / stage) < 1e-5
+    name, slash, rest = stage.partition("/")
+    assert apart(one[0] / stage, two[0] / f"{name}{sharded}{slash}{rest}") < 1e-5
     start = one[0] / "glue" / ("finetuned" if stage != "glue/finetuned" else "finetuned/checkpoint-4")
     assert apart(one[0] / stage, start) > 1e-3  # it was trained
 
 
-@pytest.mark.parametrize("stage", ["glue/finetuned", "glue"])
-def test_metrics_are_those_of_one_process(one, two, stage):
-    first, second = results(one[0] / stage), results(two[0] / stage)
-    assert first.keys() == second.keys()
+@pytest.mark.parametrize("sharded", ["", "_sharded"])
+@pytest.mark.parametrize("stage", ["finetuned", "."])
+def test_metrics_are_those_of_one_process(one, two, stage, sharded):
+    first, second = results(one[0] / "glue" / stage), results(two[0] / f"glue{sharded}" / stage)
+    # Under FSDP, Trainer does not time the preparation of a whole model.
+    assert {*first} ^ {*second} <= {f"{split}_model_preparation_time" for split in ("merged", "eval", "predict")}
     assert second["train_loss"] == pytest.approx(first["train_loss"], abs=1e-5)
     assert second["eval_accuracy"] == first["eval_accuracy"]
     assert second["eval_samples"] == VALIDATION
@@ -232,8 +252,10 @@ def test_only_the_first_process_prints_and_writes(one, two):
         assert files[0] == sorted({re.sub(r"rng_state_\d", "rng_state", file) for file in files[1]})
 
 
-def test_a_sweep_is_that_of_one_process(one, two):
-    first, second = (json.loads((folder / "sweep" / "sweep_results.json").read_text()) for folder in (one[0], two[0]))
+@pytest.mark.parametrize("name", ["sweep", "sweep_sharded"])
+def test_a_sweep_is_that_of_one_process(one, two, name):
+    sweeps = one[0] / "sweep", two[0] / name
+    first, second = (json.loads((folder / "sweep_results.json").read_text()) for folder in sweeps)
     assert [row["name"] for row in second["rows"]] == ["r=0", "r=2"]
     for ours, theirs in zip(second["rows"], first["rows"], strict=True):
         assert ours.keys() == theirs.keys()
@@ -241,25 +263,66 @@ def test_a_sweep_is_that_of_one_process(one, two):
     assert second["evaluated_on"] == VALIDATION
 
 
-def test_two_killed_processes_go_on(two):
-    """Killed while retraining and resumed, they only evaluate finetuning, and must then train in step."""
+@pytest.mark.parametrize("sharded", ["", "_sharded"])
+def test_two_killed_processes_go_on(two, sharded):
+    """Killed while retraining and resumed, they only evaluate finetuning, and must then train in step.
+
+    The sharded ones are killed while finetuning, and resume from a checkpoint.
+    """
     folder, _ = two
     for stage in ("finetuned", "."):
-        assert apart(folder / "glue" / stage, folder / "killed" / stage) < 1e-6
+        assert apart(folder / f"glue{sharded}" / stage, folder / f"killed{sharded}" / stage) < 1e-6
+    resumed = results(folder / f"killed{sharded}" / "finetuned").get("train_resumed_from")
+    assert resumed == ("checkpoint-4" if sharded else None)
 
 
-def test_sharded_training_is_that_of_one_process(one, two):
-    """Sharded finetuning gives the same weights, and saves one whole checkpoint with our code and names."""
-    finetuned, folder = one[0] / "glue" / "finetuned", two[0] / "sharded"
-    assert apart(finetuned, folder) < 1e-5
-    states = sorted(path.name for path in (folder / "checkpoint-8").glob("*fsdp*"))
+def test_sharded_training_saves_whole_checkpoints(one, two):
+    """They have our code and names, whatever FSDP calls the classes of a sharded model."""
+    finetuned, checkpoint = (folder / "finetuned" for folder in (one[0] / "glue", two[0] / "glue_sharded"))
+    states = sorted(path.name for path in (checkpoint / "checkpoint-8").glob("*fsdp*"))
     assert states == ["pytorch_model_fsdp.bin"]  # it was sharded
-    configs = [json.loads((place / "config.json").read_text()) for place in (finetuned, folder)]
-    for name in ("architectures", "auto_map"):
-        assert configs[0][name] == configs[1][name]
-    code = [sorted(path.name for path in place.glob("*.py")) for place in (finetuned, folder)]
-    assert code[0] == code[1] and len(code[0]) == 6
-    assert results(folder)["eval_accuracy"] == results(finetuned)["eval_accuracy"]
+    for place in (checkpoint, checkpoint / "checkpoint-8"):
+        configs = [json.loads((folder / "config.json").read_text()) for folder in (finetuned, place)]
+        for name in ("architectures", "auto_map"):
+            assert configs[0][name] == configs[1][name]
+        code = [sorted(path.name for path in folder.glob("*.py")) for folder in (finetuned, place)]
+        assert code[0] == code[1] and len(code[0]) == 6
+
+
+def test_sharded_training_measures_the_frontier_of_its_weights(two):
+    config = json.loads((two[0] / "calibrated" / "config.json").read_text())
+    assert config["merge_frontier"]["rows"]
+    assert sum(ToMePerceiverConfig.from_dict(config).merge_schedule) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version 1: "),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type SHARDED_STATE_DICT: "),
+        ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading true: "),
+        ({"nonsense": 1}, "nonsense"),
+        ({}, "--optim sgd: "),
+    ],
+)
+def test_settings_of_fsdp_that_do_not_work_are_refused(tmp_path, monkeypatch, settings, named):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin sets it too
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    arguments = TrainingArguments(tmp_path, use_cpu=True, optim="sgd", resume_from_checkpoint="last")
+    arguments.fsdp_plugin_args = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"} | settings
+    arguments.distributed_state = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
+    with pytest.raises(BadInput, match=named):
+        check_sharding(arguments)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_CPU])
+def test_fsdp_is_refused_where_accelerate_would_not_shard(tmp_path, kind):
+    arguments = TrainingArguments(tmp_path, use_cpu=True)
+    check_sharding(arguments)
+    arguments.fsdp = True
+    arguments.distributed_state = SimpleNamespace(distributed_type=kind)
+    with pytest.raises(BadInput, match="--fsdp True: .*GPUs"):
+        check_sharding(arguments)
 
 
 @pytest.mark.parametrize("name", ["elastic", "elastic_sharded"])

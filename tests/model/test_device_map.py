@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of accelerate's device maps and offloading, on CPU and disk, and of copies: the outputs stay the same."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.support.tiny_models import HEADS, run, tiny_inputs, tiny_model
+
+Move = Callable[[PreTrainedModel, Path], PreTrainedModel]
+
+# Upstream's multimodal preprocessor uses padding that it keeps in a ParameterDict, which accelerate never loads.
+OFFLOADED_HEADS = [head for head in HEADS if head != "ForMultimodalAutoencoding"]
+CALIBRATED_HEADS = ["ForSequenceClassification", "ForMaskedLM", "ForImageClassificationConvProcessing"]
+model_of = partial(tiny_model, dtype=torch.float32, r=2)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def offload_to_cpu(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    return cpu_offload(model, torch.device("cpu"))
+
+
+def offload_to_disk(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    return disk_offload(model, folder, torch.device("cpu"))
+
+
+def dispatch(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    base = "" if model is model.base_model else f"{model.base_model_prefix}."
+    places = {name: "cpu" for name, _ in model.named_children()} if base else {}
+    places |= {f"{base}{name}": "cpu" for name, _ in model.base_model.named_children()} | {f"{base}encoder": "disk"}
+    places.pop(model.base_model_prefix, None)
+    return dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+def load_on_cpu(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, device_map={"": "cpu"})
+
+
+def load_partly_on_disk(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Load with room for seven tenths of the weights, so that the largest modules stay on the disk."""
+    model.save_pretrained(folder / "checkpoint")
+    room = sum(weight.nbytes for weight in model.parameters()) * 7 // 10
+    loaded = type(model).from_pretrained(
+        folder / "checkpoint", device_map="auto", max_memory={"cpu": room}, offload_folder=folder / "offloaded"
+    )
+    assert "disk" in loaded.hf_device_map.values()
+    return loaded
+
+
+MOVES: list[Move] = [offload_to_cpu, offload_to_disk, dispatch, load_on_cpu, load_partly_on_disk]
+
+
+def logits(model: PreTrainedModel, head: str, **arguments: object) -> Tensor:
+    return run(model, tiny_inputs(head, dtype=torch.float32), **arguments).logits
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("head", OFFLOADED_HEADS)
+def test_logits_are_the_same_wherever_the_weights_are(head, move, tmp_path):
+    model = model_of(head)
+    expected = logits(model, head), logits(model, head, r=1)
+    moved = move(model, tmp_path)
+    assert torch.equal(logits(moved, head), expected[0])
+    assert torch.equal(logits(moved, head, r=1), expected[1])
+
+
+@pytest.mark.parametrize("move", [offload_to_disk, load_partly_on_disk])
+@pytest.mark.parametrize("head", CALIBRATED_HEADS)
+@pytest.mark.filterwarnings("ignore:samples")
+def test_budgets_are_the_same_wherever_the_weights_are(head, move, tmp_path, two_threads):
+    """A search runs samples in threads; offloaded weights that one thread drops must not be missing in another."""
+    whole, samples = model_of(head), [tiny_inputs(head, 8, torch.float32)] * 4
+    expected = whole.calibrate(samples, flops_ratios=[0.95])
+    moved = move(model_of(head), tmp_path)
+    assert [row.merging for row in moved.calibrate(samples, flops_ratios=[0.95]).rows] == [
+        row.merging for row in expected.rows
+    ]
+    for model in (whole, moved):
+        model.merge_to(flops_ratio=0.95)
+    assert torch.equal(logits(moved, head), logits(whole, head))
+    assert torch.equal(logits(moved, head, flops_ratio=0.95), logits(whole, head))
+    moved.merge_to(latency_ratio=1.0, samples=samples)
+
+
+def test_labels_reach_offloaded_embeddings_of_a_masked_language_model(tmp_path):
+    """The loss of offloaded weights is the same too."""
+    inputs = tiny_inputs("ForMaskedLM", dtype=torch.float32) | {"labels": torch.full((2, 20), 7)}
+    with torch.no_grad():
+        expected = model_of("ForMaskedLM")(**inputs).loss
+        assert torch.equal(offload_to_disk(model_of("ForMaskedLM"), tmp_path)(**inputs).loss, expected)
+
+
+def save_and_load(model: PreTrainedModel) -> PreTrainedModel:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), save_and_load])
+@pytest.mark.parametrize("head", HEADS)
+def test_copies_merge_alike_and_have_their_own_settings(head, copy_of):
+    model = model_of(head)
+    copied = copy_of(model)
+    assert torch.equal(logits(copied, head), logits(model, head))
+    assert torch.equal(logits(copied, head, r=1), logits(model, head, r=1))
+    copied.r = 0
+    assert model.r == 2
