@@ -1173,8 +1173,21 @@ def _input_name(model: Any, batch: Batch) -> str:
 
 def _weight_fingerprint(model: Any) -> list[float]:
     """Return one weight from each of at most 64 parameters, to recognise a model's weights later."""
-    parameters = _evenly_spaced(list(model.parameters()), 64)
-    return [float(f"{parameter.flatten()[parameter.numel() // 2]:.4g}") for parameter in parameters]
+    names = _evenly_spaced([name for name, _ in model.named_parameters()], 64)
+    return [float(f"{_middle_weight(model, name):.4g}") for name in names]
+
+
+def _middle_weight(model: Any, name: str) -> float:
+    """Return the middle one of a parameter's weights, in memory order."""
+    parameter = model.get_parameter(name)
+    if not parameter.is_meta:
+        return float(parameter.flatten()[parameter.numel() // 2])
+    # Offloaded: accelerate's hook loads the weights of a module before it runs, and drops them after that.
+    module = model.get_submodule(name.rpartition(".")[0])
+    module._hf_hook.pre_forward(module)
+    weight = _middle_weight(model, name)
+    module._hf_hook.post_forward(module, None)
+    return weight
 
 
 def _evenly_spaced(values: Sequence[Any], most: int) -> list[Any]:

@@ -518,6 +518,8 @@ class ToMePerceiverForMaskedLM(ToMePerceiverPreTrainedModel, upstream.PerceiverF
     """Upstream's masked language model. Modifications: see `ToMePerceiverPreTrainedModel` and `ToMePerceiverModel`."""
 
     _auto_class = "AutoModelForMaskedLM"
+    # The output layer gets the embedding module as an argument; accelerate must not move its offloaded weights.
+    _skip_keys_device_placement = ["embedding_layer"]
     forward = _add_merging_arguments(_forward_checking_labels)
 
     def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
