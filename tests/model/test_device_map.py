@@ -93,7 +93,7 @@ def test_logits_are_the_same_wherever_the_weights_are(head, move, tmp_path):
 @pytest.mark.filterwarnings("ignore:samples")
 def test_budgets_are_the_same_wherever_the_weights_are(head, move, tmp_path, two_threads):
     """A search runs samples in threads; offloaded weights that one thread drops must not be missing in another."""
-    whole, samples = model_of(head), [tiny_inputs(head, 8, torch.float32)] * 4
+    whole, samples = model_of(head), [tiny_inputs(head, 2, torch.float32)] * 4
     options = dict(flops_ratios=[0.95], schedules=["floor"], merge_methods=["bipartite"], merge_metrics=["key"])
     expected = whole.calibrate(samples, **options)
     moved = move(model_of(head), tmp_path)

@@ -113,7 +113,7 @@ def test_merging_of_latents_works_through_a_peft_model(trained, head):
     """`calibrate`, `merge_to` and the arguments of a call do the same as on the model with merged adapters."""
     adapted = copy.deepcopy(trained[head])
     merged = copy.deepcopy(trained[head]).merge_and_unload()
-    samples, budget = [inputs_of(head, 8)] * 4, {"flops_ratio": 0.99}
+    samples, budget = [inputs_of(head)] * 4, {"flops_ratio": 0.99}
     options = dict(flops_ratios=[0.99], schedules=["floor"], merge_methods=["bipartite"], merge_metrics=["key"])
     rows = [model.calibrate(samples, **options).rows for model in (adapted, merged)]
     assert [row.merging for row in rows[0]] == [row.merging for row in rows[1]]
