@@ -26,7 +26,7 @@ from pathlib import Path
 from tests.support.script_run import isolated_environment
 
 # A block may take this long, in seconds.
-TIME_LIMIT = 300
+TIME_LIMIT = 600
 # Lines of the output of a failed block that are shown.
 SHOWN_LINES = 15
 
