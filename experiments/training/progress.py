@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
-from transformers.utils.logging import set_tqdm_hook
+from transformers.utils import logging as transformers_logging
 
 from experiments.tasks.scores import Score, parse_scores
 
@@ -44,7 +44,11 @@ def quieten_transformers() -> None:
 
     `AutoTokenizer` reads the config of each of our checkpoints without its model type, and warns of it.
     """
-    set_tqdm_hook(lambda make_bar, args, kwargs: make_bar(*args, **{"delay": BAR_DELAY_SECONDS} | kwargs))
+    # transformers 5.0 has no such hook, and shows its bars.
+    if hasattr(transformers_logging, "set_tqdm_hook"):
+        transformers_logging.set_tqdm_hook(
+            lambda make_bar, args, kwargs: make_bar(*args, **{"delay": BAR_DELAY_SECONDS} | kwargs)
+        )
     upstream = logging.getLogger("transformers.configuration_utils")
     upstream.addFilter(lambda record: MODEL_TYPE_WARNING not in record.getMessage())
 
