@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 
-.PHONY: demo test test-fast test-ray reliability soak docs-check lint types clean
+.PHONY: demo test test-fast test-ray reliability fuzz audit soak docs-check lint types clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt requirements-dev.txt
@@ -61,6 +61,17 @@ reliability: .venv/installed
 # Run the code blocks of the pages that are marked as runnable, check the others, and the links: tests/documents.
 docs-check: .venv/installed
 	$(BIN)/python -m tests.documents
+
+# Try random configs, arguments, data files and images: `make fuzz SECONDS=60` for a minute.
+SECONDS ?= 600
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzzing --seconds $(SECONDS)
+
+# Look up the installed versions in pypi.org's database of known vulnerabilities, with a tool in its own environment.
+audit: .venv/installed
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	.venv/audit/bin/pip-audit --path $$($(BIN)/python -c "import site; print(site.getsitepackages()[0])")
 
 lint: .venv/installed
 	$(BIN)/ruff check .

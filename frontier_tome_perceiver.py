@@ -162,9 +162,14 @@ class FrontierRow:
         if self.who["groups"]:
             # Saving a config sorts its keys and puts "over 9" before "up to 9 tokens"; show short inputs first.
             groups = sorted(self.who["groups"].items(), key=lambda group: group[0].startswith("over "))
-            shares = [f"{name} {share:.1%} of {count}" for name, (share, count) in groups]
+            shares = [f"{_printable(name)} {share:.1%} of {count}" for name, (share, count) in groups]
             lines.append(f"changed most: {', '.join(shares)}")
         return [*lines, f"worst tenth of the samples: {tenth:.0%} of the divergence"]
+
+
+def _printable(name: str) -> str:
+    """Return a name with its control characters escaped: names of classes come from a config that anyone may write."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from tests.support.tiny_models import SIZES
 SLOW = (
     "benchmarks/",
     "examples/",
+    "fuzzing/test_arguments.py",
     "documents/",
     "reliability/",
     "runs/",
@@ -40,6 +41,7 @@ SLOW = (
     "model/test_call_r.py::test_compiled_layers_and_a_compiled_model_accept_r",
     "model/test_modeling_tome_perceiver.py::test_gradient_accumulation_gives_the_loss_and_gradient_norm_of_one_batch",
     "test_soak.py",
+    "test_security.py",
     "test_errors.py::test_a_fault_of_the_program_keeps_its_traceback_and_is_called_one",
     "training/test_elastic.py::test_a_sweep_trains_once_for_all_rows",
     "training/test_trainer_arguments.py::test_arguments_of_many_kinds_work_together",

@@ -241,7 +241,6 @@ class Card:
             undefined_note=undefined_note(table),
             environment=environment_line(self.environment),
             plain=lambda value: escape_markdown(without_local_paths(value)),
-            without_local_paths=without_local_paths,
             quoted=lambda name: json.dumps(name, ensure_ascii=False),
             spelled_r=spelled_r,
             experiment_only_methods=EXPERIMENT_ONLY_METHODS,

@@ -25,14 +25,15 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from experiments.errors import BadInput, Stopped, naming
-from experiments.files import check_writable
+from experiments.files import check_writable, read_json
 from experiments.publishing.card import set_card_repository
 from experiments.publishing.tables import without_local_paths
+from merging_tome_perceiver import EXPERIMENT_ONLY_METHODS
 
 BRANCH_PATTERN = r"(?!.*\.\.)\w[\w./-]*(?<![./])"
 # Seconds to wait before each retry of a push.
 RETRY_WAITS = (2.0, 5.0, 15.0, 45.0)
-# Not pushed: hidden and half-written files, training_args.bin, which holds the token, and files for resuming training.
+# Not pushed: hidden and half-written files, training_args.bin, which is a pickle, and files for resuming training.
 NOT_PUSHED = (
     ".*", "*.partial", "training_args.bin", "optimizer*.pt", "optimizer*.bin", "scheduler*.pt", "scheduler*.bin",
     "scaler*.pt", "rng_state*", "random_states_*",
@@ -59,6 +60,8 @@ class HubArguments:
         default=False,
         metadata={"help": "Only push the checkpoints that an earlier run saved in --output_dir."},
     )
+    token: str | None = field(default=None, init=False, repr=False)
+    """Value of `--hub_token`, which `RunArguments.parse` moves here from the arguments that Trainer saves."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +145,13 @@ def push_checkpoint(repository: HubRepository, folder: Path, message: str, revis
 
     Raises:
         PushFailed: if the push fails; pushing again is safe.
-        BadInput: if the folder holds no checkpoint, or one of `FILES_WITH_PATHS` is not JSON.
+        BadInput: if the folder holds no checkpoint, one that merges by a method of experiments, or one of
+            `FILES_WITH_PATHS` is not JSON.
     """
     # Pushing a wrong folder, one without weights, would delete the weights in the repository.
     if not (folder / "config.json").is_file():
         raise BadInput(f"--output_dir {folder}: holds no config.json; use a folder with a checkpoint")
+    _check_method(folder)
     set_card_repository(folder, repository.repo_id)
     waits = iter(RETRY_WAITS)
     while True:
@@ -161,6 +166,17 @@ def push_checkpoint(repository: HubRepository, folder: Path, message: str, revis
                 ) from error
             _log.warning("Pushing failed (%s); retrying in %g seconds.", _reason(error), wait)
             time.sleep(wait)
+
+
+def _check_method(folder: Path) -> None:
+    """Refuse a checkpoint that no one could load from the Hub, since its merging method is not in the model files."""
+    config = read_json(folder / "config.json")
+    method = config.get("merge_method") if isinstance(config, dict) else None
+    if method in EXPERIMENT_ONLY_METHODS:
+        raise BadInput(
+            f"--output_dir {folder}: merge_method={method} is for experiments only; its checkpoint loads in this "
+            "repository only, so it is not pushed"
+        )
 
 
 def _commit(repository: HubRepository, folder: Path, message: str, revision: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.escaping import printable
+
 ALIGNMENT_RULES = {"l": "---", "r": "---:"}
 UNDEFINED = "undefined"
 
@@ -54,9 +56,10 @@ def with_error(value: float | None, error: float | None, form: str = ".2f", scal
 
 
 def escape_markdown(value: object) -> str:
-    """Return a name or value on one line, with Markdown's special characters escaped."""
-    # An underscore within a word has no meaning in Markdown.
-    return re.sub(r"([\\`*<>\[|~&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(str(value).split()))
+    """Return a name or value on one line, with control characters and Markdown's special characters escaped."""
+    text = printable(" ".join(str(value).split()))
+    # An underscore within a word has no meaning in Markdown; the Hub takes "$" for the start of a formula.
+    return re.sub(r"([\\`*<>\[|~&$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def without_local_paths(value: Any) -> Any:

@@ -56,7 +56,10 @@ class RunArguments:
             BadInput: for values that are out of range.
         """
         groups = (ModelArguments, data, merge_args, TrainerArguments, RetrainArguments, HubArguments)
-        return cls(*parse_arguments(description, *groups))
+        args = cls(*parse_arguments(description, *groups))
+        # Trainer saves its arguments in training_args.bin of every checkpoint.
+        args.hub.token, args.training.hub_token = args.training.hub_token, None
+        return args
 
     @property
     def output_dir(self) -> Path:
@@ -66,6 +69,11 @@ class RunArguments:
     def branch(self) -> str:
         """Branch of the Hub repository that the checkpoint is pushed to."""
         return self.training.hub_revision or "main"
+
+    @property
+    def push_token(self) -> str | None:
+        """Token for pushing; `None` for that of HF_TOKEN or `hf auth login`."""
+        return self.hub.token or self.model.token
 
     @property
     def retrains(self) -> bool:

@@ -35,7 +35,7 @@ from experiments.publishing.picture_style import (
     series_colors,
     series_label,
 )
-from experiments.publishing.tables import markdown_table, with_error
+from experiments.publishing.tables import escape_markdown, markdown_table, with_error
 from experiments.tasks.base import Source
 from experiments.tasks.scores import Score, Scores, flatten_scores, parse_scores
 from experiments.training.output_folder import SWEEP_FILE, another_run_error, list_result_files
@@ -389,7 +389,7 @@ Command:
 {command}
 ```"""
     measured_on = f"Measured on: {environment_line(results.environment)}."
-    write_text(output_dir / "sweep_report.md", f"# {title}\n\n{report}\n\n{measured_on}\n")
+    write_text(output_dir / "sweep_report.md", f"# {escape_markdown(title)}\n\n{report}\n\n{measured_on}\n")
     return report, best
 
 
