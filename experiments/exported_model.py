@@ -191,13 +191,13 @@ def export_onnx(module: LogitsModule, inputs: tuple[Tensor, ...], file: Path) ->
             dynamic_shapes=module.dynamic_shapes(),
             input_names=list(module.names),
             output_names=["logits"],
-            custom_translation_table=_order_keeping_operators(),
+            custom_translation_table=order_keeping_operators(),
             verbose=False,
         )
     program.save(file)
 
 
-def _order_keeping_operators() -> dict[Callable[..., Any], Callable[..., Any]]:
+def order_keeping_operators() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return ONNX translations of the operators that matching decides by, which give ties to the lower position.
 
     ONNX promises that order for `TopK` and `ArgMax`, but not every runtime keeps it, and `aten.sort.stable` has no
