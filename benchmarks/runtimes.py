@@ -101,9 +101,6 @@ class RuntimesArguments(SpeedArguments):
         check_names("runtime", self.runtime, RUNTIMES)
         if self.device != "cpu":
             raise BadInput(f"--device {self.device}: must be cpu; exported models run on the CPU")
-        for runtime in self.runtime:
-            if runtime != EAGER:
-                check_format(runtime, "float32")
         for dtype in self.dtype:
             if not any(dtype in RUNTIMES[runtime] for runtime in self.runtime):
                 raise BadInput(
@@ -277,6 +274,9 @@ def write_csv(output_dir: Path) -> None:
 
 def main() -> None:
     (arguments,) = parse_arguments(__doc__ or "", RuntimesArguments)
+    for runtime in arguments.runtime:
+        if runtime != EAGER:
+            check_format(runtime, "float32")
     quieten_transformers()
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

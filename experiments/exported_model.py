@@ -339,7 +339,8 @@ class ExportedModel(PreTrainedModel):
         folder = Path(folder)
         config = PerceiverConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
         exported = getattr(config, EXPORTED, None)
-        if not isinstance(exported, dict) or exported.get("format") not in MODEL_FILES:
+        kinds = [(format, dtype) for format, dtypes in DTYPES.items() for dtype in dtypes]
+        if not isinstance(exported, dict) or (exported.get("format"), exported.get("dtype")) not in kinds:
             raise BadInput(f"{folder}: holds no exported model; use export.py to make one")
         _import_packages(exported["format"])
         runtime = load_runtime(folder / MODEL_FILES[exported["format"]], exported["format"], exported["dtype"])

@@ -104,7 +104,6 @@ class ExportArguments:
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise BadInput("--output_dir: is missing; use a new or empty folder")
-        check_format(self.format, self.dtype)
         if self.r is not None:
             self.r = spelled_r(self.r)
             parse_r(self.r)
@@ -167,6 +166,7 @@ def run_export(model_args: ModelArguments, data: SweepDataArguments, arguments: 
         BadInput: for a checkpoint, data or output folder that cannot be used, before any long work.
         Stopped: if the exported model does not agree with PyTorch; only the report is written.
     """
+    check_format(arguments.format, arguments.dtype)
     folder = Path(arguments.output_dir or "")
     with lock_folder(folder):
         if taken := sorted(path.name for path in folder.iterdir() if path.name not in FREE_ENTRIES):
