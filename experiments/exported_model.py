@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PerceiverConfig, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.models.perceiver.modeling_perceiver import PerceiverClassifierOutput
 
 from configuration_tome_perceiver import MERGING_FIELDS
 from experiments.errors import BadInput
@@ -354,7 +354,7 @@ class ExportedModel(PreTrainedModel):
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    def forward(self, **inputs: Any) -> ModelOutput:
+    def forward(self, **inputs: Any) -> PerceiverClassifierOutput:
         """Return the logits, in float32.
 
         Args:
@@ -363,7 +363,7 @@ class ExportedModel(PreTrainedModel):
         """
         if "attention_mask" in self.input_names and inputs.get("attention_mask") is None:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        return ModelOutput(logits=self._runtime({name: inputs[name] for name in self.input_names}))
+        return PerceiverClassifierOutput(logits=self._runtime({name: inputs[name] for name in self.input_names}))
 
 
 def load_runtime(file: Path, format: str, dtype: str) -> Runtime:

@@ -76,7 +76,7 @@ class EveryMatch(nn.Module):
 def matches_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("matches") / "matches.onnx"
     program = torch.onnx.export(
-        EveryMatch(), (signed_basis_vectors(12, 2, 0),), dynamo=True, verbose=False, input_names=["metric"],
+        EveryMatch().eval(), (signed_basis_vectors(12, 2, 0),), dynamo=True, verbose=False, input_names=["metric"],
         dynamic_shapes=(({0: torch.export.Dim("batch")}),), custom_translation_table=order_keeping_operators(),
     )  # fmt: skip
     program.save(file)
