@@ -18,21 +18,22 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from experiments.escaping import hide_tokens, printable
+from experiments.interruption import FILES_ARE_WHOLE, Interrupted, ignore_signals, receiving_signals
 
 # Exit code after Ctrl-C, as in shells.
 INTERRUPTED_EXIT_CODE = 130
-# Error numbers of a disk without room for writing.
-FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-# Text of the error for a full disk: some libraries pass on only the text of the original error.
-FULL_DISK_TEXT = os.strerror(errno.ENOSPC)
+# Error numbers of a disk that has no room, cannot be written to or fails.
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+# Texts of such errors: some libraries pass on only the text of the original error, and `torch.save` not even that.
+DISK_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG), "PytorchStreamWriter failed", "iostream error")
 # Error numbers of a file or folder that cannot be read or written.
 NO_ACCESS_ERRNOS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 # Texts of PyTorch's errors for full memory.
 FULL_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory")
 # Longest message, in characters: a name or a value from a file may be of any length.
 MAX_LINE = 1200
-# End of messages about an interruption.
-FILES_ARE_WHOLE = "files written before are complete"
+# Texts of the errors of PyTorch and datasets for a worker process that has ended.
+DEAD_WORKER_TEXTS = ("DataLoader worker", "subprocesses has abruptly died")
 
 
 class Stopped(Exception):
@@ -52,12 +53,13 @@ def naming(argument: str, *errors: type[Exception]) -> Iterator[None]:
     """Turn `errors` raised inside into a `BadInput` that names `argument`.
 
     Wrap only code that can fail because of the user's input: other errors keep their traceback. Pass `Exception` only
-    around a single library call that reads the user's input. A `Stopped` and the errors of a full disk or memory pass.
+    around a single library call that reads the user's input. A `Stopped` and the errors of the machine, such as a full
+    disk, pass.
     """
     try:
         yield
     except errors as error:
-        if isinstance(error, Stopped) or _full_disk_or_memory_line(error) is not None:
+        if isinstance(error, Stopped) or _machine_line(error) is not None:
             raise
         lines = [one_line(error)] + ([one_line(error.__cause__)] if error.__cause__ is not None else [])
         raise BadInput(f"{argument}: {'; '.join(dict.fromkeys(lines))}") from error
@@ -67,26 +69,29 @@ def naming(argument: str, *errors: type[Exception]) -> Iterator[None]:
 def exit_on_bad_input() -> Iterator[None]:
     """Guard a whole script: print the error that stopped the block inside as one line, and exit.
 
-    Of several processes, only the first one prints. Exit codes: 2 for `BadInput`, a full disk or memory, and a file or
-    folder without access; 1 for another `Stopped`; 130 for Ctrl-C. Any other error is a fault of the program: Python
-    shows its traceback, and a line asks to report it. A failing print does not stop the script, see
-    `_make_output_fault_tolerant`.
+    Of several processes, only the first one prints. Exit codes: 2 for `BadInput`; 1 for another `Stopped`, a full disk
+    or memory, a file or folder without access and a worker process that was killed; 130 for Ctrl-C, 143 for SIGTERM.
+    Any other error is a fault of the program: Python shows its traceback, and a line asks to report it. A failing print
+    does not stop the script, see `_make_output_fault_tolerant`.
     """
     _make_output_fault_tolerant()
-    try:
-        yield
-        _close_process_group()
-    except KeyboardInterrupt:
-        _exit(f"interrupted; {FILES_ARE_WHOLE}", INTERRUPTED_EXIT_CODE)
-    except Exception as error:
-        stopped = next((cause for cause in _walk_causes(error) if isinstance(cause, Stopped)), None)
-        if stopped is not None:
-            _exit(one_line(stopped), stopped.exit_code)
-        unusable = _full_disk_or_memory_line(error) or _no_access_line(error)
-        if unusable is not None:
-            _exit(unusable, BadInput.exit_code)
-        sys.excepthook = _report_fault
-        raise
+    with receiving_signals():
+        try:
+            yield
+            _close_process_group()
+        except Interrupted as error:
+            _exit(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _exit(f"interrupted; {FILES_ARE_WHOLE}", INTERRUPTED_EXIT_CODE)
+        except Exception as error:
+            stopped = next((cause for cause in _walk_causes(error) if isinstance(cause, Stopped)), None)
+            if stopped is not None:
+                _exit(one_line(stopped), stopped.exit_code)
+            unusable = _machine_line(error) or _no_access_line(error)
+            if unusable is not None:
+                _exit(unusable, Stopped.exit_code)
+            sys.excepthook = _report_fault
+            raise
 
 
 class _FaultTolerantOutput(io.FileIO):
@@ -152,6 +157,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _exit(line: str, code: int) -> NoReturn:
+    ignore_signals()
     if os.environ.get("RANK", "0") == "0":
         # After an interrupted progress bar the cursor is not at the start of a line; tqdm.write moves it there.
         tqdm = sys.modules.get("tqdm")
@@ -177,16 +183,21 @@ def _report_fault(kind: type[BaseException], error: BaseException, traceback: Tr
     )
 
 
-def _full_disk_or_memory_line(error: BaseException) -> str | None:
-    """Return the message for a full disk or memory; `None` for other errors."""
+def _machine_line(error: BaseException) -> str | None:
+    """Return the message for a full or failing disk, full memory or a dead worker; `None` for other errors."""
     for cause in _walk_causes(error, context=True):
-        if getattr(cause, "errno", None) in FULL_DISK_ERRNOS or FULL_DISK_TEXT in str(cause):
+        if getattr(cause, "errno", None) in DISK_ERRNOS or any(text in str(cause) for text in DISK_TEXTS):
             lines = dict.fromkeys((one_line(cause), one_line(error)))
             return (
                 f"{'; '.join(lines)}; make room or use another disk (--output_dir, HF_HOME, TMPDIR); {FILES_ARE_WHOLE}"
             )
         if isinstance(cause, MemoryError) or any(text in str(cause) for text in FULL_MEMORY_TEXTS):
             return f"out of memory ({one_line(cause)}); use smaller batches, inputs or models"
+        if isinstance(cause, RuntimeError) and any(text in str(cause) for text in DEAD_WORKER_TEXTS):
+            return (
+                f"a worker process has ended ({one_line(cause)}), as if killed because memory ran out; use fewer "
+                f"--dataloader_num_workers or smaller batches; {FILES_ARE_WHOLE}"
+            )
     return None
 
 

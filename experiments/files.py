@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import BadInput, naming, one_line
+from experiments.interruption import deferring
+
+# Folder of files that are being saved, inside the folder that gets them; see `save_whole`.
+PARTIAL_FOLDER = ".partial"
 
 
 def check_writable(name: str, folder: Path) -> None:
@@ -59,7 +63,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(partial)
         partial.replace(path)
-    except Exception:
+    except BaseException:  # also a signal
         partial.unlink(missing_ok=True)  # frees the space on a full disk
         raise
 
@@ -98,15 +102,23 @@ def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
         save: function that saves into the empty folder it is given, such as a model's `save_pretrained`; that folder is
             on the same disk.
     """
-    partial = folder / ".partial"
+    partial = folder / PARTIAL_FOLDER
     if partial.exists():
         shutil.rmtree(partial)  # left by a run that was killed
     partial.mkdir(parents=True)
     try:
         save(partial)
-        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
-            target = folder / path.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
+        with deferring():  # a signal must not leave files of two checkpoints
+            for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+                target = folder / path.relative_to(partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the half-written files that a killed run left in a folder."""
+    for path in folder.glob(".*.partial"):
+        path.unlink()
+    shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -105,7 +106,11 @@ def peak_memory_mb(run: Callable[[], object], model: nn.Module) -> float:
             run()
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+        try:
+            events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+        except (FileNotFoundError, json.JSONDecodeError) as error:
+            # The profiler does not say so if it cannot write, or not all.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(trace)) from error
     events.sort(key=lambda event: event["ts"])
     live = np.cumsum([event["args"]["Bytes"] for event in events]) if events else np.zeros(1)
     own = sum(tensor.numel() * tensor.element_size() for tensor in chain(model.parameters(), model.buffers()))

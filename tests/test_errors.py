@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from experiments.errors import BadInput, Stopped, exit_on_bad_input, naming, one_line
+from experiments.interruption import Interrupted
 from tests.support.script_run import ROOT
 
 
@@ -31,13 +33,15 @@ def os_error(number: int) -> OSError:
         (BadInput("--r -1: must be 0 or more\nand more"), 2, "--r -1: must be 0 or more\n"),
         (Stopped("training has diverged"), 1, "training has diverged\n"),
         (KeyboardInterrupt(), 130, "interrupted; "),
+        (Interrupted(signal.SIGTERM), 143, "stopped by SIGTERM; "),
         (caused(RuntimeError("generation failed"), BadInput("row 3: has no label")), 2, "row 3: has no label\n"),
-        *((os_error(number), 2, f"[Errno {number}] ") for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)),
-        *((os_error(number), 2, f"[Errno {number}] ") for number in (errno.EACCES, errno.ENOTDIR, errno.EISDIR)),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "I/O error: No space left on device"),
-        (MemoryError(), 2, "out of memory ("),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, "out of memory ("),
-        (torch.OutOfMemoryError("CUDA out of memory."), 2, "out of memory ("),
+        *((os_error(number), 1, f"[Errno {number}] ") for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)),
+        *((os_error(number), 1, f"[Errno {number}] ") for number in (errno.EACCES, errno.ENOTDIR, errno.EISDIR)),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "I/O error: No space left on device"),
+        (MemoryError(), 1, "out of memory ("),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "out of memory ("),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "a worker process has ended ("),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "out of memory ("),
     ],
     ids=str,
 )

@@ -15,12 +15,13 @@ import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.constants import HF_HUB_DISABLE_XET, HF_XET_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import set_client_factory, validate_repo_id
+from huggingface_hub.utils._http import default_client_factory
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
@@ -31,8 +32,11 @@ from experiments.publishing.tables import without_local_paths
 from merging_tome_perceiver import EXPERIMENT_ONLY_METHODS
 
 BRANCH_PATTERN = r"(?!.*\.\.)\w[\w./-]*(?<![./])"
-# Seconds to wait before each retry of a push.
+# Seconds to wait before each retry of a push, and after which no retry begins.
 RETRY_WAITS = (2.0, 5.0, 15.0, 45.0)
+RETRY_SECONDS = 300.0
+# Seconds without an answer after which a request fails; huggingface_hub would wait for ever. Commits take longest.
+ANSWER_SECONDS = 60.0
 # Not pushed: hidden and half-written files, training_args.bin, which is a pickle, and files for resuming training.
 NOT_PUSHED = (
     ".*", "*.partial", "training_args.bin", "optimizer*.pt", "optimizer*.bin", "scheduler*.pt", "scheduler*.bin",
@@ -93,7 +97,7 @@ def open_to_push(training: TrainingArguments, token: str | None) -> HubRepositor
         raise BadInput("--push_to_hub: found no token; use `hf auth login`, HF_TOKEN or --hub_token")
     if not all("!" <= character <= "~" for character in token):
         raise BadInput("--hub_token: contains spaces or characters outside printable ASCII; copy the token again")
-    api = HfApi(token=token)
+    api = _open_api(token)
     later = "run without --push_to_hub and push later with --push_only"
     try:
         user = api.whoami()
@@ -114,6 +118,19 @@ def open_to_push(training: TrainingArguments, token: str | None) -> HubRepositor
     return HubRepository(url.repo_id, token, str(url))
 
 
+def _open_api(token: str) -> HfApi:
+    """Return the API of the Hub; its requests fail after `ANSWER_SECONDS` without an answer."""
+
+    def create_client() -> Any:
+        client = default_client_factory()
+        client.timeout = ANSWER_SECONDS
+        return client
+
+    # A session would lose its timeout when huggingface_hub replaces it after a failed connection.
+    set_client_factory(create_client)
+    return HfApi(token=token)
+
+
 def _check_arguments(training: TrainingArguments) -> None:
     """Check the arguments without contacting the Hub, and that the cache of hf_xet is writable."""
     if training.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
@@ -132,7 +149,7 @@ def push_checkpoint(repository: HubRepository, folder: Path, message: str, revis
 
     The example code of the folder's card is changed to load from the repository, and local paths are shortened in what
     is pushed. Weights in the repository that the folder lacks are deleted. Temporary failures are retried after
-    `RETRY_WAITS`.
+    `RETRY_WAITS`, within `RETRY_SECONDS`.
 
     Args:
         repository: repository from `open_to_push`.
@@ -153,13 +170,13 @@ def push_checkpoint(repository: HubRepository, folder: Path, message: str, revis
         raise BadInput(f"--output_dir {folder}: holds no config.json; use a folder with a checkpoint")
     _check_method(folder)
     set_card_repository(folder, repository.repo_id)
-    waits = iter(RETRY_WAITS)
+    waits, started = iter(RETRY_WAITS), time.monotonic()
     while True:
         try:
             return _commit(repository, folder, message, revision)
         except (HTTPError, OSError, RuntimeError, ValueError) as error:  # raised by huggingface_hub, httpx and hf_xet
             wait = next(waits, None)
-            if wait is None or not _is_temporary(error):
+            if wait is None or not _is_temporary(error) or time.monotonic() - started > RETRY_SECONDS:
                 raise PushFailed(
                     f"pushing to {repository.url} failed ({_reason(error)}). All files are in {folder}; "
                     "use the same command with --push_only to push them again."
@@ -181,10 +198,11 @@ def _check_method(folder: Path) -> None:
 
 def _commit(repository: HubRepository, folder: Path, message: str, revision: str) -> str:
     """Commit the difference between the folder and the repository, without retries."""
-    api = HfApi(token=repository.token)
+    api = _open_api(repository.token)
     if revision != "main":
         api.create_branch(repository.repo_id, branch=revision, exist_ok=True)
-    head = api.model_info(repository.repo_id, revision=revision)
+    # Without its own timeout, this request would have none.
+    head = api.model_info(repository.repo_id, revision=revision, timeout=ANSWER_SECONDS)
     files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and not _matches(path, NOT_PUSHED)}
     # Only top-level files are compared: "*" would also match "/", and subfolders stay as they are.
     present = [file.rfilename for file in head.siblings or [] if "/" not in file.rfilename]
@@ -244,4 +262,6 @@ def _reason(error: BaseException) -> str:
             text += f": {error.server_message}"
     elif isinstance(error, json.JSONDecodeError):
         text = "the Hub did not answer in JSON"
+    elif "timed out" in text:
+        text = f"no answer within {ANSWER_SECONDS:g} seconds"
     return textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__

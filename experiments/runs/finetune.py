@@ -46,7 +46,8 @@ def finetune(description: str, data_arguments: type, load_task: Callable[..., Ta
     args = RunArguments.parse(description, data_arguments, MergeArguments)
     if args.hub.push_only:
         repository = open_to_push(args.training, args.push_token)
-        print(push_checkpoint(repository, args.output_dir, COMMIT_MESSAGE, args.branch))
+        with lock_folder(args.output_dir):
+            print(push_checkpoint(repository, args.output_dir, COMMIT_MESSAGE, args.branch))
         return
     _check(args)
     to_push = open_to_push(args.training, args.push_token) if args.training.push_to_hub else None

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import CONFIG_NAME
+
 from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import Merging, undisturbed
 from experiments.files import check_writable, save_whole
@@ -33,6 +35,7 @@ from experiments.training.run_record import (
     training_fields,
     update_record,
 )
+from experiments.training.saved_files import forget_saved_file
 from experiments.training.stage import task_trainer, train_and_save
 from experiments.training.trainer import TaskTrainer
 from frontier_tome_perceiver import FrontierRow, check_reach
@@ -238,6 +241,7 @@ class Run:
             saved = ToMePerceiverConfig.from_pretrained(self.output_dir)
             saved.merge_frontier = self.model.config.merge_frontier
             Merging.of(self.model.config).apply(saved)
+            forget_saved_file(self.output_dir, CONFIG_NAME)
             save_whole(self.output_dir, saved.save_pretrained)
 
     def evaluate(self, trainer: TaskTrainer) -> None:

@@ -62,7 +62,9 @@ def run_sweep(description: str) -> None:
     args = RunArguments.parse(description, SweepDataArguments, SweepArguments)
     training, retraining = args.training, args.retraining
     if args.hub.push_only:
-        push_sweep(open_to_push(training, args.push_token), args.output_dir, args.branch)
+        repository = open_to_push(training, args.push_token)
+        with lock_folder(args.output_dir):
+            push_sweep(repository, args.output_dir, args.branch)
         return
     if retraining.elastic and not args.retrains:
         raise BadInput("--elastic: needs --retrain_epochs")
@@ -71,15 +73,15 @@ def run_sweep(description: str) -> None:
             f"--resume_from_checkpoint {training.resume_from_checkpoint}: a sweep always continues what its folder "
             "holds; use another --output_dir to begin anew"
         )
-    repository = open_to_push(training, args.push_token) if training.push_to_hub else None
+    to_push = open_to_push(training, args.push_token) if training.push_to_hub else None
     with lock_folder(args.output_dir):
         load_task = partial(load_sweep_task, args.data, args.model, training.seed, args.merge_args.most_samples)
         loaded = load(load_task, args.model, training)
         loaded.check_head(args.model)
         rehearse(loaded.model, loaded.prepared, retraining.stages(training), retraining.trainer_class)
         Sweep(args, loaded).run()
-        if repository is not None and training.should_save:
-            push_sweep(repository, args.output_dir, args.branch)
+        if to_push is not None and training.should_save:
+            push_sweep(to_push, args.output_dir, args.branch)
 
 
 class Sweep:

@@ -19,6 +19,7 @@ from experiments.merging.arguments import apply_fields
 from experiments.tasks.base import PreparedTask, Task
 from experiments.tasks.labels import checkpoint_labels, listed, match_labels, warn_of_order
 from experiments.training.model_arguments import ModelArguments
+from experiments.training.saved_files import find_changed_file
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,9 @@ def load_model(
             output_loading_info=True,
             **arguments.download_options(),
         )
+        folder = Path(arguments.model_name_or_path)
+        if folder.is_dir() and (changed := find_changed_file(folder)) is not None:
+            logger.warning("--model_name_or_path %s: its %s has changed since its training", folder, changed)
     checkpoint_config = requested_config(arguments)
     same_head = model_class.__name__.removeprefix("ToMe") in str(checkpoint_config.architectures)
     may_be_new = arguments.ignore_mismatched_sizes or not same_head

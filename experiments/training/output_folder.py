@@ -16,9 +16,10 @@ from torch import nn
 from transformers import TrainingArguments
 
 from experiments.errors import BadInput
-from experiments.files import folder_kept_if_used, read_json, write_json
-from experiments.training.resume import LENGTH_ARGUMENTS, TRAINED_FILE, assign_resume, check_resume, checkpoints
+from experiments.files import folder_kept_if_used, read_json, remove_partial, write_json
+from experiments.training.resume import LAST, LENGTH_ARGUMENTS, TRAINED_FILE, assign_resume, check_resume, checkpoints
 from experiments.training.run_record import ARGUMENTS_FILE, CONTINUED, INITIAL_WEIGHTS, WEIGHTS, RunRecord
+from experiments.training.saved_files import check_saved_files
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ ADAM_COPIES = 3
 def lock_folder(output_dir: Path) -> Iterator[None]:
     """Keep other runs out of a folder while this one writes there; the lock ends with the process.
 
-    The folder is created if needed, and removed at the end if it is new and empty.
+    The folder is created if needed, and removed at the end if it is new and empty. A run may lock a folder again
+    that it holds.
 
     Raises:
         BadInput: if another run is writing there.
@@ -43,7 +45,7 @@ def lock_folder(output_dir: Path) -> Iterator[None]:
         yield  # the first process holds the lock for all
         return
     with folder_kept_if_used(output_dir):
-        lock = FileLock(output_dir / LOCK_FILE)
+        lock = FileLock(output_dir.resolve() / LOCK_FILE, is_singleton=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -55,9 +57,10 @@ def lock_folder(output_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):
-                # Remove the lock file before releasing the lock: afterwards another run may have locked the file.
-                (output_dir / LOCK_FILE).unlink(missing_ok=True)
+            if lock.lock_counter <= 1:
+                with suppress(OSError):
+                    # Remove the lock file before releasing the lock: afterwards another run may have locked the file.
+                    (output_dir / LOCK_FILE).unlink(missing_ok=True)
             lock.release()
 
 
@@ -75,8 +78,9 @@ def claim_training(
         For each folder, `LAST`, a checkpoint, or None to begin anew.
 
     Raises:
-        BadInput: if a folder holds another run, if the given checkpoint is damaged or of another run, or if the folders
-            hold an unfinished training and the argument is not given. (`false` begins anew and removes checkpoints.)
+        BadInput: if a folder holds another run or a trained file that has changed, if the given checkpoint is damaged
+            or of another run, or if the folders hold an unfinished training and the argument is not given. (`false`
+            begins anew and removes checkpoints.)
     """
     resume_by_folder = assign_resume(resume_from_checkpoint, list(stages))
     for folder, record in stages.items():
@@ -84,6 +88,8 @@ def claim_training(
         is_first = folder == next(iter(stages))
         claim_folder(folder, record, write, longer=is_first and resume_by_folder[folder] is not None)
         check_resume(resume_by_folder[folder], record)
+        if resume_by_folder[folder] == LAST and (folder / TRAINED_FILE).exists():
+            check_saved_files(folder)
     *_, output_dir = stages
     if resume_from_checkpoint is None and not (output_dir / TRAINED_FILE).exists():
         for folder in reversed(stages):
@@ -135,9 +141,10 @@ def claim_folder(output_dir: Path, record: RunRecord, write: bool, longer: bool 
             {**earlier.notes, **({CONTINUED: extended} if extended else {}), **record.notes},
         )
     if write:
-        for path in (*output_dir.glob(".*.partial"), *output_dir.glob("checkpoint-*/.*.partial")):
-            path.unlink()  # left half-written by a killed run
-        record.write(output_dir)
+        with lock_folder(output_dir):
+            for folder in (output_dir, *checkpoints(output_dir)):
+                remove_partial(folder)
+            record.write(output_dir)
 
 
 def another_run_error(output_dir: Path, evidence: str) -> BadInput:

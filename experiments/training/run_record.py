@@ -56,8 +56,9 @@ EVALUATION_FIELDS = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32",
 # Keys of `RunRecord.content`: weights and config before training, those of the final model, and data.
 INITIAL_WEIGHTS, INITIAL_CONFIG, WEIGHTS, CONFIG = "weights_to_start_from", "config_to_start_from", "weights", "config"
 TRAIN, CALIBRATION, PREDICTION = "train", "calibration", "prediction"
-# Keys of `RunRecord.notes`: the merging that a budget chose, and the length of training before it was extended.
-RESOLVED, CONTINUED = "resolved_merging", "continued_from"
+# Keys of `RunRecord.notes`: the merging that a budget chose, the length of training before it was extended, and the
+# fingerprints of files that training saved, without the weights, whose fingerprint is in `content`.
+RESOLVED, CONTINUED, SAVED_FILES = "resolved_merging", "continued_from", "saved_files"
 # The fingerprint of the inputs covers this many preprocessed inputs.
 FIRST_INPUTS = 8
 
@@ -85,7 +86,7 @@ class RunRecord:
         """
         if not isinstance(fields, dict) or not isinstance(fields.get("content"), dict):
             raise ValueError("is no record of a run")
-        notes = {name: fields[name] for name in (RESOLVED, CONTINUED) if name in fields}
+        notes = {name: fields[name] for name in (RESOLVED, CONTINUED, SAVED_FILES) if name in fields}
         arguments = {name: value for name, value in fields.items() if name != "content" and name not in notes}
         return cls(arguments, fields["content"], notes)
 

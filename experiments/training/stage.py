@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import copy
-import errno
 import logging
-import os
-import shutil
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,26 +16,31 @@ from typing import ClassVar
 from safetensors.torch import load_model
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from experiments.errors import BadInput, naming
 from experiments.files import save_whole
+from experiments.interruption import deferring
 from experiments.tasks.base import PreparedTask
 from experiments.tasks.scores import SCORES
 from experiments.training.elastic import ElasticTrainer
-from experiments.training.fingerprints import weights_fingerprint
-from experiments.training.output_folder import save_metrics
-from experiments.training.resume import TRAINED_FILE, find_resume_folder, remove_checkpoints
+from experiments.training.output_folder import lock_folder, save_metrics
+from experiments.training.resume import (
+    STATE_FILE,
+    TRAINED_FILE,
+    find_resume_folder,
+    remove_checkpoints,
+    remove_for_signal,
+)
 from experiments.training.run_record import WEIGHTS, RunRecord, update_record
+from experiments.training.saved_files import check_saved_files, record_saved_files
 from experiments.training.sharding import RestoreClassName, sharding_only_inside
 from experiments.training.trainer import TaskTrainer
 
 logger = logging.getLogger(__name__)
 
-# If fewer bytes are free after a failed write, the cause is taken to be a full disk.
-FULL_DISK_BYTES = 1_000_000
 # Upper limit of arguments in this module; larger numbers are typing errors.
 LARGEST_NUMBER = 1e6
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass
@@ -176,15 +179,25 @@ def train_and_save(trainer: TaskTrainer, resume: str | None) -> None:
 
     Raises:
         Diverged: if the loss or the weights are no longer finite.
-        BadInput: if the weights of a training that has ended were changed later.
+        Interrupted: if a signal came; a checkpoint or, after the last step, the final model is saved first.
+        BadInput: if the weights of a training that has ended were changed later, or another run trains in the folder.
     """
     folder, writes = Path(trainer.args.output_dir), trainer.is_world_process_zero()
     # A frontier measured before training does not hold for the trained weights.
     trainer.model.config.merge_frontier = None
     resume_folder = find_resume_folder(resume, folder, trainer.args, trainer.record)
-    if resume_folder == folder:
-        _load_trained(trainer.model, folder)
-        return
+    # The lock keeps out a run whose output folder is this stage's folder.
+    with lock_folder(folder):
+        if resume_folder == folder:
+            _load_trained(trainer.model, folder)
+        else:
+            with deferring():
+                _train(trainer, resume_folder, folder, writes)
+        if writes:
+            remove_for_signal(folder, before=math.inf)
+
+
+def _train(trainer: TaskTrainer, resume_folder: Path | None, folder: Path, writes: bool) -> None:
     trainer.accelerator.wait_for_everyone()
     if writes:
         (folder / TRAINED_FILE).unlink(missing_ok=True)
@@ -196,35 +209,33 @@ def train_and_save(trainer: TaskTrainer, resume: str | None) -> None:
     # prepare it for training, and each of several processes would train its own copy.
     trainer.model_wrapped = trainer.model
     trainer.model.__dict__.pop("_is_accelerate_prepared", None)
-    try:
-        with sharding_only_inside(trainer):
-            result = trainer.train(resume_from_checkpoint=None if resume_folder is None else str(resume_folder))
-        trainer.check_weights()
-        if writes:
-            save_whole(folder, lambda partial: trainer.save_model(str(partial)))
-        else:
-            trainer.save_model()  # every process takes part: DeepSpeed gathers sharded weights
-        trainer.save_state()
-    except RuntimeError as error:
-        # On a full disk `torch.save` raises an "iostream error" that does not mention the disk.
-        if folder.exists() and shutil.disk_usage(folder).free < FULL_DISK_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
-        raise
+    with sharding_only_inside(trainer):
+        result = trainer.train(resume_from_checkpoint=None if resume_folder is None else str(resume_folder))
+    trainer.check_weights()
+    saved = {STATE_FILE}
+
+    def save(partial: Path) -> None:
+        trainer.save_model(str(partial))
+        saved.update(path.name for path in partial.iterdir())
+
+    if writes:
+        save_whole(folder, save)
+    else:
+        trainer.save_model()  # every process takes part: DeepSpeed gathers sharded weights
+    trainer.save_state()
     metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}
     if resume_folder is not None:
         # Time and speed in the metrics cover only the steps after this checkpoint.
         metrics["train_resumed_from"] = resume_folder.name
     trainer.log_metrics("train", metrics)
     if writes:
-        update_record(folder, {WEIGHTS: weights_fingerprint(folder / WEIGHTS_FILE)})
+        record_saved_files(folder, saved)
         save_metrics(folder, "train", metrics)
     trainer.accelerator.wait_for_everyone()
 
 
 def _load_trained(model: PreTrainedModel, folder: Path) -> None:
-    """Load the weights of a training that has ended, after checking that they are unchanged."""
-    recorded = RunRecord.read(folder).content.get(WEIGHTS)
-    with naming(f"--output_dir {folder}: {WEIGHTS_FILE}", Exception):
-        if recorded not in (None, weights_fingerprint(folder / WEIGHTS_FILE)):
-            raise ValueError("has changed since training; use --resume_from_checkpoint false to begin anew")
-        load_model(model, folder / WEIGHTS_FILE)
+    """Load the weights of a training that has ended, after checking that its files are unchanged."""
+    check_saved_files(folder)
+    with naming(f"--output_dir {folder}: {SAFE_WEIGHTS_NAME}", Exception):
+        load_model(model, folder / SAFE_WEIGHTS_NAME)

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,22 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments.errors import Stopped
+from experiments.interruption import leave_process_group
 from experiments.tasks.base import LABELS, Batch
 from experiments.tasks.scores import IGNORE_INDEX
 from experiments.training.progress import Progress, StepLines, results_line, say
-from experiments.training.resume import last_checkpoint, read_loss_sum, record_checkpoint
+from experiments.training.resume import (
+    last_checkpoint,
+    read_loss_sum,
+    record_checkpoint,
+    remove_for_signal,
+    remove_old_checkpoints,
+)
 from experiments.training.run_record import RunRecord
+from experiments.training.stop_on_signal import StopOnSignal
+
+# Durations that differ by more seconds from the wall clock's show that this clock was set meanwhile.
+CLOCK_TOLERANCE = 1.0
 
 
 class Diverged(Stopped):
@@ -33,7 +46,9 @@ class TaskTrainer(Trainer):
     Modifications:
     - masked language models decode only the masked positions, see `decoding_only_masked`
     - stops at the first loss that is not finite, and saves no weights that are not finite
-    - writes the run record into each checkpoint, see `experiments.training.resume`
+    - writes the run record into each checkpoint, see `experiments.training.resume`, and only then removes older ones
+    - a signal ends training after the next step, with a checkpoint, see `StopOnSignal`
+    - durations are measured by a monotonic clock
     - `train_loss` is the mean over all steps; upstream's leaves out the steps before a resume
     - logs no gradient norm that is not finite, which `trainer_state.json` could not hold as standard JSON
     - under FSDP, a model that is not being trained is evaluated with whole weights
@@ -51,6 +66,10 @@ class TaskTrainer(Trainer):
         self._loss_sum = 0.0
         # Arguments of `compile_repeated_blocks`, if the model is compiled.
         self.compile_options: dict[str, Any] | None = None
+        # Start of each stage by a monotonic clock, in seconds, by the prefix of its metrics.
+        self._started: dict[str, float] = {}
+        self._stop = StopOnSignal(self.accelerator, Path(self.args.output_dir))
+        self.add_callback(self._stop)
         for upstream, replacement in ((ProgressCallback, Progress), (PrinterCallback, StepLines)):
             if self.pop_callback(upstream) is not None:
                 self.add_callback(replacement)
@@ -59,6 +78,7 @@ class TaskTrainer(Trainer):
         loss_sum = 0.0 if resume_from_checkpoint is None else read_loss_sum(Path(resume_from_checkpoint))
         # A sum that was not finite is read as None; as NaN it makes the mean NaN, which `log` leaves out.
         self._loss_sum = math.nan if loss_sum is None else loss_sum
+        self._started["train"] = time.monotonic()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         result.metrics.pop("total_flos", None)
         return result
@@ -68,6 +88,22 @@ class TaskTrainer(Trainer):
             # Outside training the weights are whole; accelerate would refuse to shard them without an optimizer.
             self.accelerator.prepare_model(self.model, device_placement=True, evaluation_mode=True)
         return super().evaluation_loop(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if loader.num_workers and (seed_worker := loader.worker_init_fn) is not None:
+            loader.worker_init_fn = partial(_start_worker, seed_worker)
+        return loader
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        self._started[metric_key_prefix] = time.monotonic()
+        return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    def predict(self, *args: Any, metric_key_prefix: str = "test", **kwargs: Any) -> Any:
+        self._started[metric_key_prefix] = time.monotonic()
+        output = super().predict(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._correct_durations(output.metrics)
+        return output
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         if self.args.n_gpu > 1:  # DataParallel splits labels by row; `decoding_only_masked` leaves a single row
@@ -87,7 +123,17 @@ class TaskTrainer(Trainer):
         for name in ("train_loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 del logs[name]
+        self._correct_durations(logs)
         super().log(logs, *args, **kwargs)
+
+    def _correct_durations(self, metrics: dict[str, Any]) -> None:
+        """Replace durations by the wall clock if it was set meanwhile, and remove speeds computed from them."""
+        for split, started in self._started.items():
+            seconds = time.monotonic() - started
+            if abs(metrics.get(f"{split}_runtime", seconds) - seconds) > CLOCK_TOLERANCE:
+                metrics[f"{split}_runtime"] = round(seconds, 4)
+                for name in [name for name in metrics if name.startswith(split) and name.endswith("_per_second")]:
+                    del metrics[name]
 
     def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
         if self.is_world_process_zero():
@@ -115,12 +161,22 @@ class TaskTrainer(Trainer):
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)  # left by a killed run
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        # Upstream would remove older checkpoints before this one has its record.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         loss_sum = self._mean_over_processes()
         # Other processes may still be writing their files.
         self.accelerator.wait_for_everyone()
-        if self.args.should_save and folder.exists():
-            record_checkpoint(folder, self.record, loss_sum if math.isfinite(loss_sum) else None)
+        if not self.args.should_save or not folder.exists():
+            return
+        for_signal = self._stop.asked_to_save
+        record_checkpoint(folder, self.record, loss_sum if math.isfinite(loss_sum) else None, for_signal)
+        if not for_signal:
+            remove_for_signal(folder.parent, self.state.global_step)
+            remove_old_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
 
     def _mean_over_processes(self) -> float:
         local_sum = torch.tensor(self._loss_sum, dtype=torch.float64, device=self.args.device)
@@ -134,6 +190,12 @@ class TaskTrainer(Trainer):
             f"training has diverged: {evidence} after step {step}, at a learning rate of {rate:.3g}; {kept}; try a "
             "smaller --learning_rate, more --warmup_steps or a smaller --max_grad_norm"
         )
+
+
+def _start_worker(seed_worker: Callable[[int], object], worker: int) -> None:
+    """Start a worker process that reads data: seeded, and out of reach of signals to the first process's group."""
+    leave_process_group()
+    seed_worker(worker)
 
 
 @contextmanager

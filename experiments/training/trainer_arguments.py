@@ -52,6 +52,7 @@ UNSUPPORTED = {
     "label_names": "the column of labels is always called labels",
     "dataloader_drop_last": "it would also drop evaluated examples",
     "neftune_noise_alpha": "a Perceiver has no embedding module to add noise to",
+    "enable_jit_checkpoint": "every training saves a checkpoint when a signal such as SIGTERM stops it",
     "use_liger_kernel": "Liger has no kernels for a Perceiver",
 }
 # Arguments that need another argument: without it, they have no effect or fail late.

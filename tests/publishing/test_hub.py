@@ -7,6 +7,7 @@ The real huggingface_hub talks HTTP to `loopback_hub`; only waiting is left out.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,7 @@ def constant(**values: object) -> Iterator[None]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Record the seconds that a push would have waited; nothing waits, also not in huggingface_hub."""
     waited: list[float] = []
-    monkeypatch.setattr(hub_upload, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(hub_upload, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic))
     monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda seconds: None))
     return waited
 
@@ -285,6 +286,25 @@ def test_a_push_that_fails_at_last_changes_nothing_and_can_be_repeated(hub, fold
     hub.mend()
     push_checkpoint(repository, folder, "a push")
     assert len(hub.commits) == 1 and hub.files(ID) == CHECKPOINT
+
+
+def test_a_hub_that_never_answers_is_given_up(hub, folder, repository, monkeypatch):
+    """Also after huggingface_hub has replaced its connection."""
+    monkeypatch.setattr(hub_upload, "ANSWER_SECONDS", 0.2)
+    for request in ("head", "commit"):
+        hub.fail(STEPS[request], 1000, "silent")
+        assert "no answer within 0.2 seconds" in push_failure(repository, folder)
+        hub.mend()
+    hub.fail("GET /api/whoami-v2", 1000, "silent")
+    assert "no answer within 0.2 seconds" in refusal(folder)
+    assert hub.commits == []
+
+
+@pytest.mark.parametrize("how", ["429", "500"])
+def test_a_busy_hub_is_asked_again(hub, folder, repository, how):
+    hub.fail(STEPS["modes"], 3, how)
+    push_checkpoint(repository, folder, "a push")
+    assert len(hub.commits) == 1 and len(hub.failed) == 3
 
 
 def test_a_failure_that_does_not_pass_is_said_at_once(hub, folder, repository, waits):

@@ -2,7 +2,8 @@
 """Try every bad input, every change between two runs and many kills, and report the verdicts (`make reliability`).
 
   python -m tests.reliability                               # all of them, and docs/reliability.md
-  python -m tests.reliability --only "run_image: images"    # those whose kind or name contains this; the page stays
+  python -m tests.reliability --only "run_image: images"    # those whose kind or name contains this
+  python -m tests.reliability --only "faults: "             # those of the page's second report
 
 OUTPUT_DIR/log.jsonl has a line of JSON for each case, with its command and what came out. Ends with exit code 1 if any
 case did not pass.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -37,20 +39,19 @@ def main() -> int:
         os.environ |= isolated_environment(folder / "home")
         # Imported only here, because libraries read the environment when they are imported.
         from experiments.measurement import describe_environment, environment_line
-        from tests.reliability.verdicts import report, write_report
+        from tests.reliability.verdicts import ALL, report, write_report
 
         verdicts = _try_all(folder, arguments)
     minutes = (time.monotonic() - start) / 60
     heading = (
-        f"`{' '.join(['python -m tests.reliability', *sys.argv[1:]])}`, {arguments.workers} cases at a time, "
+        f"`{shlex.join(['python', '-m', 'tests.reliability', *sys.argv[1:]])}`, {arguments.workers} cases at a time, "
         f"{minutes:.0f} minutes: {len(verdicts)} cases, {sum(verdict.passed for verdict in verdicts)} passed.\n\n"
         f"{environment_line(describe_environment())}"
     )
     text = report(verdicts, heading)
     print(text)
     (arguments.output_dir / "report.md").write_text(text + "\n")
-    if not arguments.only:
-        write_report(Path("docs/reliability.md"), text)
+    write_report(Path("docs/reliability.md"), text, shlex.join(sys.argv[1:]) or ALL)
     return 0 if verdicts and all(verdict.passed for verdict in verdicts) else 1
 
 

@@ -17,10 +17,10 @@ from safetensors import safe_open
 
 from tests.support.script_run import ROOT
 
-# Names of figures that depend on measured times.
+# Names of figures that depend on measured times, or are fingerprints of files that hold such figures.
 TIMES = re.compile(
     r"_mem_|runtime|preparation_time|per_second|seconds|latency|speedup|throughput|peak_memory|environment|date"
-    r"|jit_compilation|resumed|total_flos"
+    r"|jit_compilation|resumed|total_flos|saved_files"
 )
 # Lines with times; such lines, and whole tables with such a line, are not compared.
 TIMED_LINES = re.compile(

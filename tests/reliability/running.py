@@ -10,7 +10,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,13 @@ CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 @dataclass(frozen=True)
 class Kill:
-    """When a run gets SIGKILL; by default never."""
+    """When a run gets a signal; by default never."""
 
     seconds: float | None = None  # from the start of the fork
     function: str | None = None  # this and the next two: arguments of `kill_at`
     call: int = 1
     half: bool = False
+    number: int = signal.SIGKILL  # signal that is sent after `seconds`; a run may end in its own way at another one
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,18 @@ class Outcome:
 
 
 def run_forked(
-    script: str, arguments: Sequence[object], cwd: Path, kill: Kill | None = None, time_limit: float = TIME_LIMIT
+    script: str,
+    arguments: Sequence[object],
+    cwd: Path,
+    kill: Kill | None = None,
+    time_limit: float = TIME_LIMIT,
+    prepare: Callable[[], object] | None = None,
 ) -> Outcome:
-    """Run `python SCRIPT ARGUMENTS` in a fork, killed as `kill` says, or after `time_limit` seconds."""
+    """Run `python SCRIPT ARGUMENTS` in a fork, killed as `kill` says, or after `time_limit` seconds.
+
+    Args:
+        prepare: picklable function that is called in the fork before the script.
+    """
     kill = kill or Kill()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -75,8 +85,11 @@ def run_forked(
         steps.write_bytes(bytes(16))
         stack.touch()
         start = time.monotonic()
-        process = start_script(script, tuple(arguments), cwd, folder, partial(_observe, steps, stack, kill))
+        process = start_script(script, tuple(arguments), cwd, folder, partial(_observe, steps, stack, kill, prepare))
         process.join(time_limit if kill.seconds is None else kill.seconds)
+        if kill.seconds is not None and kill.number != signal.SIGKILL and process.exitcode is None:
+            os.kill(process.pid, kill.number)
+            process.join(time_limit)
         running = process.exitcode is None
         if running:
             os.kill(process.pid, signal.SIGUSR1)
@@ -92,11 +105,11 @@ def run_forked(
         )
         trained, evaluated = (int.from_bytes(steps.read_bytes()[at : at + 8], "little") for at in (0, 8))
     functions = [line.rpartition(" in ")[2] for line in frames.splitlines() if " in " in line]
-    hung = running and kill.seconds is None
+    hung = running and (kill.seconds is None or kill.number != signal.SIGKILL)
     return Outcome(process.exitcode, out, err, seconds, trained, evaluated, hung, tuple(reversed(functions)))
 
 
-def _observe(steps: Path, stack: Path, kill: Kill) -> None:
+def _observe(steps: Path, stack: Path, kill: Kill, prepare: Callable[[], object] | None) -> None:
     """Prepare this fork: count steps in a file, write the stack to another at SIGUSR1, and set the kill."""
     # Open until the process ends.
     faulthandler.register(signal.SIGUSR1, file=os.open(stack, os.O_WRONLY), all_threads=False)
@@ -108,6 +121,8 @@ def _observe(steps: Path, stack: Path, kill: Kill) -> None:
         setattr(Trainer, name, _counting(getattr(Trainer, name), counts, slice(at, at + 8)))
     if kill.function is not None:
         kill_at(kill.function, kill.call, kill.half)
+    if prepare is not None:
+        prepare()
 
 
 def _counting(function, counts: mmap.mmap, at: slice):

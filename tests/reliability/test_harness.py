@@ -13,7 +13,7 @@ from tests.reliability.bad_input import BadInputCase
 from tests.reliability.case import PASSED, Verdict, try_case
 from tests.reliability.left import broken, differences, left
 from tests.reliability.running import Kill, run_forked
-from tests.reliability.verdicts import BEGIN, END, report, write_report
+from tests.reliability.verdicts import report, write_report
 from tests.support.script_run import ROOT
 
 
@@ -105,7 +105,10 @@ def test_the_tables_count_and_stand_between_the_markers(tmp_path):
     assert "| images | 2 | 1 | 1 | 0 | 0 | 0 |" in text and "| training | 2 |" in text
     assert "- two (silently wrong): exit code 0" in text
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    marks = [f"<!-- {mark}: written by make reliability -->" for mark in ("begin", "end")]
+    page.write_text("\n".join(["before", marks[0], "old", marks[1], "after", ""]))
+    write_report(page, "of another command", "another command")
     write_report(page, text)
+    assert "another command" not in page.read_text()
     written = page.read_text()
     assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written and text in written

@@ -10,7 +10,7 @@ from experiments.files import write_text
 from experiments.publishing.tables import markdown_table
 from tests.reliability.case import FAULTS, Verdict
 
-BEGIN, END = "<!-- begin: written by make reliability -->", "<!-- end: written by make reliability -->"
+ALL = "make reliability"
 
 
 def report(verdicts: list[Verdict], heading: str) -> str:
@@ -30,11 +30,13 @@ def report(verdicts: list[Verdict], heading: str) -> str:
     return "\n\n".join(parts)
 
 
-def write_report(path: Path, text: str) -> None:
-    """Replace the text between the markers of a page by a report."""
-    before, _, rest = path.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    write_text(path, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+def write_report(path: Path, text: str, command: str = ALL) -> None:
+    """Replace the text between the markers of a command, if a page has them, by its report."""
+    begin, end = (f"<!-- {mark}: written by {command} -->" for mark in ("begin", "end"))
+    page = path.read_text()
+    if begin in page:
+        before, _, rest = page.partition(begin)
+        write_text(path, f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
 
 
 def _table(verdicts: list[Verdict]) -> str:

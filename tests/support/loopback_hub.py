@@ -161,11 +161,11 @@ class LoopbackHub:
         Args:
             pattern: the expression; the path is percent-encoded as it was sent, without its query.
             times: number of requests to fail.
-            how: "503": status 503. "page": an HTML page with status 200, as from a captive portal. "cut": the
-                connection ends midway through the request. "answer_lost": the request is carried out, and the
-                connection ends without an answer.
+            how: "429", "500", "503": this status. "silent": no answer until the client leaves. "page": an HTML page
+                with status 200, as from a captive portal. "cut": the connection ends midway through the request.
+                "answer_lost": the request is carried out, and the connection ends without an answer.
         """
-        assert how in ("503", "page", "cut", "answer_lost"), how
+        assert how in ("429", "500", "503", "silent", "page", "cut", "answer_lost"), how
         self._faults.append(Fault(pattern, times, how))
 
     def mend(self) -> None:
@@ -411,9 +411,13 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = self._body()
-        if fault in ("503", "page"):
+        if fault == "silent":
+            self.rfile.read(1)
+            self.close_connection = True
+            return
+        if fault is not None and (fault == "page" or fault.isdigit()):
             # Not JSON, as an answer of a gateway in between.
-            status = 503 if fault == "503" else 200
+            status = 200 if fault == "page" else int(fault)
             self._send(Answer(status, b"<html>Not the Hub</html>", {"Content-Type": "text/html"}))
             return
         answer = self.hub.answer(

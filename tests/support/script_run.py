@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -107,6 +108,8 @@ def _run(
         os.dup2(descriptor, stream.fileno())
     os.environ.update(environment)
     os.chdir(cwd)
+    # Workers start as in an interpreter of Python 3.11, whereas a fork of the server would ask the server for them.
+    multiprocessing.set_start_method("fork", force=True)
     # Data collators detect workers by the name of the process.
     multiprocessing.current_process().name = "MainProcess"
     _renew_lock(tqdm)
@@ -124,34 +127,61 @@ def _renew_lock(bars: type[tqdm]) -> None:
         _renew_lock(subclass)
 
 
-def kill_at(function: str, call: int = 1, half: bool = False) -> None:
-    """Kill this process with SIGKILL when it calls a function.
+def at_call(function: str, call: int, action: Callable[[], object]) -> None:
+    """Call `action` in this process before one call of a function.
 
     Args:
         function: "module:name" or "module:Class.name".
         call: number of the call, from 1.
+        action: for example raises an error.
+    """
+    calls = itertools.count(1)
+
+    def wrap(original: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*args: object, **kwargs: object) -> object:
+            if next(calls) == call:
+                action()
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    _wrap(function, wrap)
+
+
+def kill_at(function: str, call: int = 1, half: bool = False) -> None:
+    """Kill this process with SIGKILL when it calls a function.
+
+    Args:
+        function, call: as for `at_call`.
         half: let the call finish, cut the file that it wrote to half of its length, and only then kill.
     """
+    if not half:
+        at_call(function, call, partial(os.kill, os.getpid(), signal.SIGKILL))
+        return
+    calls = itertools.count(1)
+
+    def wrap(original: Callable[..., object]) -> Callable[..., object]:
+        def killing(*args: object, **kwargs: object) -> object:
+            result = original(*args, **kwargs)
+            if next(calls) == call:
+                paths = [value for value in (*args, *kwargs.values()) if isinstance(value, (str, os.PathLike))]
+                written = max(filter(os.path.isfile, paths), key=os.path.getmtime)
+                os.truncate(written, os.path.getsize(written) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return killing
+
+    _wrap(function, wrap)
+
+
+def _wrap(function: str, wrap: Callable[[Callable[..., object]], Callable[..., object]]) -> None:
     module, _, path = function.partition(":")
     *owners, name = path.split(".")
     owner: object = importlib.import_module(module)
     for part in owners:
         owner = getattr(owner, part)
-    original, calls = getattr(owner, name), 0
-
-    def killing(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            if half:
-                original(*args, **kwargs)
-                paths = [value for value in (*args, *kwargs.values()) if isinstance(value, (str, os.PathLike))]
-                written = max(filter(os.path.isfile, paths), key=os.path.getmtime)
-                os.truncate(written, os.path.getsize(written) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, killing)
+    setattr(owner, name, wrap(getattr(owner, name)))
 
 
 def call_script(name: str, *arguments: object) -> None:
@@ -163,11 +193,11 @@ def call_script(name: str, *arguments: object) -> None:
             module.main()
 
 
-def bad_input_line(capsys: pytest.CaptureFixture[str], name: str, *arguments: object) -> str:
-    """Return the one line that a script prints for a user's mistake, exiting with code 2."""
+def bad_input_line(capsys: pytest.CaptureFixture[str], name: str, *arguments: object, exit_code: int = 2) -> str:
+    """Return the one line that a script prints when it stops, with exit code 2 for a user's mistake."""
     with pytest.raises(SystemExit) as exit_info:
         call_script(name, *arguments)
-    assert exit_info.value.code == 2
+    assert exit_info.value.code == exit_code
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, errors
     return errors[0]

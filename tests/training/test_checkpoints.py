@@ -19,9 +19,12 @@ from experiments.training.resume import (
     read_loss_sum,
     record_checkpoint,
     remove_checkpoints,
+    remove_for_signal,
+    remove_old_checkpoints,
 )
 from experiments.training.run_record import RunRecord
 
+RECORDED = "run_record.json"
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 RECORD = RunRecord({"seed": 1, "num_train_epochs": 2, "train_file": "a.csv"}, {"train": "abc"})
 
@@ -127,3 +130,28 @@ def test_removed_checkpoints_are_gone(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     remove_checkpoints(tmp_path)
     assert checkpoints(tmp_path) == [] and (tmp_path / "checkpoint-best").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"), [(None, None, [9, 8, 3]), (2, None, [9, 8]), (1, 3, [9, 3]), (2, 3, [9, 3])]
+)
+def test_the_checkpoints_of_the_fewest_steps_are_removed(tmp_path, limit, best, left):
+    """Whatever the file system's clock says."""
+    for step in (9, 8, 3):  # the newest one was written first
+        write_checkpoint(tmp_path, step)
+    remove_old_checkpoints(tmp_path, limit, best and str(tmp_path / f"checkpoint-{best}"))
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+
+
+def test_a_checkpoint_for_a_signal_is_removed_once_there_is_a_later_one(tmp_path):
+    for step, for_signal in ((2, False), (3, True), (5, True)):
+        record_checkpoint(write_checkpoint(tmp_path, step), RECORD, None, for_signal)
+    remove_for_signal(tmp_path, before=5)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-2"]
+
+
+def test_a_record_that_was_changed_is_a_fault(tmp_path):
+    path = write_checkpoint(tmp_path, 1)
+    text = (path / RECORDED).read_text()
+    (path / RECORDED).write_text(text.replace('"loss_sum": 0.5', '"loss_sum": 0.7'))
+    assert find_fault(path) == f"its {RECORDED} has changed"

@@ -216,7 +216,7 @@ def test_a_full_disk_is_one_line_and_written_files_stay(command, tmp_path, capsy
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune, "predict_and_save", predict)
-        line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", tmp_path)
+        line = bad_input_line(capsys, "run_glue.py", *command, "--output_dir", tmp_path, exit_code=1)
     assert "--output_dir" in line and "No space left on device" in line
     assert "train_loss" in json.loads((tmp_path / "train_results.json").read_text())
     assert (tmp_path / "model.safetensors").stat().st_size > 10_000
@@ -225,22 +225,16 @@ def test_a_full_disk_is_one_line_and_written_files_stay(command, tmp_path, capsy
     assert len((tmp_path / "predict_results_sst2.txt").read_text().splitlines()) == 1 + 6
 
 
-@pytest.mark.parametrize("free", [0, 10**9])
-def test_a_disk_that_is_full_as_the_optimizer_is_written(command, tmp_path, capsys, monkeypatch, free):
-    """torch.save does not name the cause, so the free space is checked; with space left, the traceback stays."""
+def test_a_disk_that_is_full_as_the_optimizer_is_written(command, tmp_path, capsys, monkeypatch):
+    """torch.save does not name the cause."""
 
     def save(trainer: Trainer, *arguments: object) -> None:
-        monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, free))
         raise RuntimeError("basic_ios::clear: iostream error")
 
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", save)
     arguments = (*command, "--save_strategy", "epoch", "--output_dir", tmp_path)
-    if free:
-        with pytest.raises(RuntimeError, match="iostream error"):
-            call_script("run_glue.py", *arguments)
-    else:
-        line = bad_input_line(capsys, "run_glue.py", *arguments)
-        assert "No space left on device" in line and str(tmp_path) in line
+    line = bad_input_line(capsys, "run_glue.py", *arguments, exit_code=1)
+    assert "iostream error" in line and "--output_dir" in line
     assert last_checkpoint(tmp_path) is None
 
 
@@ -265,6 +259,14 @@ def test_a_second_run_is_refused_while_one_writes_and_not_after_it_was_killed(co
     with lock_folder(folder):
         assert (folder / ".lock").exists()
     assert list(folder.iterdir()) == []
+
+
+def test_a_run_may_lock_its_folder_again(tmp_path):
+    with lock_folder(tmp_path):
+        with lock_folder(tmp_path):
+            pass
+        assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_leaves_nothing_in_a_folder_that_it_made(tmp_path):

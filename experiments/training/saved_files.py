@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Record the files of a trained checkpoint, and find those that were damaged or changed later."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from experiments.errors import naming
+from experiments.training.fingerprints import file_fingerprint, weights_fingerprint
+from experiments.training.run_record import SAVED_FILES, WEIGHTS, RunRecord, update_record
+
+
+def record_saved_files(folder: Path, names: Collection[str]) -> None:
+    """Add the fingerprints of files that training saved to the record of its output folder."""
+    files = {name: file_fingerprint(folder / name) for name in sorted({*names} - {SAFE_WEIGHTS_NAME})}
+    update_record(folder, {WEIGHTS: weights_fingerprint(folder / SAFE_WEIGHTS_NAME)}, {SAVED_FILES: files})
+
+
+def forget_saved_file(folder: Path, name: str) -> None:
+    """Remove the fingerprint of a file that a later step of the run is about to rewrite."""
+    files = RunRecord.read(folder).notes.get(SAVED_FILES, {})
+    update_record(folder, notes={SAVED_FILES: {other: files[other] for other in files if other != name}})
+
+
+def check_saved_files(folder: Path) -> None:
+    """Check that the files of a training that has ended are as it saved them.
+
+    Raises:
+        BadInput: if one has changed or cannot be read.
+    """
+    with naming(f"--output_dir {folder}", Exception):
+        if (changed := find_changed_file(folder)) is not None:
+            raise ValueError(f"{changed} has changed since training; use --resume_from_checkpoint false to begin anew")
+
+
+def find_changed_file(folder: Path) -> str | None:
+    """Return the name of a file that differs from the folder's record; `None` if all are the same or unrecorded.
+
+    Raises:
+        Exception: for weights that cannot be read.
+    """
+    record = RunRecord.read(folder)
+    for name, fingerprint in record.notes.get(SAVED_FILES, {}).items():
+        if not (folder / name).is_file() or file_fingerprint(folder / name) != fingerprint:
+            return name
+    weights = record.content.get(WEIGHTS)
+    if weights is not None and weights != weights_fingerprint(folder / SAFE_WEIGHTS_NAME):
+        return SAFE_WEIGHTS_NAME
+    return None
