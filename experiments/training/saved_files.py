@@ -10,7 +10,11 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from experiments.errors import naming
 from experiments.training.fingerprints import file_fingerprint, weights_fingerprint
+from experiments.training.resume import STATE_FILE
 from experiments.training.run_record import SAVED_FILES, WEIGHTS, RunRecord, update_record
+
+# Files that training saves and from which no model is loaded.
+NOT_LOADED = (STATE_FILE, "training_args.bin")
 
 
 def record_saved_files(folder: Path, names: Collection[str]) -> None:
@@ -36,14 +40,19 @@ def check_saved_files(folder: Path) -> None:
             raise ValueError(f"{changed} has changed since training; use --resume_from_checkpoint false to begin anew")
 
 
-def find_changed_file(folder: Path) -> str | None:
+def find_changed_file(folder: Path, to_load: bool = False) -> str | None:
     """Return the name of a file that differs from the folder's record; `None` if all are the same or unrecorded.
+
+    Args:
+        to_load: skip missing files and those that no model is loaded from; a push leaves out or shortens these.
 
     Raises:
         Exception: for weights that cannot be read.
     """
     record = RunRecord.read(folder)
     for name, fingerprint in record.notes.get(SAVED_FILES, {}).items():
+        if to_load and (name in NOT_LOADED or not (folder / name).is_file()):
+            continue
         if not (folder / name).is_file() or file_fingerprint(folder / name) != fingerprint:
             return name
     weights = record.content.get(WEIGHTS)
