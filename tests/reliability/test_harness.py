@@ -32,7 +32,7 @@ def test_a_run_is_what_it_is_in_an_interpreter(evaluate):
 @pytest.mark.parametrize("kill", [Kill(seconds=0.3), Kill(function="transformers:Trainer.predict")])
 def test_a_kill_is_seen(evaluate, kill):
     outcome = evaluate(kill)
-    assert outcome.killed and not outcome.hung and outcome.evaluation_steps == 0
+    assert outcome.killed and not outcome.hung and outcome.evaluation_steps < 3
     assert kill.seconds is None or "<module>" in outcome.stack
 
 
