@@ -12,6 +12,7 @@ from transformers.utils import CONFIG_NAME
 
 from configuration_tome_perceiver import ToMePerceiverConfig
 from cost_tome_perceiver import Merging, undisturbed
+from experiments.errors import naming
 from experiments.files import check_writable, save_whole
 from experiments.merging.arguments import MergeArguments, naming_arguments
 from experiments.publishing.card import ResultRow, shown_r
@@ -35,7 +36,7 @@ from experiments.training.run_record import (
     training_fields,
     update_record,
 )
-from experiments.training.saved_files import forget_saved_file
+from experiments.training.saved_files import rewriting_saved_file
 from experiments.training.stage import task_trainer, train_and_save
 from experiments.training.trainer import TaskTrainer
 from frontier_tome_perceiver import FrontierRow, check_reach
@@ -238,11 +239,12 @@ class Run:
             self._calibrate(self.merge_args)
         if self.writes:
             # If an earlier run did the training, the config in memory dates from before it, so update the saved one.
-            saved = ToMePerceiverConfig.from_pretrained(self.output_dir)
+            with naming(f"--output_dir {self.output_dir}: {CONFIG_NAME}", Exception):
+                saved = ToMePerceiverConfig.from_pretrained(self.output_dir)
             saved.merge_frontier = self.model.config.merge_frontier
             Merging.of(self.model.config).apply(saved)
-            forget_saved_file(self.output_dir, CONFIG_NAME)
-            save_whole(self.output_dir, saved.save_pretrained)
+            with rewriting_saved_file(self.output_dir, CONFIG_NAME):
+                save_whole(self.output_dir, saved.save_pretrained)
 
     def evaluate(self, trainer: TaskTrainer) -> None:
         """Evaluate the result, and before it the unmerged model if the weights were not trained with merging."""

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -23,10 +24,14 @@ def record_saved_files(folder: Path, names: Collection[str]) -> None:
     update_record(folder, {WEIGHTS: weights_fingerprint(folder / SAFE_WEIGHTS_NAME)}, {SAVED_FILES: files})
 
 
-def forget_saved_file(folder: Path, name: str) -> None:
-    """Remove the fingerprint of a file that a later step of the run is about to rewrite."""
-    files = RunRecord.read(folder).notes.get(SAVED_FILES, {})
-    update_record(folder, notes={SAVED_FILES: {other: files[other] for other in files if other != name}})
+@contextmanager
+def rewriting_saved_file(folder: Path, name: str) -> Iterator[None]:
+    """Record a file that the block rewrites anew; if the block is killed, the file is unrecorded."""
+    files = dict(RunRecord.read(folder).notes.get(SAVED_FILES, {}))
+    files.pop(name, None)
+    update_record(folder, notes={SAVED_FILES: files})
+    yield
+    update_record(folder, notes={SAVED_FILES: files | {name: file_fingerprint(folder / name)}})
 
 
 def check_saved_files(folder: Path) -> None:
