@@ -29,10 +29,11 @@ def test_a_run_is_what_it_is_in_an_interpreter(evaluate):
     assert outcome.fault == PASSED and not outcome.errors
 
 
-@pytest.mark.parametrize("kill", [Kill(seconds=0.3), Kill(function="transformers:Trainer.predict")])
+@pytest.mark.parametrize("kill", [Kill(seconds=0.1), Kill(function="transformers:Trainer.predict")])
 def test_a_kill_is_seen(evaluate, kill):
     outcome = evaluate(kill)
-    assert outcome.killed and not outcome.hung and outcome.evaluation_steps < 3
+    assert outcome.killed and not outcome.hung
+    assert kill.function is None or outcome.evaluation_steps == 0
     assert kill.seconds is None or "<module>" in outcome.stack
 
 
