@@ -20,7 +20,7 @@ from experiments.errors import BadInput
 from experiments.escaping import hide_tokens, printable, spreadsheet_cell
 from experiments.publishing.hub import HubRepository, push_checkpoint
 from modeling_tome_perceiver import ToMePerceiverForSequenceClassification
-from tests.model.test_remote_code import MODULES
+from tests.model.test_remote_code import MODULES, run_elsewhere
 from tests.support.script_run import ROOT, run_script
 from tests.support.tiny_models import tiny_model
 from tests.support.tiny_texts import write_model_config, write_table
@@ -74,6 +74,17 @@ def test_model_files_cannot_start_programs_or_connections(module):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }  # fmt: skip
     assert not calls & {"eval", "exec", "compile", "__import__", "open"}
+
+
+def test_a_loaded_checkpoint_uses_no_network_no_process_and_writes_nothing(tmp_path):
+    """Except the copies of its code that transformers keeps below HF_HOME."""
+    folder = tmp_path / "saved"
+    tiny_model("ForSequenceClassification", torch.float32).save_pretrained(folder)
+    report = json.loads(run_elsewhere("load_and_audit.py", {"folder": str(folder)}, tmp_path / "audit").read_text())
+    assert report["code"].startswith("transformers_modules.") and report["changed"]
+    assert report["network"] == report["processes"] == []
+    below_home = [path.startswith(str(tmp_path / "audit" / "hf_home")) for path in report["writes"]]
+    assert below_home and all(below_home), report["writes"]
 
 
 def test_importing_the_model_files_writes_and_starts_nothing(tmp_path):

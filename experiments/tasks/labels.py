@@ -29,7 +29,7 @@ NO_LABEL = -1
 # Maximum number of names that a message lists.
 MAX_NAMES_SHOWN = 20
 # Labels that are parsed as numbers.
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE | re.ASCII)
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.IGNORECASE | re.ASCII)
 # Names of classes that are compared by their integer.
 _INTEGER = re.compile(r"(?:LABEL_)?([-+]?\d{1,1000})(?:\.0*)?", re.ASCII)
 # Words for a missing value, in lower case.

@@ -14,7 +14,8 @@ from typing import Any
 
 from experiments.errors import Stopped, one_line
 
-SECONDS, BYTES = 5.0, 2**30
+# Seconds of processor time, which a busy machine does not lengthen; a call that waits ends after WAITING_SECONDS.
+SECONDS, WAITING_SECONDS, BYTES = 5.0, 60.0, 2**30
 # Longest message, in characters: several lines of a terminal.
 MOST_CHARACTERS = 1500
 # Control characters, which move a terminal's cursor or hide text, and lone surrogates, which cannot be printed.
@@ -25,7 +26,7 @@ OUTCOMES: Counter[str] = Counter()
 
 
 class Hang(BaseException):
-    """A call took more than `SECONDS`. Not an `Exception`, which the code under test may turn into one line."""
+    """A call took more than its seconds. Not an `Exception`, which the code under test may turn into one line."""
 
 
 def check(call: Callable[[], Any], *allowed: type[Exception]) -> Any:
@@ -53,16 +54,20 @@ def limited(seconds: float = SECONDS, most_bytes: int = BYTES) -> Iterator[None]
     """Raise `Hang` after `seconds`, and `MemoryError` if the process needs `most_bytes` more than before."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    timers = ((signal.ITIMER_PROF, signal.SIGPROF, seconds), (signal.ITIMER_REAL, signal.SIGALRM, WAITING_SECONDS))
 
     def stop(*_: object) -> None:
-        raise Hang(f"still running after {seconds:g} seconds")
+        raise Hang(f"still running after {seconds:g} seconds of work, or {WAITING_SECONDS:g} of waiting")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    before = [signal.signal(number, stop) for _, number, _ in timers]
     resource.setrlimit(resource.RLIMIT_AS, (used + most_bytes, hard))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    for timer, _, limit in timers:
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer, _, _ in timers:
+            signal.setitimer(timer, 0)
+        for (_, number, _), handler in zip(timers, before, strict=True):
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -99,6 +99,7 @@ FOUND = {
     "a deep list": ("json", b"[" * 100_000),
     "a deep value": ("jsonl", b'{"sentence": ' + b"[" * 100_000),
     "a label of ten thousand digits": ("json", b'[{"sentence": "a", "label": ' + b"9" * 10_000 + b"}]"),
+    "a label that is nearly a long number": ("csv", b"sentence,label\naaa," + b"9" * 50_000 + b"x\nbbb,c\n"),
     "many quotation marks": ("csv", b"sentence,label\n" + b'"' * 100_001),
     "a control sequence": ("csv", b"\x1b[2J,label\na,b,c\n"),
     "a zero byte": ("tsv", b"sentence\x00label\n"),
