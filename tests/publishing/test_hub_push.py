@@ -131,7 +131,7 @@ def test_a_sweep_is_pushed_and_comes_back(hub, trained, tmp_path):
             name for name, data in hub.files(repo_id, branch).items() if str(tmp_path.parent).encode() in data
         ] == []
     card = ModelCard(hub.files(repo_id)["README.md"].decode())
-    assert "| r=2,0,1,0 |" in card.text and "![Accuracy against the share" in card.text
+    assert "| r=2,0,1,0 |" in card.text and "![Accuracy against the speed-up" in card.text
     assert "sweep.png" in hub.files(repo_id)
     names = [result.metric_name for result in card.data.eval_results]
     assert names == [
