@@ -1186,7 +1186,7 @@ def _middle_weight(model: Any, name: str) -> float:
     """Return the middle one of a parameter's weights, in memory order."""
     parameter = model.get_parameter(name)
     if not parameter.is_meta:
-        return float(parameter.flatten()[parameter.numel() // 2])
+        return float(parameter.detach().flatten()[parameter.numel() // 2])
     # Offloaded: accelerate's hook loads the weights of a module before it runs, and drops them after that.
     module = model.get_submodule(name.rpartition(".")[0])
     module._hf_hook.pre_forward(module)
