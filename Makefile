@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 
-.PHONY: demo test test-fast test-ray reliability fuzz audit soak docs-check lint types clean
+.PHONY: demo test test-fast test-oldest test-newest test-ray reliability fuzz audit soak docs-check lint types clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt requirements-dev.txt
@@ -11,22 +11,26 @@ DEMO := outputs/demo
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# A second environment with Gradio, for space/, on top of the packages of .venv: Gradio needs an older pillow than the
-# pinned one.
-.venv/space/installed: .venv/installed requirements-space.txt
-	$(PYTHON) -m venv --without-pip .venv/space
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
-	    $$(.venv/space/bin/python -c "import site; print(site.getsitepackages()[0])")/repository.pth
-	.venv/space/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-space.txt
-	touch $@
+# Make an environment .venv/NAME on top of the packages of .venv: $(call environment,NAME,ARGUMENTS OF PIP INSTALL).
+define environment
+$(PYTHON) -m venv --without-pip .venv/$(1)
+$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+    $$(.venv/$(1)/bin/python -c "import site; print(site.getsitepackages()[0])")/repository.pth
+.venv/$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2)
+touch .venv/$(1)/installed
+endef
 
-# A third environment with Ray, for examples/label_with_ray.py, on top of the packages of .venv.
+# With Gradio, for space/: Gradio needs an older pillow than the pinned one.
+.venv/space/installed: .venv/installed requirements-space.txt
+	$(call environment,space,-r requirements-space.txt)
+
+# With the lower bounds of pyproject.toml: of the scripts, and of the model files alone.
+.venv/oldest/installed .venv/oldest-model/installed: .venv/%/installed: .venv/installed requirements-%.txt
+	$(call environment,$*,-r requirements-$*.txt)
+
+# With Ray, for examples/label_with_ray.py.
 .venv/ray/installed: .venv/installed requirements-ray.txt
-	$(PYTHON) -m venv --without-pip .venv/ray
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
-	    $$(.venv/ray/bin/python -c "import site; print(site.getsitepackages()[0])")/repository.pth
-	.venv/ray/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.txt
-	touch $@
+	$(call environment,ray,-r requirements-ray.txt)
 
 # On the digit images that scikit-learn carries: train, merge to three budgets without training, measure, save, report.
 demo: export HF_HUB_OFFLINE = 1
@@ -53,6 +57,26 @@ test-ray: .venv/ray/installed
 MINUTES ?= 60
 soak: .venv/installed
 	$(BIN)/python -m tests.soak --minutes $(MINUTES)
+
+# Test models in an environment, checkpoints that it exchanges with the pinned versions, and training by the scripts.
+MODEL_TESTS = .venv/$(1)/bin/python -m pytest tests/model -m "not slow"
+EXCHANGE_TESTS = OTHER_PYTHON=$(abspath .venv/$(1)/bin/python) $(BIN)/python -m pytest tests/model/test_remote_code.py
+TRAINING_TESTS = .venv/$(1)/bin/python -m pytest tests/runs/test_run_glue.py tests/runs/test_run_image.py \
+    -k finetunes_merges
+
+test-oldest: .venv/oldest/installed .venv/oldest-model/installed
+	$(call MODEL_TESTS,oldest-model)
+	$(call EXCHANGE_TESTS,oldest-model)
+	$(call MODEL_TESTS,oldest)
+	$(call EXCHANGE_TESTS,oldest)
+	$(call TRAINING_TESTS,oldest)
+
+# The newest of everything but torch, so that an install never fetches another build.
+test-newest: .venv/installed
+	$(call environment,newest,--upgrade $$(sed -n 's/==.*//p' requirements.txt | grep -v '^torch$$'))
+	$(call MODEL_TESTS,newest)
+	$(call EXCHANGE_TESTS,newest)
+	$(call TRAINING_TESTS,newest)
 
 # Try every bad input, change between two runs and killed run; write the tables of docs/reliability.md.
 reliability: .venv/installed

@@ -127,7 +127,8 @@ class TrainerArguments(TrainingArguments):
             if getattr(self, name) != default:
                 raise BadInput(f"--{name} {getattr(self, name)}: must be left out; {reason}")
         for name, needed in NEEDED_ARGUMENTS.items():
-            if getattr(self, name) and not getattr(self, needed):
+            # Versions of transformers before 5.23 lack some of these arguments.
+            if getattr(self, name, None) and not getattr(self, needed):
                 raise BadInput(f"--{name} {getattr(self, name)}: needs --{needed}")
         for name in ("fsdp", "ddp_backend"):
             if getattr(self, name) and "RANK" not in os.environ:

@@ -47,4 +47,4 @@ def test_trainers_start_with_equal_weights_and_take_the_steps_of_the_scripts(tmp
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
-    assert "flops_ratio=0.01" in bad_input_line(capsys, SCRIPT, *FIRST, "--flops_ratio", 0.01)
+    assert "--flops_ratio 0.01" in bad_input_line(capsys, SCRIPT, *FIRST, "--flops_ratio", 0.01)

@@ -371,7 +371,7 @@ def test_divergence_is_that_of_kullback_and_leibler_or_squared():
     assert numbers.tolist() == [0, 4]
 
 
-@pytest.mark.parametrize("count", [1, 5, 12])
+@pytest.mark.parametrize("count", [1, 5, 9])
 def test_average_linkage_is_that_of_scipy(count):
     vectors = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
     similarity = torch.cosine_similarity(vectors[:, None], vectors[None], dim=-1).numpy()

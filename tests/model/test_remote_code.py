@@ -204,7 +204,9 @@ def test_pipelines_run_a_folder_elsewhere(name, checkpoints, first_load, second_
     for report, folder, r in ((first_load, "first", R_SAVED), (second_load, "second", R_SET)):
         assert_runs_from(checkpoints.root / folder, [report[name]["model_class"]])
         assert report[name]["r"] == r
-        assert report[name]["scores"] == pytest.approx(checkpoints.scores(name, r), rel=1e-4)
+        # Pillow 10 resizes images slightly differently than Pillow 13.
+        tolerance = 0.01 if name == "image" and "OTHER_PYTHON" in os.environ else 1e-4
+        assert report[name]["scores"] == pytest.approx(checkpoints.scores(name, r), rel=tolerance)
         assert len(report[name]["scores"]) == 3
     assert first_load[name]["scores"] != second_load[name]["scores"]
 
