@@ -31,8 +31,10 @@ def read_sentences(path: Path) -> None:
 
 
 def read_texts(path: Path) -> None:
-    """Load a file as `run_mlm.py` does, and every example of it."""
-    arguments = MlmDataArguments(train_file=str(path), validation_file=str(path))
+    """Load a file as `run_mlm.py` does, beside a held-out one without duplicates of it, and every example of it."""
+    held_out = path.with_name("held_out.txt")
+    held_out.write_text("ddd eee\nfff\n")
+    arguments = MlmDataArguments(train_file=str(path), validation_file=str(held_out))
     task = load_mlm_task(arguments, predict=False, seed=0, cache_dir=str(path.parent / "cache"))
     list(task.train)
 
@@ -42,6 +44,15 @@ def read_images(folder: Path) -> None:
     task = load_image_task(ImageDataArguments(train_dir=str(folder)), predict=False, seed=0)
     for example in task.train:
         read_image(example["image"], "0")
+
+
+@pytest.mark.parametrize(
+    ("read", "extension"), [(read_sentences, name) for name in TABLES] + [(read_texts, name) for name in TEXTS]
+)
+def test_what_is_mutated_is_read(tmp_path, read, extension):
+    path = tmp_path / f"data.{extension}"
+    path.write_bytes(TEXTS[extension])
+    read(path)
 
 
 @given(mutated(TABLES))
