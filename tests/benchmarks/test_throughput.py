@@ -147,7 +147,13 @@ def test_the_published_shapes_reach_their_budgets(monkeypatch, script_arguments,
     monkeypatch.setitem(PUBLISHED_MODELS, shapes, REALLY_PUBLISHED[shapes])
     arguments = script_arguments(shapes=shapes, small=small)
     config = arguments.model.config()
-    layers = {"language": (26, 6), "vision": (48, 6), "small_language": (12, 12), "small_vision": (8, 8)}[shapes]
+    layers = {
+        "digits": (9, 9),
+        "language": (26, 6),
+        "vision": (48, 6),
+        "small_language": (12, 12),
+        "small_vision": (8, 8),
+    }[shapes]
     assert config.num_self_attention_layers == layers[small]
     for cell in arguments.cells():
         assert len(cell.settings) > 1
@@ -160,7 +166,7 @@ def test_the_published_shapes_reach_their_budgets(monkeypatch, script_arguments,
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--shapes", "audio"), "--shapes audio: choose from language, small_language, small_vision, vision"),
+        (("--shapes", "audio"), "--shapes audio: choose from digits, language, small_language, small_vision, vision"),
         (("--dtype", "float32", "int8"), "--dtype int8: choose from bfloat16, float16, float32"),
         (("--batch_size", 1, 0), "--batch_size 0: must be 1 or more"),
         (("--length", 129), "--length 129: must be 1 to 128"),

@@ -164,7 +164,7 @@ def test_a_budget_of_flops_becomes_a_list(inputs, tmp_path, schedule):
     fewer = model.config.num_blocks < unmerged.config.num_blocks or model.config.latent_groups is not None
     assert any(model.config.merge_schedule) or schedule == "search" and fewer
     assert schedule == "search" or len(model.r) == model.config.num_self_attention_layers
-    share = re.search(r"([0-9.]+)% of the unmerged", (tmp_path / "out" / "README.md").read_text().replace("\n", " "))
+    share = re.search(r"([0-9.]+) % of the unmerged", (tmp_path / "out" / "README.md").read_text().replace("\n", " "))
     assert 0 < float(share[1]) <= 98.5
     assert unmerged.config.merge_schedule == [0] * NUM_LAYERS
 
@@ -211,7 +211,7 @@ def test_the_card_compares_with_all_blocks_where_fewer_run(inputs, finetuned, tm
     assert config["num_blocks"] == 1 and not any(config["r"])
     share = re.search(r"cost: ([0-9.]+) of the FLOPs", capsys.readouterr().out)
     card = (tmp_path / "out" / "README.md").read_text().replace("\n", " ")
-    assert float(share[1]) < 0.9 and f"{float(share[1]):.1%} of the unmerged model's" in card
+    assert float(share[1]) < 0.9 and f"{float(share[1]) * 100:.1f} % of the unmerged model's" in card
 
 
 def test_a_merged_checkpoint_is_not_saved_over_the_unmerged_one(inputs, finetuned, tmp_path, capsys):
