@@ -478,4 +478,6 @@ def _draw_line(axes: Axes, rows: Sequence[Row], score: str, stage: str, color: C
         **POINT_STYLE,
     )
     label = series_label(rows[0].series, all(row.is_constant_r for row in rows), stage == "retrained")
-    return [LineEnd(places[-1].upper, values[-1], label, color)]
+    # More merging need not be faster, so the last row may not be the one furthest right.
+    right = places[-1].upper if rows[0].speedup is None else max(at.upper for at in places)
+    return [LineEnd(right, values[-1], label, color)]
