@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def run_forked(
         process = start_script(script, tuple(arguments), cwd, folder, partial(_observe, steps, stack, kill, prepare))
         process.join(time_limit if kill.seconds is None else kill.seconds)
         if kill.seconds is not None and kill.number != signal.SIGKILL and process.exitcode is None:
-            os.kill(process.pid, kill.number)
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.kill(process.pid, kill.number)
             process.join(time_limit)
         running = process.exitcode is None
         if running:
