@@ -388,7 +388,8 @@ def _choose_promised(model: Any, frontier: Frontier, max_changed: float) -> Fron
     multiple tests is needed (fixed-sequence testing: Angelopoulos et al., 2021, "Learn then Test", arXiv:2110.01052).
 
     Raises:
-        ValueError: if there are too few held-out samples, or if the frontier was measured on other weights.
+        ValueError: if there are too few held-out samples, if the frontier was measured on other weights, or if it has
+            no shares of changed answers.
     """
     if not frontier.was_measured_on(model):
         raise ValueError("max_changed: the frontier was measured on other weights; call model.calibrate(samples) again")
@@ -397,6 +398,11 @@ def _choose_promised(model: Any, frontier: Frontier, max_changed: float) -> Fron
         raise ValueError(
             f"max_changed={max_changed}: {frontier.held_out} held-out samples are too few for 95 % confidence; "
             f"calibrate on {math.ceil(needed * 4 / 3) + CHUNK_SAMPLES} samples or more, with enough seconds"
+        )
+    if frontier.rows and all(row.changed_bound is None for row in frontier.rows):
+        raise ValueError(
+            f"max_changed={max_changed}: the frontier has no shares of changed answers, as it was measured on training "
+            "samples; call model.calibrate(samples) with others"
         )
     passed = None
     for row in frontier.rows:

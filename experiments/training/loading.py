@@ -110,7 +110,7 @@ def load_model(
         )
         folder = Path(arguments.model_name_or_path)
         if folder.is_dir() and (changed := find_changed_file(folder, to_load=True)) is not None:
-            logger.warning("--model_name_or_path %s: its %s has changed since its training", folder, changed)
+            logger.warning("warning: --model_name_or_path %s: its %s has changed since its training", folder, changed)
     checkpoint_config = requested_config(arguments)
     same_head = model_class.__name__.removeprefix("ToMe") in str(checkpoint_config.architectures)
     may_be_new = arguments.ignore_mismatched_sizes or not same_head

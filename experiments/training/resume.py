@@ -154,7 +154,7 @@ def last_checkpoint(folder: Path, record: RunRecord | None = None) -> Path | Non
         fault = find_fault(path, record)
         if fault is None:
             return path
-        logger.warning("%s is skipped: %s", path, fault)
+        logger.warning("warning: %s is skipped: %s", path, fault)
     return None
 
 

@@ -192,6 +192,15 @@ def test_a_promise_goes_down_the_rows_and_stops_at_the_first_that_breaks_it():
     assert choice.chosen.merging.r == model.r == 0 and "nothing merges" in str(choice)
 
 
+def test_no_share_is_promised_of_a_frontier_that_has_none():
+    """One that was measured on training samples has none: nothing may be said of other inputs."""
+    model = with_figures([0.0])
+    for row in model.config.merge_frontier["rows"]:
+        row |= {"changed": None, "changed_bound": None, "who": {}}
+    with pytest.raises(ValueError, match="no shares of changed answers"):
+        model.merge_to(max_changed=0.1)
+
+
 def test_too_few_samples_are_told_how_many_would_do():
     with pytest.raises(ValueError, match="415 samples"):
         with_figures([0.0], held_out=100).merge_to(max_changed=0.01)
