@@ -5,10 +5,22 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from experiments.interruption import Interrupted, deferring, pending_signal, receiving_signals
+
+
+@pytest.fixture(autouse=True)
+def python_handlers() -> Iterator[None]:
+    """Handle signals as Python does, also if the tests run in the background, where a shell ignores some of them."""
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
+    handlers |= {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def send(number: int = signal.SIGTERM) -> None:

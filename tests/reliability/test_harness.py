@@ -44,7 +44,7 @@ def test_half_a_file_is_left_by_a_kill_while_it_is_written(evaluate, tmp_path):
 
 
 def test_a_run_that_takes_too_long_hangs(evaluate):
-    outcome = evaluate(None, 0.3)
+    outcome = evaluate(None, 0.1)
     assert outcome.hung and not outcome.killed and outcome.fault[1] == "hang"
 
 
