@@ -91,7 +91,7 @@ SECONDS ?= 600
 fuzz: .venv/installed
 	$(BIN)/python -m tests.fuzzing --seconds $(SECONDS)
 
-# Look up the installed versions in pypi.org's database of known vulnerabilities, with a tool in its own environment.
+# Look up the installed versions in the database of known vulnerabilities, with a tool in its own environment.
 audit: .venv/installed
 	$(PYTHON) -m venv .venv/audit
 	.venv/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
