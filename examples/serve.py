@@ -67,7 +67,7 @@ class ServeArguments:
     max_wait_ms: float = field(default=2.0, metadata={"help": "Longest wait for a batch to fill, in milliseconds."})
     fall_back_inputs: int = field(
         default=16,
-        metadata={"help": "Fall back by one row of the frontier for every so many waiting inputs; 0 for never."},
+        metadata={"help": "Waiting inputs for each row of the frontier to fall back by; 0 for never."},
     )
     max_requests: int = field(default=128, metadata={"help": "Most requests in work; others get status 503."})
     max_inputs: int = field(default=32, metadata={"help": "Most inputs in a request."})

@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,8 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from experiments.escaping import hide_tokens, printable
-from experiments.interruption import FILES_ARE_WHOLE, Interrupted, ignore_signals, receiving_signals
+from experiments.interruption import FILES_ARE_WHOLE, SHELL_SIGNAL_BASE, Interrupted, ignore_signals, receiving_signals
 
-# Exit code after Ctrl-C, as in shells.
-INTERRUPTED_EXIT_CODE = 130
 # Error numbers of a disk that has no room, cannot be written to or fails.
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 # Texts of such errors: some libraries pass on only the text of the original error, and `torch.save` not even that.
@@ -70,9 +69,9 @@ def exit_on_bad_input() -> Iterator[None]:
     """Guard a whole script: print the error that stopped the block inside as one line, and exit.
 
     Of several processes, only the first one prints. Exit codes: 2 for `BadInput`; 1 for another `Stopped`, a full disk
-    or memory, a file or folder without access and a worker process that was killed; 130 for Ctrl-C, 143 for SIGTERM.
-    Any other error is a fault of the program: Python shows its traceback, and a line asks to report it. A failing print
-    does not stop the script, see `_make_output_fault_tolerant`.
+    or memory, a file or folder without access and a worker process that was killed; for a signal, 128 and its number,
+    such as 130 for Ctrl-C and 143 for SIGTERM. Any other error is a fault of the program: Python shows its traceback,
+    and a line asks to report it. A failing print does not stop the script, see `_make_output_fault_tolerant`.
     """
     _make_output_fault_tolerant()
     with receiving_signals():
@@ -82,7 +81,7 @@ def exit_on_bad_input() -> Iterator[None]:
         except Interrupted as error:
             _exit(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _exit(f"interrupted; {FILES_ARE_WHOLE}", INTERRUPTED_EXIT_CODE)
+            _exit(f"interrupted; {FILES_ARE_WHOLE}", SHELL_SIGNAL_BASE + signal.SIGINT)
         except Exception as error:
             stopped = next((cause for cause in _walk_causes(error) if isinstance(cause, Stopped)), None)
             if stopped is not None:

@@ -72,7 +72,7 @@ DATA_CHOICES = (
 
 @dataclass
 class ExportArguments:
-    """What to export, and where to."""
+    """Checkpoint to export, format, dtype and output folder."""
 
     _argument_group_name: ClassVar[str] = "export"
 
@@ -325,7 +325,7 @@ def compare(model: modeling.ToMePerceiverPreTrainedModel, exported: Any, samples
     for (ours, theirs), batch in zip(pairs, batches, strict=True):
         if ours.shape[-1] == 1:
             same.append((ours - theirs).abs().flatten() <= EQUAL_NUMBERS * spread)
-        elif ours.dim() == 3:  # a masked language model has logits at all its positions, S of which are inputs
+        elif ours.dim() == 3:  # masked language models also return logits beyond the input's S tokens
             mask = batch["attention_mask"].bool()
             same.append((ours.argmax(-1) == theirs.argmax(-1))[:, : mask.shape[1]][mask])
         else:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -55,22 +56,22 @@ def test_what_is_mutated_is_read(tmp_path, read, extension):
     read(path)
 
 
-@given(mutated(TABLES))
-def test_any_table_is_read_or_refused(file):
-    extension, data = file
+def check_file(read: Callable[[Path], object], extension: str, data: bytes) -> None:
+    """Check that a file of these bytes is read, or refused in one line."""
     with TemporaryDirectory() as folder:
         path = Path(folder, f"data.{extension}")
         path.write_bytes(data)
-        check(lambda: read_sentences(path), BadInput)
+        check(lambda: read(path), BadInput)
+
+
+@given(mutated(TABLES))
+def test_any_table_is_read_or_refused(file):
+    check_file(read_sentences, *file)
 
 
 @given(mutated(TEXTS))
 def test_any_file_of_texts_is_read_or_refused(file):
-    extension, data = file
-    with TemporaryDirectory() as folder:
-        path = Path(folder, f"data.{extension}")
-        path.write_bytes(data)
-        check(lambda: read_texts(path), BadInput)
+    check_file(read_texts, *file)
 
 
 @given(mutated(IMAGES))
