@@ -19,6 +19,7 @@ import modeling_tome_perceiver as modeling
 from configuration_tome_perceiver import ToMePerceiverConfig
 from experiments.errors import BadInput, naming
 from experiments.tasks.image_files import open_image, read_image
+from experiments.training.loading import used_weights
 
 Inputs = dict[str, Tensor]
 """Arguments of the model for one input, without a batch dimension."""
@@ -26,8 +27,6 @@ Prediction = dict[str, Any]
 """`label`, the likeliest class, and `score`, its probability; of a regression, the score is the number."""
 
 TEXT_ARCHITECTURE, IMAGE_ARCHITECTURE = "ForSequenceClassification", "ForImageClassification"
-# Names of weights that old checkpoints lack and that evaluation does not use.
-UNUSED_WEIGHTS = "num_batches_tracked"
 
 
 class Classifier:
@@ -145,6 +144,6 @@ def _load_model(name: str, config: ToMePerceiverConfig) -> Any:
     if model_class is None or not (TEXT_ARCHITECTURE in architecture or IMAGE_ARCHITECTURE in architecture):
         raise ValueError(f"its architecture is {architecture}; must be a Perceiver for text or image classification")
     model, loaded = model_class.from_pretrained(name, config=config, output_loading_info=True)
-    if missing := sorted(key for key in loaded["missing_keys"] if not key.endswith(UNUSED_WEIGHTS)):
+    if missing := used_weights(loaded["missing_keys"]):
         raise ValueError(f"its weights lack {missing[0]}; use a finetuned checkpoint with complete weights")
     return model.eval()

@@ -44,7 +44,7 @@ from experiments.runs.checkpoint_task import SweepDataArguments, load_sweep_task
 from experiments.runs.start import load
 from experiments.tasks.base import LABELS, Batch, PreparedTask
 from experiments.tasks.scores import Scores, score
-from experiments.training.loading import requested_config
+from experiments.training.loading import requested_config, used_weights
 from experiments.training.model_arguments import ModelArguments
 from experiments.training.output_folder import LOCK_FILE, lock_folder
 from experiments.training.progress import announce, quieten_transformers, say
@@ -208,7 +208,7 @@ def _load_without_data(model_args: ModelArguments, seed: int) -> Subject:
     with naming(f"--model_name_or_path {name}", Exception):
         options = model_args.download_options()
         model, info = model_class.from_pretrained(name, config=config, output_loading_info=True, **options)
-        if missing := sorted(info["missing_keys"]):
+        if missing := used_weights(info["missing_keys"]):
             raise ValueError(f"its weights lack {missing[0]}; use a finetuned checkpoint")
     generator = np.random.default_rng(seed)
     options["trust_remote_code"] = model_args.trust_remote_code

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,11 @@ def load_model(
     return model
 
 
+def used_weights(names: Iterable[str]) -> list[str]:
+    """Return the sorted names of weights without the counts of batches, which old checkpoints lack and nothing uses."""
+    return sorted(name for name in names if not name.endswith(BATCH_COUNT_SUFFIX))
+
+
 def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], may_be_new: bool) -> bool:
     """Refuse weights that are missing, unexpected or of another shape; transformers would only warn.
 
@@ -141,8 +147,7 @@ def _check_loaded(arguments: ModelArguments, loaded: dict[str, Any], may_be_new:
         ("have, without a place in the config,", loaded["unexpected_keys"], may_be_new),
         ("have in another shape than the config's", mismatched, arguments.ignore_mismatched_sizes),
     ):
-        counted = [name for name in names if not name.endswith(BATCH_COUNT_SUFFIX)]
-        wrong = sorted(name for name in counted if not (allowed_in_head and name.startswith(HEAD_PREFIXES)))
+        wrong = [name for name in used_weights(names) if not (allowed_in_head and name.startswith(HEAD_PREFIXES))]
         if wrong:
             raise BadInput(
                 f"--model_name_or_path {arguments.model_name_or_path}: its weights {problem} {wrong[0]}"
